@@ -1,0 +1,66 @@
+"""What the rest of the package asks of a model family."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters.ffn import FFN
+
+
+class Adapter(ABC):
+    """One model family: where its FFNs are, how a module is put in, how it is called, described and rebuilt."""
+
+    family: ClassVar[str]
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+
+    @abstractmethod
+    def ffns(self, model: nn.Module) -> list[FFN]:
+        """Every dense FFN, first to last. FFNs that were replaced are no longer among them."""
+
+    @abstractmethod
+    def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+        """Let ``module``, ``(..., d_model)`` to the same shape, compute what ``ffn`` computed."""
+
+    @abstractmethod
+    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
+        """Give ``ffns`` the activation ``name`` and record it in the model's own config.
+
+        Raises:
+            ConfigError: If the family knows no such activation.
+        """
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Call ``model`` with what it needs of ``batch``; labels are left out."""
+
+    @abstractmethod
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        """The ``config.json`` from which :meth:`build` makes the dense model again."""
+
+    @abstractmethod
+    def build(self, folder: Path) -> nn.Module:
+        """The dense model that ``folder/config.json`` describes, weights not loaded."""
+
+
+class ModelSource(ABC):
+    """Where a run's first model comes from: a hub, a folder, or random initialisation."""
+
+    @abstractmethod
+    def build(self, label_names: Sequence[str]) -> nn.Module:
+        """The model with one output a label, weights loaded."""
+
+    @abstractmethod
+    def build_structure(self, label_names: Sequence[str]) -> nn.Module:
+        """The same model on the meta device: shapes without weights, for checks before anything long runs."""
+
+
+def module_at(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The parent of the module with dotted path ``name``, and its attribute name there."""
+    parent, _, attribute = name.rpartition(".")
+    return model.get_submodule(parent), attribute

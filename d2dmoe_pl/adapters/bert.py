@@ -1,0 +1,44 @@
+"""Hugging Face BERT: the FFN is spread over ``intermediate`` and ``output.dense`` of each layer."""
+
+from torch import nn
+from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer
+
+from d2dmoe_pl.adapters.base import module_at
+from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.adapters.hugging_face import HuggingFaceAdapter
+from d2dmoe_pl.errors import check
+
+
+class BertAdapter(HuggingFaceAdapter):
+    """``intermediate`` is replaced and ``output.dense`` becomes an Identity; dropout, residual and LayerNorm stay."""
+
+    family = "bert"
+
+    def ffns(self, model: nn.Module) -> list[FFN]:
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BertLayer)}
+        for name, layer in layers.items():
+            check(
+                layer.chunk_size_feed_forward == 0,
+                f"chunk_size_feed_forward={layer.chunk_size_feed_forward} in {name}: must be 0, experts see whole batches",
+            )
+        return [
+            FFN(
+                name=f"{name}.intermediate",
+                up=layer.intermediate.dense,
+                activation=layer.intermediate.intermediate_act_fn,
+                down=layer.output.dense,
+            )
+            for name, layer in layers.items()
+            if isinstance(layer.intermediate, BertIntermediate)
+        ]
+
+    def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+        layer, _ = module_at(model, ffn.name)
+        layer.intermediate = module
+        layer.output.dense = nn.Identity()
+
+    def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
+        model.get_submodule(ffn.name).intermediate_act_fn = activation
+
+
+ADAPTER = BertAdapter()

@@ -1,0 +1,50 @@
+"""The canonical view of one dense feed-forward network, whatever the architecture calls its parts."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One dense FFN of a model: ``y = down(act(up(x)))``, or gated: ``y = down(act(gate(x)) * up(x))``.
+
+    Attributes:
+        name: Dotted path of the module that a MoE layer replaces; the FFN's name everywhere.
+        up: Linear ``d_model -> d_ff``.
+        activation: A module of its own, called once a forward pass with the pre-activation ``(..., d_ff)``.
+        down: Linear ``d_ff -> d_model``.
+        gate: Linear ``d_model -> d_ff`` of a gated FFN.
+        hidden_dropout: What the replaced module applies to the activation.
+        output_dropout: What the replaced module applies to its output.
+    """
+
+    name: str
+    up: nn.Linear
+    activation: nn.Module
+    down: nn.Linear
+    gate: nn.Linear | None = None
+    hidden_dropout: nn.Module = field(default_factory=nn.Identity)
+    output_dropout: nn.Module = field(default_factory=nn.Identity)
+
+    @property
+    def d_model(self) -> int:
+        return self.up.weight.shape[1]
+
+    @property
+    def d_ff(self) -> int:
+        return self.up.weight.shape[0]
+
+    @property
+    def input_weight(self) -> Tensor:
+        """What decides whether a neuron fires: rows of ``gate`` if there is one, else of ``up``; ``(d_ff, d_model)``."""
+        return (self.gate or self.up).weight
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the activation gives exact zeros."""
+        return isinstance(self.activation, nn.ReLU)
+
+    @property
+    def activation_name(self) -> str:
+        return type(self.activation).__name__

@@ -1,0 +1,100 @@
+"""What all Hugging Face families share; each family's own file says where its FFNs are."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from d2dmoe_pl.adapters.base import Adapter, ModelSource
+from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.errors import check
+
+
+class HuggingFaceAdapter(Adapter):
+    """A family of ``transformers`` models, told by ``config.model_type``."""
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, transformers.PreTrainedModel) and model.config.model_type == self.family
+
+    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
+        check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
+        for ffn in ffns:
+            self.put_activation_(model, ffn, ACT2FN[name])
+        model.config.hidden_act = name
+
+    @abstractmethod
+    def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
+        """Replace the activation module of one FFN."""
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        config = json.loads(model.config.to_json_string(use_diff=True))
+        return {**config, "architectures": [type(model).__name__]}
+
+    def build(self, folder: Path) -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        return getattr(transformers, config.architectures[0])(config)
+
+
+class HuggingFaceModel(ModelSource):
+    """A Hugging Face classifier, pretrained or from scratch.
+
+    Args:
+        task: ``text-classification`` or ``image-classification``; decides the head.
+        name: Hub name or folder of a pretrained model. A head of another size is initialised anew.
+        config: Configuration of a model to be trained from scratch, e.g. ``transformers.BertConfig``; instead of
+            ``name``.
+
+    Raises:
+        ConfigError: Unless exactly one of ``name`` and ``config`` is given.
+    """
+
+    _heads: ClassVar[dict[str, Callable]] = {
+        "text-classification": transformers.AutoModelForSequenceClassification,
+        "image-classification": transformers.AutoModelForImageClassification,
+    }
+
+    def __init__(
+        self,
+        task: Literal["text-classification", "image-classification"],
+        name: str | None = None,
+        config: transformers.PretrainedConfig | None = None,
+    ) -> None:
+        check((name is None) != (config is None), f"name={name!r}, config={config!r}: exactly one must be given")
+        self._head = self._heads[task]
+        self.name = name
+        self.config = config
+
+    def build(self, label_names: Sequence[str]) -> nn.Module:
+        if self.name is None:
+            return self._head.from_config(self._labelled(self.config, label_names))
+        return self._head.from_pretrained(
+            self.name, config=self._labelled(self._pretrained_config(), label_names), ignore_mismatched_sizes=True
+        )
+
+    def build_structure(self, label_names: Sequence[str]) -> nn.Module:
+        config = self._pretrained_config() if self.config is None else self.config
+        with torch.device("meta"):
+            return self._head.from_config(self._labelled(config, label_names))
+
+    def _pretrained_config(self) -> transformers.PretrainedConfig:
+        try:
+            return transformers.AutoConfig.from_pretrained(self.name)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            check(False, f"name={self.name!r}: neither a folder nor a reachable hub name of a model ({reason})")
+            raise
+
+    @staticmethod
+    def _labelled(config: transformers.PretrainedConfig, label_names: Sequence[str]) -> transformers.PretrainedConfig:
+        config.id2label = dict(enumerate(label_names))
+        config.label2id = {label: index for index, label in enumerate(label_names)}
+        return config

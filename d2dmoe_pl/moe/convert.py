@@ -1,0 +1,214 @@
+"""In-place conversion of a model, one stage after the other: activation, experts, routers, gate.
+
+Each function takes ``(model, config, filter_fn)``, checks every place it will touch before it touches the first, and
+raises ``ConfigError`` if it finds none.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import FFN, adapter_for
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.context import TokenContext
+from d2dmoe_pl.moe.experts import Experts, check_assignment
+from d2dmoe_pl.moe.gate import Gate, GateConfig
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.router import Router, RouterConfig
+
+FilterFn = Callable[[object, str], bool]
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """The activation function to put into every FFN.
+
+    Attributes:
+        name: As ``transformers`` and ``timm`` both spell it, e.g. ``relu``.
+    """
+
+    name: str = "relu"
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """How an FFN is split.
+
+    Attributes:
+        num_experts: ``E``; divides the width of every FFN that is split.
+
+    Raises:
+        ConfigError: If ``num_experts`` is not positive.
+    """
+
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        check(self.num_experts > 0, f"num_experts={self.num_experts}: must be positive")
+
+
+def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN]:
+    """The dense FFNs of ``model`` that pass ``filter_fn(ffn, name)``, first to last.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    adapter = adapter_for(model)
+    found = [ffn for ffn in adapter.ffns(model) if filter_fn is None or filter_fn(ffn, ffn.name)]
+    if not found:
+        raise ConfigError(f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else ""))
+    return found
+
+
+def moe_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, MoELayer]:
+    """The MoE layers of ``model`` by name, first to last; empty for a dense model."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
+    return {name: layer for name, layer in layers.items() if filter_fn is None or filter_fn(layer, name)}
+
+
+def _select_moe_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, MoELayer]:
+    layers = moe_layers(model, filter_fn)
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__}: no MoE layer found" + (" that the filter admits" if filter_fn else "")
+        )
+    return layers
+
+
+def swap_activation_(model: nn.Module, config: ActivationConfig, filter_fn: FilterFn | None = None) -> None:
+    """Replace the activation function of every FFN ("relufication", D2DMoE section 4).
+
+    Raises:
+        ConfigError: If the architecture does not know the activation, or no FFN is found.
+    """
+    adapter_for(model).set_activation_(model, select_ffns(model, filter_fn), config.name)
+
+
+def convert_to_moe_(
+    model: nn.Module,
+    config: ExpertsConfig,
+    filter_fn: FilterFn | None = None,
+    *,
+    assignments: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Replace dense FFNs by MoE layers that compute the same function.
+
+    Args:
+        model: A model that an adapter knows.
+        config: Number of experts.
+        filter_fn: ``(ffn, name) -> bool``; which FFNs to convert, all if not given.
+        assignments: Expert of each neuron, ``(d_ff,)``, by the FFN's name; neurons in order if not given.
+
+    Raises:
+        ConfigError: If a width is not divisible by the number of experts, an assignment is unbalanced, or no FFN is
+            found. The model is then as it was.
+    """
+    adapter = adapter_for(model)
+    ffns = select_ffns(model, filter_fn)
+    for ffn in ffns:
+        check(
+            ffn.d_ff % config.num_experts == 0,
+            f"num_experts={config.num_experts}: must divide the FFN width, which is {ffn.d_ff} in {ffn.name}",
+        )
+        if assignments is not None:
+            check_assignment(assignments[ffn.name], ffn.d_ff, config.num_experts, ffn.name)
+    existing = next(iter(moe_layers(model).values()), None)
+    context = TokenContext() if existing is None else existing.context
+    for ffn in ffns:
+        experts = Experts(ffn, config.num_experts, None if assignments is None else assignments[ffn.name])
+        adapter.put_(model, ffn, MoELayer(experts, context, ffn.output_dropout))
+    if existing is None:
+        context.install(model)
+
+
+def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: FilterFn | None = None) -> None:
+    """Give every MoE layer a freshly initialised router.
+
+    Raises:
+        ConfigError: If there is no MoE layer.
+    """
+    for layer in _select_moe_layers(model, filter_fn).values():
+        weight = layer.experts.up_weight
+        layer.router = Router(layer.experts.d_model, layer.experts.num_experts, config).to(weight.device, weight.dtype)
+
+
+def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: FilterFn | None = None) -> None:
+    """Set the gating rule and ``tau`` of every MoE layer; ``None`` runs every expert without routing.
+
+    Raises:
+        ConfigError: If there is no MoE layer, or one without a router.
+    """
+    layers = _select_moe_layers(model, filter_fn)
+    for name, layer in layers.items():
+        check(config is None or layer.router is not None, f"{name}: has no router yet; run RouterRegression first")
+    for layer in layers.values():
+        layer.gate = None if config is None else Gate(config)
+
+
+@contextmanager
+def gated(model: nn.Module, config: GateConfig | None) -> Iterator[None]:
+    """Run the body with another gate in every MoE layer, then put the previous ones back."""
+    before = {layer: layer.gate for layer in _select_moe_layers(model, None).values()}
+    set_gate_(model, config)
+    try:
+        yield
+    finally:
+        for layer, gate in before.items():
+            layer.gate = gate
+
+
+def set_tau_(model: nn.Module, tau: float, filter_fn: FilterFn | None = None) -> None:
+    """Set ``tau`` of every MoE layer, keeping its rule; no retraining is needed to move along the curve.
+
+    Raises:
+        ConfigError: If ``tau`` is outside [0, 1], or a layer has no gate.
+    """
+    layers = _select_moe_layers(model, filter_fn)
+    for name, layer in layers.items():
+        check(layer.gate is not None, f"{name}: has no gate; use set_gate_")
+    gates = {layer: Gate(GateConfig(layer.gate.config.rule, tau)) for layer in layers.values()}
+    for layer, gate in gates.items():
+        layer.gate = gate
+
+
+def set_backend_(model: nn.Module, backend: str, filter_fn: FilterFn | None = None) -> None:
+    """Choose how every MoE layer runs its experts, by the name of a file in ``moe/kernels``."""
+    for layer in _select_moe_layers(model, filter_fn).values():
+        layer.experts.set_backend(backend)
+
+
+def describe(model: nn.Module) -> dict[str, dict]:
+    """What was converted and how, as plain JSON by layer name; :func:`restore_` is its inverse."""
+    return {
+        name: {
+            "num_experts": layer.experts.num_experts,
+            "backend": layer.experts.backend,
+            "router": None if layer.router is None else asdict(layer.router.config),
+            "gate": None if layer.gate is None else asdict(layer.gate.config),
+        }
+        for name, layer in moe_layers(model).items()
+    }
+
+
+def restore_(model: nn.Module, layers: dict[str, dict]) -> None:
+    """Give a dense model the structure that :func:`describe` recorded; the weights are then loaded into it."""
+    for name, made in layers.items():
+
+        def this(_: object, candidate: str, name: str = name) -> bool:
+            return candidate == name
+
+        convert_to_moe_(model, ExpertsConfig(made["num_experts"]), this)
+        set_backend_(model, made["backend"], this)
+        if made["router"] is not None:
+            add_routers_(model, RouterConfig(**made["router"]), this)
+        if made["gate"] is not None:
+            set_gate_(model, GateConfig(**made["gate"]), this)
+
+
+def stage_of(model_layers: dict[str, dict]) -> str:
+    """``dense``, ``experts`` or ``routed``: how far a conversion, as :func:`describe` gives it, has come."""
+    if not model_layers:
+        return "dense"
+    return "routed" if all(made["router"] for made in model_layers.values()) else "experts"

@@ -1,0 +1,125 @@
+"""The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2dmoe_pl import plugins
+from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe import kernels
+
+
+def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str) -> None:
+    """Raise ``ConfigError`` unless ``assignment`` ``(d_ff,)`` gives every expert exactly ``d_ff / num_experts`` neurons."""
+    check(
+        num_experts > 0 and d_ff % num_experts == 0,
+        f"num_experts={num_experts}: must divide the FFN width, which is {d_ff} in {name}",
+    )
+    check(
+        assignment.shape == (d_ff,)
+        and torch.bincount(assignment, minlength=num_experts).tolist() == [d_ff // num_experts] * num_experts,
+        f"assignment of {name}: must give each of the {num_experts} experts exactly {d_ff // num_experts} neurons",
+    )
+
+
+class Experts(nn.Module):
+    """``E`` experts that together are one dense FFN: ``y = b2 + sum_e expert_e(x)``.
+
+    Neurons are stored expert by expert, so that views of the weights with ``E`` and ``s`` merged are the dense FFN
+    with its neurons permuted.
+
+    Args:
+        ffn: The dense FFN to take weights, activation and inner dropout from.
+        num_experts: ``E``; divides ``d_ff``.
+        assignment: Expert of each neuron, ``(d_ff,)`` integers in ``[0, E)``, every expert ``s`` times; in order of
+            the neurons if not given.
+        backend: Name of a file in ``moe/kernels``.
+
+    Shapes: ``up_weight``, ``gate_weight`` and ``down_weight`` are ``(E, s, d_model)``, ``up_bias`` and ``gate_bias``
+    ``(E, s)``, ``down_bias`` ``(d_model,)``.
+    """
+
+    def __init__(self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "reference") -> None:
+        super().__init__()
+        if assignment is None:
+            assignment = torch.arange(ffn.d_ff, device="cpu") * num_experts // ffn.d_ff
+        check_assignment(assignment, ffn.d_ff, num_experts, ffn.name)
+        order = assignment.argsort(stable=True).to(ffn.up.weight.device)  # (d_ff,): neurons, expert by expert
+        self.num_experts = num_experts
+        self.set_backend(backend)
+
+        def grouped(rows: Tensor | None) -> nn.Parameter | None:
+            if rows is None:
+                return None
+            return nn.Parameter(rows.detach()[order].unflatten(0, (num_experts, -1)).contiguous())  # (E, s[, d])
+
+        self.up_weight = grouped(ffn.up.weight)
+        self.up_bias = grouped(ffn.up.bias)
+        self.gate_weight = grouped(None if ffn.gate is None else ffn.gate.weight)
+        self.gate_bias = grouped(None if ffn.gate is None else ffn.gate.bias)
+        self.down_weight = grouped(ffn.down.weight.t())
+        self.down_bias = None if ffn.down.bias is None else nn.Parameter(ffn.down.bias.detach().clone())
+        self.activation = ffn.activation
+        self.hidden_dropout = ffn.hidden_dropout
+
+    @property
+    def expert_dim(self) -> int:
+        """``s``, the neurons of one expert."""
+        return self.up_weight.shape[1]
+
+    @property
+    def d_model(self) -> int:
+        return self.up_weight.shape[2]
+
+    @property
+    def is_gated(self) -> bool:
+        return self.gate_weight is not None
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the kernel by the name of its file in ``moe/kernels``."""
+        self.backend = backend
+        self._kernel = plugins.find(kernels, backend, "backend")
+
+    def hidden(self, tokens: Tensor, expert: int | None = None) -> Tensor:
+        """What the activation (times the gated product) gives: ``(N, E, s)``, or ``(N, s)`` of one ``expert``."""
+        part = slice(None) if expert is None else slice(expert, expert + 1)
+
+        def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(tokens, weight[part].flatten(0, 1), None if bias is None else bias[part].flatten())
+
+        hidden = project(self.up_weight, self.up_bias)  # (N, E * s) or (N, s)
+        if self.is_gated:
+            hidden = self.activation(project(self.gate_weight, self.gate_bias)) * hidden
+        else:
+            hidden = self.activation(hidden)
+        hidden = self.hidden_dropout(hidden)
+        return hidden if expert is not None else hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
+
+    def combine(self, hidden: Tensor) -> Tensor:
+        """The output of the experts from their activations ``(N, E, s)``: ``(N, d_model)``."""
+        output = hidden.flatten(1) @ self.down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d)
+        return output if self.down_bias is None else output + self.down_bias
+
+    def down_bias_for(self, tokens: Tensor) -> Tensor:
+        """The output of no expert at all, one row a token: ``(N, d_model)``."""
+        if self.down_bias is None:
+            return torch.zeros_like(tokens)
+        return self.down_bias.expand(tokens.shape[0], -1)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the experts that ``mask`` selects, all of them if there is none.
+
+        Args:
+            tokens: ``(N, d_model)``.
+            mask: Boolean ``(N, E)``.
+
+        Returns:
+            ``(N, d_model)``.
+        """
+        if mask is None:
+            return self.combine(self.hidden(tokens))
+        return self._kernel(self, tokens, mask)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, expert_dim={self.expert_dim}, d_model={self.d_model}"

@@ -1,0 +1,9 @@
+"""Gating rules, one file each: ``rule(scores, tau) -> mask``.
+
+Every rule takes router scores of shape ``(N, E)``, non-negative, and ``tau`` in [0, 1], and returns a boolean mask of
+shape ``(N, E)``: which experts run for which token. The contract, held by one test over this package:
+
+- a larger ``tau`` never runs fewer experts, and ``tau = 1`` runs all of them (the dense layer);
+- every token runs at least one expert;
+- a token's row depends on that token's scores alone.
+"""

@@ -1,0 +1,5 @@
+"""Ways to run the experts that a mask selects, one file each: ``kernel(experts, tokens, mask) -> output``.
+
+``tokens`` is ``(N, d)``, ``mask`` is boolean ``(N, E)``, the output is ``(N, d)`` and includes the output bias. All
+kernels compute the same function; ``reference`` is the plain twin that the others are tested against.
+"""

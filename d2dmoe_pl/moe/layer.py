@@ -1,0 +1,49 @@
+"""The layer that stands where a dense FFN stood."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.moe.context import TokenContext
+from d2dmoe_pl.moe.experts import Experts
+from d2dmoe_pl.moe.gate import Gate
+from d2dmoe_pl.moe.router import Router
+
+
+class MoELayer(nn.Module):
+    """Experts, and once there are a router and a gate, a per-token choice among them.
+
+    Without a router or a gate every expert runs and the layer is the dense FFN it was made from.
+
+    Attributes:
+        observer: Called with ``(tokens (N, d_model), hidden (N, E, s))`` whenever every expert runs without routing.
+            How routers get their inputs and targets from the pass that the frozen model makes anyway.
+    """
+
+    def __init__(self, experts: Experts, context: TokenContext, output_dropout: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+        self.router: Router | None = None
+        self.gate: Gate | None = None
+        self.output_dropout = output_dropout
+        self.context = context
+        self.observer: Callable[[Tensor, Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., d_model)`` to the same shape; rows of padding come out as zeros."""
+        positions = x.reshape(-1, x.shape[-1])  # (B * L, d)
+        index = self.context.token_index
+        tokens = positions if index is None else positions.index_select(0, index)  # (N, d)
+        output = self._run(tokens)  # (N, d)
+        if index is not None:
+            output = output.new_zeros(positions.shape).index_copy(0, index, output)
+        return self.output_dropout(output.view(x.shape))
+
+    def _run(self, tokens: Tensor) -> Tensor:
+        if self.router is not None and self.gate is not None:
+            return self.experts(tokens, self.gate(self.router(tokens)))
+        if self.observer is not None:
+            hidden = self.experts.hidden(tokens)  # (N, E, s)
+            self.observer(tokens, hidden)
+            return self.experts.combine(hidden)
+        return self.experts(tokens)

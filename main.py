@@ -1,0 +1,6 @@
+"""Entry point: ``python main.py {fit,validate,test,predict,chain} --help``."""
+
+from d2dmoe_pl.cli import main
+
+if __name__ == "__main__":
+    main()
