@@ -14,7 +14,8 @@ from d2dmoe_pl.errors import ConfigError
 __all__ = ["ADAPTERS", "FFN", "Adapter", "HuggingFaceModel", "ModelSource", "TimmModel", "adapter_for", "adapter_named"]
 
 _modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-ADAPTERS: dict[str, Adapter] = {module.ADAPTER.family: module.ADAPTER for module in _modules if hasattr(module, "ADAPTER")}
+_adapters = [module.ADAPTER for module in _modules if hasattr(module, "ADAPTER")]
+ADAPTERS: dict[str, Adapter] = {adapter.family: adapter for adapter in _adapters}
 
 
 def adapter_for(model: nn.Module) -> Adapter:

@@ -19,7 +19,7 @@ class BertAdapter(HuggingFaceAdapter):
         for name, layer in layers.items():
             check(
                 layer.chunk_size_feed_forward == 0,
-                f"chunk_size_feed_forward={layer.chunk_size_feed_forward} in {name}: must be 0, experts see whole batches",
+                f"chunk_size_feed_forward={layer.chunk_size_feed_forward} in {name}: must be 0 to have experts",
             )
         return [
             FFN(

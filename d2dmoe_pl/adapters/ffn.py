@@ -37,7 +37,7 @@ class FFN:
 
     @property
     def input_weight(self) -> Tensor:
-        """What decides whether a neuron fires: rows of ``gate`` if there is one, else of ``up``; ``(d_ff, d_model)``."""
+        """What decides whether a neuron fires, ``(d_ff, d_model)``: rows of ``gate``, or of ``up`` without one."""
         return (self.gate or self.up).weight
 
     @property

@@ -1,5 +1,6 @@
 """What all Hugging Face families share; each family's own file says where its FFNs are."""
 
+import copy
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,7 @@ class HuggingFaceModel(ModelSource):
 
     @staticmethod
     def _labelled(config: transformers.PretrainedConfig, label_names: Sequence[str]) -> transformers.PretrainedConfig:
+        config = copy.deepcopy(config)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: index for index, label in enumerate(label_names)}
         return config

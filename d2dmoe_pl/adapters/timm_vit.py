@@ -44,7 +44,7 @@ class TimmViTAdapter(Adapter):
         try:
             activation = get_act_layer(name)
         except KeyError:
-            raise ConfigError(f"activation={name!r}: timm knows no such activation layer; allowed is e.g. relu") from None
+            raise ConfigError(f"activation={name!r}: timm knows no such activation; allowed is e.g. relu") from None
         for ffn in ffns:
             model.get_submodule(ffn.name).act = activation()
         model.model_args = {**self._model_args(model), "act_layer": name}
@@ -53,13 +53,13 @@ class TimmViTAdapter(Adapter):
         return model(batch["pixel_values"])
 
     def config(self, model: nn.Module) -> dict[str, Any]:
-        pretrained = {key: model.pretrained_cfg[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")}
+        preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct")
         return {
             "architecture": model.pretrained_cfg["architecture"],
             "num_classes": model.num_classes,
             "model_args": self._model_args(model),
             "label_names": getattr(model, "label_names", None),
-            "pretrained_cfg": pretrained,
+            "pretrained_cfg": {key: model.pretrained_cfg[key] for key in preprocessing},
         }
 
     def build(self, folder: Path) -> nn.Module:

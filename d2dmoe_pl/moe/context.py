@@ -48,7 +48,5 @@ def token_index(attention_mask: Tensor | None) -> Tensor | None:
         return None
     if attention_mask.dim() != 2:
         raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be (B, L)")
-    if attention_mask.is_meta:  # shapes only, as in cost accounting: nothing to leave out
-        return None
     index = attention_mask.flatten().nonzero().squeeze(1)  # (N,)
     return None if index.numel() == attention_mask.numel() else index.to(torch.int64)

@@ -58,7 +58,9 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     adapter = adapter_for(model)
     found = [ffn for ffn in adapter.ffns(model) if filter_fn is None or filter_fn(ffn, ffn.name)]
     if not found:
-        raise ConfigError(f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else ""))
+        raise ConfigError(
+            f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else "")
+        )
     return found
 
 

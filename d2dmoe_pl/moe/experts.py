@@ -11,7 +11,7 @@ from d2dmoe_pl.moe import kernels
 
 
 def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str) -> None:
-    """Raise ``ConfigError`` unless ``assignment`` ``(d_ff,)`` gives every expert exactly ``d_ff / num_experts`` neurons."""
+    """Raise ``ConfigError`` unless ``assignment``, ``(d_ff,)``, gives every expert exactly ``d_ff / E`` neurons."""
     check(
         num_experts > 0 and d_ff % num_experts == 0,
         f"num_experts={num_experts}: must divide the FFN width, which is {d_ff} in {name}",
@@ -40,7 +40,9 @@ class Experts(nn.Module):
     ``(E, s)``, ``down_bias`` ``(d_model,)``.
     """
 
-    def __init__(self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "reference") -> None:
+    def __init__(
+        self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "reference"
+    ) -> None:
         super().__init__()
         if assignment is None:
             assignment = torch.arange(ffn.d_ff, device="cpu") * num_experts // ffn.d_ff

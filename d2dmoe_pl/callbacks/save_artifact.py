@@ -1,0 +1,23 @@
+"""Every fitted phase leaves an artifact."""
+
+from pathlib import Path
+
+import lightning as L
+
+from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.phases.base import Phase
+
+FOLDER = "artifact"
+
+
+class SaveArtifact(L.Callback):
+    """Write the fitted model to ``artifact`` in the run's folder, with its tokenizer or image processor."""
+
+    def on_fit_end(self, trainer: L.Trainer, phase: Phase) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # asked on every process
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "validation/" in key}
+            record = PhaseRecord(type(phase).__name__, metrics)
+            processor = trainer.datamodule.save_processor
+            save_artifact(phase.model, Path(folder) / FOLDER, [*phase.history, record], processor)
+        trainer.strategy.barrier()

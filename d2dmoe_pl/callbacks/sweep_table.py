@@ -1,0 +1,142 @@
+"""The rows of a tau sweep, and the ways to show them: a CSV, a table, a curve."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from d2dmoe_pl.metrics.expert_load import executed_pairs
+from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops, router_flops
+from d2dmoe_pl.moe.layer import MoELayer
+
+LAYER_PREFIX = "experts_percent/"
+
+
+@dataclass
+class SweepRow:
+    """What the model does at one ``tau``, on one split.
+
+    Attributes:
+        stage: ``validation`` or ``test``.
+        tau: The gate's setting.
+        loss: Mean task loss.
+        accuracy: Percent.
+        experts_percent: Executed share of all (token, expert) pairs, over layers.
+        ffn_flops_percent: FLOPs of experts and routers, percent of the dense FFNs' FLOPs.
+        model_flops: FLOPs of the whole model for the average sample; a multiply-add is 2.
+        model_flops_percent: The same, percent of the dense model's.
+        layers: ``experts_percent`` of each layer by name.
+    """
+
+    stage: str
+    tau: float
+    loss: float
+    accuracy: float
+    experts_percent: float
+    ffn_flops_percent: float
+    model_flops: float
+    model_flops_percent: float
+    layers: dict[str, float]
+
+    def as_record(self) -> dict[str, str | float]:
+        """One flat CSV record."""
+        record = {key: value for key, value in vars(self).items() if key != "layers"}
+        return {**record, **{f"{LAYER_PREFIX}{name}": share for name, share in self.layers.items()}}
+
+
+def sweep_row(
+    stage: str,
+    tau: float,
+    loss: float,
+    accuracy: float,
+    layers: Mapping[str, MoELayer],
+    histograms: Sequence[Tensor],
+    samples: int,
+    flops_outside: int,
+) -> SweepRow:
+    """Cost accounting of one ``tau``.
+
+    Args:
+        stage: ``validation`` or ``test``.
+        tau: The gate's setting.
+        loss: Mean task loss.
+        accuracy: Share of right answers, in [0, 1].
+        layers: The MoE layers by name.
+        histograms: Per layer, the number of tokens that ran 0, 1, ..., E experts, ``(E + 1,)``.
+        samples: Samples seen.
+        flops_outside: FLOPs of all samples outside the FFNs.
+    """
+    pairs = [executed_pairs(histogram) for histogram in histograms]
+    tokens = [int(histogram.sum()) for histogram in histograms]
+    moe = list(layers.values())
+    possible = [n * layer.experts.num_experts for n, layer in zip(tokens, moe, strict=True)]
+    executed_flops = sum(
+        p * pair_flops(layer.experts) + n * router_flops(layer) for p, n, layer in zip(pairs, tokens, moe, strict=True)
+    )
+    dense_flops = sum(n * dense_ffn_flops(layer.experts) for n, layer in zip(tokens, moe, strict=True))
+    return SweepRow(
+        stage=stage,
+        tau=tau,
+        loss=loss,
+        accuracy=100 * accuracy,
+        experts_percent=100 * sum(pairs) / sum(possible),
+        ffn_flops_percent=100 * executed_flops / dense_flops,
+        model_flops=(flops_outside + executed_flops) / samples,
+        model_flops_percent=100 * (flops_outside + executed_flops) / (flops_outside + dense_flops),
+        layers={name: 100 * p / n for name, p, n in zip(layers, pairs, possible, strict=True)},
+    )
+
+
+def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
+    """Write one line a row, with a column a layer."""
+    records = [row.as_record() for row in rows]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def as_table(rows: Sequence[SweepRow], title: str) -> Table:
+    """The rows for the terminal."""
+    table = Table(
+        "tau", "accuracy %", "loss", "experts run %", "FFN FLOPs %", "FLOPs a sample", "model FLOPs %", title=title
+    )
+    for column in table.columns:
+        column.justify = "right"
+    for row in rows:
+        shown = (row.accuracy, row.loss, row.experts_percent, row.ffn_flops_percent)
+        cells = ["{:.2f}", "{:.4f}", "{:.1f}", "{:.1f}"]
+        table.add_row(
+            f"{row.tau:g}",
+            *(cell.format(value) for cell, value in zip(cells, shown, strict=True)),
+            f"{row.model_flops / 1e6:,.3f} M",
+            f"{row.model_flops_percent:.1f}",
+        )
+    return table
+
+
+def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Figure:
+    """Accuracy against FFN FLOPs, one line a stage.
+
+    Args:
+        rows: Any number of stages' rows.
+        references: Accuracies in percent by label, drawn as horizontal lines.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for stage in dict.fromkeys(row.stage for row in rows):
+        curve = sorted((row.ffn_flops_percent, row.accuracy) for row in rows if row.stage == stage)
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=stage)
+    for i, (label, accuracy) in enumerate(references.items()):
+        axes.axhline(accuracy, linestyle="--", linewidth=1, color=f"C{7 - i % 4}", label=f"{label}: {accuracy:.1f}%")
+    axes.set_xlabel("FFN FLOPs, % of dense (router included)")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    return figure

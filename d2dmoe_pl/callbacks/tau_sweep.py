@@ -1,0 +1,200 @@
+"""The curve of accuracy against cost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, sweep_row, write_csv
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.metrics.expert_load import ExpertLoad
+from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
+from d2dmoe_pl.metrics.model_cost import ModelCost
+from d2dmoe_pl.moe.convert import gated, moe_layers
+from d2dmoe_pl.moe.gate import GateConfig
+from d2dmoe_pl.phases.base import Batch, Phase
+
+DEFAULT_TAUS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0]
+
+
+class TauSweep(L.Callback):
+    """Run every validation and test batch at each ``tau``, and report accuracy and FLOPs.
+
+    Writes ``tau_sweep.csv`` and ``tau_sweep.png`` to the run's folder, a table to the terminal, and scalars, the curve
+    and histograms of experts per token to TensorBoard. FLOPs count a multiply-add as 2, the routers in, padding out.
+
+    Args:
+        taus: Values in [0, 1]; larger runs more experts, 1 is the dense layer.
+        gate: Gating rule, the name of a file in ``moe/gating``.
+
+    Raises:
+        ConfigError: If there is no ``tau``, one outside [0, 1], or an unknown rule.
+    """
+
+    def __init__(self, taus: list[float] = DEFAULT_TAUS, gate: str = "dynk_max") -> None:
+        check(len(taus) > 0, "taus=[]: must hold at least one value in [0, 1]")
+        self.gates = [GateConfig(gate, tau) for tau in taus]
+        self.rows: dict[str, list[SweepRow]] = {}
+        self._flops_outside: dict[int | None, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": {stage: [asdict(row) for row in rows] for stage, rows in self.rows.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = {stage: [SweepRow(**row) for row in rows] for stage, rows in state_dict["rows"].items()}
+
+    def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
+        check(
+            phase.ends_at == "routed",
+            f"callbacks: TauSweep needs a phase that makes routers (RouterRegression), not {type(phase).__name__}",
+        )
+
+    def on_validation_start(self, trainer: L.Trainer, phase: Phase) -> None:
+        self._start(phase)
+
+    def on_test_start(self, trainer: L.Trainer, phase: Phase) -> None:
+        self._start(phase)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._sweep_batch(phase, batch)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._sweep_batch(phase, batch)
+
+    def on_validation_end(self, trainer: L.Trainer, phase: Phase) -> None:
+        if not trainer.sanity_checking:
+            self._report(trainer, phase, "validation", final=trainer.validating)
+
+    def on_test_end(self, trainer: L.Trainer, phase: Phase) -> None:
+        self._report(trainer, phase, "test", final=True)
+
+    def _start(self, phase: Phase) -> None:
+        self._layers = moe_layers(phase.model)
+        num_experts = [layer.experts.num_experts for layer in self._layers.values()]
+        classes = len(phase.trainer.datamodule.label_names)
+        self._metrics = [
+            nn.ModuleDict(
+                {
+                    "loss": MeanMetric(),
+                    "accuracy": MulticlassAccuracy(classes, average="micro"),
+                    "load": ExpertLoad(num_experts),
+                }
+            ).to(phase.device)
+            for _ in self.gates
+        ]
+        self._cost = ModelCost().to(phase.device)
+
+    @torch.no_grad()
+    def _sweep_batch(self, phase: Phase, batch: Batch) -> None:
+        for gate, metrics in zip(self.gates, self._metrics, strict=True):
+            with gated(phase.model, gate), self._watched(metrics["load"]):
+                logits = phase.logits(batch)
+            metrics["loss"].update(phase.task_loss(logits, batch), weight=len(logits))
+            metrics["accuracy"].update(logits, batch["labels"])
+        lengths = sample_lengths(batch) or [None] * len(batch["labels"])
+        for length in set(lengths) - self._flops_outside.keys():
+            self._flops_outside[length] = flops_outside_ffns(phase.model, sample_inputs(batch, length))
+        self._cost.update([self._flops_outside[length] for length in lengths])
+
+    @contextmanager
+    def _watched(self, load: ExpertLoad) -> Iterator[None]:
+        """Count what the gates let through in the body."""
+
+        def count(index: int, gate: nn.Module, args: tuple[Tensor], mask: Tensor) -> None:
+            load.update(index, mask)
+
+        layers = enumerate(self._layers.values())
+        handles = [layer.gate.register_forward_hook(partial(count, index)) for index, layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _report(self, trainer: L.Trainer, phase: Phase, stage: str, final: bool) -> None:
+        samples, flops_outside = self._cost.compute()  # every process takes part in the sums
+        histograms = [metrics["load"].compute() for metrics in self._metrics]
+        self.rows[stage] = [
+            sweep_row(
+                stage,
+                gate.tau,
+                float(metrics["loss"].compute()),
+                float(metrics["accuracy"].compute()),
+                self._layers,
+                histogram,
+                samples,
+                flops_outside,
+            )
+            for gate, metrics, histogram in zip(self.gates, self._metrics, histograms, strict=True)
+        ]
+        folder = trainer.log_dir
+        if not trainer.is_global_zero:
+            return
+        rows = [row for stage_rows in self.rows.values() for row in stage_rows]
+        references = {
+            record.phase: 100 * record.metrics[f"{stage}/accuracy"]
+            for record in phase.history
+            if f"{stage}/accuracy" in record.metrics
+        }
+        if folder is not None:
+            write_csv(rows, Path(folder) / "tau_sweep.csv")
+            draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)
+        self._log(trainer, stage, histograms if final else [], draw_curve(rows, references))
+        if final:
+            Console().print(as_table(self.rows[stage], f"{stage}, gate {self.gates[0].rule}"))
+            if folder is not None:
+                Console().print(f"Curve and table: {Path(folder) / 'tau_sweep.png'}, tau_sweep.csv", soft_wrap=True)
+
+    def _log(self, trainer: L.Trainer, stage: str, histograms: list[list[Tensor]], figure: Any) -> None:
+        for logger in trainer.loggers:
+            for row in self.rows[stage]:
+                values = {
+                    "accuracy": row.accuracy,
+                    "loss": row.loss,
+                    "ffn_flops_percent": row.ffn_flops_percent,
+                    "model_flops_percent": row.model_flops_percent,
+                }
+                scalars = {f"tau_sweep_{stage}_{key}/tau={row.tau:g}": value for key, value in values.items()}
+                shares = {
+                    f"experts_percent_{stage}_{name}/tau={row.tau:g}": share for name, share in row.layers.items()
+                }
+                logger.log_metrics({**scalars, **shares}, step=trainer.global_step)
+            if not isinstance(logger, TensorBoardLogger):
+                continue
+            logger.experiment.add_figure(f"tau_sweep/{stage}", figure, trainer.global_step)
+            for gate, per_layer in zip(self.gates, histograms, strict=False):
+                for name, histogram in zip(self._layers, per_layer, strict=True):
+                    tag = f"experts_per_token_{stage}/{name}/tau={gate.tau:g}"
+                    logger.experiment.add_histogram_raw(
+                        tag, **raw_histogram(histogram), global_step=trainer.global_step
+                    )
+
+
+def raw_histogram(histogram: Tensor) -> dict[str, Any]:
+    """TensorBoard's form of counts of 0, 1, ..., E; ``histogram`` is ``(E + 1,)``."""
+    counts = histogram.double().cpu()
+    values = torch.arange(len(counts), dtype=torch.float64)
+    present = counts.nonzero()
+    return {
+        "min": int(present.min()),
+        "max": int(present.max()),
+        "num": int(counts.sum()),
+        "sum": float((counts * values).sum()),
+        "sum_squares": float((counts * values.square()).sum()),
+        "bucket_limits": (values + 0.5).tolist(),
+        "bucket_counts": counts.tolist(),
+    }

@@ -1,0 +1,257 @@
+"""Phases in order, each from the artifact of the one before; run again after an interruption, it goes on."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse.typing import Path_fr
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from d2dmoe_pl.artifact import read_artifact, record_metrics
+from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.phase_cli import CHECKPOINT, PhaseCLI
+from d2dmoe_pl.phases.preflight import preflight
+
+STATUS = "phase.json"
+# settings of where and how a phase runs rather than of what it computes
+INCIDENTAL = {
+    "accelerator",
+    "default_root_dir",
+    "devices",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "logger",
+    "num_nodes",
+    "strategy",
+}
+
+
+@dataclass
+class ChainPhase:
+    """One phase of a chain.
+
+    Attributes:
+        name: Of the phase's folder, and its prefix in ``--set``.
+        config: YAML as for ``fit``, merged over the chain's ``base``.
+    """
+
+    name: str
+    config: Path_fr
+
+
+class Todo(Enum):
+    """What is to be done about a phase."""
+
+    SKIP = "finished"
+    RESUME = "continues"
+    RUN = "starts"
+
+
+def chain_parser() -> ArgumentParser:
+    """The arguments of the ``chain`` subcommand."""
+    parser = ArgumentParser(description="Run phases in order; run again after an interruption, it goes on.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with the settings below.")
+    parser.add_argument("--phases", type=list[ChainPhase], help="Phases, first to last: name and config of each.")
+    parser.add_argument("--base", type=Path_fr | None, default=None, help="YAML that all phases share, e.g. the data.")
+    parser.add_argument("--output_dir", type=str, default="runs/chain", help="Gets one folder a phase.")
+    parser.add_argument("--seed", type=int, default=0, help="Of every phase.")
+    parser.add_argument("--from", type=str | None, default=None, help="Redo from this phase on.")
+    parser.add_argument(
+        "--set",
+        type=list[str],
+        default=[],
+        nargs="*",
+        help="KEY=VALUE, as --KEY VALUE of fit: for all phases (trainer.devices=2), or for one (PHASE.trainer.max_epochs=1).",
+    )
+    return parser
+
+
+def run_chain(config: Namespace) -> None:
+    """Run the phases of a chain that are not finished.
+
+    Everything that can be checked is checked before the first of them starts. Every process of a distributed run goes
+    through this function and comes to the same plan, from the arguments and the status files alone.
+
+    Args:
+        config: What :func:`chain_parser` parsed.
+
+    Raises:
+        ConfigError: For a wrong setting of the chain or of any phase.
+    """
+    names = [phase.name for phase in config.phases]
+    check(len(set(names)) == len(names) > 0, f"phases={names}: must be at least one, with different names")
+    start_over = config["from"]
+    check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
+    settings = _split_settings(config.set, names)
+    output_dir = Path(config.output_dir)
+
+    arguments = [_arguments(config, settings, index) for index in range(len(names))]
+    openings = [PhaseCLI(args=arguments_of_one, run=False) for arguments_of_one in arguments]
+    computed = [_computed_config(opening) for opening in openings]
+    plan = _plan(output_dir, names, computed, start_over)
+    first = next((index for index, todo in enumerate(plan) if todo is not Todo.SKIP), None)
+    for name, todo in zip(names, plan, strict=True):
+        _say(f"{name}: {todo.value}" + (f" ({output_dir / name})" if todo is Todo.SKIP else ""))
+    if first is None:
+        _say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
+        return
+    preflight([opening.model for opening in openings[first:]])
+    del openings
+
+    for index in range(first, len(names)):
+        _say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
+        try:
+            _run_phase(output_dir / names[index], arguments[index], computed[index], plan[index])
+        except (KeyboardInterrupt, SystemExit):
+            _say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
+            raise
+    _say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
+
+
+def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str | None, list[str]]:
+    """``--set`` as command-line arguments: those of all phases under None, those of one under its name."""
+    arguments: dict[str | None, list[str]] = {None: [], **{name: [] for name in names}}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        first, _, rest = key.partition(".")
+        check(equals == "=" and rest != "", f"set={setting!r}: must look like trainer.max_epochs=1")
+        owner = first if first in names else None
+        check(
+            owner is not None or first in ("trainer", "data", "model"),
+            f"set={setting!r}: must begin with trainer, data or model, or with a phase: {', '.join(names)}",
+        )
+        arguments[owner].append(f"--{key if owner is None else rest}={value}")
+    return arguments
+
+
+def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], index: int) -> list[str]:
+    """The arguments of one phase, as ``fit`` takes them."""
+    phase = config.phases[index]
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": config.output_dir, "name": phase.name, "version": ""},
+    }
+    previous = Path(config.output_dir) / config.phases[index - 1].name / FOLDER
+    return [
+        *(["--config", str(config.base.absolute)] if config.base is not None else []),
+        *["--config", str(phase.config.absolute)],
+        f"--seed_everything={config.seed}",
+        f"--trainer.default_root_dir={config.output_dir}",
+        f"--trainer.logger={json.dumps(logger)}",
+        *settings[None],
+        *settings[phase.name],
+        *([f"--model.init_args.init_from={previous}"] if index > 0 else []),
+    ]
+
+
+def _computed_config(opening: PhaseCLI) -> dict[str, Any]:
+    """The part of a phase's config that decides what it computes, flat, as JSON keeps it."""
+    config = json.loads(opening.parser.dump(opening.config, format="json", skip_none=False))
+    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in INCIDENTAL}
+    config["model"]["init_args"].pop("init_from", None)
+    return _flat(config)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+def _plan(output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None) -> list[Todo]:
+    """What to do about each phase: nothing after the first unfinished one can count as finished."""
+    plan: list[Todo] = []
+    for name, config in zip(names, computed, strict=True):
+        folder = output_dir / name
+        status = _read_status(folder)
+        redo = name == start_over or any(todo is not Todo.SKIP for todo in plan)
+        if redo or status is None:
+            plan.append(Todo.RUN)
+            continue
+        changes = _changes(status["config"], config)
+        if status["finished"]:
+            read_artifact(folder / FOLDER, f"finished phase {name}")
+            if changes:
+                _say(
+                    f"{name}: its config has changed since it was finished; --from {name} redoes it. {changes}",
+                    "yellow",
+                )
+            plan.append(Todo.SKIP)
+        else:
+            if changes:
+                _say(f"{name}: its config has changed since it was interrupted; it starts over. {changes}", "yellow")
+            plan.append(Todo.RUN if changes else Todo.RESUME)
+    return plan
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+
+
+def _read_status(folder: Path) -> dict[str, Any] | None:
+    file = folder / STATUS
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+@rank_zero_only
+def _write_status(folder: Path, config: dict[str, Any], finished: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{STATUS}.partial"
+    aside.write_text(json.dumps({"finished": finished, "config": config}, indent=2, sort_keys=True) + "\n")
+    os.replace(aside, folder / STATUS)
+
+
+@rank_zero_only
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run of the phase left; a folder that no chain made is left alone."""
+    if (folder / STATUS).is_file():
+        shutil.rmtree(folder)
+
+
+def _run_phase(folder: Path, arguments: list[str], computed: dict[str, Any], todo: Todo) -> None:
+    """Fit and test one phase; its artifact, with the test metrics, is then complete and its status ``finished``."""
+    last = folder / "checkpoints" / f"{CHECKPOINT}.ckpt"
+    if todo is Todo.RUN:
+        _clear(folder)
+    resume_from = str(last) if todo is Todo.RESUME and last.is_file() else None
+    opening = PhaseCLI(args=arguments, run=False)  # anew: a Trainer runs once, and the seed is set here
+    _write_status(folder, computed, finished=False)
+    # the checkpoint is this chain's own, with metrics and callbacks in it that are more than tensors
+    opening.trainer.fit(opening.model, datamodule=opening.datamodule, ckpt_path=resume_from, weights_only=False)
+    metrics = opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
+    if opening.trainer.is_global_zero:
+        record_metrics(folder / FOLDER, {key: value for each in metrics for key, value in each.items()})
+    _write_status(folder, computed, finished=True)
+    opening.trainer.strategy.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@rank_zero_only
+def _say(text: str, style: str | None = None) -> None:
+    Console(stderr=True).print(text, style=style, highlight=False, soft_wrap=True)
+
+
+def default_recipe() -> Path:
+    """The embedded default chain: a small ViT on scikit-learn's digits.
+
+    Raises:
+        ConfigError: If the package was installed without the project's ``configs`` folder.
+    """
+    recipe = Path(__file__).parents[1] / "configs" / "digits_vit" / "chain.yaml"
+    if not recipe.is_file():
+        raise ConfigError(f"config=None: {recipe} is not there; give --config, or run from a checkout of the project")
+    return recipe

@@ -1,0 +1,55 @@
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` of LightningCLI, and ``chain``."""
+
+import sys
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+from d2dmoe_pl.chain import chain_parser, default_recipe, run_chain
+from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
+from d2dmoe_pl.phase_cli import PhaseCLI
+
+CHAIN = "chain"
+
+
+class D2DMoECLI(PhaseCLI):
+    """PhaseCLI with one more subcommand, which opens a PhaseCLI for each of its phases."""
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: object) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        chain = chain_parser()
+        self._subcommand_parsers[CHAIN] = chain
+        parser._subcommands_action.add_subcommand(CHAIN, chain, help=chain.description)
+
+    def _set_seed(self) -> None:
+        if self.config.subcommand != CHAIN:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        """Make phase, data and trainer; a chain makes those of each phase when it comes to it."""
+        if self.subcommand != CHAIN:
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == CHAIN:
+            run_chain(self.config[CHAIN])
+        else:
+            super()._run_subcommand(subcommand)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; what a user can mend ends in one line on standard error.
+
+    Args:
+        args: Arguments, those of the process if not given.
+    """
+    arguments: ArgsType = list(sys.argv[1:] if args is None else args)
+    if arguments[:1] == [CHAIN] and not any(
+        argument.startswith(("--config", "-c", "-h", "--help")) for argument in arguments
+    ):
+        arguments[1:1] = ["--config", str(default_recipe())]
+    try:
+        D2DMoECLI(args=arguments)
+    except (ConfigError, NonFiniteLossError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

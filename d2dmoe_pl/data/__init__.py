@@ -1,0 +1,9 @@
+"""LightningDataModules that give dict batches. One config serves every phase; no knowledge of models."""
+
+from d2dmoe_pl.data.base import ClassificationData
+from d2dmoe_pl.data.digits import Digits
+from d2dmoe_pl.data.image_classification import ImageClassification
+from d2dmoe_pl.data.source import DatasetSource
+from d2dmoe_pl.data.text_classification import TextClassification
+
+__all__ = ["ClassificationData", "DatasetSource", "Digits", "ImageClassification", "TextClassification"]

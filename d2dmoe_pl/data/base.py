@@ -1,0 +1,99 @@
+"""What every phase asks of its data: dict batches, label names, and a way to see the data as it is."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from d2dmoe_pl.errors import check
+
+SPLITS = ("train", "validation", "test")
+
+
+class ClassificationData(L.LightningDataModule):
+    """Train, validation and test splits of labelled samples, as dict batches with a key ``labels`` ``(B,)``.
+
+    Attributes:
+        label_names: Names of the classes by their index, once set up.
+        ordered: Phases that only gather statistics set this: training samples then come in order and unaugmented.
+
+    Args:
+        batch_size: Samples a batch and process.
+        num_workers: Loader processes.
+
+    Raises:
+        ConfigError: If ``batch_size`` is not positive or ``num_workers`` is negative.
+    """
+
+    def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
+        super().__init__()
+        check(batch_size > 0, f"batch_size={batch_size}: must be positive")
+        check(num_workers >= 0, f"num_workers={num_workers}: must not be negative")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.ordered = False
+        self.label_names: list[str] = []
+        self._splits: Mapping[str, Dataset] = {}
+
+    @abstractmethod
+    def load(self) -> tuple[Mapping[str, Dataset], list[str]]:
+        """The three splits by name, and the names of the labels."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
+        """A batch of samples of one split."""
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""
+
+    def prepare_data(self) -> None:
+        """Download and preprocess once, so that the other processes find it cached."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load all splits.
+
+        Raises:
+            ConfigError: If a split is empty.
+        """
+        if self._splits:
+            return
+        splits, self.label_names = self.load()
+        for name in SPLITS:
+            check(len(splits[name]) > 0, f"{name}: the split is empty; must have at least one sample")
+        self._splits = splits
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", train=not self.ordered)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("validation", train=False)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test", train=False)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader("test", train=False)
+
+    def _loader(self, split: str, train: bool) -> DataLoader:
+        dataset = self._splits[split]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # torch's own sampler repeats samples until ranks have equally many, which would falsify metrics
+        unrepeated = distributed and not train
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=train,
+            sampler=UnrepeatedDistributedSampler(dataset, shuffle=False) if unrepeated else None,
+            collate_fn=partial(self.collate, augment=train),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,102 @@
+"""Images with labels, from any Hugging Face dataset."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from d2dmoe_pl.data.base import ClassificationData
+from d2dmoe_pl.data.preprocessor import write_preprocessor_config
+from d2dmoe_pl.data.source import DatasetSource, check_columns, encode_labels
+
+IMAGENET_MEAN = [0.485, 0.456, 0.406]
+IMAGENET_STD = [0.229, 0.224, 0.225]
+
+
+class ImageClassification(ClassificationData):
+    """Images of any size, resized, augmented for training by timm's transforms, and normalised.
+
+    Batches: ``pixel_values`` ``(B, 3, image_size, image_size)``, ``labels`` ``(B,)``.
+
+    Args:
+        source: Where the splits are.
+        image_column: Column of the images.
+        label_column: Column of the labels, strings or integers.
+        processor: Hub name or folder of a Hugging Face image processor, from which ``image_size``, ``mean`` and
+            ``std`` are taken, and which is saved with the model.
+        image_size: Height and width of the model's input, pixels.
+        mean: Of each channel, for normalisation.
+        std: Of each channel, for normalisation.
+        interpolation: ``bilinear``, ``bicubic`` or ``random`` (for training).
+        crop_pct: Share of the resized image that evaluation keeps.
+        min_scale: Smallest share of an image's area that a training crop keeps.
+        hflip: Chance of a horizontal flip in training.
+        auto_augment: timm's policy string, e.g. ``rand-m9-mstd0.5``.
+        color_jitter: Strength of colour jitter where there is no ``auto_augment``.
+        random_erasing: Chance that a part of a training image is erased.
+        batch_size: Samples a batch and process.
+        num_workers: Loader processes.
+    """
+
+    def __init__(
+        self,
+        source: DatasetSource,
+        image_column: str = "image",
+        label_column: str = "label",
+        processor: str | None = None,
+        image_size: int = 224,
+        mean: list[float] = IMAGENET_MEAN,
+        std: list[float] = IMAGENET_STD,
+        interpolation: str = "bicubic",
+        crop_pct: float = 0.9,
+        min_scale: float = 0.08,
+        hflip: float = 0.5,
+        auto_augment: str | None = None,
+        color_jitter: float = 0.4,
+        random_erasing: float = 0.0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        self.source = source
+        self.image_column = image_column
+        self.label_column = label_column
+        self.processor = None if processor is None else AutoImageProcessor.from_pretrained(processor)
+        if self.processor is not None:
+            size = dict(self.processor.size)
+            image_size = size.get("height") or size["shortest_edge"]
+            mean, std = list(self.processor.image_mean), list(self.processor.image_std)
+        self.image_size, self.mean, self.std = image_size, list(mean), list(std)
+        shared = {"input_size": (3, image_size, image_size), "mean": mean, "std": std, "interpolation": interpolation}
+        self._evaluation = create_transform(**shared, crop_pct=crop_pct)
+        self._training = create_transform(
+            **shared,
+            is_training=True,
+            scale=(min_scale, 1.0),
+            hflip=hflip,
+            auto_augment=auto_augment,
+            color_jitter=color_jitter,
+            re_prob=random_erasing,
+        )
+
+    def load(self) -> tuple[Mapping[str, Any], list[str]]:
+        splits = self.source.load()
+        check_columns(splits, {"image_column": self.image_column, "label_column": self.label_column})
+        return encode_labels(splits, self.label_column)
+
+    def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
+        transform = self._training if augment else self._evaluation
+        return {
+            "pixel_values": torch.stack([transform(sample[self.image_column].convert("RGB")) for sample in samples]),
+            "labels": torch.tensor([sample["labels"] for sample in samples]),
+        }
+
+    def save_processor(self, folder: Path) -> None:
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+        else:
+            write_preprocessor_config(folder, self.image_size, self.mean, self.std, rescale_factor=1 / 255)

@@ -1,0 +1,110 @@
+"""Labelled splits from any Hugging Face dataset, on the hub or in local files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, load_dataset
+
+from d2dmoe_pl.data.base import SPLITS
+from d2dmoe_pl.errors import ConfigError, check
+
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class DatasetSource:
+    """Where the splits of a dataset are.
+
+    Attributes:
+        dataset: Hub name, or a folder laid out as the hub expects (``train.csv``, ``test.parquet``, image folders);
+            None if ``train``, ``validation`` and ``test`` are paths.
+        config: Name of the hub dataset's configuration.
+        train: Name of the training split; or a local CSV, TSV, JSON (lines) or Parquet file, or image folder.
+        validation: The same for validation; None to hold out part of the training split.
+        test: The same for test; None to hold out part of the training split.
+        held_out: Share of the training split for each split that is held out of it.
+        seed: Decides which samples are held out.
+    """
+
+    dataset: str | None = None
+    config: str | None = None
+    train: str = "train"
+    validation: str | None = "validation"
+    test: str | None = "test"
+    held_out: float = 0.1
+    seed: int = 0
+
+    def load(self) -> dict[str, Dataset]:
+        """The three splits by name.
+
+        Raises:
+            ConfigError: If a split cannot be loaded; the message says which and why.
+        """
+        check(0.0 < self.held_out < 0.5, f"held_out={self.held_out}: must lie between 0 and 0.5")
+        splits = {name: self._load_split(name) for name in SPLITS if getattr(self, name) is not None}
+        for name in SPLITS:
+            if name not in splits:
+                parts = splits["train"].train_test_split(self.held_out, seed=self.seed)
+                splits |= {"train": parts["train"], name: parts["test"]}
+        return splits
+
+    def _load_split(self, name: str) -> Dataset:
+        where = getattr(self, name)
+        try:
+            if self.dataset is not None:
+                return load_dataset(self.dataset, self.config, split=where)
+            path = Path(where)
+            if path.is_dir():
+                return load_dataset("imagefolder", data_dir=str(path), split="train")
+            check(
+                path.is_file(), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)"
+            )
+            check(path.suffix in BUILDERS, f"{name}={where!r}: the ending must be one of {', '.join(BUILDERS)}")
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{name}={where!r} of dataset={self.dataset!r}: cannot be loaded: {reason}") from error
+
+
+def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` unless every split has the columns; ``columns`` maps argument names to column names."""
+    for name, split in splits.items():
+        for argument, column in columns.items():
+            check(
+                column in split.column_names,
+                f"{argument}={column!r}: not a column of the {name} split, which has {', '.join(split.column_names)}",
+            )
+
+
+def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
+    """Replace the label column, of strings, integers or ``ClassLabel``, by ``labels``, indices from 0.
+
+    Args:
+        splits: Datasets by split name, ``train`` among them; classes are those of the training split.
+        column: Name of the label column.
+
+    Returns:
+        The splits, and the classes' names by index.
+
+    Raises:
+        ConfigError: If another split has a label that the training split has not.
+    """
+    feature = splits["train"].features[column]
+    seen = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(set(splits["train"][column]))
+    index = {label: i for i, label in enumerate(seen)}
+    names = feature.names if isinstance(feature, ClassLabel) else [str(label) for label in seen]
+    encoded = {}
+    for name, split in splits.items():
+        labels = split[column]
+        unseen = sorted({str(label) for label in labels if label not in index})
+        check(
+            not unseen,
+            f"{column}: the {name} split has labels unseen in training: {', '.join(unseen[:5])}; "
+            f"allowed are {', '.join(names[:20])}",
+        )
+        encoded[name] = split.remove_columns(column).add_column("labels", [index[label] for label in labels])
+    return encoded, names

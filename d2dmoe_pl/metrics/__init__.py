@@ -1,0 +1,1 @@
+"""torchmetrics over what the model does: cost, sparsity, load. They add up over batches and processes."""

@@ -1,0 +1,36 @@
+"""What routers are trained to predict, from activations that the frozen model computes anyway."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Target = Literal["norm", "activation_sum"]
+
+
+def gram_matrices(down_weight: Tensor) -> Tensor:
+    """``G_e = W2_e^T W2_e`` of every expert, constant while the experts are: ``(E, s, d)`` to ``(E, s, s)``."""
+    return down_weight @ down_weight.transpose(1, 2)
+
+
+def output_norms(hidden: Tensor, gram: Tensor) -> Tensor:
+    """``||expert_e(x)||_2`` without the output bias: D2DMoE (arXiv 2310.04361), section 3.3.
+
+    Computed as ``sqrt(h^T G_e h)``, so that no ``(E, N, d)`` tensor of expert outputs is ever made.
+
+    Args:
+        hidden: Activations of the experts, ``(N, E, s)``.
+        gram: :func:`gram_matrices` of the experts, ``(E, s, s)``.
+
+    Returns:
+        ``(N, E)``.
+    """
+    per_expert = hidden.transpose(0, 1)  # (E, N, s)
+    squared = torch.einsum("ens,ens->ne", torch.bmm(per_expert, gram), per_expert)
+    return squared.clamp(min=0).sqrt()  # rounding can leave a tiny negative where the norm is zero
+
+
+def activation_sums(hidden: Tensor) -> Tensor:
+    """``sum_j |h_j|`` of each expert over the batch's largest, as in the d2dmoe package: ``(N, E)`` in [0, 1]."""
+    sums = hidden.abs().sum(dim=-1)  # (N, E)
+    return sums / sums.amax().clamp(min=torch.finfo(sums.dtype).tiny)

@@ -1,0 +1,48 @@
+"""How one phase is put together from the command line: phase, data, trainer, and what every run keeps."""
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import d2dmoe_pl.adapters
+import d2dmoe_pl.data
+import d2dmoe_pl.phases  # noqa: F401 (classes are then found by their bare names)
+from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite
+from d2dmoe_pl.data import ClassificationData
+from d2dmoe_pl.phases.base import Phase
+from d2dmoe_pl.phases.preflight import preflight
+
+CHECKPOINT = "last"
+
+
+class PhaseCLI(LightningCLI):
+    """LightningCLI over phases and data modules, by class name."""
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            Phase,
+            ClassificationData,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},  # a resumed phase writes to the folder it began
+            trainer_defaults={"callbacks": _default_callbacks()},
+            seed_everything_default=0,
+            parser_kwargs={"description": __doc__} if not run else {},
+            args=args,
+            run=run,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # LightningCLI warns when it gets arguments while the process has others; a chain does so on purpose
+        self.config = parser.parse_args(args)
+
+    def before_fit(self) -> None:
+        """Check the phase against its model before any data is loaded or file written."""
+        preflight([self.model])
+
+
+def _default_callbacks() -> list[L.Callback]:
+    checkpoint = ModelCheckpoint(filename=CHECKPOINT, save_top_k=1, enable_version_counter=False)
+    return [StopOnNonFinite(), SaveArtifact(), checkpoint]

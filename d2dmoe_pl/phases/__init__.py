@@ -1,0 +1,9 @@
+"""One LightningModule a phase. A phase starts from the artifact of another through ``init_from``."""
+
+from d2dmoe_pl.phases.base import OptimizedPhase, Phase
+from d2dmoe_pl.phases.expert_clustering import ExpertClustering
+from d2dmoe_pl.phases.fine_tuning import FineTuning
+from d2dmoe_pl.phases.router_regression import RouterRegression
+from d2dmoe_pl.phases.sparsity_enforcement import SparsityEnforcement
+
+__all__ = ["ExpertClustering", "FineTuning", "OptimizedPhase", "Phase", "RouterRegression", "SparsityEnforcement"]

@@ -1,0 +1,143 @@
+"""Phase 3: split each FFN's neurons into experts. Trains nothing."""
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from d2dmoe_pl import plugins
+from d2dmoe_pl.adapters import ModelSource
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe import split as splits
+from d2dmoe_pl.moe.clustering import ActivationProfile, sample_signs
+from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, select_ffns
+from d2dmoe_pl.moe.taps import tapped
+from d2dmoe_pl.phases.base import Batch, Phase
+
+
+class ExpertClustering(Phase):
+    """Split every FFN into experts of equal size; the model computes the same function afterwards.
+
+    Statistics, where the split needs them, are summed over processes; the clustering is done by the first and
+    broadcast. The result depends neither on the batch size nor on the number of processes.
+
+    Args:
+        num_experts: ``E``; must divide the width of every FFN.
+        split: Name of a file in ``moe/split``: ``activation`` (neurons that fire together, needs ReLU), ``parameter``
+            (neurons with similar weights, as in the papers) or ``random``.
+        num_samples: Training samples that the activation profile is made from; some 16k tokens are enough.
+        profile_dim: Dimensions that the profile is projected to.
+        seed: Of the clustering and the projection.
+        init_from: Artifact folder of an earlier phase. To evaluate: of this one.
+        source: A pretrained model, instead of ``init_from``.
+
+    Raises:
+        ConfigError: For an unknown split, or numbers that are not positive.
+    """
+
+    ends_at = "experts"
+
+    def __init__(
+        self,
+        num_experts: int,
+        split: str = "activation",
+        num_samples: int = 1024,
+        profile_dim: int = 768,
+        seed: int = 0,
+        init_from: str | None = None,
+        source: ModelSource | None = None,
+    ) -> None:
+        super().__init__(init_from, source)
+        self.config = ExpertsConfig(num_experts)
+        check(num_samples > 0, f"num_samples={num_samples}: must be positive")
+        check(profile_dim > 0, f"profile_dim={profile_dim}: must be positive")
+        self.split_name = split
+        self.split = plugins.find(splits, split, "split")
+        self.num_samples = num_samples
+        self.profile_dim = profile_dim
+        self.seed = seed
+        self.automatic_optimization = False
+
+    def transform_(self, model: nn.Module) -> None:
+        ffns = select_ffns(model)
+        for ffn in ffns:
+            check(
+                ffn.d_ff % self.config.num_experts == 0,
+                f"num_experts={self.config.num_experts}: must divide the FFN width, which is {ffn.d_ff} in {ffn.name}",
+            )
+            check(
+                not self.split.needs_profile or ffn.is_sparse,
+                f"split={self.split_name!r}: needs exact zeros, but {ffn.name} has {ffn.activation_name}; allowed there "
+                "are parameter and random; or fine-tune with activation=relu first",
+            )
+
+    def finish_(self, model: nn.Module) -> None:
+        convert_to_moe_(model, self.config)
+
+    def setup(self, stage: str) -> None:
+        self.trainer.datamodule.ordered = True
+
+    def configure_optimizers(self) -> None:
+        """Nothing is trained."""
+
+    def on_fit_start(self) -> None:
+        self.model.eval()
+        self._ffns = select_ffns(self.model)
+        self._profiles = {
+            ffn.name: ActivationProfile(ffn.d_ff, self.profile_dim, self.device)
+            for ffn in self._ffns
+            if self.split.needs_profile
+        }
+        self._seen = 0  # samples, by this process
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
+        enough = not self.split.needs_profile or self._seen * self.trainer.world_size >= self.num_samples
+        return -1 if enough else None  # -1 ends the epoch
+
+    @torch.no_grad()
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        drawn: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+
+        def tap(name: str, pre: Tensor, post: Tensor) -> None:
+            positions = post.shape[:-1]  # (B, L)
+            if positions not in drawn:
+                drawn[positions] = self._signs(batch.get("attention_mask"), positions)
+            signs, index = drawn[positions]
+            self._profiles[name].add(post.flatten(0, -2)[index], signs)  # (B * L, d_ff) -> (N, d_ff)
+
+        with tapped(self._ffns, tap):
+            self.logits(batch)
+        self._seen += len(batch["labels"])
+
+    def on_train_end(self) -> None:
+        convert_to_moe_(self.model, self.config, assignments=self._assign())
+
+    def _signs(self, attention_mask: Tensor | None, positions: torch.Size) -> tuple[Tensor, Tensor]:
+        """Random signs ``(N, p)`` of the tokens that count, and their places ``(N,)`` among all ``B * L`` positions."""
+        mask = torch.ones(positions) if attention_mask is None else attention_mask.cpu()
+        dataset_size = len(self.trainer.train_dataloader.dataset)
+        signs, counted = [torch.zeros(0, self.profile_dim)], torch.zeros(positions, dtype=torch.bool)
+        for row in range(positions[0]):
+            # a distributed sampler deals samples out in turn, and repeats some at the end
+            sample = (self._seen + row) * self.trainer.world_size + self.trainer.global_rank
+            if sample < min(self.num_samples, dataset_size):
+                counted[row] = mask[row] != 0
+                signs.append(sample_signs(sample, int(counted[row].sum()), self.profile_dim, self.seed))
+        return torch.cat(signs).to(self.device), counted.flatten().nonzero().squeeze(1).to(self.device)
+
+    def _assign(self) -> dict[str, Tensor]:
+        """The expert of every neuron, by FFN; the same on all processes."""
+        for profile in self._profiles.values():
+            profile.sums = self.trainer.strategy.reduce(profile.sums, reduce_op="sum")
+        assignments = None
+        if self.trainer.is_global_zero:
+            ffns = track(self._ffns, "Clustering neurons", disable=not self.trainer.progress_bar_callback)
+            assignments = {
+                ffn.name: self.split(
+                    ffn.input_weight,
+                    self._profiles[ffn.name].sums if self.split.needs_profile else None,
+                    self.config.num_experts,
+                    self.seed,
+                )
+                for ffn in ffns
+            }
+        return self.trainer.strategy.broadcast(assignments)

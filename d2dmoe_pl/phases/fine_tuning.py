@@ -1,0 +1,30 @@
+"""Phase 1: train the dense model on the task."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.moe.convert import ActivationConfig, swap_activation_
+from d2dmoe_pl.phases.base import Batch, OptimizedPhase
+
+
+class FineTuning(OptimizedPhase):
+    """Fine-tune the dense model on the task, optionally after a swap of its activation ("relufication").
+
+    Args:
+        activation: Activation to put into every FFN first, e.g. ``relu``; the model's own if not given.
+        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+    """
+
+    def __init__(self, activation: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.activation = activation
+
+    def transform_(self, model: nn.Module) -> None:
+        if self.activation is not None:
+            swap_activation_(model, ActivationConfig(self.activation))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.task_loss(self.logits(batch), batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss

@@ -1,0 +1,33 @@
+"""Will these phases work on this model? Answered from shapes, before anything long runs."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from d2dmoe_pl.artifact import build_structure
+from d2dmoe_pl.moe.convert import describe, stage_of
+from d2dmoe_pl.phases.base import Phase
+
+
+def preflight(phases: Sequence[Phase]) -> None:
+    """Take the first phase's model through all ``phases`` on the meta device.
+
+    Args:
+        phases: In order; each after the first starts from what the one before leaves.
+
+    Raises:
+        ConfigError: If a phase does not fit what it would start from.
+    """
+    model, came_from = _start(phases[0])
+    for phase in phases:
+        phase.check_start(stage_of(describe(model)), came_from)
+        phase.transform_(model)
+        phase.finish_(model)
+        came_from = type(phase).__name__
+
+
+def _start(phase: Phase) -> tuple[nn.Module, str]:
+    artifact = phase.read_start()
+    if artifact is None:
+        return phase.source.build_structure(["0", "1"]), "a source"  # the data, and with it the labels, come later
+    return build_structure(artifact), artifact.phase

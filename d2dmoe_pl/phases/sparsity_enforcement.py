@@ -1,0 +1,95 @@
+"""Phase 2: train on, with a penalty that makes the FFNs' activations sparse."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.metrics.activation_sparsity import ActivationSparsity
+from d2dmoe_pl.moe.context import token_index
+from d2dmoe_pl.moe.convert import select_ffns
+from d2dmoe_pl.moe.sparsity import PENALTIES, Penalty, Schedule, alpha_at, clamped
+from d2dmoe_pl.moe.taps import tapped
+from d2dmoe_pl.phases.base import Batch, OptimizedPhase
+
+
+class SparsityEnforcement(OptimizedPhase):
+    """Task loss plus ``alpha`` times the mean over FFNs of a sparsity penalty: D2DMoE (arXiv 2310.04361), section 3.1.
+
+    Args:
+        penalty: ``l1``, the sum of magnitudes; ``hoyer``, its square over the sum of squares.
+        alpha: Weight of the penalty at its largest.
+        schedule: How the weight grows: ``constant``; ``linear`` to the end; ``warmup``, linear to half-way.
+        displacement: Penalise ``max(z - displacement, 0)`` of the pre-activation ``z`` instead of the activation.
+            Needed for GELU and SiLU, which give no exact zeros: about -10 for vision, about 0 for fine-grained tasks.
+        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+
+    Raises:
+        ConfigError: If ``alpha`` is negative.
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty = "hoyer",
+        alpha: float = 1e-3,
+        schedule: Schedule = "constant",
+        displacement: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check(alpha >= 0, f"alpha={alpha}: must not be negative")
+        self.penalty = penalty
+        self.alpha = alpha
+        self.schedule = schedule
+        self.displacement = displacement
+
+    def transform_(self, model: nn.Module) -> None:
+        ffns = select_ffns(model)
+        dense = [ffn for ffn in ffns if not ffn.is_sparse]
+        check(
+            not dense or self.displacement is not None,
+            f"penalty={self.penalty!r} with displacement=None: allowed only on ReLU, but "
+            f"{dense[0].name if dense else ''} has {dense[0].activation_name if dense else ''}, which gives no exact "
+            "zeros; set displacement (e.g. -10 or 0), or fine-tune with activation=relu first",
+        )
+
+    def on_fit_start(self) -> None:
+        self._ffns = select_ffns(self.model)
+        self.sparsity = ActivationSparsity([ffn.name for ffn in self._ffns]).to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        index = token_index(batch.get("attention_mask"))
+        penalties = []
+
+        def tap(name: str, pre: Tensor, post: Tensor) -> None:
+            watched = post if self.displacement is None else clamped(pre, self.displacement)
+            per_token = PENALTIES[self.penalty](watched).flatten()  # (B * L,)
+            penalties.append((per_token if index is None else per_token[index]).mean())
+
+        with tapped(self._ffns, tap):
+            logits = self.logits(batch)
+        task_loss = self.task_loss(logits, batch)
+        penalty = sum(penalties) / len(penalties)
+        alpha = alpha_at(self.alpha, self.schedule, self.global_step / max(1, self.trainer.estimated_stepping_batches))
+        loss = task_loss + alpha * penalty
+        self.log_dict({"train/loss": loss, "train/task_loss": task_loss, "train/penalty": penalty}, prog_bar=True)
+        self.log("train/alpha", alpha)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if self.trainer.validating:  # of a finished model: nothing to watch
+            return super().validation_step(batch, batch_idx)
+        index = token_index(batch.get("attention_mask"))
+
+        def tap(name: str, pre: Tensor, post: Tensor) -> None:
+            watched = post if self.displacement is None else clamped(pre, self.displacement)
+            tokens = watched.flatten(0, -2)  # (B * L, d_ff)
+            self.sparsity.update(name, tokens if index is None else tokens[index])
+
+        with tapped(self._ffns, tap):
+            return super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.validating:
+            self.log_dict({f"sparsity_{key}": value for key, value in self.sparsity.compute().items()})
+            self.sparsity.reset()
