@@ -1,6 +1,7 @@
 """Phases in order, each from the artifact of the one before; run again after an interruption, it goes on."""
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,9 @@ def run_chain(config: Namespace) -> None:
     settings = _split_settings(config.set, names)
     output_dir = Path(config.output_dir)
 
+    # what Lightning says of itself at every start would bury what the chain says
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     arguments = [_arguments(config, settings, index) for index in range(len(names))]
     openings = [PhaseCLI(args=arguments_of_one, run=False) for arguments_of_one in arguments]
     computed = [_computed_config(opening) for opening in openings]

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -77,7 +78,7 @@ class TauSweep(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, phase: Phase) -> None:
         if not trainer.sanity_checking:
-            self._report(trainer, phase, "validation", final=trainer.validating)
+            self._report(trainer, phase, "validation", final=trainer.state.fn == TrainerFn.VALIDATING)
 
     def on_test_end(self, trainer: L.Trainer, phase: Phase) -> None:
         self._report(trainer, phase, "test", final=True)
@@ -145,11 +146,8 @@ class TauSweep(L.Callback):
         if not trainer.is_global_zero:
             return
         rows = [row for stage_rows in self.rows.values() for row in stage_rows]
-        references = {
-            record.phase: 100 * record.metrics[f"{stage}/accuracy"]
-            for record in phase.history
-            if f"{stage}/accuracy" in record.metrics
-        }
+        dense = [record for record in phase.history if f"{stage}/accuracy" in record.metrics][:1]
+        references = {f"{stage} after {record.phase}": 100 * record.metrics[f"{stage}/accuracy"] for record in dense}
         if folder is not None:
             write_csv(rows, Path(folder) / "tau_sweep.csv")
             draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)

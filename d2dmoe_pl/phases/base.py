@@ -101,6 +101,7 @@ class Phase(L.LightningModule):
             self.check_start(
                 "dense" if artifact is None else artifact.stage, artifact.phase if artifact else "a source"
             )
+            self.model.train()
             self.transform_(self.model)
         else:
             self.prepare_evaluation_(self.model)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
@@ -62,8 +63,7 @@ class SparsityEnforcement(OptimizedPhase):
         penalties = []
 
         def tap(name: str, pre: Tensor, post: Tensor) -> None:
-            watched = post if self.displacement is None else clamped(pre, self.displacement)
-            per_token = PENALTIES[self.penalty](watched).flatten()  # (B * L,)
+            per_token = PENALTIES[self.penalty](self._watched(pre, post)).flatten()  # (B * L,)
             penalties.append((per_token if index is None else per_token[index]).mean())
 
         with tapped(self._ffns, tap):
@@ -77,19 +77,22 @@ class SparsityEnforcement(OptimizedPhase):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        if self.trainer.validating:  # of a finished model: nothing to watch
+        if self.trainer.state.fn != TrainerFn.FITTING:  # a finished model: nothing to watch
             return super().validation_step(batch, batch_idx)
         index = token_index(batch.get("attention_mask"))
 
         def tap(name: str, pre: Tensor, post: Tensor) -> None:
-            watched = post if self.displacement is None else clamped(pre, self.displacement)
-            tokens = watched.flatten(0, -2)  # (B * L, d_ff)
+            tokens = self._watched(pre, post).flatten(0, -2)  # (B * L, d_ff)
             self.sparsity.update(name, tokens if index is None else tokens[index])
 
         with tapped(self._ffns, tap):
             return super().validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        if not self.trainer.validating:
+        if self.trainer.state.fn == TrainerFn.FITTING:
             self.log_dict({f"sparsity_{key}": value for key, value in self.sparsity.compute().items()})
             self.sparsity.reset()
+
+    def _watched(self, pre: Tensor, post: Tensor) -> Tensor:
+        """What the penalty acts on, from what the activation function takes and gives."""
+        return post if self.displacement is None else clamped(pre, self.displacement)
