@@ -69,10 +69,10 @@ def chain_parser() -> ArgumentParser:
     parser.add_argument("--from", type=str | None, default=None, help="Redo from this phase on.")
     parser.add_argument(
         "--set",
-        type=list[str],
+        type=str,
         default=[],
         nargs="*",
-        help="KEY=VALUE, as --KEY VALUE of fit: for all phases (trainer.devices=2), or for one (PHASE.trainer.max_epochs=1).",
+        help="KEY=VALUE as in fit, for all phases (trainer.devices=2) or for one (PHASE.trainer.max_epochs=1).",
     )
     return parser
 

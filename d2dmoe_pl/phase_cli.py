@@ -1,5 +1,7 @@
 """How one phase is put together from the command line: phase, data, trainer, and what every run keeps."""
 
+import warnings
+
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -13,6 +15,10 @@ from d2dmoe_pl.phases.base import Phase
 from d2dmoe_pl.phases.preflight import preflight
 
 CHECKPOINT = "last"
+
+# true, meant so, and said by Lightning at every start of a phase that trains no network
+warnings.filterwarnings("ignore", message="`LightningModule.configure_optimizers` returned `None`")
+warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training")
 
 
 class PhaseCLI(LightningCLI):

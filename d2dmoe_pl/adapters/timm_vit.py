@@ -1,5 +1,6 @@
 """timm Vision Transformers, DeiT among them: the FFN is the ``mlp`` of each block."""
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,8 +125,8 @@ class TimmModel(ModelSource):
     ) -> None:
         check(
             timm.is_model(architecture),
-            f"architecture={architecture!r}: timm has no such model; allowed are e.g. "
-            + ", ".join(timm.list_models(f"*{architecture[:8]}*")[:3] or timm.list_models("vit_small*")[:3]),
+            f"architecture={architecture!r}: timm has no such model; nearest are "
+            + ", ".join(difflib.get_close_matches(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))),
         )
         self.architecture = architecture
         self.pretrained = pretrained

@@ -85,8 +85,8 @@ class ClassificationData(L.LightningDataModule):
     def _loader(self, split: str, train: bool) -> DataLoader:
         dataset = self._splits[split]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # torch's own sampler repeats samples until ranks have equally many, which would falsify metrics
-        unrepeated = distributed and not train
+        # torch's own sampler repeats samples until ranks have equally many: needed to train, false in metrics
+        unrepeated = distributed and split != "train"
         return DataLoader(
             dataset,
             batch_size=self.batch_size,

@@ -66,8 +66,8 @@ class ExpertClustering(Phase):
             )
             check(
                 not self.split.needs_profile or ffn.is_sparse,
-                f"split={self.split_name!r}: needs exact zeros, but {ffn.name} has {ffn.activation_name}; allowed there "
-                "are parameter and random; or fine-tune with activation=relu first",
+                f"split={self.split_name!r}: needs exact zeros, but {ffn.name} has {ffn.activation_name}; allowed are "
+                "parameter and random, or activation with a model fine-tuned to relu first",
             )
 
     def finish_(self, model: nn.Module) -> None:

@@ -90,7 +90,8 @@ class SparsityEnforcement(OptimizedPhase):
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log_dict({f"sparsity_{key}": value for key, value in self.sparsity.compute().items()})
+            shares = {f"sparsity_{key}": value for key, value in self.sparsity.compute().items()}
+            self.log_dict(shares, sync_dist=True)  # the same on all processes by now; Lightning cannot know
             self.sparsity.reset()
 
     def _watched(self, pre: Tensor, post: Tensor) -> Tensor:

@@ -1,0 +1,136 @@
+"""What every adapter must do, held over the whole registry."""
+
+import copy
+
+import pytest
+import timm
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from d2dmoe_pl.adapters import ADAPTERS, TimmModel, adapter_for
+from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.convert import (
+    ActivationConfig,
+    ExpertsConfig,
+    convert_to_moe_,
+    describe,
+    moe_layers,
+    select_ffns,
+    swap_activation_,
+)
+
+KINDS = list(tiny.SOURCES)
+
+
+def test_every_family_is_under_contract():
+    assert {kind.partition("-")[0] for kind in KINDS} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestContract:
+    def test_knows_its_own_model_only(self, kind):
+        model = tiny.dense(kind)
+        matching = [family for family, adapter in ADAPTERS.items() if adapter.matches(model)]
+        assert matching == [kind.partition("-")[0]]
+
+    def test_finds_all_ffns_that_the_model_has(self, kind):
+        model = tiny.dense(kind)
+        ffns = select_ffns(model)
+        wide = {id(m) for m in model.modules() if isinstance(m, nn.Linear) and tiny.WIDTH in m.weight.shape}
+        # 3 * d_model of a fused qkv is the same number; it is no FFN
+        wide -= {id(m) for name, m in model.named_modules() if name.endswith("qkv")}
+        assert {id(part) for ffn in ffns for part in (ffn.up, ffn.down)} == wide
+        assert len(ffns) == 2
+        assert len({id(ffn.activation) for ffn in ffns}) == 2
+        for ffn in ffns:
+            assert ffn.up.weight.shape == (ffn.d_ff, ffn.d_model) == (tiny.WIDTH, ffn.down.weight.shape[0])
+
+    def test_all_experts_on_equals_dense_in_logits_and_gradients(self, kind):
+        dense = tiny.dense(kind)
+        converted = copy.deepcopy(dense)
+        order = {ffn.name: torch.randperm(tiny.WIDTH) % 8 for ffn in select_ffns(converted)}
+        convert_to_moe_(converted, ExpertsConfig(8), assignments=order)
+        inputs = tiny.batch(kind)
+        expected, got = tiny.logits(dense, inputs), tiny.logits(converted, inputs)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        for result in (expected, got):
+            result.square().sum().backward()
+        gradients = dict(converted.named_parameters())
+        for name, parameter in dense.named_parameters():
+            if name in gradients:  # everything outside the FFNs
+                torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-4)
+        for layer in moe_layers(converted).values():
+            assert layer.experts.up_weight.grad.abs().sum() > 0
+
+    def test_save_load_run_gives_the_same_bits(self, kind, tmp_path):
+        model = tiny.routed(kind)
+        save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
+        loaded = load_model(tmp_path / "artifact")
+        inputs = tiny.batch(kind)
+        assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+        assert describe(loaded) == describe(model)
+        assert read_artifact(tmp_path / "artifact").stage == "routed"
+
+    def test_swapped_activation_is_kept(self, kind, tmp_path):
+        model = tiny.dense(kind, activation=None)
+        inputs = tiny.batch(kind)
+        before = tiny.logits(model, inputs)
+        assert not any(ffn.is_sparse for ffn in select_ffns(model))
+        swap_activation_(model, ActivationConfig("relu"))
+        assert all(ffn.is_sparse for ffn in select_ffns(model))
+        after = tiny.logits(model, inputs)
+        assert not torch.allclose(before, after)
+        save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
+        assert torch.equal(tiny.logits(load_model(tmp_path / "artifact"), inputs), after)
+
+    def test_unknown_activation_is_refused(self, kind):
+        model = tiny.dense(kind)
+        with pytest.raises(ConfigError, match="activation='quark': "):
+            swap_activation_(model, ActivationConfig("quark"))
+
+    def test_structure_without_weights(self, kind):
+        structure = tiny.SOURCES[kind]().build_structure(tiny.LABELS)
+        assert all(parameter.is_meta for parameter in structure.parameters())
+        shapes = {name: parameter.shape for name, parameter in tiny.dense(kind).named_parameters()}
+        assert {name: parameter.shape for name, parameter in structure.named_parameters()} == shapes
+
+
+def test_a_model_that_no_adapter_knows():
+    with pytest.raises(
+        ConfigError, match="Linear: no adapter knows this model; known families are bert, timm_vit, vit"
+    ):
+        adapter_for(nn.Linear(2, 2))
+
+
+def test_dense_hugging_face_artifact_loads_with_transformers(tmp_path):
+    model = tiny.dense("bert")
+    save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "artifact").eval()
+    inputs = tiny.batch("bert")
+    assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+    assert loaded.config.id2label == dict(enumerate(tiny.LABELS))
+
+
+def test_dense_timm_artifact_loads_with_timm(tmp_path):
+    model = tiny.dense("timm_vit")
+    save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'artifact'}", pretrained=True).eval()
+    inputs = tiny.batch("timm_vit")
+    assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+
+
+def test_a_chunked_bert_is_refused():
+    config = transformers.BertConfig(vocab_size=40, chunk_size_feed_forward=4, **tiny._SHAPE)
+    model = transformers.BertForSequenceClassification(config)
+    with pytest.raises(ConfigError, match=r"chunk_size_feed_forward=4 in bert.encoder.layer.0: must be 0"):
+        convert_to_moe_(model, ExpertsConfig(8))
+
+
+def test_unknown_timm_architecture_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"architecture='vit_tiny_patch17': timm has no such model; nearest are vit_tiny"
+    ):
+        TimmModel("vit_tiny_patch17")

@@ -1,0 +1,54 @@
+"""Tests run offline, in temporary folders, on tiny random models."""
+
+import os
+import warnings
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from d2dmoe_pl.data import Digits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_dataset_cache(tmp_path_factory):
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """Make trainers that write to a temporary folder and do little."""
+
+    def make(**kwargs):
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "limit_train_batches": 4,
+            "limit_val_batches": 2,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "logger": TensorBoardLogger(tmp_path, name="run", version=""),
+        }
+        return L.Trainer(**{**settings, **kwargs})
+
+    return make
+
+
+@pytest.fixture
+def digits():
+    return Digits(batch_size=16)

@@ -1,0 +1,61 @@
+"""Padding is neither routed, nor run, nor counted."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from d2dmoe_pl.moe.context import token_index
+from d2dmoe_pl.moe.convert import moe_layers
+
+
+def test_token_index():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    assert token_index(mask).tolist() == [0, 1, 3]
+    assert token_index(torch.ones(2, 3)) is None
+    assert token_index(None) is None
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 1, 3\): must be \(B, L\)"):
+        token_index(torch.ones(2, 1, 3))
+
+
+def test_routers_and_gates_see_real_tokens_only():
+    model = tiny.routed("bert")
+    inputs = tiny.batch("bert")
+    seen = []
+    for layer in moe_layers(model).values():
+        layer.router.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        layer.gate.register_forward_hook(lambda module, args, mask: seen.append(len(mask)))
+    tiny.logits(model, inputs)
+    assert seen == [int(inputs["attention_mask"].sum())] * 4
+
+
+def test_answers_do_not_depend_on_padding():
+    model = tiny.routed("bert", tau=0.3)
+    inputs = tiny.batch("bert", size=4)
+    together = tiny.logits(model, inputs)
+    for row, length in enumerate(inputs["attention_mask"].sum(dim=1)):
+        alone = {key: value[row : row + 1, :length] for key, value in inputs.items() if key != "labels"}
+        torch.testing.assert_close(tiny.logits(model, alone)[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+def test_the_mask_is_found_by_position_and_forgotten_afterwards():
+    model = tiny.routed("bert")
+    inputs = tiny.batch("bert")
+    context = next(iter(moe_layers(model).values())).context
+    by_position = model(inputs["input_ids"], inputs["attention_mask"]).logits
+    assert torch.equal(by_position, tiny.logits(model, inputs))
+    assert context.token_index is None
+    with pytest.raises(IndexError):
+        model(inputs["input_ids"] + 1000, inputs["attention_mask"])
+    assert context.token_index is None
+
+
+def test_a_copied_model_has_a_context_of_its_own():
+    model = tiny.routed("bert")
+    twin = copy.deepcopy(model)
+    contexts = {id(layer.context) for layer in moe_layers(twin).values()}
+    assert len(contexts) == 1
+    assert contexts.isdisjoint(id(layer.context) for layer in moe_layers(model).values())
+    inputs = tiny.batch("bert")
+    assert torch.equal(tiny.logits(twin, inputs), tiny.logits(model, inputs))

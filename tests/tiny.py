@@ -1,0 +1,71 @@
+"""Tiny random models of every family, batches for them, and shortcuts to later stages."""
+
+import torch
+import transformers
+
+from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
+from d2dmoe_pl.moe.convert import (
+    ActivationConfig,
+    ExpertsConfig,
+    add_routers_,
+    convert_to_moe_,
+    set_gate_,
+    swap_activation_,
+)
+from d2dmoe_pl.moe.gate import GateConfig
+from d2dmoe_pl.moe.router import RouterConfig
+
+LABELS = ["cat", "dog", "eel"]
+WIDTH = 48
+DIGITS_VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+_IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+_SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": WIDTH}
+
+# one source a family and notable variant; the contract test runs over all of them
+SOURCES = {
+    "bert": lambda: HuggingFaceModel(
+        "text-classification",
+        config=transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **_SHAPE),
+    ),
+    "vit": lambda: HuggingFaceModel("image-classification", config=transformers.ViTConfig(**_IMAGE, **_SHAPE)),
+    "timm_vit": lambda: TimmModel("vit_tiny_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
+    "timm_vit-deit": lambda: TimmModel("deit_tiny_distilled_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
+    "timm_vit-dropout": lambda: TimmModel("vit_tiny_patch16_224", mlp_ratio=3.0, proj_drop_rate=0.1, **DIGITS_VIT),
+}
+
+
+def dense(kind="timm_vit", activation="relu"):
+    """A dense model of one of ``SOURCES``, in evaluation mode."""
+    model = SOURCES[kind]().build(LABELS).eval()
+    # freshly initialised timm heads and norms give tiny logits; spread them so that differences show
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    if activation is not None:
+        swap_activation_(model, ActivationConfig(activation))
+    return model
+
+
+def routed(kind="timm_vit", num_experts=8, tau=0.5, rule="dynk_max"):
+    """A model with experts, routers and a gate."""
+    model = dense(kind)
+    convert_to_moe_(model, ExpertsConfig(num_experts))
+    add_routers_(model, RouterConfig(8))
+    set_gate_(model, GateConfig(rule, tau))
+    return model
+
+
+def batch(kind="timm_vit", size=3):
+    """A batch for a model of ``kind``; texts are padded to different lengths."""
+    labels = torch.arange(size) % len(LABELS)
+    if kind == "bert":
+        length = 7
+        lengths = torch.tensor([length, 4, 2, 1] * size)[:size]
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        ids = torch.randint(5, 40, (size, length)) * mask
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"pixel_values": torch.randn(size, 1, 8, 8), "labels": labels}
+
+
+def logits(model, inputs):
+    return adapter_for(model).logits(model, inputs)
