@@ -2,8 +2,10 @@
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
+from d2dmoe_pl.data import ClassificationData
 from d2dmoe_pl.moe.convert import (
     ActivationConfig,
     ExpertsConfig,
@@ -69,3 +71,35 @@ def batch(kind="timm_vit", size=3):
 
 def logits(model, inputs):
     return adapter_for(model).logits(model, inputs)
+
+
+class TextData(ClassificationData):
+    """Random texts of different lengths, with labels, for the tiny BERT."""
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+        samples = [
+            {"input_ids": torch.randint(5, 40, (length,), generator=generator), "labels": length % len(LABELS)}
+            for length in (1 + torch.arange(48) % 9).tolist()
+        ]
+        return {"train": samples[:32], "validation": samples[32:40], "test": samples[40:]}, LABELS
+
+    def collate(self, samples, augment):
+        ids = torch.nn.utils.rnn.pad_sequence([sample["input_ids"] for sample in samples], batch_first=True)
+        labels = torch.tensor([sample["labels"] for sample in samples])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels}
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of every tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.seen.add(tuple(sorted(tensor.shape)))
+        return result

@@ -48,5 +48,6 @@ class ActivationProfile:
 
 def sample_signs(sample: int, num_tokens: int, dim: int, seed: int) -> Tensor:
     """The random signs of one sample's tokens: ``(num_tokens, dim)`` of -1 and 1, a function of its arguments alone."""
-    generator = torch.Generator().manual_seed((seed << 32) + sample)
+    # torch's CPU generator looks at the low 32 bits of its seed only
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**32)
     return torch.randint(0, 2, (num_tokens, dim), generator=generator).mul_(2).sub_(1).float()

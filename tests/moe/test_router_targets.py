@@ -1,26 +1,11 @@
 """Targets against their naive twins, and the tensor that is never made."""
 
+import tiny
 import torch
 from test_kernels import make_ffn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2dmoe_pl.moe.experts import Experts
 from d2dmoe_pl.moe.router_targets import activation_sums, gram_matrices, output_norms
-
-
-class Shapes(TorchDispatchMode):
-    """Records the shape of every tensor that an operation gives."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.seen.add(tuple(sorted(tensor.shape)))
-        return result
 
 
 def test_norms_equal_those_of_the_expert_outputs():
@@ -42,7 +27,7 @@ def test_no_tensor_of_experts_by_tokens_by_width():
     experts = Experts(make_ffn(d_model, 24), num_experts)
     hidden = experts.hidden(torch.randn(tokens, d_model))
     gram = gram_matrices(experts.down_weight)
-    with Shapes() as shapes:
+    with tiny.Shapes() as shapes:
         output_norms(hidden, gram)
     assert shapes.seen
     assert tuple(sorted((num_experts, tokens, d_model))) not in shapes.seen

@@ -1,0 +1,100 @@
+"""Cost accounting against what torch counts on the products really run."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2dmoe_pl.callbacks.sweep_table import sweep_row
+from d2dmoe_pl.metrics.expert_load import experts_histogram
+from d2dmoe_pl.metrics.flops import (
+    dense_ffn_flops,
+    flops_outside_ffns,
+    pair_flops,
+    router_flops,
+    sample_inputs,
+    sample_lengths,
+)
+from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, moe_layers, set_backend_
+
+
+def counted(function):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function()
+    return counter.get_total_flops()
+
+
+def test_formulas_by_hand():
+    layer = next(iter(moe_layers(tiny.routed()).values()))  # d_model 16, d_ff 48, E 8, router width 8
+    assert pair_flops(layer.experts) == 2 * 2 * 16 * 6
+    assert dense_ffn_flops(layer.experts) == 2 * 2 * 16 * 48
+    assert router_flops(layer) == 2 * (16 * 8 + 8 * 8)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit", "timm_vit"])
+def test_flops_outside_ffns_equal_the_dense_models_less_its_ffns(kind):
+    dense = tiny.dense(kind)
+    inputs = tiny.batch(kind, size=1)
+    length = None if "attention_mask" not in inputs else 5
+    model = copy.deepcopy(dense)
+    convert_to_moe_(model, ExpertsConfig(8))
+    one = sample_inputs(inputs, length)
+    on_cpu = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in one.items()}
+    tokens = length or 5  # 4 patches and the class token
+    ffns = sum(tokens * dense_ffn_flops(layer.experts) for layer in moe_layers(model).values())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the CPU's fused kernel is not counted
+        whole = counted(lambda: tiny.logits(dense, on_cpu))
+    assert flops_outside_ffns(model, one) == whole - ffns
+    assert flops_outside_ffns(tiny.routed(kind), one) == whole - ffns  # routers are no part of it
+
+
+@pytest.mark.parametrize("kind", ["bert", "timm_vit"])
+@pytest.mark.parametrize("tau", [0.2, 0.6, 1.0])
+def test_executed_flops_equal_the_products_really_run(kind, tau):
+    """Padding and unexecuted experts left out, routers in: the sweep's arithmetic against torch's counter."""
+    model = tiny.routed(kind, tau=tau)
+    set_backend_(model, "grouped")
+    inputs = tiny.batch(kind, size=4)
+    layers, masks = moe_layers(model), []
+    for layer in layers.values():
+        layer.gate.register_forward_hook(lambda module, args, mask: masks.append(mask))
+    inside = 0
+
+    def count_layer(layer, args, output):
+        nonlocal inside
+        inside += counted(lambda: layer.forward(*args))
+
+    for layer in layers.values():
+        layer.register_forward_hook(count_layer)
+    with torch.no_grad():
+        tiny.logits(model, inputs)
+    histograms = [experts_histogram(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
+    row = sweep_row("test", tau, 0.0, 0.0, layers, histograms, samples=4, flops_outside=0)
+    assert row.model_flops * 4 == inside
+    dense = sum(
+        int(h.sum()) * dense_ffn_flops(layer.experts) for h, layer in zip(histograms, layers.values(), strict=True)
+    )
+    assert row.ffn_flops_percent == pytest.approx(100 * inside / dense)
+    assert row.experts_percent == pytest.approx(100 * torch.cat(masks[::2]).float().mean().item())
+
+
+def test_sample_lengths_and_inputs():
+    inputs = tiny.batch("bert", size=4)
+    assert sample_lengths(inputs) == [7, 4, 2, 1]
+    assert {key: tuple(value.shape) for key, value in sample_inputs(inputs, 4).items()} == {
+        "input_ids": (1, 4),
+        "labels": (1,),
+    }
+    assert sample_lengths(tiny.batch("vit")) is None
+    assert sample_inputs(tiny.batch("vit"), None)["pixel_values"].shape == (1, 1, 8, 8)
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = tiny.routed()
+    gates = [layer.gate for layer in moe_layers(model).values()]
+    flops_outside_ffns(model, sample_inputs(tiny.batch(), None))
+    assert [layer.gate for layer in moe_layers(model).values()] == gates
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert not any(layer._forward_pre_hooks for layer in moe_layers(model).values())

@@ -1,0 +1,116 @@
+"""Artifacts are whole or not there, hold no pickle, and say what they are."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+
+from d2dmoe_pl import artifact as artifacts
+from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, record_metrics, save_artifact
+from d2dmoe_pl.errors import ConfigError
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "artifact"
+    save_artifact(
+        tiny.routed(), path, [PhaseRecord("FineTuning", {"test/accuracy": 0.5}), PhaseRecord("RouterRegression")]
+    )
+    return path
+
+
+def test_what_it_says(saved):
+    artifact = read_artifact(saved)
+    assert (artifact.stage, artifact.phase, artifact.family) == ("routed", "RouterRegression", "timm_vit")
+    assert artifact.history[0].metrics == {"test/accuracy": 0.5}
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_two_lines_of_python(saved):
+    import d2dmoe_pl  # noqa: PLC0415 (the two lines)
+
+    model = d2dmoe_pl.load_model(saved)
+    assert not model.training
+    assert tiny.logits(model, tiny.batch()).shape == (3, 3)
+
+
+def test_metrics_are_added_to_the_last_phase(saved):
+    record_metrics(saved, {"test/accuracy": 0.25})
+    assert [record.metrics for record in read_artifact(saved).history] == [
+        {"test/accuracy": 0.5},
+        {"test/accuracy": 0.25},
+    ]
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_processor_is_saved_beside(tmp_path):
+    save_artifact(
+        tiny.dense(),
+        tmp_path / "artifact",
+        [PhaseRecord("X")],
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+    )
+    assert (tmp_path / "artifact" / "tokenizer.json").read_text() == "{}"
+
+
+def test_a_replaced_artifact_is_the_new_one(saved):
+    save_artifact(tiny.dense(), saved, [PhaseRecord("FineTuning")])
+    assert read_artifact(saved).stage == "dense"
+    assert [entry.name for entry in saved.parent.iterdir()] == ["artifact"]
+
+
+@pytest.mark.parametrize("moment", ["save_processor", "_write_json", "safetensors", "_publish"])
+def test_killed_while_saving_leaves_the_old_artifact_or_none(tmp_path, monkeypatch, moment):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "artifact"
+    arguments = (tiny.dense(), path, [PhaseRecord("FineTuning")], killed if moment == "save_processor" else None)
+    with monkeypatch.context() as patch:
+        if moment == "safetensors":
+            patch.setattr(artifacts.safetensors.torch, "save_model", killed)
+        elif moment != "save_processor":
+            patch.setattr(artifacts, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_artifact(*arguments)
+    assert not path.exists()
+    save_artifact(tiny.dense(), path, [PhaseRecord("FineTuning")])
+    assert read_artifact(path).stage == "dense"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"init_from='.*nowhere': no such folder; must be the artifact that a phase wrote"
+    ):
+        read_artifact(tmp_path / "nowhere")
+
+
+def test_a_folder_that_is_no_artifact(tmp_path):
+    with pytest.raises(ConfigError, match=r"no artifact, config.json cannot be read"):
+        read_artifact(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ConfigError, match=r"no artifact, config.json has no key 'd2dmoe'"):
+        read_artifact(tmp_path)
+
+
+def test_missing_weights(saved):
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model.safetensors is missing or truncated"):
+        read_artifact(saved)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 200, -1])
+def test_truncated_weights(saved, kept):
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=r"init_from='.*artifact': model.safetensors is missing or truncated"):
+        read_artifact(saved)
+    with pytest.raises(ConfigError, match=r"path='.*artifact': model.safetensors is missing or truncated"):
+        load_model(saved)
+
+
+def test_an_artifact_can_be_moved(saved, tmp_path):
+    moved = shutil.move(saved, tmp_path / "elsewhere")
+    assert load_model(moved) is not None
