@@ -60,7 +60,9 @@ class Todo(Enum):
 
 def chain_parser() -> ArgumentParser:
     """The arguments of the ``chain`` subcommand."""
-    parser = ArgumentParser(description="Run phases in order; run again after an interruption, it goes on.")
+    parser = ArgumentParser(
+        description="Run phases in order; run again after an interruption, it goes on.", allow_abbrev=False
+    )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with the settings below.")
     parser.add_argument("--phases", type=list[ChainPhase], help="Phases, first to last: name and config of each.")
     parser.add_argument("--base", type=Path_fr | None, default=None, help="YAML that all phases share, e.g. the data.")

@@ -50,6 +50,20 @@ def main(args: Sequence[str] | None = None) -> None:
         arguments[1:1] = ["--config", str(default_recipe())]
     try:
         D2DMoECLI(args=arguments)
-    except (ConfigError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except Exception as error:
+        mendable = _mendable(error)
+        if mendable is None:
+            raise
+        print(f"error: {mendable}", file=sys.stderr)
+        sys.exit(2 if isinstance(mendable, ConfigError) else 1)
+
+
+def _mendable(error: BaseException | None) -> ConfigError | NonFiniteLossError | None:
+    """What a user can mend, at the root of ``error``; the parser wraps what constructors raise in errors of its own."""
+    while error is not None and not isinstance(error, (ConfigError, NonFiniteLossError)):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+if __name__ == "__main__":
+    main()

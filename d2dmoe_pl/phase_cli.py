@@ -1,6 +1,7 @@
 """How one phase is put together from the command line: phase, data, trainer, and what every run keeps."""
 
 import warnings
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,8 +17,9 @@ from d2dmoe_pl.phases.preflight import preflight
 
 CHECKPOINT = "last"
 
-# true, meant so, and said by Lightning at every start of a phase that trains no network
+# true, meant so, and said by Lightning at every start or resumption of a phase
 warnings.filterwarnings("ignore", message="`LightningModule.configure_optimizers` returned `None`")
+warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training")
 
 
@@ -39,6 +41,10 @@ class PhaseCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Take no abbreviations, so that a misspelt option is an error."""
+        return super().init_parser(allow_abbrev=False, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI warns when it gets arguments while the process has others; a chain does so on purpose

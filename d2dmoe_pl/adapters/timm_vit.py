@@ -125,8 +125,8 @@ class TimmModel(ModelSource):
     ) -> None:
         check(
             timm.is_model(architecture),
-            f"architecture={architecture!r}: timm has no such model; nearest are "
-            + ", ".join(difflib.get_close_matches(architecture, timm.list_models("*vit*") + timm.list_models("deit*"))),
+            f"architecture={architecture!r}: timm has no such model; allowed are e.g. "
+            + ", ".join(difflib.get_close_matches(architecture, timm.list_models(["vit_*", "deit*"]), cutoff=0.1)),
         )
         self.architecture = architecture
         self.pretrained = pretrained

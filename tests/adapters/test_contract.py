@@ -131,6 +131,6 @@ def test_a_chunked_bert_is_refused():
 
 def test_unknown_timm_architecture_is_refused():
     with pytest.raises(
-        ConfigError, match=r"architecture='vit_tiny_patch17': timm has no such model; nearest are vit_tiny"
+        ConfigError, match=r"architecture='vit_tiny_patch17': timm has no such model; allowed are e.g. vit_tiny"
     ):
         TimmModel("vit_tiny_patch17")

@@ -1,0 +1,276 @@
+"""Chains run, resume after an interruption at any moment, and say what they do."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from recipe import PHASES, arguments, write_recipe
+
+from d2dmoe_pl import chain as chains
+from d2dmoe_pl.artifact import read_artifact
+from d2dmoe_pl.cli import main
+from d2dmoe_pl.phases import FineTuning, RouterRegression
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A recipe and the output of its chain."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = write_recipe(folder / "recipe")
+    main(arguments(recipe, folder / "run"))
+    return recipe, folder / "run"
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    recipe, output = finished
+    shutil.copytree(output, tmp_path / "run")
+    return recipe, tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Lightning ignores Ctrl-C once it has seen one."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def stamps(output):
+    """When each phase's artifact and status were written."""
+    return {name: (output / name / "phase.json").stat().st_mtime_ns for name in PHASES if (output / name).exists()}
+
+
+def statuses(output):
+    return {name: json.loads((output / name / "phase.json").read_text())["finished"] for name in PHASES}
+
+
+def test_a_chain_leaves_every_phases_artifact_and_the_sweep(finished):
+    _, output = finished
+    stages = [read_artifact(output / name / "artifact").stage for name in PHASES]
+    assert stages == ["dense", "dense", "experts", "routed"]
+    history = read_artifact(output / "router_regression" / "artifact").history
+    assert [record.phase for record in history] == [
+        "FineTuning",
+        "SparsityEnforcement",
+        "ExpertClustering",
+        "RouterRegression",
+    ]
+    assert all({"test/loss", "test/accuracy"} <= set(record.metrics) for record in history)
+    assert (output / "router_regression" / "tau_sweep.csv").read_text().count("\n") == 1 + 2 * 3
+    assert (output / "router_regression" / "tau_sweep.png").is_file()
+    assert statuses(output) == dict.fromkeys(PHASES, True)
+
+
+def test_run_again_it_does_nothing(copy, capsys):
+    recipe, output = copy
+    before = stamps(output)
+    main(arguments(recipe, output))
+    assert stamps(output) == before
+    assert "Nothing to do. Redo with --from PHASE" in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_sweep_twice_and_another_seed_another(finished, tmp_path):
+    recipe, output = finished
+    tables = [(output / "router_regression" / "tau_sweep.csv").read_text()]
+    for seed in (0, 1):
+        main(arguments(recipe, tmp_path / str(seed), "--seed", str(seed)))
+        tables.append((tmp_path / str(seed) / "router_regression" / "tau_sweep.csv").read_text())
+    assert tables[0] == tables[1] != tables[2]
+
+
+def test_from_redoes_that_phase_and_those_after_it(copy):
+    recipe, output = copy
+    before = stamps(output)
+    main(arguments(recipe, output, "--from", "expert_clustering"))
+    after = stamps(output)
+    assert [name for name in PHASES if after[name] != before[name]] == ["expert_clustering", "router_regression"]
+
+
+def test_a_changed_config_of_a_finished_phase_is_said(copy, capsys):
+    recipe, output = copy
+    main(arguments(recipe, output, "--set", "sparsity_enforcement.model.init_args.alpha=0.5"))
+    said = capsys.readouterr().err
+    assert "sparsity_enforcement: its config has changed since it was finished" in said
+    assert "model.init_args.alpha: 0.001 -> 0.5" in said
+    assert "--from sparsity_enforcement redoes it" in said
+    main(arguments(recipe, output, "--set", "trainer.devices=1", "trainer.log_every_n_steps=2"))
+    assert "config has changed" not in capsys.readouterr().err  # of no consequence for the result
+
+
+MOMENTS = {
+    "while training": (FineTuning, "training_step", 9),
+    "while saving the artifact": (chains.PhaseCLI, None, None),
+    "while testing": (FineTuning, "test_step", 2),
+    "before the metrics are recorded": (chains, "record_metrics", 1),
+    "while the sweep runs": (RouterRegression, "test_step", 1),
+}
+
+
+@pytest.mark.parametrize("moment", list(MOMENTS))
+def test_interrupted_at_any_moment_it_goes_on(tmp_path, monkeypatch, capsys, moment):
+    recipe, output = write_recipe(tmp_path / "recipe"), tmp_path / "run"
+    owner, name, call = MOMENTS[moment]
+    if name is None:
+        from d2dmoe_pl.callbacks import save_artifact as owner  # noqa: PLC0415
+
+        name, call = "save_artifact", 2
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    # Lightning looks at the names of a step's arguments
+    interrupted.__signature__ = __import__("inspect").signature(original)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main(arguments(recipe, output))
+    assert "The same command goes on from there." in capsys.readouterr().err
+    finished = [phase for phase in PHASES if (output / phase / "phase.json").exists() and statuses_of(output, phase)]
+    before = stamps(output)
+    main(arguments(recipe, output))
+    after = stamps(output)
+    assert all(after[phase] == before[phase] for phase in finished)
+    assert statuses(output) == dict.fromkeys(PHASES, True)
+    assert (output / "router_regression" / "tau_sweep.csv").read_text().count("\n") == 1 + 2 * 3
+
+
+def statuses_of(output, name):
+    return json.loads((output / name / "phase.json").read_text())["finished"]
+
+
+def test_an_interrupted_phase_continues_from_its_last_checkpoint(tmp_path, monkeypatch):
+    recipe, output = write_recipe(tmp_path / "recipe", epochs=3), tmp_path / "run"
+    original, epochs = FineTuning.training_step, []
+
+    def training_step(self, batch, batch_idx):
+        epochs.append(self.current_epoch)
+        if len(epochs) == 15:  # in the third epoch
+            raise KeyboardInterrupt
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(FineTuning, "training_step", training_step)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(arguments(recipe, output))
+    main(arguments(recipe, output))
+    assert epochs == [0] * 6 + [1] * 6 + [2] * 3 + [2] * 6
+
+
+def test_an_interrupted_phase_whose_config_has_changed_starts_over(tmp_path, monkeypatch, capsys):
+    recipe, output = write_recipe(tmp_path / "recipe", epochs=3), tmp_path / "run"
+    original, epochs = FineTuning.training_step, []
+
+    def training_step(self, batch, batch_idx):
+        epochs.append(self.current_epoch)
+        if len(epochs) == 15:
+            raise KeyboardInterrupt
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(FineTuning, "training_step", training_step)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(arguments(recipe, output))
+    main(arguments(recipe, output, "--set", "fine_tuning.model.init_args.warmup=0.5"))
+    assert epochs[15:] == [0] * 6 + [1] * 6 + [2] * 6
+    assert "its config has changed since it was interrupted; it starts over" in capsys.readouterr().err
+
+
+def test_killed_outright_it_goes_on(tmp_path):
+    """SIGKILL of the real command, once its first checkpoint is there."""
+    recipe, output = write_recipe(tmp_path / "recipe"), tmp_path / "run"
+    chain = arguments(recipe, output, "--set", "fine_tuning.trainer.max_epochs=40")
+    command = [sys.executable, "-m", "d2dmoe_pl.cli", *chain]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (output / "fine_tuning" / "checkpoints" / "last.ckpt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not statuses_of(output, "fine_tuning")
+    main(chain)
+    assert statuses(output) == dict.fromkeys(PHASES, True)
+
+
+def test_a_finished_phase_whose_artifact_is_broken(copy, capsys):
+    recipe, output = copy
+    weights = output / "fine_tuning" / "artifact" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(recipe, output))
+    assert exit_info.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: finished phase fine_tuning=")
+    assert "model.safetensors is missing or truncated" in last
+
+
+@pytest.mark.parametrize(
+    ("models", "more", "message"),
+    [
+        (
+            {"expert_clustering": {"num_experts": 5}},
+            [],
+            "num_experts=5: must divide the FFN width, which is 64 in blocks.0.mlp",
+        ),
+        ({"router_regression": {"tau": 1.5}}, [], "tau=1.5: must lie in [0, 1]"),
+        ({"fine_tuning": {"activation": None}}, [], "penalty='hoyer' with displacement=None: allowed only on ReLU"),
+        ({"fine_tuning": {"activation": "quark"}}, [], "activation='quark': timm knows no such activation"),
+        ({}, ["--from", "fine_tunning"], "from='fine_tunning': allowed are fine_tuning, sparsity_enforcement"),
+        ({}, ["--set", "epochs=3"], "set='epochs=3': must look like trainer.max_epochs=1"),
+        (
+            {},
+            ["--set", "router.width=3"],
+            "set='router.width=3': must begin with trainer, data or model, or with a phase",
+        ),
+        ({}, ["--set", "trainer.max_epoch=3"], "max_epoch"),
+        ({"router_regression": {"wdith": 3}}, [], "wdith"),
+    ],
+)
+def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(tmp_path, capsys, models, more, message):
+    recipe = write_recipe(tmp_path / "recipe", **models)
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(recipe, tmp_path / "run", *more))
+    assert exit_info.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert message in "\n".join(said.strip().splitlines()[-4:])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_loss_stops_the_chain_and_keeps_what_is_good(tmp_path, monkeypatch, capsys):
+    recipe, output = write_recipe(tmp_path / "recipe"), tmp_path / "run"
+    original = FineTuning.task_loss
+
+    def task_loss(self, logits, batch):
+        return original(self, logits, batch) * (float("nan") if self.training and self.global_step == 8 else 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuning, "task_loss", task_loss)
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(recipe, output))
+    assert exit_info.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: FineTuning: the loss is nan at step 8; stopped, the last good checkpoint is ")
+    main(arguments(recipe, output))
+    assert statuses(output) == dict.fromkeys(PHASES, True)
+
+
+def test_two_phases_of_one_name(tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "recipe")
+    phases = json.dumps([{"name": "a", "config": str(tmp_path / "recipe" / "fine_tuning.yaml")}] * 2)
+    with pytest.raises(SystemExit):
+        main(arguments(recipe, tmp_path / "run", "--phases", phases))
+    assert "phases=['a', 'a']: must be at least one, with different names" in capsys.readouterr().err
+
+
+def test_environment_is_left_alone(finished):
+    assert "LOCAL_RANK" not in os.environ

@@ -1,0 +1,143 @@
+"""The command line as Lightning users know it."""
+
+import pytest
+import torch
+import yaml
+from recipe import arguments, write_recipe
+
+from d2dmoe_pl.artifact import read_artifact
+from d2dmoe_pl.cli import main
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    write_recipe(tmp_path / "recipe")
+    return tmp_path / "recipe"
+
+
+def fit(recipe, phase, tmp_path, *more):
+    configs = ["--config", str(recipe / "base.yaml"), "--config", str(recipe / f"{phase}.yaml")]
+    return [*configs, f"--trainer.default_root_dir={tmp_path}", *more]
+
+
+def out(capsys, *args):
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    captured = capsys.readouterr()
+    return exit_info.value.code, captured.out, captured.err
+
+
+def test_help_lists_every_subcommand(capsys):
+    code, said, _ = out(capsys, "--help")
+    assert code == 0
+    for subcommand in ("fit", "validate", "test", "predict", "chain"):
+        assert f"\n    {subcommand}" in said
+
+
+def test_help_of_a_phase_shows_its_docstring(capsys):
+    code, said, _ = out(capsys, "fit", "--model.help=RouterRegression")
+    assert code == 0
+    said = " ".join(said.split())
+    assert "Hidden neurons of a router" in said
+    assert "Share of the training over which the learning rate rises linearly from 0" in said  # inherited
+    code, said, _ = out(capsys, "chain", "--help")
+    assert "Redo from this phase on" in said
+
+
+def test_print_config_can_be_run(capsys, recipe, tmp_path):
+    code, said, _ = out(capsys, "fit", *fit(recipe, "fine_tuning", tmp_path), "--print_config")
+    assert code == 0
+    config = yaml.safe_load(said)
+    assert config["model"]["class_path"] == "d2dmoe_pl.phases.FineTuning"
+    assert config["data"]["init_args"]["batch_size"] == 64
+    (tmp_path / "whole.yaml").write_text(said)
+    main(["fit", "--config", str(tmp_path / "whole.yaml"), "--trainer.max_epochs=1"])
+
+
+def test_fit_validate_test_predict_of_every_phase(recipe, tmp_path, capsys):
+    previous = None
+    for version, phase in enumerate(["fine_tuning", "sparsity_enforcement", "expert_clustering", "router_regression"]):
+        more = [] if previous is None else [f"--model.init_args.init_from={previous}"]
+        main(["fit", *fit(recipe, phase, tmp_path / phase, *more)])
+        previous = tmp_path / phase / "lightning_logs" / "version_0" / "artifact"
+        assert read_artifact(previous).history[version]
+        evaluate = fit(recipe, phase, tmp_path / phase, f"--model.init_args.init_from={previous}")
+        if phase == "fine_tuning":
+            evaluate.append("--model.init_args.source=null")
+        for subcommand in ("validate", "test", "predict"):
+            main([subcommand, *evaluate])
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_fit_resumes_from_a_checkpoint(recipe, tmp_path):
+    main(["fit", *fit(recipe, "fine_tuning", tmp_path, "--trainer.max_epochs=1")])
+    checkpoint = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint, weights_only=False)["epoch"] == 0
+    main(["fit", *fit(recipe, "fine_tuning", tmp_path), "--ckpt_path", str(checkpoint), "--weights_only=false"])
+    resumed = tmp_path / "lightning_logs" / "version_1" / "checkpoints" / "last.ckpt"
+    assert torch.load(resumed, weights_only=False)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("phase", "more", "message"),
+    [
+        ("fine_tuning", ["--model.init_args.warmup=2"], "warmup=2.0: must lie in [0, 1]"),
+        ("fine_tuning", ["--model.init_args.source.init_args.architecture=resnet"], "timm has no such model"),
+        ("fine_tuning", ["--data.init_args.batch_size=0"], "batch_size=0: must be positive"),
+        ("fine_tuning", ["--trainer.max_epoks=3"], "max_epoks"),
+        ("fine_tuning", ["--model=FineTunning"], "FineTunning"),
+        ("router_regression", ["--model.init_args.tau=-0.5"], "tau=-0.5: must lie in [0, 1]"),
+        ("router_regression", ["--model.init_args.init_from=nowhere"], "init_from='nowhere': no such folder"),
+        (
+            "router_regression",
+            ["--model.init_args.gate=best"],
+            "gate='best': allowed are dynk_cumulative, dynk_max",
+        ),
+        ("router_regression", [], "init_from=None: RouterRegression needs the artifact of an earlier phase"),
+        (
+            "expert_clustering",
+            ["--model.init_args.split=magic"],
+            "split='magic': allowed are activation, parameter",
+        ),
+    ],
+)
+def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(recipe, tmp_path, capsys, phase, more, message):
+    code, _, said = out(capsys, "fit", *fit(recipe, phase, tmp_path / "run", *more))
+    assert code == 2
+    assert "Traceback" not in said
+    assert message in "\n".join(said.strip().splitlines()[-4:])
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_from_another_phase(recipe, tmp_path, capsys):
+    main(["fit", *fit(recipe, "fine_tuning", tmp_path / "first")])
+    artifact = tmp_path / "first" / "lightning_logs" / "version_0" / "artifact"
+    more = f"--model.init_args.init_from={artifact}"
+    code, _, said = out(capsys, "fit", *fit(recipe, "router_regression", tmp_path / "second", more))
+    assert code == 2
+    assert (
+        said.strip()
+        .splitlines()[-1]
+        .endswith("is the work of FineTuning, at stage 'dense'; RouterRegression starts from stage 'experts'")
+    )
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_misspelt_subcommand(capsys):
+    code, _, said = out(capsys, "chian")
+    assert code == 2
+    assert "chian" in said
+    assert "chain" in said
+
+
+def test_chain_without_config_is_the_embedded_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["chain", "--from", "nothing"])
+    assert "from='nothing': allowed are fine_tuning, sparsity_enforcement" in capsys.readouterr().err
+
+
+def test_set_reaches_one_phase_or_all(recipe, tmp_path):
+    more = ["--set", "trainer.max_epochs=1", "router_regression.model.init_args.width=4"]
+    main(arguments(str(recipe / "chain.yaml"), tmp_path / "run", *more))
+    layers = read_artifact(tmp_path / "run" / "router_regression" / "artifact").layers
+    assert {made["router"]["width"] for made in layers.values()} == {4}
