@@ -162,7 +162,7 @@ def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], inde
 
 def _computed_config(opening: PhaseCLI) -> dict[str, Any]:
     """The part of a phase's config that decides what it computes, flat, as JSON keeps it."""
-    config = json.loads(opening.parser.dump(opening.config, format="json", skip_none=False))
+    config = json.loads(opening.parser.dump(opening.config, format="json"))
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in INCIDENTAL}
     config["model"]["init_args"].pop("init_from", None)
     return _flat(config)

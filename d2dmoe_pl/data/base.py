@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from d2dmoe_pl.errors import check
 
@@ -84,16 +84,24 @@ class ClassificationData(L.LightningDataModule):
 
     def _loader(self, split: str, train: bool) -> DataLoader:
         dataset = self._splits[split]
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # torch's own sampler repeats samples until ranks have equally many: needed to train, false in metrics
-        unrepeated = distributed and split != "train"
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             shuffle=train,
-            sampler=UnrepeatedDistributedSampler(dataset, shuffle=False) if unrepeated else None,
+            sampler=None if train else _ordered_sampler(dataset, repeat=split == "train"),
             collate_fn=partial(self.collate, augment=train),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None:
+    """This process's share of ``dataset`` in order, dealt out in turn; None without other processes.
+
+    Lightning's own choice would shuffle training data, and repeat samples in evaluation until processes have equally
+    many (``repeat``), which falsifies metrics.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return (DistributedSampler if repeat else UnrepeatedDistributedSampler)(dataset, shuffle=False)

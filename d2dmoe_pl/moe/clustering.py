@@ -2,6 +2,7 @@
 
 import torch
 from k_means_constrained import KMeansConstrained
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,9 +22,10 @@ def balanced_kmeans(features: Tensor, num_experts: int, seed: int) -> Tensor:
         return torch.zeros(features.shape[0], dtype=torch.int64)
     size = features.shape[0] // num_experts
     rows = F.normalize(features.detach().float().cpu(), dim=1).numpy()
-    # centres from k-means++ can coincide when rows repeat; one start from the seed is enough otherwise
     kmeans = KMeansConstrained(num_experts, size_min=size, size_max=size, n_init=1, random_state=seed)
-    return torch.from_numpy(kmeans.fit_predict(rows).astype("int64"))
+    # silent neurons are equally far from all centres; one thread rounds, and so breaks such ties, the same way anywhere
+    with threadpool_limits(1):
+        return torch.from_numpy(kmeans.fit_predict(rows).astype("int64"))
 
 
 class ActivationProfile:

@@ -1,0 +1,116 @@
+"""Two processes on one machine give what one gives: chains under DDP and under torchrun."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from recipe import PHASES, arguments, write_recipe
+from safetensors.torch import load_file
+
+from d2dmoe_pl.artifact import read_artifact
+from d2dmoe_pl.cli import main
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+MAIN = str(Path(__file__).parents[1] / "main.py")
+TWO = ["--set", "trainer.devices=2", "trainer.strategy=ddp", "data.init_args.batch_size=32"]
+
+
+def run(command):
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
+
+
+def sweep(folder):
+    with (folder / "tau_sweep.csv").open() as opened:
+        return list(csv.DictReader(opened))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """A recipe and its chain, run by one process."""
+    folder = tmp_path_factory.mktemp("distributed")
+    recipe = write_recipe(folder / "recipe", epochs=3)
+    main(arguments(recipe, folder / "one"))
+    return recipe, folder / "one"
+
+
+@pytest.fixture(scope="module")
+def two_processes(one_process, tmp_path_factory):
+    """The clustering, routing and sweep of two processes, from the dense model of one; torn off and run again."""
+    recipe, one = one_process
+    two = tmp_path_factory.mktemp("two") / "run"
+    # the same dense model, so that what follows can be compared
+    for phase in PHASES[:2]:
+        (two / phase).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-r", str(one / phase), str(two / phase)], check=True)
+    status = (two / "fine_tuning" / "phase.json").read_text()
+    for phase in PHASES[:2]:
+        file = two / phase / "phase.json"
+        file.write_text(file.read_text().replace('"data.init_args.batch_size": 64', '"data.init_args.batch_size": 32'))
+    assert status != (two / "fine_tuning" / "phase.json").read_text()
+    said = run([MAIN, *arguments(recipe, two, *TWO)])
+    return two, said
+
+
+def test_clustering_gives_the_numbers_of_one_process(one_process, two_processes):
+    name = "expert_clustering/artifact/model.safetensors"
+    one, two = load_file(one_process[1] / name), load_file(two_processes[0] / name)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_phases_are_run_once_and_said_once(two_processes):
+    _, said = two_processes
+    assert said.count("sparsity_enforcement: finished") == 1
+    assert said.count("Phase 3 of 4: expert_clustering") == 1
+    assert said.count("Finished. The model:") == 1
+
+
+def test_sweep_gives_the_numbers_of_one_process_on_the_same_model(two_processes, tmp_path):
+    """400 test samples over 2 processes and batches of 48: the last batches are uneven."""
+    artifact = two_processes[0] / "router_regression" / "artifact"
+    folder = Path(one_recipe(two_processes[0], tmp_path))
+    common = [
+        *("--config", str(folder / "base.yaml"), "--config", str(folder / "router_regression.yaml")),
+        f"--model.init_args.init_from={artifact}",
+        "--data.init_args.batch_size=48",
+    ]
+    main(["test", *common, f"--trainer.default_root_dir={tmp_path / 'one'}"])
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path / 'two'}"]
+    run([MAIN, "test", *common, *more])
+    tables = [sweep(tmp_path / name / "lightning_logs" / "version_0") for name in ("one", "two")]
+    for one, two in zip(*tables, strict=True):
+        for key in one:
+            if key == "loss":
+                assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-5)
+            else:
+                assert one[key] == two[key]
+
+
+def one_recipe(output, folder):
+    write_recipe(folder / "recipe", epochs=3)
+    return folder / "recipe"
+
+
+def test_a_whole_chain_under_torchrun(one_process, tmp_path):
+    recipe, _ = one_process
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    run([*torchrun, MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")])
+    history = read_artifact(tmp_path / "run" / "router_regression" / "artifact").history
+    assert len(history) == 4
+    assert all("test/accuracy" in record.metrics for record in history)
+    # once more: nothing to do, and it says so from one process only
+    said = run([*torchrun, MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")])
+    assert said.count("Nothing to do") == 1
+
+
+def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
+    recipe, _ = one_process
+    run([MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")])
+    accuracies = [row["accuracy"] for row in sweep(tmp_path / "run" / "router_regression")]
+    assert len(accuracies) == 6

@@ -1,0 +1,130 @@
+"""The tree keeps its promises: one direction of imports, names in their place, docs in step, configs that parse."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import d2dmoe_pl
+from d2dmoe_pl.chain import _arguments, chain_parser
+from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.phases.preflight import preflight
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "d2dmoe_pl"
+# what stands left may be imported by what stands right
+FLOW = [
+    ["errors", "plugins"],
+    ["data"],
+    ["adapters"],
+    ["moe", "metrics"],
+    ["artifact"],
+    ["phases"],
+    ["callbacks"],
+    ["phase_cli"],
+    ["chain"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def place(file):
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "d2dmoe_pl" else [node.module]
+            )
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("d2dmoe_pl."))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_go_one_way(file):
+    if file == PACKAGE / "__init__.py":
+        return
+    for imported in imports(file):
+        assert RANK[imported] <= RANK[place(file)], f"imports {imported}, against the flow"
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_architectures_are_named_in_adapters_only(file):
+    if place(file) == "adapters":
+        return
+    identifiers = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
+    assert not {name for name in identifiers if re.search(r"(?i)bert(?!.*distil)|vit\b|vision_?transformer|deit", name)}
+
+
+@pytest.mark.parametrize(
+    "file", [*SOURCES, *(ROOT / "tests").rglob("*.py")], ids=lambda file: str(file.relative_to(ROOT))
+)
+def test_files_hold_one_idea(file):
+    assert file.stem not in ("utils", "common", "helpers", "misc")
+    assert file.read_text().count("\n") <= 400
+
+
+def readme_commands():
+    """The command lines of the README's first section."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"^```(?:bash|sh)\n(.*?)\n```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_ci_runs_the_readmes_test_line():
+    start, tests = readme_commands()[:2]
+    assert "requirements.txt" in start
+    assert "main.py chain" in start
+    assert "pytest" in tests
+    assert len(tests.splitlines()) == len(start.splitlines()) == 1
+    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_requirements_have_a_floor_and_a_ceiling():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.fullmatch(r"[a-z0-9-]+(\[[a-z]+\])?>=[\d.]+,<[\d.]+", line), line
+
+
+def test_readme_names_files_that_are_there():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"`((?:configs|d2dmoe_pl|tests)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*/chain.yaml")), ids=lambda path: path.parent.name)
+def test_every_recipe_parses_and_fits_together(recipe, tmp_path):
+    config = chain_parser().parse_args(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
+    settings = {None: [], **{phase.name: [] for phase in config.phases}}
+    openings = [PhaseCLI(args=_arguments(config, settings, i), run=False) for i in range(len(config.phases))]
+    preflight([opening.model for opening in openings])
+    used = {phase.config.absolute for phase in config.phases} | {config.base.absolute}
+    assert used == {str(file) for file in recipe.parent.glob("*.yaml")} - {str(recipe)}
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_yaml_is_of_a_recipe():
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        assert (file.parent / "chain.yaml").is_file()
+        assert yaml.safe_load(file.read_text())
+
+
+def test_public_names_have_docstrings():
+    for file in SOURCES:
+        tree = ast.parse(file.read_text())
+        assert ast.get_docstring(tree), file
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{file}: {node.name}"
+
+
+def test_top_level_names():
+    assert set(d2dmoe_pl.__all__) == {"load_model", "save_artifact", "set_backend_", "set_gate_", "set_tau_"}
