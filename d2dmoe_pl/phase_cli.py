@@ -17,7 +17,8 @@ from d2dmoe_pl.phases.preflight import preflight
 
 CHECKPOINT = "last"
 
-# true, meant so, and said by Lightning at every start or resumption of a phase
+# Lightning's own affair, or true and meant so; said at every start or resumption of a phase
+warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 warnings.filterwarnings("ignore", message="`LightningModule.configure_optimizers` returned `None`")
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training")
@@ -56,5 +57,8 @@ class PhaseCLI(LightningCLI):
 
 
 def _default_callbacks() -> list[L.Callback]:
-    checkpoint = ModelCheckpoint(filename=CHECKPOINT, save_top_k=1, enable_version_counter=False)
+    # every epoch, whether it validates or not
+    checkpoint = ModelCheckpoint(
+        filename=CHECKPOINT, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+    )
     return [StopOnNonFinite(), SaveArtifact(), checkpoint]

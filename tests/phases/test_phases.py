@@ -218,7 +218,7 @@ class TestRouterRegression:
         after = state(phase.model)
         changed = {name for name in after if not torch.equal(before[name], after[name])}
         assert changed == {name for name in after if ".router." in name}
-        losses = [float(loss) for loss in losses]
+        losses = [loss.item() for loss in losses]
         assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
     def test_leaves_a_gated_model(self, trainer, digits, artifact):
