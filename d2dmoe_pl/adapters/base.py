@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.errors import check
 
 
 class Adapter(ABC):
@@ -26,6 +27,20 @@ class Adapter(ABC):
     @abstractmethod
     def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
         """Let ``module``, ``(..., d_model)`` to the same shape, compute what ``ffn`` computed."""
+
+    def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+        """Let ``module``, ``(..., d_model)`` to the same shape, compute ``norm(x + dropout(ffn(x)))`` as well.
+
+        Families whose FFNs have a ``residual_norm`` define it.
+
+        Raises:
+            ConfigError: In the other families.
+        """
+        check(ffn.residual_norm is not None, f"{ffn.name}: a {self.family} has no LayerNorm after the FFN's residual")
+
+    def vocabulary_size(self, model: nn.Module) -> int | None:
+        """How many token ids there are; None for models of anything but text."""
+        return None
 
     @abstractmethod
     def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:

@@ -36,6 +36,9 @@ class HuggingFaceAdapter(Adapter):
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
 
+    def vocabulary_size(self, model: nn.Module) -> int | None:
+        return getattr(model.config, "vocab_size", None)
+
     def config(self, model: nn.Module) -> dict[str, Any]:
         config = json.loads(model.config.to_json_string(use_diff=True))
         return {**config, "architectures": [type(model).__name__]}

@@ -187,7 +187,9 @@ class OptimizedPhase(Phase):
 
     def configure_optimizers(self) -> dict:
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        undecayed = {name for name, parameter in trained if parameter.dim() < 2 or name.endswith("bias")}
+        # experts keep vectors of their own as the rows of a matrix
+        vectors = ("bias", "norm_weight")
+        undecayed = {name for name, parameter in trained if parameter.dim() < 2 or name.endswith(vectors)}
         groups = [
             {"params": [parameter for name, parameter in trained if name not in undecayed]},
             {"params": [parameter for name, parameter in trained if name in undecayed], "weight_decay": 0.0},
