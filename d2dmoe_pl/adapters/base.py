@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters.ffn import FFN
-from d2dmoe_pl.errors import check
 
 
 class Adapter(ABC):
@@ -31,12 +30,9 @@ class Adapter(ABC):
     def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
         """Let ``module``, ``(..., d_model)`` to the same shape, compute ``norm(x + dropout(ffn(x)))`` as well.
 
-        Families whose FFNs have a ``residual_norm`` define it.
-
-        Raises:
-            ConfigError: In the other families.
+        Families whose FFNs have a ``residual_norm`` define it; the others are never asked to.
         """
-        check(ffn.residual_norm is not None, f"{ffn.name}: a {self.family} has no LayerNorm after the FFN's residual")
+        raise TypeError(f"{ffn.name}: a {self.family} has no LayerNorm after the FFN's residual")
 
     def vocabulary_size(self, model: nn.Module) -> int | None:
         """How many token ids there are; None for models of anything but text."""
