@@ -51,6 +51,12 @@ class Adapter(ABC):
         """Call ``model`` with what it needs of ``batch``; labels are left out."""
 
     @abstractmethod
+    def logits_and_hidden_states(
+        self, model: nn.Module, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What :meth:`logits` gives, and what the embeddings and each layer give, ``(B, L, d_model)``; one call."""
+
+    @abstractmethod
     def config(self, model: nn.Module) -> dict[str, Any]:
         """The ``config.json`` from which :meth:`build` makes the dense model again."""
 

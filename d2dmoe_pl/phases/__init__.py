@@ -4,6 +4,7 @@ from d2dmoe_pl.phases.base import OptimizedPhase, Phase
 from d2dmoe_pl.phases.expert_clustering import ExpertClustering
 from d2dmoe_pl.phases.fine_tuning import FineTuning
 from d2dmoe_pl.phases.importance_scoring import ImportanceScoring
+from d2dmoe_pl.phases.moebert_distillation import MoEBERTDistillation
 from d2dmoe_pl.phases.router_regression import RouterRegression
 from d2dmoe_pl.phases.sparsity_enforcement import SparsityEnforcement
 
@@ -11,6 +12,7 @@ __all__ = [
     "ExpertClustering",
     "FineTuning",
     "ImportanceScoring",
+    "MoEBERTDistillation",
     "OptimizedPhase",
     "Phase",
     "RouterRegression",
