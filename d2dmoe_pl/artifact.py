@@ -1,20 +1,21 @@
 """A model between phases: a folder that Hugging Face users recognise.
 
 ``config.json`` is the dense model's own, with one more key, ``d2dmoe``, for what was converted and how;
-``model.safetensors`` holds the weights; a tokenizer or image processor lies beside them. Nothing is pickled.
+``model.safetensors`` holds the weights; a tokenizer or image processor lies beside them, and what a phase found out
+about the model in safetensors files of its own. Nothing is pickled.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for, adapter_named
 from d2dmoe_pl.errors import ConfigError, check
@@ -42,12 +43,14 @@ class Artifact:
         family: Name of its adapter.
         layers: What :func:`d2dmoe_pl.moe.convert.describe` gave.
         history: The phases it went through, first to last.
+        tensors: Names of the tensor files beside the weights, without their ending.
     """
 
     path: Path
     family: str
     layers: dict[str, dict]
     history: list[PhaseRecord]
+    tensors: list[str] = field(default_factory=list)
 
     @property
     def stage(self) -> str:
@@ -59,12 +62,17 @@ class Artifact:
         """The phase that wrote it."""
         return self.history[-1].phase
 
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one of the files named in ``tensors``."""
+        return safetensors.torch.load_file(self.path / _tensor_file(name))
+
 
 def save_artifact(
     model: nn.Module,
     path: str | Path,
     history: Sequence[PhaseRecord],
     save_processor: Callable[[Path], None] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write ``model`` to the folder ``path``, which is at no moment half-written.
 
@@ -73,10 +81,17 @@ def save_artifact(
         path: The folder; one that is there is replaced.
         history: The phases it went through, at least one.
         save_processor: Writes a tokenizer or image processor into the folder it is given.
+        tensors: What else a phase found out about the model: by the name of a file, tensors by name.
     """
     path = Path(path)
+    tensors = tensors or {}
     adapter = adapter_for(model)
-    made = {"family": adapter.family, "layers": describe(model), "history": [asdict(record) for record in history]}
+    made = {
+        "family": adapter.family,
+        "layers": describe(model),
+        "history": [asdict(record) for record in history],
+        "tensors": sorted(tensors),
+    }
     aside = path.with_name(f".{path.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -85,6 +100,9 @@ def save_artifact(
     _write_json(aside / CONFIG, {**adapter.config(model), KEY: made})
     # safetensors keeps one copy of tensors that are shared
     safetensors.torch.save_model(model, str(aside / WEIGHTS), metadata={"format": "pt"})
+    for name, values in tensors.items():
+        contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
+        safetensors.torch.save_file(contiguous, str(aside / _tensor_file(name)))
     _publish(aside, path)
 
 
@@ -92,7 +110,7 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     """The description of the artifact in ``path``, after checking that it is whole.
 
     Raises:
-        ConfigError: If there is no artifact, or its weights are missing or truncated.
+        ConfigError: If there is no artifact, or a file of tensors in it is missing or truncated.
     """
     path = Path(path)
     check(path.is_dir(), f"{argument}={str(path)!r}: no such folder; must be the artifact that a phase wrote")
@@ -101,14 +119,16 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(f"{argument}={str(path)!r}: no artifact, {CONFIG} cannot be read ({error})") from None
     check(KEY in config, f"{argument}={str(path)!r}: no artifact, {CONFIG} has no key {KEY!r}")
-    try:
-        with safetensors.safe_open(str(path / WEIGHTS), framework="pt"):
-            pass
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"{argument}={str(path)!r}: {WEIGHTS} is missing or truncated ({error})") from None
     made = config[KEY]
+    tensors = made.get("tensors", [])
+    for file in (WEIGHTS, *map(_tensor_file, tensors)):
+        try:
+            with safetensors.safe_open(str(path / file), framework="pt"):
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ConfigError(f"{argument}={str(path)!r}: {file} is missing or truncated ({error})") from None
     history = [PhaseRecord(**record) for record in made["history"]]
-    return Artifact(path, made["family"], made["layers"], history)
+    return Artifact(path, made["family"], made["layers"], history, tensors)
 
 
 def build_structure(artifact: Artifact) -> nn.Module:
@@ -143,6 +163,10 @@ def _build(artifact: Artifact) -> nn.Module:
     model = adapter_named(artifact.family).build(artifact.path)
     restore_(model, artifact.layers)
     return model
+
+
+def _tensor_file(name: str) -> str:
+    return f"{name}.safetensors"
 
 
 def _write_json(file: Path, value: dict) -> None:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tiny
+import torch
 
 from d2dmoe_pl import artifact as artifacts
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, record_metrics, save_artifact
@@ -52,6 +53,18 @@ def test_the_processor_is_saved_beside(tmp_path):
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
     )
     assert (tmp_path / "artifact" / "tokenizer.json").read_text() == "{}"
+
+
+def test_tensors_lie_beside_the_weights(tmp_path):
+    values = {"blocks.0.mlp": torch.arange(3.0), "blocks.1.mlp": torch.ones(4, dtype=torch.float64)}
+    save_artifact(tiny.dense(), tmp_path / "artifact", [PhaseRecord("X")], tensors={"importance": values})
+    artifact = read_artifact(tmp_path / "artifact")
+    assert artifact.tensors == ["importance"]
+    read = artifact.read_tensors("importance")
+    assert all(torch.equal(read[name], value) for name, value in values.items())
+    (tmp_path / "artifact" / "importance.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"importance.safetensors is missing or truncated"):
+        read_artifact(tmp_path / "artifact")
 
 
 def test_a_replaced_artifact_is_the_new_one(saved):

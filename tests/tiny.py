@@ -1,5 +1,7 @@
 """Tiny random models of every family, batches for them, and shortcuts to later stages."""
 
+import dataclasses
+
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,10 +17,14 @@ from d2dmoe_pl.moe.convert import (
     swap_activation_,
 )
 from d2dmoe_pl.moe.gate import GateConfig
+from d2dmoe_pl.moe.moebert import convert_to_moebert_
+from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
 from d2dmoe_pl.moe.router import RouterConfig
+from d2dmoe_pl.moe.select import select_ffns
 
 LABELS = ["cat", "dog", "eel"]
 WIDTH = 48
+MOEBERT = MoEBERTConfig(num_experts=4, expert_dim=12, num_shared=5)
 DIGITS_VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 _IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 _SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": WIDTH}
@@ -55,6 +61,14 @@ def routed(kind="timm_vit", num_experts=8, tau=0.5, rule="dynk_max"):
     add_routers_(model, RouterConfig(8))
     set_gate_(model, GateConfig(rule, tau))
     return model
+
+
+def moebert(routing="hash_random", seed=0):
+    """A BERT whose FFNs are four experts each, in evaluation mode."""
+    model = dense("bert", "gelu")
+    importance = {ffn.name: torch.rand(WIDTH) for ffn in select_ffns(model)}
+    convert_to_moebert_(model, dataclasses.replace(MOEBERT, routing=routing, seed=seed), importance=importance)
+    return model.eval()
 
 
 def batch(kind="timm_vit", size=3):

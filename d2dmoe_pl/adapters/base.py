@@ -27,6 +27,17 @@ class Adapter(ABC):
     def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
         """Let ``module``, ``(..., d_model)`` to the same shape, compute what ``ffn`` computed."""
 
+    def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+        """Let ``module``, ``(..., d_model)`` to the same shape, compute ``norm(x + dropout(ffn(x)))`` as well.
+
+        Families whose FFNs have a ``residual_norm`` define it; the others are never asked to.
+        """
+        raise TypeError(f"{ffn.name}: a {self.family} has no LayerNorm after the FFN's residual")
+
+    def vocabulary_size(self, model: nn.Module) -> int | None:
+        """How many token ids there are; None for models of anything but text."""
+        return None
+
     @abstractmethod
     def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
         """Give ``ffns`` the activation ``name`` and record it in the model's own config.
@@ -38,6 +49,12 @@ class Adapter(ABC):
     @abstractmethod
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Call ``model`` with what it needs of ``batch``; labels are left out."""
+
+    @abstractmethod
+    def logits_and_hidden_states(
+        self, model: nn.Module, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What :meth:`logits` gives, and what the embeddings and each layer give, ``(B, L, d_model)``; one call."""
 
     @abstractmethod
     def config(self, model: nn.Module) -> dict[str, Any]:

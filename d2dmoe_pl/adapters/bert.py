@@ -1,6 +1,6 @@
 """Hugging Face BERT: the FFN is spread over ``intermediate`` and ``output.dense`` of each layer."""
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer
 
 from d2dmoe_pl.adapters.base import module_at
@@ -9,8 +9,18 @@ from d2dmoe_pl.adapters.hugging_face import HuggingFaceAdapter
 from d2dmoe_pl.errors import check
 
 
+class _First(nn.Module):
+    """Where ``output`` stood: dropout, residual and LayerNorm are done, the residual that comes along is not needed."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return hidden_states
+
+
 class BertAdapter(HuggingFaceAdapter):
-    """``intermediate`` is replaced and ``output.dense`` becomes an Identity; dropout, residual and LayerNorm stay."""
+    """``intermediate`` is replaced and ``output.dense`` becomes an Identity; dropout, residual and LayerNorm stay.
+
+    A module that takes these over as well stands in the place of ``intermediate``, and ``output`` hands it through.
+    """
 
     family = "bert"
 
@@ -27,6 +37,7 @@ class BertAdapter(HuggingFaceAdapter):
                 up=layer.intermediate.dense,
                 activation=layer.intermediate.intermediate_act_fn,
                 down=layer.output.dense,
+                residual_norm=layer.output.LayerNorm,
             )
             for name, layer in layers.items()
             if isinstance(layer.intermediate, BertIntermediate)
@@ -36,6 +47,11 @@ class BertAdapter(HuggingFaceAdapter):
         layer, _ = module_at(model, ffn.name)
         layer.intermediate = module
         layer.output.dense = nn.Identity()
+
+    def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+        layer, _ = module_at(model, ffn.name)
+        layer.intermediate = module
+        layer.output = _First()
 
     def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
         model.get_submodule(ffn.name).intermediate_act_fn = activation

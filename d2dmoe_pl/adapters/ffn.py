@@ -17,6 +17,7 @@ class FFN:
         gate: Linear ``d_model -> d_ff`` of a gated FFN.
         hidden_dropout: What the replaced module applies to the activation.
         output_dropout: What the replaced module applies to its output.
+        residual_norm: Where the architecture has one, the LayerNorm after the residual: ``norm(x + dropout(y))``.
     """
 
     name: str
@@ -26,6 +27,7 @@ class FFN:
     gate: nn.Linear | None = None
     hidden_dropout: nn.Module = field(default_factory=nn.Identity)
     output_dropout: nn.Module = field(default_factory=nn.Identity)
+    residual_norm: nn.LayerNorm | None = None
 
     @property
     def d_model(self) -> int:

@@ -34,7 +34,20 @@ class HuggingFaceAdapter(Adapter):
         """Replace the activation module of one FFN."""
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return self._call(model, batch).logits
+
+    def logits_and_hidden_states(
+        self, model: nn.Module, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = self._call(model, batch, output_hidden_states=True)
+        return output.logits, output.hidden_states
+
+    @staticmethod
+    def _call(model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
+        return model(**{key: value for key, value in batch.items() if key != "labels"}, **kwargs)
+
+    def vocabulary_size(self, model: nn.Module) -> int | None:
+        return getattr(model.config, "vocab_size", None)
 
     def config(self, model: nn.Module) -> dict[str, Any]:
         config = json.loads(model.config.to_json_string(use_diff=True))

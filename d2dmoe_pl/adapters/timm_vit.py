@@ -53,6 +53,21 @@ class TimmViTAdapter(Adapter):
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model(batch["pixel_values"])
 
+    def logits_and_hidden_states(
+        self, model: nn.Module, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        states: list[Tensor] = []
+        handles = [model.blocks[0].register_forward_pre_hook(lambda block, args: states.append(args[0]))]
+        handles += [
+            block.register_forward_hook(lambda block, args, output: states.append(output)) for block in model.blocks
+        ]
+        try:
+            logits = self.logits(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, tuple(states)
+
     def config(self, model: nn.Module) -> dict[str, Any]:
         preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct")
         return {

@@ -19,5 +19,5 @@ class SaveArtifact(L.Callback):
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "validation/" in key}
             record = PhaseRecord(type(phase).__name__, metrics)
             processor = trainer.datamodule.save_processor
-            save_artifact(phase.model, Path(folder) / FOLDER, [*phase.history, record], processor)
+            save_artifact(phase.model, Path(folder) / FOLDER, [*phase.history, record], processor, phase.tensors())
         trainer.strategy.barrier()

@@ -10,19 +10,20 @@ from rich.table import Table
 from torch import Tensor
 
 from d2dmoe_pl.metrics.expert_load import executed_pairs
-from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops, router_flops
+from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops, routing_flops
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.moebert_layer import MoEBERTLayer
 
 LAYER_PREFIX = "experts_percent/"
 
 
 @dataclass
 class SweepRow:
-    """What the model does at one ``tau``, on one split.
+    """What the model does at one ``tau``, or with a routing that has none, on one split.
 
     Attributes:
         stage: ``validation`` or ``test``.
-        tau: The gate's setting.
+        tau: The gate's setting; None for a routing that has none.
         loss: Mean task loss.
         accuracy: Percent.
         experts_percent: Executed share of all (token, expert) pairs, over layers.
@@ -33,7 +34,7 @@ class SweepRow:
     """
 
     stage: str
-    tau: float
+    tau: float | None
     loss: float
     accuracy: float
     experts_percent: float
@@ -50,10 +51,10 @@ class SweepRow:
 
 def sweep_row(
     stage: str,
-    tau: float,
+    tau: float | None,
     loss: float,
     accuracy: float,
-    layers: Mapping[str, MoELayer],
+    layers: Mapping[str, MoELayer | MoEBERTLayer],
     histograms: Sequence[Tensor],
     samples: int,
     flops_outside: int,
@@ -62,10 +63,10 @@ def sweep_row(
 
     Args:
         stage: ``validation`` or ``test``.
-        tau: The gate's setting.
+        tau: The gate's setting; None for a routing that has none.
         loss: Mean task loss.
         accuracy: Share of right answers, in [0, 1].
-        layers: The MoE layers by name.
+        layers: The layers with experts by name.
         histograms: Per layer, the number of tokens that ran 0, 1, ..., E experts, ``(E + 1,)``.
         samples: Samples seen.
         flops_outside: FLOPs of all samples outside the FFNs.
@@ -75,7 +76,8 @@ def sweep_row(
     moe = list(layers.values())
     possible = [n * layer.experts.num_experts for n, layer in zip(tokens, moe, strict=True)]
     executed_flops = sum(
-        p * pair_flops(layer.experts) + n * router_flops(layer) for p, n, layer in zip(pairs, tokens, moe, strict=True)
+        p * pair_flops(layer.experts) + routing_flops(layer, n, samples)
+        for p, n, layer in zip(pairs, tokens, moe, strict=True)
     )
     dense_flops = sum(n * dense_ffn_flops(layer.experts) for n, layer in zip(tokens, moe, strict=True))
     return SweepRow(
@@ -112,7 +114,7 @@ def as_table(rows: Sequence[SweepRow], title: str) -> Table:
         shown = (row.accuracy, row.loss, row.experts_percent, row.ffn_flops_percent)
         cells = ["{:.2f}", "{:.4f}", "{:.1f}", "{:.1f}"]
         table.add_row(
-            f"{row.tau:g}",
+            "-" if row.tau is None else f"{row.tau:g}",
             *(cell.format(value) for cell, value in zip(cells, shown, strict=True)),
             f"{row.model_flops / 1e6:,.3f} M",
             f"{row.model_flops_percent:.1f}",

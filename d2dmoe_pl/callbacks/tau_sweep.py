@@ -1,7 +1,7 @@
 """The curve of accuracy against cost."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,9 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.metrics.expert_load import ExpertLoad
 from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
 from d2dmoe_pl.metrics.model_cost import ModelCost
-from d2dmoe_pl.moe.convert import gated, moe_layers
+from d2dmoe_pl.moe.convert import gated
 from d2dmoe_pl.moe.gate import GateConfig
+from d2dmoe_pl.moe.select import expert_layers, moe_layers
 from d2dmoe_pl.phases.base import Batch, Phase
 
 DEFAULT_TAUS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0]
@@ -33,6 +34,8 @@ class TauSweep(L.Callback):
 
     Writes ``tau_sweep.csv`` and ``tau_sweep.png`` to the run's folder, a table to the terminal, and scalars, the curve
     and histograms of experts per token to TensorBoard. FLOPs count a multiply-add as 2, the routers in, padding out.
+
+    A model whose routing has no ``tau``, such as MoEBERT's, is one point instead of a curve.
 
     Args:
         taus: Values in [0, 1]; larger runs more experts, 1 is the dense layer.
@@ -57,7 +60,8 @@ class TauSweep(L.Callback):
     def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         check(
             phase.ends_at == "routed",
-            f"callbacks: TauSweep needs a phase that makes routers (RouterRegression), not {type(phase).__name__}",
+            "callbacks: TauSweep needs a phase that makes routers (RouterRegression, MoEBERTDistillation), not "
+            f"{type(phase).__name__}",
         )
 
     def on_validation_start(self, trainer: L.Trainer, phase: Phase) -> None:
@@ -84,7 +88,8 @@ class TauSweep(L.Callback):
         self._report(trainer, phase, "test", final=True)
 
     def _start(self, phase: Phase) -> None:
-        self._layers = moe_layers(phase.model)
+        self._layers = expert_layers(phase.model)
+        self._settings = self.gates if moe_layers(phase.model) else [None]
         num_experts = [layer.experts.num_experts for layer in self._layers.values()]
         classes = len(phase.trainer.datamodule.label_names)
         self._metrics = [
@@ -95,14 +100,15 @@ class TauSweep(L.Callback):
                     "load": ExpertLoad(num_experts),
                 }
             ).to(phase.device)
-            for _ in self.gates
+            for _ in self._settings
         ]
         self._cost = ModelCost().to(phase.device)
 
     @torch.no_grad()
     def _sweep_batch(self, phase: Phase, batch: Batch) -> None:
-        for gate, metrics in zip(self.gates, self._metrics, strict=True):
-            with gated(phase.model, gate), self._watched(metrics["load"]):
+        for gate, metrics in zip(self._settings, self._metrics, strict=True):
+            at_gate = nullcontext() if gate is None else gated(phase.model, gate)
+            with at_gate, self._watched(metrics["load"]):
                 logits = phase.logits(batch)
             metrics["loss"].update(phase.task_loss(logits, batch), weight=len(logits))
             metrics["accuracy"].update(logits, batch["labels"])
@@ -113,13 +119,8 @@ class TauSweep(L.Callback):
 
     @contextmanager
     def _watched(self, load: ExpertLoad) -> Iterator[None]:
-        """Count what the gates let through in the body."""
-
-        def count(index: int, gate: nn.Module, args: tuple[Tensor], mask: Tensor) -> None:
-            load.update(index, mask)
-
-        layers = enumerate(self._layers.values())
-        handles = [layer.gate.register_forward_hook(partial(count, index)) for index, layer in layers]
+        """Count the experts that run in the body."""
+        handles = [layer.watch(partial(load.update, index)) for index, layer in enumerate(self._layers.values())]
         try:
             yield
         finally:
@@ -132,7 +133,7 @@ class TauSweep(L.Callback):
         self.rows[stage] = [
             sweep_row(
                 stage,
-                gate.tau,
+                None if gate is None else gate.tau,
                 float(metrics["loss"].compute()),
                 float(metrics["accuracy"].compute()),
                 self._layers,
@@ -140,7 +141,7 @@ class TauSweep(L.Callback):
                 samples,
                 flops_outside,
             )
-            for gate, metrics, histogram in zip(self.gates, self._metrics, histograms, strict=True)
+            for gate, metrics, histogram in zip(self._settings, self._metrics, histograms, strict=True)
         ]
         folder = trainer.log_dir
         if not trainer.is_global_zero:
@@ -153,7 +154,9 @@ class TauSweep(L.Callback):
             draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)
         self._log(trainer, stage, histograms if final else [], draw_curve(rows, references))
         if final:
-            Console().print(as_table(self.rows[stage], f"{stage}, gate {self.gates[0].rule}"))
+            gate = self._settings[0]
+            title = stage if gate is None else f"{stage}, gate {gate.rule}"
+            Console().print(as_table(self.rows[stage], title))
             if folder is not None:
                 Console().print(f"Curve and table: {Path(folder) / 'tau_sweep.png'}, tau_sweep.csv", soft_wrap=True)
 
@@ -166,20 +169,23 @@ class TauSweep(L.Callback):
                     "ffn_flops_percent": row.ffn_flops_percent,
                     "model_flops_percent": row.model_flops_percent,
                 }
-                scalars = {f"tau_sweep_{stage}_{key}/tau={row.tau:g}": value for key, value in values.items()}
-                shares = {
-                    f"experts_percent_{stage}_{name}/tau={row.tau:g}": share for name, share in row.layers.items()
-                }
+                setting = _setting(row.tau)
+                scalars = {f"tau_sweep_{stage}_{key}/{setting}": value for key, value in values.items()}
+                shares = {f"experts_percent_{stage}_{name}/{setting}": share for name, share in row.layers.items()}
                 logger.log_metrics({**scalars, **shares}, step=trainer.global_step)
             if not isinstance(logger, TensorBoardLogger):
                 continue
             logger.experiment.add_figure(f"tau_sweep/{stage}", figure, trainer.global_step)
-            for gate, per_layer in zip(self.gates, histograms, strict=False):
+            for row, per_layer in zip(self.rows[stage], histograms, strict=False):
                 for name, histogram in zip(self._layers, per_layer, strict=True):
-                    tag = f"experts_per_token_{stage}/{name}/tau={gate.tau:g}"
+                    tag = f"experts_per_token_{stage}/{name}/{_setting(row.tau)}"
                     logger.experiment.add_histogram_raw(
                         tag, **raw_histogram(histogram), global_step=trainer.global_step
                     )
+
+
+def _setting(tau: float | None) -> str:
+    return "tau=none" if tau is None else f"tau={tau:g}"
 
 
 def raw_histogram(histogram: Tensor) -> dict[str, Any]:

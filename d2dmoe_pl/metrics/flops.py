@@ -3,7 +3,8 @@
 The published figures of D2DMoE and MoEfication count a multiply-add as 1. Only matrix products count; padding does not.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +12,21 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.moe.convert import gated, moe_layers
 from d2dmoe_pl.moe.experts import Experts
+from d2dmoe_pl.moe.importance_experts import ImportanceExperts
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.moebert_layer import MoEBERTLayer
+from d2dmoe_pl.moe.select import expert_layers
 
 
-def pair_flops(experts: Experts) -> int:
+def pair_flops(experts: Experts | ImportanceExperts) -> int:
     """FLOPs of one executed (token, expert) pair."""
     return 2 * experts.d_model * experts.expert_dim * (3 if experts.is_gated else 2)
 
 
-def dense_ffn_flops(experts: Experts) -> int:
-    """FLOPs of the dense FFN for one token."""
-    return pair_flops(experts) * experts.num_experts
+def dense_ffn_flops(experts: Experts | ImportanceExperts) -> int:
+    """FLOPs for one token of the dense FFN that the experts were made from."""
+    return 2 * experts.d_model * experts.dense_dim * (3 if experts.is_gated else 2)
 
 
 def router_flops(layer: MoELayer) -> int:
@@ -31,6 +34,13 @@ def router_flops(layer: MoELayer) -> int:
     if layer.router is None:
         return 0
     return 2 * layer.router.config.width * (layer.experts.d_model + layer.experts.num_experts)
+
+
+def routing_flops(layer: MoELayer | MoEBERTLayer, tokens: int, samples: int) -> int:
+    """FLOPs of choosing experts for ``tokens`` of ``samples``."""
+    if isinstance(layer, MoEBERTLayer):
+        return layer.routing.flops(tokens, samples)
+    return tokens * router_flops(layer)
 
 
 def sample_lengths(batch: Mapping[str, Tensor]) -> list[int] | None:
@@ -53,30 +63,32 @@ def sample_inputs(batch: Mapping[str, Tensor], length: int | None) -> dict[str, 
 
 
 def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
-    """FLOPs of one call of a converted model, its MoE layers left out: embeddings, attention, head.
+    """FLOPs of one call of a converted model, its layers with experts left out: embeddings, attention, head.
 
     Counted on the meta device by ``torch.utils.flop_counter``: shapes alone, no arithmetic.
 
     Args:
-        model: A model with MoE layers.
+        model: A model with experts.
         inputs: A batch on the meta device, as :func:`sample_inputs` makes it.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    tokens_run = []
-    # what the layers contribute is subtracted again, from the shapes they really saw
-    handles = [
-        layer.register_forward_pre_hook(lambda layer, args: tokens_run.append((layer, args[0].shape[:-1].numel())))
-        for layer in moe_layers(model).values()
-    ]
-    counter = FlopCounterMode(display=False)
+    with _skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
+        adapter_for(model).logits(_Functional(model, meta), inputs)
+    return counter.get_total_flops()
+
+
+@contextmanager
+def _skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let ``layers`` hand through what they are given, whose shape they keep: on the meta device none can route."""
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = lambda x: x
     try:
-        with gated(model, None), counter, torch.no_grad():
-            adapter_for(model).logits(_Functional(model, meta), inputs)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return counter.get_total_flops() - sum(count * dense_ffn_flops(layer.experts) for layer, count in tokens_run)
+        for layer in layers:
+            del layer.forward
 
 
 class _Functional:

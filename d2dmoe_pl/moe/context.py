@@ -6,17 +6,26 @@ import torch
 from torch import Tensor, nn
 
 MASK_ARGUMENT = "attention_mask"
+IDS_ARGUMENT = "input_ids"
 
 
 class TokenContext:
-    """Which positions of the running batch hold real tokens. One is owned by each converted model.
+    """Which positions of the running batch hold real tokens, and which ones. One is owned by each converted model.
 
-    A forward pre-hook on the model fills it from the ``attention_mask`` argument, if the model's forward has one, so
-    that a plain ``model(**batch)`` leaves padding unrouted. Indices are found once a batch, not once a layer.
+    A forward pre-hook on the model fills it from the ``attention_mask`` and ``input_ids`` arguments, if the model's
+    forward has them, so that a plain ``model(**batch)`` leaves padding unrouted. Indices are found once a batch, not
+    once a layer.
+
+    Attributes:
+        token_index: Of :func:`token_index`.
+        token_ids: Of the real tokens, ``(N,)``; None without ``input_ids``.
+        sentence: Number of each real token's sentence, ``(N,)``, without gaps; None without ``input_ids``.
     """
 
     def __init__(self) -> None:
         self.token_index: Tensor | None = None
+        self.token_ids: Tensor | None = None
+        self.sentence: Tensor | None = None
 
     def install(self, model: nn.Module) -> None:
         """Hook this context onto ``model``."""
@@ -25,11 +34,47 @@ class TokenContext:
             model.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        bound = inspect.signature(model.forward).bind_partial(*args, **kwargs)
-        self.token_index = token_index(bound.arguments.get(MASK_ARGUMENT))
+        arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        self.token_index = token_index(arguments.get(MASK_ARGUMENT))
+        ids = arguments.get(IDS_ARGUMENT)
+        if ids is not None:
+            self.token_ids = real_tokens(ids.flatten(), self.token_index)
+            self.sentence = sentence_numbers(ids.shape, self.token_index, ids.device)
 
     def _leave(self, model: nn.Module, args: tuple, output: object) -> None:
-        self.token_index = None
+        self.token_index = self.token_ids = self.sentence = None
+
+
+def shared_context_(model: nn.Module) -> TokenContext:
+    """The context of ``model``, which gets one if it has none yet."""
+    for module in model.modules():
+        context = getattr(module, "context", None)
+        if isinstance(context, TokenContext):
+            return context
+    context = TokenContext()
+    context.install(model)
+    return context
+
+
+def real_tokens(positions: Tensor, index: Tensor | None) -> Tensor:
+    """What is at real tokens: ``(B * L, ...)`` to ``(N, ...)``, given what :func:`token_index` gave."""
+    return positions if index is None else positions.index_select(0, index)
+
+
+def sentence_numbers(shape: tuple[int, int], index: Tensor | None, device: torch.device) -> Tensor:
+    """Which sentence each real token is of; sentences without any are not numbered.
+
+    Args:
+        shape: ``(B, L)``.
+        index: What :func:`token_index` gave.
+        device: Where the numbers go.
+
+    Returns:
+        ``(N,)`` int64, ascending.
+    """
+    batch, length = shape
+    rows = real_tokens(torch.arange(batch * length, device=device) // length, index)
+    return rows if index is None else rows.unique_consecutive(return_inverse=True)[1]
 
 
 def token_index(attention_mask: Tensor | None) -> Tensor | None:

@@ -4,21 +4,22 @@ Each function takes ``(model, config, filter_fn)``, checks every place it will t
 raises ``ConfigError`` if it finds none.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import FFN, adapter_for
+from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.errors import ConfigError, check
-from d2dmoe_pl.moe.context import TokenContext
+from d2dmoe_pl.moe.context import shared_context_
 from d2dmoe_pl.moe.experts import Experts, check_assignment
 from d2dmoe_pl.moe.gate import Gate, GateConfig
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.moebert import METHOD, describe_moebert, restore_moebert_
+from d2dmoe_pl.moe.moebert_layer import MoEBERTLayer
 from d2dmoe_pl.moe.router import Router, RouterConfig
-
-FilterFn = Callable[[object, str], bool]
+from d2dmoe_pl.moe.select import FilterFn, expert_layers, moe_layers, select_ffns
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,6 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         check(self.num_experts > 0, f"num_experts={self.num_experts}: must be positive")
-
-
-def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN]:
-    """The dense FFNs of ``model`` that pass ``filter_fn(ffn, name)``, first to last.
-
-    Raises:
-        ConfigError: If there are none.
-    """
-    adapter = adapter_for(model)
-    found = [ffn for ffn in adapter.ffns(model) if filter_fn is None or filter_fn(ffn, ffn.name)]
-    if not found:
-        raise ConfigError(
-            f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else "")
-        )
-    return found
-
-
-def moe_layers(model: nn.Module, filter_fn: FilterFn | None = None) -> dict[str, MoELayer]:
-    """The MoE layers of ``model`` by name, first to last; empty for a dense model."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
-    return {name: layer for name, layer in layers.items() if filter_fn is None or filter_fn(layer, name)}
 
 
 def _select_moe_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, MoELayer]:
@@ -116,13 +96,10 @@ def convert_to_moe_(
         )
         if assignments is not None:
             check_assignment(assignments[ffn.name], ffn.d_ff, config.num_experts, ffn.name)
-    existing = next(iter(moe_layers(model).values()), None)
-    context = TokenContext() if existing is None else existing.context
+    context = shared_context_(model)
     for ffn in ffns:
         experts = Experts(ffn, config.num_experts, None if assignments is None else assignments[ffn.name])
         adapter.put_(model, ffn, MoELayer(experts, context, ffn.output_dropout))
-    if existing is None:
-        context.install(model)
 
 
 def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: FilterFn | None = None) -> None:
@@ -184,13 +161,17 @@ def set_backend_(model: nn.Module, backend: str, filter_fn: FilterFn | None = No
 def describe(model: nn.Module) -> dict[str, dict]:
     """What was converted and how, as plain JSON by layer name; :func:`restore_` is its inverse."""
     return {
-        name: {
-            "num_experts": layer.experts.num_experts,
-            "backend": layer.experts.backend,
-            "router": None if layer.router is None else asdict(layer.router.config),
-            "gate": None if layer.gate is None else asdict(layer.gate.config),
-        }
-        for name, layer in moe_layers(model).items()
+        name: describe_moebert(layer) if isinstance(layer, MoEBERTLayer) else _describe_moe(layer)
+        for name, layer in expert_layers(model).items()
+    }
+
+
+def _describe_moe(layer: MoELayer) -> dict:
+    return {
+        "num_experts": layer.experts.num_experts,
+        "backend": layer.experts.backend,
+        "router": None if layer.router is None else asdict(layer.router.config),
+        "gate": None if layer.gate is None else asdict(layer.gate.config),
     }
 
 
@@ -201,16 +182,25 @@ def restore_(model: nn.Module, layers: dict[str, dict]) -> None:
         def this(_: object, candidate: str, name: str = name) -> bool:
             return candidate == name
 
-        convert_to_moe_(model, ExpertsConfig(made["num_experts"]), this)
-        set_backend_(model, made["backend"], this)
-        if made["router"] is not None:
-            add_routers_(model, RouterConfig(**made["router"]), this)
-        if made["gate"] is not None:
-            set_gate_(model, GateConfig(**made["gate"]), this)
+        restore = restore_moebert_ if _is_moebert(made) else _restore_moe_
+        restore(model, made, this)
+
+
+def _restore_moe_(model: nn.Module, made: dict, filter_fn: FilterFn) -> None:
+    convert_to_moe_(model, ExpertsConfig(made["num_experts"]), filter_fn)
+    set_backend_(model, made["backend"], filter_fn)
+    if made["router"] is not None:
+        add_routers_(model, RouterConfig(**made["router"]), filter_fn)
+    if made["gate"] is not None:
+        set_gate_(model, GateConfig(**made["gate"]), filter_fn)
 
 
 def stage_of(model_layers: dict[str, dict]) -> str:
     """``dense``, ``experts`` or ``routed``: how far a conversion, as :func:`describe` gives it, has come."""
     if not model_layers:
         return "dense"
-    return "routed" if all(made["router"] for made in model_layers.values()) else "experts"
+    return "routed" if all(_is_moebert(made) or made["router"] for made in model_layers.values()) else "experts"
+
+
+def _is_moebert(made: dict) -> bool:
+    return made.get("method") == METHOD

@@ -71,6 +71,11 @@ class Experts(nn.Module):
         return self.up_weight.shape[1]
 
     @property
+    def dense_dim(self) -> int:
+        """Neurons of the dense FFN."""
+        return self.num_experts * self.expert_dim
+
+    @property
     def d_model(self) -> int:
         return self.up_weight.shape[2]
 

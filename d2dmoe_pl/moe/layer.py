@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.moe.context import TokenContext
+from d2dmoe_pl.moe.context import TokenContext, real_tokens
 from d2dmoe_pl.moe.experts import Experts
 from d2dmoe_pl.moe.gate import Gate
 from d2dmoe_pl.moe.router import Router
@@ -33,11 +34,15 @@ class MoELayer(nn.Module):
         """``(..., d_model)`` to the same shape; rows of padding come out as zeros."""
         positions = x.reshape(-1, x.shape[-1])  # (B * L, d)
         index = self.context.token_index
-        tokens = positions if index is None else positions.index_select(0, index)  # (N, d)
+        tokens = real_tokens(positions, index)  # (N, d)
         output = self._run(tokens)  # (N, d)
         if index is not None:
             output = output.new_zeros(positions.shape).index_copy(0, index, output)
         return self.output_dropout(output.view(x.shape))
+
+    def watch(self, observer: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call ``observer`` with the boolean mask ``(N, E)`` of every routing decision, until the handle is removed."""
+        return self.gate.register_forward_hook(lambda gate, args, mask: observer(mask))
 
     def _run(self, tokens: Tensor) -> Tensor:
         if self.router is not None and self.gate is not None:

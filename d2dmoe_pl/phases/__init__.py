@@ -3,7 +3,18 @@
 from d2dmoe_pl.phases.base import OptimizedPhase, Phase
 from d2dmoe_pl.phases.expert_clustering import ExpertClustering
 from d2dmoe_pl.phases.fine_tuning import FineTuning
+from d2dmoe_pl.phases.importance_scoring import ImportanceScoring
+from d2dmoe_pl.phases.moebert_distillation import MoEBERTDistillation
 from d2dmoe_pl.phases.router_regression import RouterRegression
 from d2dmoe_pl.phases.sparsity_enforcement import SparsityEnforcement
 
-__all__ = ["ExpertClustering", "FineTuning", "OptimizedPhase", "Phase", "RouterRegression", "SparsityEnforcement"]
+__all__ = [
+    "ExpertClustering",
+    "FineTuning",
+    "ImportanceScoring",
+    "MoEBERTDistillation",
+    "OptimizedPhase",
+    "Phase",
+    "RouterRegression",
+    "SparsityEnforcement",
+]

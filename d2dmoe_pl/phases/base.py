@@ -1,7 +1,7 @@
 """What every phase shares: where its model comes from, how it is evaluated, how it is optimised."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import lightning as L
@@ -29,6 +29,7 @@ class Phase(L.LightningModule):
     Attributes:
         starts_from: The stage, ``dense``, ``experts`` or ``routed``, that a model must have to be fitted.
         ends_at: The stage that it has afterwards.
+        leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
         model: The network, once made.
         history: The phases that it went through before this one.
 
@@ -42,6 +43,7 @@ class Phase(L.LightningModule):
 
     starts_from: ClassVar[str] = "dense"
     ends_at: ClassVar[str] = "dense"
+    leaves: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, init_from: str | None = None, source: ModelSource | None = None) -> None:
         super().__init__()
@@ -66,8 +68,18 @@ class Phase(L.LightningModule):
     def finish_(self, model: nn.Module) -> None:
         """Give ``model`` the structure that it has when the phase is done, after :meth:`transform_`."""
 
-    def check_start(self, stage: str, came_from: str) -> None:
-        """Raise ``ConfigError`` unless this phase can be fitted from a model at ``stage``."""
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What the fitted phase leaves beside the weights: for each name in ``leaves``, tensors by name."""
+        return {}
+
+    def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
+        """Raise ``ConfigError`` unless this phase can be fitted from what another left.
+
+        Args:
+            stage: The model's.
+            came_from: The phase that it is the work of.
+            beside: Names of the tensor files that this phase left beside the weights.
+        """
         check(
             stage == self.starts_from,
             f"init_from={self.init_from!r}: is the work of {came_from}, at stage {stage!r}; "
@@ -98,9 +110,10 @@ class Phase(L.LightningModule):
             self.model = load_model(artifact.path)
             self.history = artifact.history
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self.check_start(
-                "dense" if artifact is None else artifact.stage, artifact.phase if artifact else "a source"
-            )
+            if artifact is None:
+                self.check_start("dense", "a source", ())
+            else:
+                self.check_start(artifact.stage, artifact.phase, artifact.tensors)
             self.model.train()
             self.transform_(self.model)
         else:
@@ -174,7 +187,9 @@ class OptimizedPhase(Phase):
 
     def configure_optimizers(self) -> dict:
         trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        undecayed = {name for name, parameter in trained if parameter.dim() < 2 or name.endswith("bias")}
+        # experts keep vectors of their own as the rows of a matrix
+        vectors = ("bias", "norm_weight")
+        undecayed = {name for name, parameter in trained if parameter.dim() < 2 or name.endswith(vectors)}
         groups = [
             {"params": [parameter for name, parameter in trained if name not in undecayed]},
             {"params": [parameter for name, parameter in trained if name in undecayed], "weight_decay": 0.0},

@@ -11,10 +11,11 @@ from d2dmoe_pl.moe import split as splits
 from d2dmoe_pl.moe.clustering import ActivationProfile, sample_signs
 from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, select_ffns
 from d2dmoe_pl.moe.taps import tapped
-from d2dmoe_pl.phases.base import Batch, Phase
+from d2dmoe_pl.phases.base import Batch
+from d2dmoe_pl.phases.ordered_pass import OrderedPass
 
 
-class ExpertClustering(Phase):
+class ExpertClustering(OrderedPass):
     """Split every FFN into experts of equal size; the model computes the same function afterwards.
 
     Statistics, where the split needs them, are summed over processes; the clustering is done by the first and
@@ -55,7 +56,6 @@ class ExpertClustering(Phase):
         self.num_samples = num_samples
         self.profile_dim = profile_dim
         self.seed = seed
-        self.automatic_optimization = False
 
     def transform_(self, model: nn.Module) -> None:
         ffns = select_ffns(model)
@@ -73,24 +73,17 @@ class ExpertClustering(Phase):
     def finish_(self, model: nn.Module) -> None:
         convert_to_moe_(model, self.config)
 
-    def setup(self, stage: str) -> None:
-        self.trainer.datamodule.ordered = True
-
-    def configure_optimizers(self) -> None:
-        """Nothing is trained."""
-
     def on_fit_start(self) -> None:
-        self.model.eval()
+        super().on_fit_start()
         self._ffns = select_ffns(self.model)
         self._profiles = {
             ffn.name: ActivationProfile(ffn.d_ff, self.profile_dim, self.device)
             for ffn in self._ffns
             if self.split.needs_profile
         }
-        self._seen = 0  # samples, by this process
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
-        enough = not self.split.needs_profile or self._seen * self.trainer.world_size >= self.num_samples
+        enough = not self.split.needs_profile or self.seen * self.trainer.world_size >= self.num_samples
         return -1 if enough else None  # -1 ends the epoch
 
     @torch.no_grad()
@@ -106,7 +99,7 @@ class ExpertClustering(Phase):
 
         with tapped(self._ffns, tap):
             self.logits(batch)
-        self._seen += len(batch["labels"])
+        self.advance(len(batch["labels"]))
 
     def on_train_end(self) -> None:
         convert_to_moe_(self.model, self.config, assignments=self._assign())
@@ -114,12 +107,9 @@ class ExpertClustering(Phase):
     def _signs(self, attention_mask: Tensor | None, positions: torch.Size) -> tuple[Tensor, Tensor]:
         """Random signs ``(N, p)`` of the tokens that count, and their places ``(N,)`` among all ``B * L`` positions."""
         mask = torch.ones(positions) if attention_mask is None else attention_mask.cpu()
-        dataset_size = len(self.trainer.train_dataloader.dataset)
         signs, counted = [torch.zeros(0, self.profile_dim)], torch.zeros(positions, dtype=torch.bool)
-        for row in range(positions[0]):
-            # a distributed sampler deals samples out in turn, and repeats some at the end
-            sample = (self._seen + row) * self.trainer.world_size + self.trainer.global_rank
-            if sample < min(self.num_samples, dataset_size):
+        for row, sample in enumerate(self.sample_numbers(positions[0]).tolist()):
+            if sample < min(self.num_samples, self.num_training_samples):
                 counted[row] = mask[row] != 0
                 signs.append(sample_signs(sample, int(counted[row].sum()), self.profile_dim, self.seed))
         return torch.cat(signs).to(self.device), counted.flatten().nonzero().squeeze(1).to(self.device)

@@ -18,16 +18,16 @@ def preflight(phases: Sequence[Phase]) -> None:
     Raises:
         ConfigError: If a phase does not fit what it would start from.
     """
-    model, came_from = _start(phases[0])
+    model, came_from, beside = _start(phases[0])
     for phase in phases:
-        phase.check_start(stage_of(describe(model)), came_from)
+        phase.check_start(stage_of(describe(model)), came_from, beside)
         phase.transform_(model)
         phase.finish_(model)
-        came_from = type(phase).__name__
+        came_from, beside = type(phase).__name__, phase.leaves
 
 
-def _start(phase: Phase) -> tuple[nn.Module, str]:
+def _start(phase: Phase) -> tuple[nn.Module, str, Sequence[str]]:
     artifact = phase.read_start()
     if artifact is None:
-        return phase.source.build_structure(["0", "1"]), "a source"  # the data, and with it the labels, come later
-    return build_structure(artifact), artifact.phase
+        return phase.source.build_structure(["0", "1"]), "a source", ()  # the data, and with it the labels, come later
+    return build_structure(artifact), artifact.phase, artifact.tensors

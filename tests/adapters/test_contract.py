@@ -86,6 +86,18 @@ class TestContract:
         save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
         assert torch.equal(tiny.logits(load_model(tmp_path / "artifact"), inputs), after)
 
+    def test_hidden_states_of_the_embeddings_and_each_layer(self, kind):
+        model, inputs = tiny.dense(kind), tiny.batch(kind)
+        logits, states = adapter_for(model).logits_and_hidden_states(model, inputs)
+        assert torch.equal(logits, tiny.logits(model, inputs))
+        assert len(states) == 3
+        ffns = select_ffns(model)
+        assert {state.shape[::2] for state in states} == {(3, ffns[0].d_model)}
+        with torch.no_grad():
+            ffns[-1].down.weight.zero_()
+        _, changed = adapter_for(model).logits_and_hidden_states(model, inputs)
+        assert [torch.equal(*pair) for pair in zip(states, changed, strict=True)] == [True, True, False]
+
     def test_unknown_activation_is_refused(self, kind):
         model = tiny.dense(kind)
         with pytest.raises(ConfigError, match="activation='quark': "):

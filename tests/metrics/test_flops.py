@@ -18,6 +18,7 @@ from d2dmoe_pl.metrics.flops import (
     sample_lengths,
 )
 from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, moe_layers, set_backend_
+from d2dmoe_pl.moe.select import moebert_layers
 
 
 def counted(function):
@@ -78,6 +79,37 @@ def test_executed_flops_equal_the_products_really_run(kind, tau):
     )
     assert row.ffn_flops_percent == pytest.approx(100 * inside / dense)
     assert row.experts_percent == pytest.approx(100 * torch.cat(masks[::2]).float().mean().item())
+
+
+@pytest.mark.parametrize("routing", ["gate_token", "gate_sentence", "hash_random"])
+def test_moebert_flops_equal_the_products_really_run(routing):
+    model = tiny.moebert(routing)
+    dense = tiny.dense("bert")
+    inputs = tiny.batch("bert", size=4)
+    layers, masks, inside = moebert_layers(model), [], 0
+
+    def count_layer(layer, args, output):
+        nonlocal inside
+        inside += counted(lambda: layer.forward(*args))
+
+    handles = [layer.watch(masks.append) for layer in layers.values()]
+    for layer in layers.values():
+        layer.register_forward_hook(count_layer)
+    with torch.no_grad():
+        tiny.logits(model, inputs)
+    for handle in handles:
+        handle.remove()
+    histograms = [experts_histogram(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
+    row = sweep_row("test", None, 0.0, 0.0, layers, histograms, samples=4, flops_outside=0)
+    assert row.model_flops * 4 == inside
+    assert row.experts_percent == pytest.approx(25)
+    gate = {"gate_token": 2 * 24 * 4 * 14, "gate_sentence": 2 * 24 * 4 * 4, "hash_random": 0}[routing]
+    pairs, whole = 14 * 2 * 2 * 24 * 12, 14 * 2 * 2 * 24 * 48
+    assert row.ffn_flops_percent == pytest.approx(100 * (pairs + gate) / whole)
+    one = sample_inputs(inputs, 4)
+    converted = copy.deepcopy(dense)
+    convert_to_moe_(converted, ExpertsConfig(8))
+    assert flops_outside_ffns(model, one) == flops_outside_ffns(converted, one)
 
 
 def test_sample_lengths_and_inputs():

@@ -6,8 +6,9 @@ import pytest
 import tiny
 import torch
 
-from d2dmoe_pl.moe.context import token_index
+from d2dmoe_pl.moe.context import sentence_numbers, token_index
 from d2dmoe_pl.moe.convert import moe_layers
+from d2dmoe_pl.moe.select import moebert_layers
 
 
 def test_token_index():
@@ -17,6 +18,23 @@ def test_token_index():
     assert token_index(None) is None
     with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 1, 3\): must be \(B, L\)"):
         token_index(torch.ones(2, 1, 3))
+
+
+def test_sentence_numbers_have_no_gaps():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [0, 1, 1]])
+    assert sentence_numbers((3, 3), token_index(mask), mask.device).tolist() == [0, 0, 1, 1]
+    assert sentence_numbers((2, 3), None, mask.device).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_token_ids_of_real_tokens_reach_the_layers():
+    model, inputs = tiny.moebert(), tiny.batch("bert")
+    layer = next(iter(moebert_layers(model).values()))
+    seen = []
+    layer.register_forward_pre_hook(lambda layer, args: seen.extend([layer.context.token_ids, layer.context.sentence]))
+    tiny.logits(model, inputs)
+    assert torch.equal(seen[0], inputs["input_ids"][inputs["attention_mask"] == 1])
+    assert seen[1].tolist() == [0] * 7 + [1] * 4 + [2] * 2
+    assert (layer.context.token_ids, layer.context.sentence) == (None, None)
 
 
 def test_routers_and_gates_see_real_tokens_only():

@@ -1,0 +1,106 @@
+"""Importance scores and hash lists as MoEBERT (arXiv 2204.07675) publishes them: pickles, read but not executed."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from d2dmoe_pl.errors import ConfigError, check
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits what needs no import: lists, dicts, tuples, numbers and strings. Every other pickle must name a global."""
+
+    def __init__(self, file: io.BytesIO, where: str) -> None:
+        super().__init__(file)
+        self._where = where
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise ConfigError(
+            f"{self._where}: the pickle asks for {module}.{name}; allowed are plain lists, dicts, tuples, numbers and "
+            "strings (an array becomes a list with .tolist())"
+        )
+
+
+def read_plain_pickle(path: str | Path, argument: str) -> Any:
+    """The value in the pickle file ``path``, which cannot run anything.
+
+    Args:
+        path: The file.
+        argument: What the user calls this setting, for the error.
+
+    Raises:
+        ConfigError: If the file cannot be read, is no pickle, or asks for any class or function.
+    """
+    where = f"{argument}={str(path)!r}"
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from None
+    try:
+        return _PlainUnpickler(io.BytesIO(content), where).load()
+    except ConfigError:
+        raise
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise ConfigError(f"{where}: is no whole pickle ({' '.join(str(error).split())})") from None
+
+
+def read_importance(path: str | Path, argument: str = "importance_file") -> Tensor:
+    """The scores in a published ``importance_*.pkl``.
+
+    The file holds a dict: ``importance``, scores in descending order, and ``idx``, the neurons that they belong to;
+    each is a list of layers x ``d_ff``.
+
+    Returns:
+        Scores by neuron, ``(layers, d_ff)`` float64.
+
+    Raises:
+        ConfigError: If the file is not such a pickle.
+    """
+    value = read_plain_pickle(path, argument)
+    where = f"{argument}={str(path)!r}"
+    check(
+        isinstance(value, dict) and {"importance", "idx"} <= value.keys(),
+        f"{where}: must hold a dict with the keys importance and idx",
+    )
+    scores = _tensor(value["importance"], torch.float64, 2, f"{where}: importance")
+    order = _tensor(value["idx"], torch.int64, 2, f"{where}: idx")
+    neurons = torch.arange(order.shape[1]).expand_as(order)
+    check(
+        scores.shape == order.shape and torch.equal(order.sort(dim=1).values, neurons),
+        f"{where}: idx must hold every neuron of a layer once, as importance has scores",
+    )
+    return torch.empty_like(scores).scatter(1, order, scores)
+
+
+def read_hash_list(path: str | Path, argument: str = "hash_list_file") -> Tensor:
+    """The expert of each token id in a published hash list, ``(vocabulary,)`` int64.
+
+    Raises:
+        ConfigError: If the file is not a pickled list of integers.
+    """
+    value = read_plain_pickle(path, argument)
+    return _tensor(value, torch.int64, 1, f"{argument}={str(path)!r}: the hash list")
+
+
+def _tensor(value: Any, dtype: torch.dtype, dimensions: int, name: str) -> Tensor:
+    """``value``, numbers in nested lists, as a tensor."""
+    kind = "integers" if dtype == torch.int64 else "numbers"
+    message = f"{name}: must be {'a list of lists' if dimensions == 2 else 'a list'} of {kind}, of equal lengths"
+    try:
+        tensor = torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(message) from None
+    check(
+        isinstance(value, (list, tuple))
+        and tensor.dim() == dimensions
+        and tensor.numel() > 0
+        and tensor.dtype != torch.bool
+        and (dtype.is_floating_point or not tensor.dtype.is_floating_point)
+        and bool(torch.isfinite(tensor).all()),
+        message,
+    )
+    return torch.tensor(value, dtype=dtype)

@@ -1,0 +1,76 @@
+"""Score the neurons of each FFN by their importance to the task. Trains nothing, changes nothing."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from d2dmoe_pl.moe.convert import select_ffns
+from d2dmoe_pl.moe.importance import Importance, check_scorable
+from d2dmoe_pl.phases.base import Batch
+from d2dmoe_pl.phases.ordered_pass import OrderedPass
+
+IMPORTANCE = "importance"
+
+
+class ImportanceScoring(OrderedPass):
+    """Score every neuron on the training split: MoEBERT (arXiv 2204.07675), section 3.1.
+
+    The artifact is the model as it came, and beside it ``importance.safetensors``, with one tensor ``(d_ff,)`` for each
+    FFN by its name. Scores are exact, from one backward pass a batch; they are summed over processes, and depend
+    neither on the batch size nor on the number of processes. One epoch is enough.
+
+    Args:
+        init_from: Artifact folder of an earlier phase. To evaluate: of this one.
+        source: A pretrained model, instead of ``init_from``.
+    """
+
+    leaves: ClassVar[tuple[str, ...]] = (IMPORTANCE,)
+
+    def transform_(self, model: nn.Module) -> None:
+        check_scorable(select_ffns(model))
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.importance = Importance(select_ffns(self.model), self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        size = len(batch["labels"])
+        samples = self.sample_numbers(size) < self.num_training_samples
+        # the task's loss is a mean over samples
+        self.importance.add(
+            lambda: self.task_loss(self.logits(batch), batch) * size,
+            batch.get("attention_mask"),
+            samples.to(self.device),
+        )
+        self.advance(size)
+
+    def on_train_end(self) -> None:
+        scores = self.importance.scores
+        summed = self.trainer.strategy.reduce(torch.cat(list(scores.values())), reduce_op="sum")
+        parts = summed.split([len(score) for score in scores.values()])
+        self.importance.scores = dict(zip(scores, parts, strict=True))
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for name, score in self.importance.scores.items():
+                    figure = draw_importance(score, name)
+                    logger.experiment.add_figure(f"importance/{name}", figure, self.trainer.global_step)
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return {IMPORTANCE: self.importance.scores}
+
+
+def draw_importance(score: Tensor, title: str) -> Figure:
+    """The scores ``(d_ff,)`` of one FFN, largest first."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(score.sort(descending=True).values.cpu())
+    axes.set_title(title)
+    axes.set_xlabel("neurons, by importance")
+    axes.set_ylabel("importance")
+    axes.set_yscale("symlog", linthresh=float(score.max()) * 1e-4 or 1.0)
+    axes.grid(alpha=0.3)
+    return figure
