@@ -5,7 +5,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
-from d2dmoe_pl.data import ClassificationData
+from d2dmoe_pl.data import Classification, TaskData
 from d2dmoe_pl.moe.convert import (
     ActivationConfig,
     ExpertsConfig,
@@ -73,7 +73,7 @@ def logits(model, inputs):
     return adapter_for(model).logits(model, inputs)
 
 
-class TextData(ClassificationData):
+class TextData(TaskData):
     """Random texts of different lengths, with labels, for the tiny BERT."""
 
     def load(self):
@@ -82,7 +82,7 @@ class TextData(ClassificationData):
             {"input_ids": torch.randint(5, 40, (length,), generator=generator), "labels": length % len(LABELS)}
             for length in (1 + torch.arange(48) % 9).tolist()
         ]
-        return {"train": samples[:32], "validation": samples[32:40], "test": samples[40:]}, LABELS
+        return {"train": samples[:32], "validation": samples[32:40], "test": samples[40:]}, Classification(LABELS)
 
     def collate(self, samples, augment):
         ids = torch.nn.utils.rnn.pad_sequence([sample["input_ids"] for sample in samples], batch_first=True)

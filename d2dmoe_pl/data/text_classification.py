@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from d2dmoe_pl.data.base import ClassificationData
+from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.source import DatasetSource, check_columns, encode_labels
+from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.errors import ConfigError, check
 
 
-class TextClassification(ClassificationData):
+class TextClassification(TaskData):
     """One or two texts a sample, tokenised once and cached, padded to the longest of each batch.
 
     Batches: what the tokenizer gives (``input_ids``, ``attention_mask``, ... ``(B, L)``) and ``labels`` ``(B,)``.
@@ -57,12 +58,12 @@ class TextClassification(ClassificationData):
             ) from error
         self._pad = DataCollatorWithPadding(self.tokenizer)
 
-    def load(self) -> tuple[Mapping[str, Any], list[str]]:
+    def load(self) -> tuple[Mapping[str, Any], Task]:
         splits = self.source.load()
         columns = {f"text_columns[{i}]": column for i, column in enumerate(self.text_columns)}
         check_columns(splits, {**columns, "label_column": self.label_column})
         splits, names = encode_labels(splits, self.label_column)
-        return {name: self._tokenized(split) for name, split in splits.items()}, names
+        return {name: self._tokenized(split) for name, split in splits.items()}, Classification(names)
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         return dict(self._pad(list(samples)))

@@ -67,7 +67,7 @@ class TestDigits:
         assert batch["pixel_values"].shape == (5, 1, 8, 8)
         assert batch["labels"].shape == (5,)
         assert 0 <= batch["pixel_values"].min() < batch["pixel_values"].max() == 1
-        assert digits.label_names == list("0123456789")
+        assert digits.task.label_names == list("0123456789")
 
     def test_only_training_is_shuffled_and_augmented_and_only_until_ordered(self):
         digits = Digits(batch_size=64)
@@ -98,7 +98,7 @@ class TestText:
     def test_local_files(self, tmp_path, tokenizer, suffix):
         data = TextClassification(source(tmp_path, suffix), tokenizer, batch_size=4)
         data.setup()
-        assert data.label_names == ["anger", "fear", "joy"]
+        assert data.task.label_names == ["anger", "fear", "joy"]
         batch = first(data.test_dataloader())
         assert batch["labels"].tolist() == [2, 1, 2, 0]
         assert batch["input_ids"].tolist() == [[2, 3, 4], [3, 0, 0], [4, 4, 0], [2, 0, 0]]
@@ -123,7 +123,7 @@ class TestText:
         tables = {name: table(label=number.get) for name in ("train", "validation", "test")}
         data = TextClassification(source(tmp_path, **tables), tokenizer, batch_size=4)
         data.setup()
-        assert data.label_names == ["3", "5", "7"]
+        assert data.task.label_names == ["3", "5", "7"]
         assert first(data.test_dataloader())["labels"].tolist() == [2, 0, 2, 1]
 
     def test_held_out_splits_are_disjoint(self, tmp_path, tokenizer):
@@ -194,7 +194,7 @@ class TestImages:
             self.parquet(tmp_path), image_column="picture", label_column="kind", image_size=8, batch_size=4
         )
         data.setup()
-        assert data.label_names == ["cat", "dog"]
+        assert data.task.label_names == ["cat", "dog"]
         batch = first(data.val_dataloader())
         assert batch["pixel_values"].shape == (4, 3, 8, 8)
         assert batch["labels"].tolist() == [0, 1, 0, 1]
@@ -214,7 +214,7 @@ class TestImages:
         ):
             data = ImageClassification(where, image_size=8, batch_size=6)
             data.setup()
-            assert data.label_names == ["cat", "dog"]
+            assert data.task.label_names == ["cat", "dog"]
             assert first(data.test_dataloader())["pixel_values"].shape == (6, 3, 8, 8)
 
     def test_preprocessing_is_saved_and_taken_up(self, tmp_path):

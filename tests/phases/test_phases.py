@@ -10,6 +10,7 @@ import torch
 from d2dmoe_pl.adapters import TimmModel
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data import Classification
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.convert import describe, moe_layers, select_ffns
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
@@ -137,7 +138,7 @@ class TestSparsityEnforcement:
         model = tiny.dense("bert")
         inputs = tiny.batch("bert", size=4)
         phase = SparsityEnforcement("l1", alpha=1.0, init_from="-")
-        phase.model, phase._ffns = model, select_ffns(model)
+        phase.model, phase.task, phase._ffns = model, Classification(tiny.LABELS), select_ffns(model)
         phase._trainer = type("T", (), {"estimated_stepping_batches": 1, "global_step": 0})()
         logged = {}
         phase.log_dict = lambda values, **kwargs: logged.update(values)
