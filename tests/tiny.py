@@ -23,12 +23,17 @@ DIGITS_VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "d
 _IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 _SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": WIDTH}
 
+
+def bert_config(**kwargs):
+    """The tiny BERT."""
+    return transformers.BertConfig(**{"vocab_size": 40, "max_position_embeddings": 16, **_SHAPE, **kwargs})
+
+
 # one source a family and notable variant; the contract test runs over all of them
 SOURCES = {
-    "bert": lambda: HuggingFaceModel(
-        "text-classification",
-        config=transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **_SHAPE),
-    ),
+    "bert": lambda: HuggingFaceModel("text-classification", config=bert_config()),
+    "bert-regression": lambda: HuggingFaceModel("text-regression", config=bert_config()),
+    "bert-question-answering": lambda: HuggingFaceModel("question-answering", config=bert_config()),
     "vit": lambda: HuggingFaceModel("image-classification", config=transformers.ViTConfig(**_IMAGE, **_SHAPE)),
     "timm_vit": lambda: TimmModel("vit_tiny_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
     "timm_vit-deit": lambda: TimmModel("deit_tiny_distilled_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
@@ -36,9 +41,14 @@ SOURCES = {
 }
 
 
+def labels_of(kind):
+    """Names of the outputs of a model of ``kind``."""
+    return {"bert-regression": ["similarity"], "bert-question-answering": ["start", "end"]}.get(kind, LABELS)
+
+
 def dense(kind="timm_vit", activation="relu"):
     """A dense model of one of ``SOURCES``, in evaluation mode."""
-    model = SOURCES[kind]().build(LABELS).eval()
+    model = SOURCES[kind]().build(labels_of(kind)).eval()
     # freshly initialised timm heads and norms give tiny logits; spread them so that differences show
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +70,9 @@ def routed(kind="timm_vit", num_experts=8, tau=0.5, rule="dynk_max"):
 def batch(kind="timm_vit", size=3):
     """A batch for a model of ``kind``; texts are padded to different lengths."""
     labels = torch.arange(size) % len(LABELS)
-    if kind == "bert":
+    if kind == "bert-question-answering":
+        labels = torch.zeros(size, 2, dtype=torch.long)
+    if kind.startswith("bert"):
         length = 7
         lengths = torch.tensor([length, 4, 2, 1] * size)[:size]
         mask = (torch.arange(length) < lengths[:, None]).long()
@@ -71,6 +83,12 @@ def batch(kind="timm_vit", size=3):
 
 def logits(model, inputs):
     return adapter_for(model).logits(model, inputs)
+
+
+def logits_of_tokens(model, inputs):
+    """The logits, 0 where they are those of padding, which mean nothing."""
+    result = logits(model, inputs)
+    return result * inputs["attention_mask"].unsqueeze(1) if result.dim() == 3 else result
 
 
 class TextData(TaskData):

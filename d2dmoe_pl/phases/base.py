@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
-from d2dmoe_pl.data.task import Batch, Task
+from d2dmoe_pl.data.task import Batch, Head, Task
 from d2dmoe_pl.errors import check
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
@@ -98,6 +98,8 @@ class Phase(L.LightningModule):
         else:
             self.model = load_model(artifact.path)
             self.history = artifact.history
+        check_head(self.model, self.task.head)
+        check_outputs(self.model, self.task)
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.check_start(
                 "dense" if artifact is None else artifact.stage, artifact.phase if artifact else "a source"
@@ -145,6 +147,26 @@ class Phase(L.LightningModule):
             values = {f"{split}/{name}": value for name, value in self.metrics[split].compute().items()}
             self.log_dict(values, prog_bar=True, sync_dist=True)  # the same on all processes by now
             self.metrics[split].reset()
+
+
+def check_head(model: nn.Module, head: Head) -> None:
+    """Raise ``ConfigError`` unless ``model`` has the head that the data needs."""
+    has = adapter_for(model).head(model)
+    check(
+        has == head,
+        f"head={has!r} of {type(model).__name__}: the data needs a model with head {head!r} "
+        "(the source decides it, e.g. HuggingFaceModel by its task)",
+    )
+
+
+def check_outputs(model: nn.Module, task: Task) -> None:
+    """Raise ``ConfigError`` unless ``model`` has as many outputs as the task has labels."""
+    has = adapter_for(model).num_outputs(model)
+    check(
+        has == task.num_outputs,
+        f"outputs={has} of {type(model).__name__}: must be {task.num_outputs}, since the data has the labels "
+        f"{', '.join(task.label_names[:20])}",
+    )
 
 
 class OptimizedPhase(Phase):

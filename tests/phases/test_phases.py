@@ -321,6 +321,30 @@ class TestPreflight:
         assert all(phase.model is None for phase in phases)
 
 
+class TestHeads:
+    def test_data_that_needs_a_head_the_model_has_not(self, trainer, digits):
+        message = "head='question-answering' of BertForQuestionAnswering: the data needs a model with head 'classi"
+        phase = FineTuning(source=tiny.SOURCES["bert-question-answering"]())
+        with pytest.raises(ConfigError, match=message):
+            preflight([phase], [digits.head])
+        with pytest.raises(ConfigError, match=message):
+            trainer().fit(phase, datamodule=tiny.TextData(4))
+        preflight([FineTuning(source=digits_source())], [digits.head])
+
+    def test_an_artifact_with_another_head(self, trainer, tmp_path):
+        save_artifact(tiny.dense("bert-regression"), tmp_path / "artifact", [PhaseRecord("FineTuning")])
+        phase = FineTuning(init_from=str(tmp_path / "artifact"))
+        with pytest.raises(ConfigError, match="head='regression' of BertForSequenceClassification: the data needs"):
+            preflight([phase], ["classification"])
+        with pytest.raises(ConfigError, match="head='regression' of BertForSequenceClassification: the data needs"):
+            trainer().test(phase, datamodule=tiny.TextData(4), verbose=False)
+
+    def test_an_artifact_with_other_labels(self, trainer, digits, tmp_path):
+        save_artifact(tiny.dense(), tmp_path / "artifact", [PhaseRecord("FineTuning")])
+        with pytest.raises(ConfigError, match="outputs=3 of VisionTransformer: must be 10, since the data has the lab"):
+            trainer().test(FineTuning(init_from=str(tmp_path / "artifact")), datamodule=digits, verbose=False)
+
+
 def test_predictions(trainer, digits, artifact):
     phase = RouterRegression(8, init_from=artifact("routed"))
     batches = trainer(limit_predict_batches=2).predict(phase, datamodule=digits)
