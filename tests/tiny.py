@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
@@ -79,6 +80,21 @@ def batch(kind="timm_vit", size=3):
         ids = torch.randint(5, 40, (size, length)) * mask
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {"pixel_values": torch.randn(size, 1, 8, 8), "labels": labels}
+
+
+def tokenizer(folder, words, special=("[PAD]", "[UNK]")):
+    """Save a tokenizer of whole words to ``folder``; with ``[CLS]`` and ``[SEP]``, it puts them where BERT has them."""
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    if "[CLS]" in special:
+        ends = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+        core.post_processor = processors.BertProcessing(*ends)
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    fast.save_pretrained(folder)
+    return str(folder)
 
 
 def logits(model, inputs):

@@ -2,12 +2,14 @@
 
 from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.digits import Digits
+from d2dmoe_pl.data.glue import GLUE
 from d2dmoe_pl.data.image_classification import ImageClassification
 from d2dmoe_pl.data.source import DatasetSource
 from d2dmoe_pl.data.task import Classification, Regression, Task
 from d2dmoe_pl.data.text_classification import TextClassification
 
 __all__ = [
+    "GLUE",
     "Classification",
     "DatasetSource",
     "Digits",

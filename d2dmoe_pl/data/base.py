@@ -77,8 +77,8 @@ class TaskData(L.LightningDataModule):
         self._splits = splits
 
     def split_names(self, stage: str) -> list[str]:
-        """The splits that ``stage``, ``validation`` or ``test``, runs over, in the order of its loaders."""
-        return [name for name in self._splits if name == stage or name.startswith(f"{stage}_")]
+        """The splits that ``stage``, ``validation`` or ``test``, runs over, the one of that name first."""
+        return [name for name in sorted(self._splits) if name == stage or name.startswith(f"{stage}_")]
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train", train=not self.ordered)

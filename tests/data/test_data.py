@@ -4,28 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from d2dmoe_pl.data import DatasetSource, Digits, ImageClassification, TextClassification
 from d2dmoe_pl.data.digits import jitter
 from d2dmoe_pl.errors import ConfigError
 
 ROWS = [("a b c", "x", "joy"), ("b", "y z", "fear"), ("c c", "x", "joy"), ("a", "z", "anger")]
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcxyz"])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path / "tok"
-    )
-    return str(tmp_path / "tok")
 
 
 def table(rows=ROWS, label=lambda value: value):
@@ -37,6 +25,11 @@ def write(dataset, path):
         path.suffix
     ](path)
     return str(path)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return tiny.tokenizer(tmp_path / "tok", "abcxyz")
 
 
 def source(tmp_path, suffix=".csv", train=None, validation=None, test=None):
