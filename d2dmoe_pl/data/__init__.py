@@ -4,7 +4,9 @@ from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.digits import Digits
 from d2dmoe_pl.data.glue import GLUE
 from d2dmoe_pl.data.image_classification import ImageClassification
+from d2dmoe_pl.data.question_answering import QuestionAnswering
 from d2dmoe_pl.data.source import DatasetSource
+from d2dmoe_pl.data.squad import SQuAD
 from d2dmoe_pl.data.task import Classification, Regression, Task
 from d2dmoe_pl.data.text_classification import TextClassification
 
@@ -14,7 +16,9 @@ __all__ = [
     "DatasetSource",
     "Digits",
     "ImageClassification",
+    "QuestionAnswering",
     "Regression",
+    "SQuAD",
     "Task",
     "TaskData",
     "TextClassification",
