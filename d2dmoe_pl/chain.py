@@ -111,7 +111,8 @@ def run_chain(config: Namespace) -> None:
     if first is None:
         _say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
         return
-    preflight([opening.model for opening in openings[first:]])
+    openings = openings[first:]
+    preflight([opening.model for opening in openings], [opening.datamodule.head for opening in openings])
     del openings
 
     for index in range(first, len(names)):

@@ -11,7 +11,7 @@ import d2dmoe_pl.adapters
 import d2dmoe_pl.data
 import d2dmoe_pl.phases  # noqa: F401 (classes are then found by their bare names)
 from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite
-from d2dmoe_pl.data import ClassificationData
+from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.phases.base import Phase
 from d2dmoe_pl.phases.preflight import preflight
 
@@ -30,7 +30,7 @@ class PhaseCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         super().__init__(
             Phase,
-            ClassificationData,
+            TaskData,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},  # a resumed phase writes to the folder it began
@@ -53,7 +53,7 @@ class PhaseCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check the phase against its model before any data is loaded or file written."""
-        preflight([self.model])
+        preflight([self.model], [self.datamodule.head])
 
 
 def _default_callbacks() -> list[L.Callback]:

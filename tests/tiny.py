@@ -4,10 +4,11 @@ import dataclasses
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
-from d2dmoe_pl.data import ClassificationData
+from d2dmoe_pl.data import Classification, TaskData
 from d2dmoe_pl.moe.convert import (
     ActivationConfig,
     ExpertsConfig,
@@ -29,12 +30,17 @@ DIGITS_VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "d
 _IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 _SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": WIDTH}
 
+
+def bert_config(**kwargs):
+    """The tiny BERT."""
+    return transformers.BertConfig(**{"vocab_size": 40, "max_position_embeddings": 16, **_SHAPE, **kwargs})
+
+
 # one source a family and notable variant; the contract test runs over all of them
 SOURCES = {
-    "bert": lambda: HuggingFaceModel(
-        "text-classification",
-        config=transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **_SHAPE),
-    ),
+    "bert": lambda: HuggingFaceModel("text-classification", config=bert_config()),
+    "bert-regression": lambda: HuggingFaceModel("text-regression", config=bert_config()),
+    "bert-question-answering": lambda: HuggingFaceModel("question-answering", config=bert_config()),
     "vit": lambda: HuggingFaceModel("image-classification", config=transformers.ViTConfig(**_IMAGE, **_SHAPE)),
     "timm_vit": lambda: TimmModel("vit_tiny_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
     "timm_vit-deit": lambda: TimmModel("deit_tiny_distilled_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
@@ -42,9 +48,14 @@ SOURCES = {
 }
 
 
+def labels_of(kind):
+    """Names of the outputs of a model of ``kind``."""
+    return {"bert-regression": ["similarity"], "bert-question-answering": ["start", "end"]}.get(kind, LABELS)
+
+
 def dense(kind="timm_vit", activation="relu"):
     """A dense model of one of ``SOURCES``, in evaluation mode."""
-    model = SOURCES[kind]().build(LABELS).eval()
+    model = SOURCES[kind]().build(labels_of(kind)).eval()
     # freshly initialised timm heads and norms give tiny logits; spread them so that differences show
     with torch.no_grad():
         for parameter in model.parameters():
@@ -74,7 +85,9 @@ def moebert(routing="hash_random", seed=0):
 def batch(kind="timm_vit", size=3):
     """A batch for a model of ``kind``; texts are padded to different lengths."""
     labels = torch.arange(size) % len(LABELS)
-    if kind == "bert":
+    if kind == "bert-question-answering":
+        labels = torch.zeros(size, 2, dtype=torch.long)
+    if kind.startswith("bert"):
         length = 7
         lengths = torch.tensor([length, 4, 2, 1] * size)[:size]
         mask = (torch.arange(length) < lengths[:, None]).long()
@@ -83,11 +96,32 @@ def batch(kind="timm_vit", size=3):
     return {"pixel_values": torch.randn(size, 1, 8, 8), "labels": labels}
 
 
+def tokenizer(folder, words, special=("[PAD]", "[UNK]")):
+    """Save a tokenizer of whole words to ``folder``; with ``[CLS]`` and ``[SEP]``, it puts them where BERT has them."""
+    vocabulary = {word: i for i, word in enumerate([*special, *words])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    if "[CLS]" in special:
+        ends = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
+        core.post_processor = processors.BertProcessing(*ends)
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
 def logits(model, inputs):
     return adapter_for(model).logits(model, inputs)
 
 
-class TextData(ClassificationData):
+def logits_of_tokens(model, inputs):
+    """The logits, 0 where they are those of padding, which mean nothing."""
+    result = logits(model, inputs)
+    return result * inputs["attention_mask"].unsqueeze(1) if result.dim() == 3 else result
+
+
+class TextData(TaskData):
     """Random texts of different lengths, with labels, for the tiny BERT."""
 
     def load(self):
@@ -96,7 +130,7 @@ class TextData(ClassificationData):
             {"input_ids": torch.randint(5, 40, (length,), generator=generator), "labels": length % len(LABELS)}
             for length in (1 + torch.arange(48) % 9).tolist()
         ]
-        return {"train": samples[:32], "validation": samples[32:40], "test": samples[40:]}, LABELS
+        return {"train": samples[:32], "validation": samples[32:40], "test": samples[40:]}, Classification(LABELS)
 
     def collate(self, samples, augment):
         ids = torch.nn.utils.rnn.pad_sequence([sample["input_ids"] for sample in samples], batch_first=True)

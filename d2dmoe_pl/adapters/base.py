@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.data.task import Head
 
 
 class Adapter(ABC):
@@ -48,7 +49,20 @@ class Adapter(ABC):
 
     @abstractmethod
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Call ``model`` with what it needs of ``batch``; labels are left out."""
+        """Call ``model`` with what it needs of ``batch``; labels are left out.
+
+        Returns:
+            By head: classification ``(B, C)``; regression ``(B, 1)``; question answering, of a token as the answer's
+            first and last, ``(B, 2, L)``.
+        """
+
+    @abstractmethod
+    def head(self, model: nn.Module) -> Head:
+        """What ``model`` has at its end."""
+
+    @abstractmethod
+    def num_outputs(self, model: nn.Module) -> int:
+        """Number of the head's outputs: classes, 1 for regression, 2 (a token) for question answering."""
 
     @abstractmethod
     def logits_and_hidden_states(

@@ -14,7 +14,11 @@ from transformers.activations import ACT2FN
 
 from d2dmoe_pl.adapters.base import Adapter, ModelSource
 from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.data.task import Head
 from d2dmoe_pl.errors import check
+
+# what a batch may hold for the model; everything else in it is for losses and metrics
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
 class HuggingFaceAdapter(Adapter):
@@ -34,17 +38,31 @@ class HuggingFaceAdapter(Adapter):
         """Replace the activation module of one FFN."""
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._call(model, batch).logits
+        return self._logits(self._call(model, batch))
 
     def logits_and_hidden_states(
         self, model: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         output = self._call(model, batch, output_hidden_states=True)
-        return output.logits, output.hidden_states
+        return self._logits(output), output.hidden_states
 
     @staticmethod
     def _call(model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
-        return model(**{key: value for key, value in batch.items() if key != "labels"}, **kwargs)
+        return model(**{key: batch[key] for key in INPUTS if key in batch}, **kwargs)
+
+    @staticmethod
+    def _logits(output: Any) -> Tensor:
+        if "start_logits" in output:
+            return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, L)
+        return output.logits
+
+    def head(self, model: nn.Module) -> Head:
+        if type(model).__name__.endswith("ForQuestionAnswering"):
+            return "question-answering"
+        return "regression" if model.config.problem_type == "regression" else "classification"
+
+    def num_outputs(self, model: nn.Module) -> int:
+        return model.config.num_labels
 
     def vocabulary_size(self, model: nn.Module) -> int | None:
         return getattr(model.config, "vocab_size", None)
@@ -59,31 +77,37 @@ class HuggingFaceAdapter(Adapter):
 
 
 class HuggingFaceModel(ModelSource):
-    """A Hugging Face classifier, pretrained or from scratch.
+    """A Hugging Face model with a head for a task, pretrained or from scratch.
 
     Args:
-        task: ``text-classification`` or ``image-classification``; decides the head.
+        task: ``text-classification``, ``text-regression``, ``question-answering`` or ``image-classification``; decides
+            the head.
         name: Hub name or folder of a pretrained model. A head of another size is initialised anew.
         config: Configuration of a model to be trained from scratch, e.g. ``transformers.BertConfig``; instead of
             ``name``.
 
     Raises:
-        ConfigError: Unless exactly one of ``name`` and ``config`` is given.
+        ConfigError: Unless exactly one of ``name`` and ``config`` is given; to build, if the model's type has no such
+            head.
     """
 
     _heads: ClassVar[dict[str, Callable]] = {
         "text-classification": transformers.AutoModelForSequenceClassification,
+        "text-regression": transformers.AutoModelForSequenceClassification,
+        "question-answering": transformers.AutoModelForQuestionAnswering,
         "image-classification": transformers.AutoModelForImageClassification,
     }
 
     def __init__(
         self,
-        task: Literal["text-classification", "image-classification"],
+        task: Literal["text-classification", "text-regression", "question-answering", "image-classification"],
         name: str | None = None,
         config: transformers.PretrainedConfig | None = None,
     ) -> None:
         check((name is None) != (config is None), f"name={name!r}, config={config!r}: exactly one must be given")
+        self.task = task
         self._head = self._heads[task]
+        self._problem_type = "regression" if task == "text-regression" else None
         self.name = name
         self.config = config
 
@@ -107,9 +131,15 @@ class HuggingFaceModel(ModelSource):
             check(False, f"name={self.name!r}: neither a folder nor a reachable hub name of a model ({reason})")
             raise
 
-    @staticmethod
-    def _labelled(config: transformers.PretrainedConfig, label_names: Sequence[str]) -> transformers.PretrainedConfig:
+    def _labelled(
+        self, config: transformers.PretrainedConfig, label_names: Sequence[str]
+    ) -> transformers.PretrainedConfig:
+        check(
+            type(config) in self._head._model_mapping,
+            f"task={self.task!r}: transformers has no such head for a model of type {config.model_type!r}",
+        )
         config = copy.deepcopy(config)
+        config.problem_type = self._problem_type
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: index for index, label in enumerate(label_names)}
         return config

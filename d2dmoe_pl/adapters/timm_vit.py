@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters.base import Adapter, ModelSource, module_at
 from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.data.task import Head
 from d2dmoe_pl.errors import ConfigError, check
 
 
@@ -67,6 +68,12 @@ class TimmViTAdapter(Adapter):
             for handle in handles:
                 handle.remove()
         return logits, tuple(states)
+
+    def head(self, model: nn.Module) -> Head:
+        return "classification"
+
+    def num_outputs(self, model: nn.Module) -> int:
+        return model.num_classes
 
     def config(self, model: nn.Module) -> dict[str, Any]:
         preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct")

@@ -16,7 +16,9 @@ class SaveArtifact(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, phase: Phase) -> None:
         folder = trainer.log_dir or trainer.default_root_dir  # asked on every process
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if "validation/" in key}
+            metrics = {
+                key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("validation")
+            }
             record = PhaseRecord(type(phase).__name__, metrics)
             processor = trainer.datamodule.save_processor
             save_artifact(phase.model, Path(folder) / FOLDER, [*phase.history, record], processor, phase.tensors())

@@ -22,10 +22,11 @@ class SweepRow:
     """What the model does at one ``tau``, or with a routing that has none, on one split.
 
     Attributes:
-        stage: ``validation`` or ``test``.
+        stage: Name of the split, ``validation`` or ``test``, or a further one of the data's.
         tau: The gate's setting; None for a routing that has none.
         loss: Mean task loss.
-        accuracy: Percent.
+        metric: Name of the task's main metric.
+        score: Its value, percent.
         experts_percent: Executed share of all (token, expert) pairs, over layers.
         ffn_flops_percent: FLOPs of experts and routers, percent of the dense FFNs' FLOPs.
         model_flops: FLOPs of the whole model for the average sample; a multiply-add is 2.
@@ -36,7 +37,8 @@ class SweepRow:
     stage: str
     tau: float | None
     loss: float
-    accuracy: float
+    metric: str
+    score: float
     experts_percent: float
     ffn_flops_percent: float
     model_flops: float
@@ -44,8 +46,9 @@ class SweepRow:
     layers: dict[str, float]
 
     def as_record(self) -> dict[str, str | float]:
-        """One flat CSV record."""
-        record = {key: value for key, value in vars(self).items() if key != "layers"}
+        """One flat CSV record; the score's column is named after the metric."""
+        record = {key: value for key, value in vars(self).items() if key not in ("metric", "layers")}
+        record = {self.metric if key == "score" else key: value for key, value in record.items()}
         return {**record, **{f"{LAYER_PREFIX}{name}": share for name, share in self.layers.items()}}
 
 
@@ -53,7 +56,8 @@ def sweep_row(
     stage: str,
     tau: float | None,
     loss: float,
-    accuracy: float,
+    metric: str,
+    score: float,
     layers: Mapping[str, MoELayer | MoEBERTLayer],
     histograms: Sequence[Tensor],
     samples: int,
@@ -62,10 +66,11 @@ def sweep_row(
     """Cost accounting of one ``tau``.
 
     Args:
-        stage: ``validation`` or ``test``.
+        stage: Name of the split.
         tau: The gate's setting; None for a routing that has none.
         loss: Mean task loss.
-        accuracy: Share of right answers, in [0, 1].
+        metric: Name of the task's main metric.
+        score: Its value; 1 is best.
         layers: The layers with experts by name.
         histograms: Per layer, the number of tokens that ran 0, 1, ..., E experts, ``(E + 1,)``.
         samples: Samples seen.
@@ -84,7 +89,8 @@ def sweep_row(
         stage=stage,
         tau=tau,
         loss=loss,
-        accuracy=100 * accuracy,
+        metric=metric,
+        score=100 * score,
         experts_percent=100 * sum(pairs) / sum(possible),
         ffn_flops_percent=100 * executed_flops / dense_flops,
         model_flops=(flops_outside + executed_flops) / samples,
@@ -105,13 +111,12 @@ def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
 
 def as_table(rows: Sequence[SweepRow], title: str) -> Table:
     """The rows for the terminal."""
-    table = Table(
-        "tau", "accuracy %", "loss", "experts run %", "FFN FLOPs %", "FLOPs a sample", "model FLOPs %", title=title
-    )
+    score = f"{_words(rows)} %"
+    table = Table("tau", score, "loss", "experts run %", "FFN FLOPs %", "FLOPs a sample", "model FLOPs %", title=title)
     for column in table.columns:
         column.justify = "right"
     for row in rows:
-        shown = (row.accuracy, row.loss, row.experts_percent, row.ffn_flops_percent)
+        shown = (row.score, row.loss, row.experts_percent, row.ffn_flops_percent)
         cells = ["{:.2f}", "{:.4f}", "{:.1f}", "{:.1f}"]
         table.add_row(
             "-" if row.tau is None else f"{row.tau:g}",
@@ -123,22 +128,27 @@ def as_table(rows: Sequence[SweepRow], title: str) -> Table:
 
 
 def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Figure:
-    """Accuracy against FFN FLOPs, one line a stage.
+    """The main metric against FFN FLOPs, one line a split.
 
     Args:
-        rows: Any number of stages' rows.
-        references: Accuracies in percent by label, drawn as horizontal lines.
+        rows: Any number of splits' rows.
+        references: Scores in percent by label, drawn as horizontal lines.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for stage in dict.fromkeys(row.stage for row in rows):
-        curve = sorted((row.ffn_flops_percent, row.accuracy) for row in rows if row.stage == stage)
+        curve = sorted((row.ffn_flops_percent, row.score) for row in rows if row.stage == stage)
         axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=stage)
-    for i, (label, accuracy) in enumerate(references.items()):
-        axes.axhline(accuracy, linestyle="--", linewidth=1, color=f"C{7 - i % 4}", label=f"{label}: {accuracy:.1f}%")
+    for i, (label, score) in enumerate(references.items()):
+        axes.axhline(score, linestyle="--", linewidth=1, color=f"C{7 - i % 4}", label=f"{label}: {score:.1f}%")
     axes.set_xlabel("FFN FLOPs, % of dense (router included)")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(f"{_words(rows)}, %")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure
+
+
+def _words(rows: Sequence[SweepRow]) -> str:
+    """The metric's name for people."""
+    return rows[0].metric.replace("_", " ")

@@ -1,8 +1,8 @@
-"""The curve of accuracy against cost."""
+"""The curve of the task's main metric against cost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torch import Tensor
+from torchmetrics import MetricCollection
 
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, sweep_row, write_csv
 from d2dmoe_pl.errors import check
@@ -29,8 +28,18 @@ from d2dmoe_pl.phases.base import Batch, Phase
 DEFAULT_TAUS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0]
 
 
+@dataclass
+class _SplitMetrics:
+    """What is gathered over one split: the task's metrics and the experts' load at each tau, and the samples' cost."""
+
+    name: str
+    metrics: list[MetricCollection]
+    loads: list[ExpertLoad]
+    cost: ModelCost
+
+
 class TauSweep(L.Callback):
-    """Run every validation and test batch at each ``tau``, and report accuracy and FLOPs.
+    """Run every validation and test batch at each ``tau``, and report the task's main metric and FLOPs.
 
     Writes ``tau_sweep.csv`` and ``tau_sweep.png`` to the run's folder, a table to the terminal, and scalars, the curve
     and histograms of experts per token to TensorBoard. FLOPs count a multiply-add as 2, the routers in, padding out.
@@ -52,10 +61,10 @@ class TauSweep(L.Callback):
         self._flops_outside: dict[int | None, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": {stage: [asdict(row) for row in rows] for stage, rows in self.rows.items()}}
+        return {"rows": {split: [asdict(row) for row in rows] for split, rows in self.rows.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = {stage: [SweepRow(**row) for row in rows] for stage, rows in state_dict["rows"].items()}
+        self.rows = {split: [SweepRow(**row) for row in rows] for split, rows in state_dict["rows"].items()}
 
     def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         check(
@@ -65,57 +74,53 @@ class TauSweep(L.Callback):
         )
 
     def on_validation_start(self, trainer: L.Trainer, phase: Phase) -> None:
-        self._start(phase)
+        self._start(trainer, phase, "validation")
 
     def on_test_start(self, trainer: L.Trainer, phase: Phase) -> None:
-        self._start(phase)
+        self._start(trainer, phase, "test")
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._sweep_batch(phase, batch)
+        self._sweep_batch(phase, batch, self._splits[dataloader_idx])
 
     def on_test_batch_end(
         self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._sweep_batch(phase, batch)
+        self._sweep_batch(phase, batch, self._splits[dataloader_idx])
 
     def on_validation_end(self, trainer: L.Trainer, phase: Phase) -> None:
         if not trainer.sanity_checking:
-            self._report(trainer, phase, "validation", final=trainer.state.fn == TrainerFn.VALIDATING)
+            self._report_all(trainer, phase, final=trainer.state.fn == TrainerFn.VALIDATING)
 
     def on_test_end(self, trainer: L.Trainer, phase: Phase) -> None:
-        self._report(trainer, phase, "test", final=True)
+        self._report_all(trainer, phase, final=True)
 
-    def _start(self, phase: Phase) -> None:
+    def _start(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         self._layers = expert_layers(phase.model)
         self._settings = self.gates if moe_layers(phase.model) else [None]
         num_experts = [layer.experts.num_experts for layer in self._layers.values()]
-        classes = len(phase.trainer.datamodule.label_names)
-        self._metrics = [
-            nn.ModuleDict(
-                {
-                    "loss": MeanMetric(),
-                    "accuracy": MulticlassAccuracy(classes, average="micro"),
-                    "load": ExpertLoad(num_experts),
-                }
-            ).to(phase.device)
-            for _ in self._settings
+        self._splits = [
+            _SplitMetrics(
+                name,
+                [phase.task.metrics().to(phase.device) for _ in self._settings],
+                [ExpertLoad(num_experts).to(phase.device) for _ in self._settings],
+                ModelCost().to(phase.device),
+            )
+            for name in trainer.datamodule.split_names(stage)
         ]
-        self._cost = ModelCost().to(phase.device)
 
     @torch.no_grad()
-    def _sweep_batch(self, phase: Phase, batch: Batch) -> None:
-        for gate, metrics in zip(self._settings, self._metrics, strict=True):
+    def _sweep_batch(self, phase: Phase, batch: Batch, split: _SplitMetrics) -> None:
+        for gate, metrics, load in zip(self._settings, split.metrics, split.loads, strict=True):
             at_gate = nullcontext() if gate is None else gated(phase.model, gate)
-            with at_gate, self._watched(metrics["load"]):
+            with at_gate, self._watched(load):
                 logits = phase.logits(batch)
-            metrics["loss"].update(phase.task_loss(logits, batch), weight=len(logits))
-            metrics["accuracy"].update(logits, batch["labels"])
+            metrics.update(logits, batch)
         lengths = sample_lengths(batch) or [None] * len(batch["labels"])
         for length in set(lengths) - self._flops_outside.keys():
             self._flops_outside[length] = flops_outside_ffns(phase.model, sample_inputs(batch, length))
-        self._cost.update([self._flops_outside[length] for length in lengths])
+        split.cost.update([self._flops_outside[length] for length in lengths])
 
     @contextmanager
     def _watched(self, load: ExpertLoad) -> Iterator[None]:
@@ -127,58 +132,66 @@ class TauSweep(L.Callback):
             for handle in handles:
                 handle.remove()
 
-    def _report(self, trainer: L.Trainer, phase: Phase, stage: str, final: bool) -> None:
-        samples, flops_outside = self._cost.compute()  # every process takes part in the sums
-        histograms = [metrics["load"].compute() for metrics in self._metrics]
-        self.rows[stage] = [
+    def _report_all(self, trainer: L.Trainer, phase: Phase, final: bool) -> None:
+        for split in self._splits:
+            self._report(trainer, phase, split, final)
+
+    def _report(self, trainer: L.Trainer, phase: Phase, measured: _SplitMetrics, final: bool) -> None:
+        split, metric = measured.name, phase.task.main_metric
+        samples, flops_outside = measured.cost.compute()  # every process takes part in the sums
+        histograms = [load.compute() for load in measured.loads]
+        values = [metrics.compute() for metrics in measured.metrics]
+        self.rows[split] = [
             sweep_row(
-                stage,
+                split,
                 None if gate is None else gate.tau,
-                float(metrics["loss"].compute()),
-                float(metrics["accuracy"].compute()),
+                float(value["loss"]),
+                metric,
+                float(value[metric]),
                 self._layers,
                 histogram,
                 samples,
                 flops_outside,
             )
-            for gate, metrics, histogram in zip(self._settings, self._metrics, histograms, strict=True)
+            for gate, value, histogram in zip(self._settings, values, histograms, strict=True)
         ]
         folder = trainer.log_dir
         if not trainer.is_global_zero:
             return
-        rows = [row for stage_rows in self.rows.values() for row in stage_rows]
-        dense = [record for record in phase.history if f"{stage}/accuracy" in record.metrics][:1]
-        references = {f"{stage} after {record.phase}": 100 * record.metrics[f"{stage}/accuracy"] for record in dense}
+        rows = [row for split_rows in self.rows.values() for row in split_rows]
+        key = f"{split}/{metric}"
+        dense = [record for record in phase.history if key in record.metrics][:1]
+        references = {f"{split} after {record.phase}": 100 * record.metrics[key] for record in dense}
         if folder is not None:
             write_csv(rows, Path(folder) / "tau_sweep.csv")
             draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)
-        self._log(trainer, stage, histograms if final else [], draw_curve(rows, references))
+        self._log(trainer, split, histograms if final else [], draw_curve(rows, references))
         if final:
             gate = self._settings[0]
-            title = stage if gate is None else f"{stage}, gate {gate.rule}"
-            Console().print(as_table(self.rows[stage], title))
+            title = split if gate is None else f"{split}, gate {gate.rule}"
+            Console().print(as_table(self.rows[split], title))
             if folder is not None:
                 Console().print(f"Curve and table: {Path(folder) / 'tau_sweep.png'}, tau_sweep.csv", soft_wrap=True)
 
-    def _log(self, trainer: L.Trainer, stage: str, histograms: list[list[Tensor]], figure: Any) -> None:
+    def _log(self, trainer: L.Trainer, split: str, histograms: list[list[Tensor]], figure: Any) -> None:
         for logger in trainer.loggers:
-            for row in self.rows[stage]:
+            for row in self.rows[split]:
                 values = {
-                    "accuracy": row.accuracy,
+                    row.metric: row.score,
                     "loss": row.loss,
                     "ffn_flops_percent": row.ffn_flops_percent,
                     "model_flops_percent": row.model_flops_percent,
                 }
                 setting = _setting(row.tau)
-                scalars = {f"tau_sweep_{stage}_{key}/{setting}": value for key, value in values.items()}
-                shares = {f"experts_percent_{stage}_{name}/{setting}": share for name, share in row.layers.items()}
+                scalars = {f"tau_sweep_{split}_{key}/{setting}": value for key, value in values.items()}
+                shares = {f"experts_percent_{split}_{name}/{setting}": share for name, share in row.layers.items()}
                 logger.log_metrics({**scalars, **shares}, step=trainer.global_step)
             if not isinstance(logger, TensorBoardLogger):
                 continue
-            logger.experiment.add_figure(f"tau_sweep/{stage}", figure, trainer.global_step)
-            for row, per_layer in zip(self.rows[stage], histograms, strict=False):
+            logger.experiment.add_figure(f"tau_sweep/{split}", figure, trainer.global_step)
+            for row, per_layer in zip(self.rows[split], histograms, strict=False):
                 for name, histogram in zip(self._layers, per_layer, strict=True):
-                    tag = f"experts_per_token_{stage}/{name}/{_setting(row.tau)}"
+                    tag = f"experts_per_token_{split}/{name}/{_setting(row.tau)}"
                     logger.experiment.add_histogram_raw(
                         tag, **raw_histogram(histogram), global_step=trainer.global_step
                     )

@@ -1,9 +1,25 @@
-"""LightningDataModules that give dict batches. One config serves every phase; no knowledge of models."""
+"""LightningDataModules that give dict batches and a task. One config serves every phase; no knowledge of models."""
 
-from d2dmoe_pl.data.base import ClassificationData
+from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.digits import Digits
+from d2dmoe_pl.data.glue import GLUE
 from d2dmoe_pl.data.image_classification import ImageClassification
+from d2dmoe_pl.data.question_answering import QuestionAnswering
 from d2dmoe_pl.data.source import DatasetSource
+from d2dmoe_pl.data.squad import SQuAD
+from d2dmoe_pl.data.task import Classification, Regression, Task
 from d2dmoe_pl.data.text_classification import TextClassification
 
-__all__ = ["ClassificationData", "DatasetSource", "Digits", "ImageClassification", "TextClassification"]
+__all__ = [
+    "GLUE",
+    "Classification",
+    "DatasetSource",
+    "Digits",
+    "ImageClassification",
+    "QuestionAnswering",
+    "Regression",
+    "SQuAD",
+    "Task",
+    "TaskData",
+    "TextClassification",
+]

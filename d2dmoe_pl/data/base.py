@@ -1,4 +1,4 @@
-"""What every phase asks of its data: dict batches, label names, and a way to see the data as it is."""
+"""What every phase asks of its data: dict batches, a task, and a way to see the data as it is."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,20 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from d2dmoe_pl.data.task import Head, Task
 from d2dmoe_pl.errors import check
 
 SPLITS = ("train", "validation", "test")
 
 
-class ClassificationData(L.LightningDataModule):
-    """Train, validation and test splits of labelled samples, as dict batches with a key ``labels`` ``(B,)``.
+class TaskData(L.LightningDataModule):
+    """Train, validation and test splits of labelled samples, as dict batches with a key ``labels`` ``(B, ...)``.
+
+    There can be further validation and test splits, named ``validation_...`` and ``test_...``; each is a loader.
 
     Attributes:
-        label_names: Names of the classes by their index, once set up.
+        head: The head that a model needs for this data.
+        task: What is to be learnt, once set up.
         ordered: Phases that only gather statistics set this: training samples then come in order and unaugmented.
 
     Args:
@@ -32,6 +36,8 @@ class ClassificationData(L.LightningDataModule):
         ConfigError: If ``batch_size`` is not positive or ``num_workers`` is negative.
     """
 
+    head: Head = "classification"
+
     def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
         super().__init__()
         check(batch_size > 0, f"batch_size={batch_size}: must be positive")
@@ -39,12 +45,12 @@ class ClassificationData(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.ordered = False
-        self.label_names: list[str] = []
+        self.task: Task | None = None
         self._splits: Mapping[str, Dataset] = {}
 
     @abstractmethod
-    def load(self) -> tuple[Mapping[str, Dataset], list[str]]:
-        """The three splits by name, and the names of the labels."""
+    def load(self) -> tuple[Mapping[str, Dataset], Task]:
+        """The splits by name, ``train``, ``validation`` and ``test`` among them, and the task."""
 
     @abstractmethod
     def collate(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
@@ -65,22 +71,30 @@ class ClassificationData(L.LightningDataModule):
         """
         if self._splits:
             return
-        splits, self.label_names = self.load()
-        for name in SPLITS:
-            check(len(splits[name]) > 0, f"{name}: the split is empty; must have at least one sample")
+        splits, self.task = self.load()
+        for name, split in splits.items():
+            check(len(split) > 0, f"{name}: the split is empty; must have at least one sample")
         self._splits = splits
+
+    def split_names(self, stage: str) -> list[str]:
+        """The splits that ``stage``, ``validation`` or ``test``, runs over, the one of that name first."""
+        return [name for name in sorted(self._splits) if name == stage or name.startswith(f"{stage}_")]
 
     def train_dataloader(self) -> DataLoader:
         return self._loader("train", train=not self.ordered)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._loader("validation", train=False)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation_loaders("validation")
 
-    def test_dataloader(self) -> DataLoader:
-        return self._loader("test", train=False)
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation_loaders("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        return self._loader("test", train=False)
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation_loaders("test")
+
+    def _evaluation_loaders(self, stage: str) -> DataLoader | list[DataLoader]:
+        loaders = [self._loader(name, train=False) for name in self.split_names(stage)]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def _loader(self, split: str, train: bool) -> DataLoader:
         dataset = self._splits[split]

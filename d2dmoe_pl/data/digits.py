@@ -9,15 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from d2dmoe_pl.data.base import ClassificationData
+from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.preprocessor import write_preprocessor_config
+from d2dmoe_pl.data.task import Classification, Task
 
 SPLIT_SEED = 0
 NUM_VALIDATION = 150
 NUM_TEST = 400
 
 
-class Digits(ClassificationData):
+class Digits(TaskData):
     """1,797 grey images of 8 x 8 pixels, 10 classes: 1,247 to train on, 150 to validate, 400 to test, always the same.
 
     Batches: ``pixel_values`` ``(B, 1, 8, 8)`` in [0, 1], ``labels`` ``(B,)``.
@@ -32,7 +33,7 @@ class Digits(ClassificationData):
         super().__init__(batch_size, num_workers)
         self.augment = augment
 
-    def load(self) -> tuple[Mapping[str, Dataset], list[str]]:
+    def load(self) -> tuple[Mapping[str, Dataset], Task]:
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1) / digits.images.max()  # (1797, 1, 8, 8)
         dataset = TensorDataset(images, torch.from_numpy(digits.target))
@@ -43,7 +44,8 @@ class Digits(ClassificationData):
             order[NUM_TEST + NUM_VALIDATION :],
         )
         splits = {"train": train, "validation": validation, "test": test}
-        return {name: Subset(dataset, indices) for name, indices in splits.items()}, [str(n) for n in range(10)]
+        task = Classification([str(digit) for digit in range(10)])
+        return {name: Subset(dataset, indices) for name, indices in splits.items()}, task
 
     def collate(self, samples: Sequence[tuple[Tensor, Tensor]], augment: bool) -> dict[str, Tensor]:
         images, labels = (torch.stack(column) for column in zip(*samples, strict=True))

@@ -9,15 +9,16 @@ from timm.data import create_transform
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from d2dmoe_pl.data.base import ClassificationData
+from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.preprocessor import write_preprocessor_config
 from d2dmoe_pl.data.source import DatasetSource, check_columns, encode_labels
+from d2dmoe_pl.data.task import Classification, Task
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
 
-class ImageClassification(ClassificationData):
+class ImageClassification(TaskData):
     """Images of any size, resized, augmented for training by timm's transforms, and normalised.
 
     Batches: ``pixel_values`` ``(B, 3, image_size, image_size)``, ``labels`` ``(B,)``.
@@ -83,10 +84,11 @@ class ImageClassification(ClassificationData):
             re_prob=random_erasing,
         )
 
-    def load(self) -> tuple[Mapping[str, Any], list[str]]:
+    def load(self) -> tuple[Mapping[str, Any], Task]:
         splits = self.source.load()
         check_columns(splits, {"image_column": self.image_column, "label_column": self.label_column})
-        return encode_labels(splits, self.label_column)
+        splits, names = encode_labels(splits, self.label_column)
+        return splits, Classification(names)
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         transform = self._training if augment else self._evaluation

@@ -1,7 +1,7 @@
 """Labelled splits from any Hugging Face dataset, on the hub or in local files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, load_dataset
@@ -23,6 +23,7 @@ class DatasetSource:
         train: Name of the training split; or a local CSV, TSV, JSON (lines) or Parquet file, or image folder.
         validation: The same for validation; None to hold out part of the training split.
         test: The same for test; None to hold out part of the training split.
+        more: Further splits to evaluate on, by names that begin with ``validation_`` or ``test_``; each as above.
         held_out: Share of the training split for each split that is held out of it.
         seed: Decides which samples are held out.
     """
@@ -32,25 +33,31 @@ class DatasetSource:
     train: str = "train"
     validation: str | None = "validation"
     test: str | None = "test"
+    more: dict[str, str] = field(default_factory=dict)
     held_out: float = 0.1
     seed: int = 0
 
     def load(self) -> dict[str, Dataset]:
-        """The three splits by name.
+        """The splits by name: ``train``, ``validation``, ``test`` and those in ``more``.
 
         Raises:
             ConfigError: If a split cannot be loaded; the message says which and why.
         """
         check(0.0 < self.held_out < 0.5, f"held_out={self.held_out}: must lie between 0 and 0.5")
-        splits = {name: self._load_split(name) for name in SPLITS if getattr(self, name) is not None}
+        for name in self.more:
+            check(
+                name.startswith(("validation_", "test_")),
+                f"more={{{name!r}: ...}}: names must begin with validation_ or test_",
+            )
+        wanted = {name: getattr(self, name) for name in SPLITS} | self.more
+        splits = {name: self._load_split(name, where) for name, where in wanted.items() if where is not None}
         for name in SPLITS:
             if name not in splits:
                 parts = splits["train"].train_test_split(self.held_out, seed=self.seed)
                 splits |= {"train": parts["train"], name: parts["test"]}
         return splits
 
-    def _load_split(self, name: str) -> Dataset:
-        where = getattr(self, name)
+    def _load_split(self, name: str, where: str) -> Dataset:
         try:
             if self.dataset is not None:
                 return load_dataset(self.dataset, self.config, split=where)

@@ -27,21 +27,6 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], inde
     return torch.stack(losses).sum()
 
 
-def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """``(KL(p || q) + KL(q || p)) / 2`` of the two softmaxes, averaged over samples.
-
-    Args:
-        student_logits: ``(B, C)``.
-        teacher_logits: ``(B, C)``.
-
-    Returns:
-        A scalar.
-    """
-    student, teacher = (logits.float().log_softmax(dim=-1) for logits in (student_logits, teacher_logits))
-    # both divergences in one product
-    return 0.5 * ((student.exp() - teacher.exp()) * (student - teacher)).sum(dim=-1).mean()
-
-
 def share_fixed_(teacher: nn.Module, student: nn.Module) -> None:
     """Let ``teacher`` use the very tensors of ``student`` that training will not change, where they are equal.
 

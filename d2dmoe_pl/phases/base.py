@@ -8,15 +8,12 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
+from d2dmoe_pl.data.task import Batch, Head, Task
 from d2dmoe_pl.errors import check
 
-Batch = Mapping[str, Tensor]
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
 
@@ -31,6 +28,8 @@ class Phase(L.LightningModule):
         ends_at: The stage that it has afterwards.
         leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
         model: The network, once made.
+        task: What it is to do: the data's.
+        metrics: The task's metrics by split, ``validation`` and ``test`` among them.
         history: The phases that it went through before this one.
 
     Args:
@@ -54,6 +53,7 @@ class Phase(L.LightningModule):
         self.init_from = init_from
         self.source = source
         self.model: nn.Module | None = None
+        self.task: Task | None = None
         self.history: list[PhaseRecord] = []
 
     def transform_(self, model: nn.Module) -> None:
@@ -103,12 +103,15 @@ class Phase(L.LightningModule):
         if self.model is not None:
             return
         artifact = self.read_start()
-        label_names = self.trainer.datamodule.label_names
+        data = self.trainer.datamodule
+        self.task = data.task
         if artifact is None:
-            self.model = self.source.build(label_names)
+            self.model = self.source.build(self.task.label_names)
         else:
             self.model = load_model(artifact.path)
             self.history = artifact.history
+        check_head(self.model, self.task.head)
+        check_outputs(self.model, self.task)
         if self.trainer.state.fn == TrainerFn.FITTING:
             if artifact is None:
                 self.check_start("dense", "a source", ())
@@ -118,43 +121,65 @@ class Phase(L.LightningModule):
             self.transform_(self.model)
         else:
             self.prepare_evaluation_(self.model)
-        self.metrics = nn.ModuleDict(
-            {
-                stage: nn.ModuleDict(
-                    {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(len(label_names), average="micro")}
-                )
-                for stage in ("validation", "test")
-            }
-        )
+        splits = [split for stage in ("validation", "test") for split in data.split_names(stage)]
+        self.metrics = nn.ModuleDict({split: self.task.metrics() for split in splits})
 
     def prepare_evaluation_(self, model: nn.Module) -> None:
         """Set up a model that is loaded to be evaluated, not fitted."""
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's logits for a batch, ``(B, C)``."""
+        """The model's logits for a batch, ``(B, ...)``."""
         return adapter_for(self.model).logits(self.model, batch)
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy, a scalar."""
-        return F.cross_entropy(logits, batch["labels"])
+        """The task's loss, a scalar."""
+        return self.task.loss(logits, batch)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluation_step("validation", batch)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step("validation", batch, dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluation_step("test", batch)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step("test", batch, dataloader_idx)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Class indices ``(B,)`` and probabilities ``(B, C)``."""
-        probabilities = self.logits(batch).softmax(dim=-1)
-        return {"predictions": probabilities.argmax(dim=-1), "probabilities": probabilities}
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """What the task makes of the logits, one row a sample."""
+        return self.task.predictions(self.logits(batch), batch)
 
-    def _evaluation_step(self, stage: str, batch: Batch) -> None:
-        logits = self.logits(batch)
-        metrics = self.metrics[stage]
-        metrics["loss"].update(self.task_loss(logits, batch), weight=len(logits))
-        metrics["accuracy"].update(logits, batch["labels"])
-        self.log_dict({f"{stage}/{name}": metric for name, metric in metrics.items()}, on_epoch=True, prog_bar=True)
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _evaluation_step(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
+        split = self.trainer.datamodule.split_names(stage)[dataloader_idx]
+        self.metrics[split].update(self.logits(batch), batch)
+
+    def _log_metrics(self, stage: str) -> None:
+        for split in self.trainer.datamodule.split_names(stage):
+            values = {f"{split}/{name}": value for name, value in self.metrics[split].compute().items()}
+            self.log_dict(values, prog_bar=True, sync_dist=True)  # the same on all processes by now
+            self.metrics[split].reset()
+
+
+def check_head(model: nn.Module, head: Head) -> None:
+    """Raise ``ConfigError`` unless ``model`` has the head that the data needs."""
+    has = adapter_for(model).head(model)
+    check(
+        has == head,
+        f"head={has!r} of {type(model).__name__}: the data needs a model with head {head!r} "
+        "(the source decides it, e.g. HuggingFaceModel by its task)",
+    )
+
+
+def check_outputs(model: nn.Module, task: Task) -> None:
+    """Raise ``ConfigError`` unless ``model`` has as many outputs as the task has labels."""
+    has = adapter_for(model).num_outputs(model)
+    check(
+        has == task.num_outputs,
+        f"outputs={has} of {type(model).__name__}: must be {task.num_outputs}, since the data has the labels "
+        f"{', '.join(task.label_names[:20])}",
+    )
 
 
 class OptimizedPhase(Phase):

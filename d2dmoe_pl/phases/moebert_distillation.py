@@ -16,7 +16,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe import routing as routings
 from d2dmoe_pl.moe.chosen import Chosen
 from d2dmoe_pl.moe.context import token_index
-from d2dmoe_pl.moe.distillation import hidden_state_loss, share_fixed_, symmetric_kl
+from d2dmoe_pl.moe.distillation import hidden_state_loss, share_fixed_
 from d2dmoe_pl.moe.hash_table import balanced_table
 from d2dmoe_pl.moe.moebert import convert_to_moebert_, set_hash_table_
 from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
@@ -30,7 +30,7 @@ class MoEBERTDistillation(OptimizedPhase):
     """Experts from importance, distilled from the dense model: MoEBERT (arXiv 2204.07675).
 
     The loss is the task's ``+ beta * (sum over embeddings and layers of the mean squared error between the student's
-    and the teacher's hidden states + symmetric KL of their predictions) + gamma * mean over layers of the balance
+    and the teacher's hidden states + the distance of their predictions) + gamma * mean over layers of the balance
     loss``. The teacher is frozen and runs forward once a step, without gradients; with ``beta`` 0 there is none.
 
     Args:
@@ -132,7 +132,7 @@ class MoEBERTDistillation(OptimizedPhase):
             )
             index = token_index(batch.get("attention_mask"))
             parts["hidden_state_loss"] = hidden_state_loss(states, teacher_states, index)
-            parts["prediction_loss"] = symmetric_kl(logits, teacher_logits)
+            parts["prediction_loss"] = self.task.prediction_loss(logits, teacher_logits, batch)
             loss = loss + self.beta * (parts["hidden_state_loss"] + parts["prediction_loss"])
         if balance_losses:
             parts["balance_loss"] = torch.stack(balance_losses).mean()

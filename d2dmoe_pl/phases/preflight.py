@@ -5,20 +5,24 @@ from collections.abc import Sequence
 from torch import nn
 
 from d2dmoe_pl.artifact import build_structure
+from d2dmoe_pl.data.task import Head
 from d2dmoe_pl.moe.convert import describe, stage_of
-from d2dmoe_pl.phases.base import Phase
+from d2dmoe_pl.phases.base import Phase, check_head
 
 
-def preflight(phases: Sequence[Phase]) -> None:
+def preflight(phases: Sequence[Phase], heads: Sequence[Head] = ()) -> None:
     """Take the first phase's model through all ``phases`` on the meta device.
 
     Args:
         phases: In order; each after the first starts from what the one before leaves.
+        heads: The heads that the phases' data need; not checked if left out.
 
     Raises:
-        ConfigError: If a phase does not fit what it would start from.
+        ConfigError: If a phase does not fit what it would start from, or the model has not the head.
     """
     model, came_from, beside = _start(phases[0])
+    for head in heads:
+        check_head(model, head)
     for phase in phases:
         phase.check_start(stage_of(describe(model)), came_from, beside)
         phase.transform_(model)

@@ -76,9 +76,9 @@ class SparsityEnforcement(OptimizedPhase):
         self.log("train/alpha", alpha)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:  # a finished model: nothing to watch
-            return super().validation_step(batch, batch_idx)
+            return super().validation_step(batch, batch_idx, dataloader_idx)
         index = token_index(batch.get("attention_mask"))
 
         def tap(name: str, pre: Tensor, post: Tensor) -> None:
@@ -86,9 +86,10 @@ class SparsityEnforcement(OptimizedPhase):
             self.sparsity.update(name, tokens if index is None else tokens[index])
 
         with tapped(self._ffns, tap):
-            return super().validation_step(batch, batch_idx)
+            return super().validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         if self.trainer.state.fn == TrainerFn.FITTING:
             shares = {f"sparsity_{key}": value for key, value in self.sparsity.compute().items()}
             self.log_dict(shares, sync_dist=True)  # the same on all processes by now; Lightning cannot know

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from d2dmoe_pl.adapters import ADAPTERS, TimmModel, adapter_for
+from d2dmoe_pl.adapters import ADAPTERS, HuggingFaceModel, TimmModel, adapter_for
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.convert import (
@@ -54,7 +54,7 @@ class TestContract:
         order = {ffn.name: torch.randperm(tiny.WIDTH) % 8 for ffn in select_ffns(converted)}
         convert_to_moe_(converted, ExpertsConfig(8), assignments=order)
         inputs = tiny.batch(kind)
-        expected, got = tiny.logits(dense, inputs), tiny.logits(converted, inputs)
+        expected, got = (tiny.logits_of_tokens(model, inputs) for model in (dense, converted))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
         for result in (expected, got):
             result.square().sum().backward()
@@ -98,13 +98,21 @@ class TestContract:
         _, changed = adapter_for(model).logits_and_hidden_states(model, inputs)
         assert [torch.equal(*pair) for pair in zip(states, changed, strict=True)] == [True, True, False]
 
+    def test_says_what_head_it_has(self, kind, tmp_path):
+        model, adapter = tiny.dense(kind), ADAPTERS[kind.partition("-")[0]]
+        head = {"bert-regression": "regression", "bert-question-answering": "question-answering"}
+        save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
+        for one in (model, load_model(tmp_path / "artifact"), tiny.SOURCES[kind]().build_structure(["a", "b"])):
+            assert adapter.head(one) == head.get(kind, "classification")
+        assert adapter.num_outputs(model) == len(tiny.labels_of(kind))
+
     def test_unknown_activation_is_refused(self, kind):
         model = tiny.dense(kind)
         with pytest.raises(ConfigError, match="activation='quark': "):
             swap_activation_(model, ActivationConfig("quark"))
 
     def test_structure_without_weights(self, kind):
-        structure = tiny.SOURCES[kind]().build_structure(tiny.LABELS)
+        structure = tiny.SOURCES[kind]().build_structure(tiny.labels_of(kind))
         assert all(parameter.is_meta for parameter in structure.parameters())
         shapes = {name: parameter.shape for name, parameter in tiny.dense(kind).named_parameters()}
         assert {name: parameter.shape for name, parameter in structure.named_parameters()} == shapes
@@ -124,6 +132,29 @@ def test_dense_hugging_face_artifact_loads_with_transformers(tmp_path):
     inputs = tiny.batch("bert")
     assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
     assert loaded.config.id2label == dict(enumerate(tiny.LABELS))
+
+
+def test_question_answering_logits_are_start_and_end():
+    model = tiny.dense("bert-question-answering")
+    inputs = {key: value for key, value in tiny.batch("bert-question-answering").items() if key != "labels"}
+    output = model(**inputs)
+    got = tiny.logits(model, {**inputs, "labels": torch.zeros(3, 2), "offsets": torch.zeros(3, 7, 2)})
+    assert torch.equal(got, torch.stack([output.start_logits, output.end_logits], dim=1))
+
+
+def test_a_regression_artifact_is_one_for_transformers_too(tmp_path):
+    save_artifact(tiny.dense("bert-regression"), tmp_path / "artifact", [PhaseRecord("Test")])
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "artifact")
+    inputs = tiny.batch("bert-regression")
+    with torch.no_grad():
+        output = loaded(**{**inputs, "labels": inputs["labels"].float()})
+    assert float(output.loss) == pytest.approx(float((output.logits[:, 0] - inputs["labels"]).square().mean()))
+
+
+def test_a_head_that_transformers_has_not():
+    source = HuggingFaceModel("question-answering", config=transformers.ViTConfig(**tiny._IMAGE, **tiny._SHAPE))
+    with pytest.raises(ConfigError, match=r"task='question-answering': transformers has no such head .* type 'vit'"):
+        source.build_structure(["start", "end"])
 
 
 def test_dense_timm_artifact_loads_with_timm(tmp_path):

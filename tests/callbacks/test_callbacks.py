@@ -45,7 +45,7 @@ class TestTauSweep:
             plain.test(
                 RouterRegression(8, tau=row.tau, init_from=routed_text), datamodule=tiny.TextData(3), verbose=False
             )
-            assert row.accuracy == pytest.approx(100 * float(plain.callback_metrics["test/accuracy"]))
+            assert row.score == pytest.approx(100 * float(plain.callback_metrics["test/accuracy"]))
             assert row.loss == pytest.approx(float(plain.callback_metrics["test/loss"]), rel=1e-4)
         assert {str(made["gate"]["tau"]) for made in describe(phase.model).values()} == {"0.5"}  # as it was
 
@@ -68,8 +68,8 @@ class TestTauSweep:
             trainer(callbacks=[sweep]).test(phase, datamodule=tiny.TextData(size), verbose=False)
             rows.append(sweep.rows["test"])
         for one, other in zip(*rows, strict=True):
-            assert (one.accuracy, one.experts_percent, one.model_flops) == (
-                other.accuracy,
+            assert (one.score, one.experts_percent, one.model_flops) == (
+                other.score,
                 other.experts_percent,
                 other.model_flops,
             )
@@ -135,7 +135,7 @@ def test_raw_histogram():
 
 
 def test_table_and_curve_hold_the_numbers():
-    rows = [SweepRow("test", 0.5, 0.125, 97.5, 12.0, 16.0, 2e6, 44.0, {"a": 12.0})]
+    rows = [SweepRow("test", 0.5, 0.125, "f1", 97.5, 12.0, 16.0, 2e6, 44.0, {"a": 12.0})]
     table = as_table(rows, "title")
     assert [list(column.cells) for column in table.columns] == [
         ["0.5"],
@@ -146,6 +146,18 @@ def test_table_and_curve_hold_the_numbers():
         ["2.000 M"],
         ["44.0"],
     ]
+    assert table.columns[1].header == "f1 %"
+    assert rows[0].as_record() == {
+        "stage": "test",
+        "tau": 0.5,
+        "loss": 0.125,
+        "f1": 97.5,
+        "experts_percent": 12.0,
+        "ffn_flops_percent": 16.0,
+        "model_flops": 2e6,
+        "model_flops_percent": 44.0,
+        "experts_percent/a": 12.0,
+    }
     axes = draw_curve(rows, {"dense": 98.0}).axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[16.0, 97.5]]
     assert axes.get_legend().texts[1].get_text() == "dense: 98.0%"

@@ -4,28 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from d2dmoe_pl.data import DatasetSource, Digits, ImageClassification, TextClassification
 from d2dmoe_pl.data.digits import jitter
 from d2dmoe_pl.errors import ConfigError
 
 ROWS = [("a b c", "x", "joy"), ("b", "y z", "fear"), ("c c", "x", "joy"), ("a", "z", "anger")]
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *"abcxyz"])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
-        tmp_path / "tok"
-    )
-    return str(tmp_path / "tok")
 
 
 def table(rows=ROWS, label=lambda value: value):
@@ -37,6 +25,11 @@ def write(dataset, path):
         path.suffix
     ](path)
     return str(path)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return tiny.tokenizer(tmp_path / "tok", "abcxyz")
 
 
 def source(tmp_path, suffix=".csv", train=None, validation=None, test=None):
@@ -67,7 +60,7 @@ class TestDigits:
         assert batch["pixel_values"].shape == (5, 1, 8, 8)
         assert batch["labels"].shape == (5,)
         assert 0 <= batch["pixel_values"].min() < batch["pixel_values"].max() == 1
-        assert digits.label_names == list("0123456789")
+        assert digits.task.label_names == list("0123456789")
 
     def test_only_training_is_shuffled_and_augmented_and_only_until_ordered(self):
         digits = Digits(batch_size=64)
@@ -98,7 +91,7 @@ class TestText:
     def test_local_files(self, tmp_path, tokenizer, suffix):
         data = TextClassification(source(tmp_path, suffix), tokenizer, batch_size=4)
         data.setup()
-        assert data.label_names == ["anger", "fear", "joy"]
+        assert data.task.label_names == ["anger", "fear", "joy"]
         batch = first(data.test_dataloader())
         assert batch["labels"].tolist() == [2, 1, 2, 0]
         assert batch["input_ids"].tolist() == [[2, 3, 4], [3, 0, 0], [4, 4, 0], [2, 0, 0]]
@@ -123,7 +116,7 @@ class TestText:
         tables = {name: table(label=number.get) for name in ("train", "validation", "test")}
         data = TextClassification(source(tmp_path, **tables), tokenizer, batch_size=4)
         data.setup()
-        assert data.label_names == ["3", "5", "7"]
+        assert data.task.label_names == ["3", "5", "7"]
         assert first(data.test_dataloader())["labels"].tolist() == [2, 0, 2, 1]
 
     def test_held_out_splits_are_disjoint(self, tmp_path, tokenizer):
@@ -194,7 +187,7 @@ class TestImages:
             self.parquet(tmp_path), image_column="picture", label_column="kind", image_size=8, batch_size=4
         )
         data.setup()
-        assert data.label_names == ["cat", "dog"]
+        assert data.task.label_names == ["cat", "dog"]
         batch = first(data.val_dataloader())
         assert batch["pixel_values"].shape == (4, 3, 8, 8)
         assert batch["labels"].tolist() == [0, 1, 0, 1]
@@ -214,7 +207,7 @@ class TestImages:
         ):
             data = ImageClassification(where, image_size=8, batch_size=6)
             data.setup()
-            assert data.label_names == ["cat", "dog"]
+            assert data.task.label_names == ["cat", "dog"]
             assert first(data.test_dataloader())["pixel_values"].shape == (6, 3, 8, 8)
 
     def test_preprocessing_is_saved_and_taken_up(self, tmp_path):

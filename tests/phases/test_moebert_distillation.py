@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
+from d2dmoe_pl.data.task import symmetric_kl
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.context import token_index
 from d2dmoe_pl.moe.convert import select_ffns
-from d2dmoe_pl.moe.distillation import hidden_state_loss, symmetric_kl
+from d2dmoe_pl.moe.distillation import hidden_state_loss
 from d2dmoe_pl.moe.hash_table import balanced_table
 from d2dmoe_pl.moe.importance import Importance
 from d2dmoe_pl.moe.moebert import convert_to_moebert_
@@ -79,7 +80,7 @@ def test_loss_by_hand(trainer, scored, routing):
     expected = {
         "train/task_loss": F.cross_entropy(logits, batch["labels"]),
         "train/hidden_state_loss": hidden_state_loss(states, teacher_states, token_index(batch["attention_mask"])),
-        "train/prediction_loss": symmetric_kl(logits, teacher_logits),
+        "train/prediction_loss": symmetric_kl(logits, teacher_logits).mean(),
     }
     total = expected["train/task_loss"] + 2 * (expected["train/hidden_state_loss"] + expected["train/prediction_loss"])
     if routing.startswith("gate"):
@@ -278,7 +279,7 @@ def test_important_neurons_make_better_experts_than_random_ones():
         twin.load_state_dict(save)
         convert_to_moebert_(twin, dataclasses.replace(tiny.MOEBERT, num_shared=8), importance=scores)
         with torch.no_grad():
-            return symmetric_kl(tiny.logits(twin, test), tiny.logits(model, test)).item()
+            return symmetric_kl(tiny.logits(twin, test), tiny.logits(model, test)).mean().item()
 
     random = [distance({name: torch.rand(tiny.WIDTH) for name in importance.scores}) for _ in range(5)]
     assert distance(importance.scores) < min(random)

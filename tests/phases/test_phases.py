@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from d2dmoe_pl.adapters import TimmModel
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data import Classification
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.convert import describe, moe_layers, select_ffns
 from d2dmoe_pl.moe.importance import Importance
@@ -139,7 +140,7 @@ class TestSparsityEnforcement:
         model = tiny.dense("bert")
         inputs = tiny.batch("bert", size=4)
         phase = SparsityEnforcement("l1", alpha=1.0, init_from="-")
-        phase.model, phase._ffns = model, select_ffns(model)
+        phase.model, phase.task, phase._ffns = model, Classification(tiny.LABELS), select_ffns(model)
         phase._trainer = type("T", (), {"estimated_stepping_batches": 1, "global_step": 0})()
         logged = {}
         phase.log_dict = lambda values, **kwargs: logged.update(values)
@@ -348,6 +349,30 @@ class TestPreflight:
         phases = self.chain()
         preflight(phases)
         assert all(phase.model is None for phase in phases)
+
+
+class TestHeads:
+    def test_data_that_needs_a_head_the_model_has_not(self, trainer, digits):
+        message = "head='question-answering' of BertForQuestionAnswering: the data needs a model with head 'classi"
+        phase = FineTuning(source=tiny.SOURCES["bert-question-answering"]())
+        with pytest.raises(ConfigError, match=message):
+            preflight([phase], [digits.head])
+        with pytest.raises(ConfigError, match=message):
+            trainer().fit(phase, datamodule=tiny.TextData(4))
+        preflight([FineTuning(source=digits_source())], [digits.head])
+
+    def test_an_artifact_with_another_head(self, trainer, tmp_path):
+        save_artifact(tiny.dense("bert-regression"), tmp_path / "artifact", [PhaseRecord("FineTuning")])
+        phase = FineTuning(init_from=str(tmp_path / "artifact"))
+        with pytest.raises(ConfigError, match="head='regression' of BertForSequenceClassification: the data needs"):
+            preflight([phase], ["classification"])
+        with pytest.raises(ConfigError, match="head='regression' of BertForSequenceClassification: the data needs"):
+            trainer().test(phase, datamodule=tiny.TextData(4), verbose=False)
+
+    def test_an_artifact_with_other_labels(self, trainer, digits, tmp_path):
+        save_artifact(tiny.dense(), tmp_path / "artifact", [PhaseRecord("FineTuning")])
+        with pytest.raises(ConfigError, match="outputs=3 of VisionTransformer: must be 10, since the data has the lab"):
+            trainer().test(FineTuning(init_from=str(tmp_path / "artifact")), datamodule=digits, verbose=False)
 
 
 def test_predictions(trainer, digits, artifact):

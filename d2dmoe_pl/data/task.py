@@ -1,0 +1,169 @@
+"""What the data asks of a model: which head, which loss, which metrics. Nothing else knows what is being learnt."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
+from torchmetrics.wrappers import LambdaInputTransformer
+
+from d2dmoe_pl.errors import check
+
+Batch = Mapping[str, Tensor]
+Head = Literal["classification", "regression", "question-answering"]
+
+
+class Task(ABC):
+    """What a model is to do with a batch, and how well it does it.
+
+    Attributes:
+        head: The head that a model needs.
+        label_names: Names of the model's outputs, by index.
+        main_metric: The metric to judge by, one of :meth:`scores`.
+    """
+
+    head: ClassVar[Head]
+    label_names: list[str]
+    main_metric: str
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of the model's outputs (of each token, to answer questions)."""
+        return len(self.label_names)
+
+    @abstractmethod
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """What training minimises: a scalar, the mean over the batch's samples."""
+
+    @abstractmethod
+    def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        """How far a student's predictions are from its teacher's: a scalar, the mean over the batch's samples."""
+
+    @abstractmethod
+    def scores(self) -> dict[str, Metric]:
+        """New metrics by name, each with an ``update(logits, batch)`` and summed over processes.
+
+        A metric that computes a dict gives several, under the dict's own names.
+        """
+
+    @abstractmethod
+    def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What the logits say, one row a sample."""
+
+    def metrics(self) -> MetricCollection:
+        """New :meth:`scores`, and the mean ``loss``; ``update`` takes (logits, batch)."""
+        return MetricCollection({"loss": MeanLoss(self.loss), **self.scores()}, compute_groups=False)
+
+
+class MeanLoss(MeanMetric):
+    """Mean of a loss over samples, batches and processes.
+
+    Args:
+        loss: Maps (logits, batch) to the mean over the batch's samples.
+    """
+
+    def __init__(self, loss: Callable[[Tensor, Batch], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        """Add a batch."""
+        super().update(self.loss(logits, batch), weight=len(logits))
+
+
+class Classification(Task):
+    """One of ``C`` classes a sample: logits ``(B, C)``, ``labels`` ``(B,)``; cross-entropy.
+
+    Args:
+        label_names: Names of the classes by their index.
+        metrics: Of ``accuracy``, ``f1`` (of class 1 of two) and ``matthews_correlation``; the first is the main one.
+
+    Raises:
+        ConfigError: If ``f1`` is asked for with other than two classes.
+    """
+
+    head = "classification"
+
+    def __init__(self, label_names: Sequence[str], metrics: Sequence[str] = ("accuracy",)) -> None:
+        self.label_names = list(label_names)
+        self.main_metric = metrics[0]
+        self._names = tuple(metrics)
+        classes = self.num_outputs
+        check("f1" not in metrics or classes == 2, f"metrics={metrics}: f1 needs two classes, but there are {classes}")
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return F.cross_entropy(logits, batch["labels"])
+
+    def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        return symmetric_kl(student_logits, teacher_logits).mean()
+
+    def scores(self) -> dict[str, Metric]:
+        known = {
+            "accuracy": lambda: MulticlassAccuracy(self.num_outputs, average="micro"),
+            "f1": BinaryF1Score,
+            "matthews_correlation": lambda: MulticlassMatthewsCorrCoef(self.num_outputs),
+        }
+        return {name: LambdaInputTransformer(known[name](), _most_likely, itemgetter("labels")) for name in self._names}
+
+    def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Class indices ``(B,)`` and probabilities ``(B, C)``."""
+        return {"predictions": _most_likely(logits), "probabilities": logits.softmax(dim=-1)}
+
+
+class Regression(Task):
+    """A number a sample: logits ``(B, 1)``, ``labels`` ``(B,)``; mean squared error.
+
+    Args:
+        label_name: What the number is called.
+    """
+
+    head = "regression"
+    main_metric = "pearson"
+
+    def __init__(self, label_name: str) -> None:
+        self.label_names = [label_name]
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return F.mse_loss(_number(logits), batch["labels"].float())
+
+    def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        return F.mse_loss(student_logits.float(), teacher_logits.float())
+
+    def scores(self) -> dict[str, Metric]:
+        known = {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+        return {name: LambdaInputTransformer(metric, _number, _label_number) for name, metric in known.items()}
+
+    def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Numbers ``(B,)``."""
+        return {"predictions": _number(logits)}
+
+
+def symmetric_kl(first_logits: Tensor, second_logits: Tensor) -> Tensor:
+    """``(KL(p || q) + KL(q || p)) / 2`` of the softmaxes over the last dimension: MoEBERT (arXiv 2204.07675).
+
+    Args:
+        first_logits: ``(..., C)``.
+        second_logits: ``(..., C)``.
+
+    Returns:
+        ``(...)``.
+    """
+    log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (first_logits, second_logits))
+    # p (log p - log q) + q (log q - log p)
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
+
+
+def _most_likely(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _number(logits: Tensor) -> Tensor:
+    return logits.squeeze(-1).float()
+
+
+def _label_number(batch: Batch) -> Tensor:
+    return batch["labels"].float()

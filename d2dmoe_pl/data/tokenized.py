@@ -1,0 +1,57 @@
+"""What all text data shares: a tokenizer, and batches padded to their longest sample."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+from d2dmoe_pl.data.base import TaskData
+from d2dmoe_pl.errors import ConfigError, check
+
+
+class TokenizedData(TaskData):
+    """Texts, tokenised once and cached, padded to the longest of each batch.
+
+    Batches: what the tokenizer gives (``input_ids``, ``attention_mask``, ... ``(B, L)``) and ``labels`` ``(B, ...)``.
+
+    Args:
+        tokenizer: Hub name or folder of a Hugging Face tokenizer.
+        max_length: Tokens kept of a sample; at most what the model has positions for.
+        batch_size: Samples a batch and process.
+        num_workers: Loader processes.
+
+    Raises:
+        ConfigError: For a ``max_length`` that is not positive, or a tokenizer that is not there.
+    """
+
+    def __init__(self, tokenizer: str, max_length: int = 128, batch_size: int = 32, num_workers: int = 0) -> None:
+        super().__init__(batch_size, num_workers)
+        check(max_length > 0, f"max_length={max_length}: must be positive")
+        self.max_length = max_length
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"tokenizer={tokenizer!r}: neither a folder nor a reachable hub name ({reason})"
+            ) from error
+        self._pad = DataCollatorWithPadding(self.tokenizer)
+
+    def tokenized(self, split: Dataset, columns: Sequence[str]) -> Dataset:
+        """The split with one text column, or two as pairs, tokenised; of its own columns ``labels`` alone is kept."""
+        tokenizer, columns, max_length = self.tokenizer, list(columns), self.max_length
+
+        def tokenize(batch: Mapping[str, list]) -> Mapping[str, list]:
+            return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+
+        unused = [column for column in split.column_names if column != "labels"]
+        return split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
+
+    def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
+        return dict(self._pad(list(samples)))
+
+    def save_processor(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)

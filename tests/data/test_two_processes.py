@@ -1,0 +1,67 @@
+"""Metrics from two processes, with batches that do not come out even, are those from one: nothing is repeated."""
+
+import multiprocessing
+
+import pytest
+import tiny
+import torch
+from test_glue import glue, rows
+from test_squad import SPECIAL, WORDS, squad
+
+GLUE_WORDS = "abcdefgh"
+
+
+def logits(task, batch):
+    """What a model of few words would say, the same in any batch."""
+    waves = torch.sin(batch["input_ids"].unsqueeze(1) * torch.tensor([[[1.3], [0.7], [2.1]]]))  # (B, 3, L)
+    if task.head == "question-answering":
+        return waves[:, :2] + 0.01 * torch.arange(waves.shape[-1])
+    places = 1 + 0.1 * torch.arange(waves.shape[-1])
+    return (waves * batch["attention_mask"].unsqueeze(1) * places).sum(dim=-1)[:, : task.num_outputs]
+
+
+def evaluated(data):
+    """Every metric of every test split."""
+    data.setup()
+    loaders = data.test_dataloader()
+    results, seen = {}, []
+    for split, loader in zip(
+        data.split_names("test"), loaders if isinstance(loaders, list) else [loaders], strict=True
+    ):
+        metrics = data.task.metrics()
+        for batch in loader:
+            metrics.update(logits(data.task, batch), batch)
+            seen.append(len(batch["labels"]))
+        results |= {f"{split}/{name}": float(value) for name, value in metrics.compute().items()}
+    return results, seen
+
+
+def process(rank, data, folder, queue):
+    torch.set_num_threads(1)  # a forked process must not wait for its parent's threads
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    queue.put((rank, *evaluated(data)))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["squad", "mnli", "stsb"])
+def test_two_processes_measure_what_one_does(tmp_path, kind):
+    if kind == "squad":
+        tokenizer = tiny.tokenizer(tmp_path / "tok", WORDS, SPECIAL)
+        data = squad(tmp_path, tokenizer, "2.0", batch_size=3)
+    else:
+        tokenizer = tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, SPECIAL)
+        more = {"validation_mismatched": rows(kind, 9)} if kind == "mnli" else {}
+        data = glue(tmp_path, tokenizer, kind, **more)
+    expected, seen = evaluated(data)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=process, args=(rank, data, tmp_path, queue)) for rank in range(2)]
+    for one in processes:
+        one.start()
+    got = sorted(queue.get(timeout=60) for _ in processes)
+    for one in processes:
+        one.join()
+    assert sum(sum(part) for _, _, part in got) == sum(seen)
+    assert sum(got[0][2]) > sum(got[1][2]) or kind == "squad"
+    for _, results, _ in got:
+        assert results == pytest.approx(expected, rel=1e-5)
