@@ -16,7 +16,15 @@ import transformers
 from torch import nn
 
 from d2dmoe_pl.adapters import HuggingFaceModel
-from d2dmoe_pl.moe.convert import ActivationConfig, ExpertsConfig, convert_to_moe_, moe_layers, select_ffns, swap_activation_
+from d2dmoe_pl.data import Classification
+from d2dmoe_pl.moe.convert import (
+    ActivationConfig,
+    ExpertsConfig,
+    convert_to_moe_,
+    moe_layers,
+    select_ffns,
+    swap_activation_,
+)
 from d2dmoe_pl.phases import FineTuning, RouterRegression, SparsityEnforcement
 
 BATCH, LENGTH, NUM_EXPERTS = 8, 128, 128
@@ -32,6 +40,7 @@ class NoTrainer:
 def attach(phase, model: nn.Module):
     """Give a phase its model without a Trainer."""
     phase.model = model
+    phase.task = Classification(["0", "1"])
     phase._trainer = NoTrainer()
     phase.log = phase.log_dict = lambda *args, **kwargs: None
     return phase
@@ -72,7 +81,10 @@ def main() -> None:
         "attention_mask": torch.ones(BATCH, LENGTH, dtype=torch.long),
         "labels": torch.randint(0, 2, (BATCH,)),
     }
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.layers} layers, {BATCH * LENGTH} tokens")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.layers} layers, "
+        f"{BATCH * LENGTH} tokens"
+    )
 
     plain = attach(FineTuning(init_from="-"), model)
     sparse = attach(SparsityEnforcement("hoyer", init_from="-"), model)
