@@ -43,6 +43,7 @@ def trainer(tmp_path):
             "enable_model_summary": False,
             "enable_checkpointing": False,
             "logger": TensorBoardLogger(tmp_path, name="run", version=""),
+            "default_root_dir": tmp_path,
         }
         return L.Trainer(**{**settings, **kwargs})
 

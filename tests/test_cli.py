@@ -1,6 +1,9 @@
 """The command line as Lightning users know it."""
 
+import json
+
 import pytest
+import tiny
 import torch
 import yaml
 from recipe import arguments, write_recipe
@@ -107,6 +110,59 @@ def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(recipe, tmp_path, c
     assert "Traceback" not in said
     assert message in "\n".join(said.strip().splitlines()[-4:])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """The config of a tiny BERT that answers questions of three words."""
+    tokenizer = tiny.tokenizer(tmp_path / "tok", ["who", "cat", "dog"], ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+    answers = {"text": ["cat"], "answer_start": [4]}
+    row = json.dumps({"id": "0", "title": "", "context": "dog cat", "question": "who", "answers": answers})
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
+    source = {split: str(tmp_path / "rows.jsonl") for split in ("train", "validation", "test")}
+    bert = {"class_path": "transformers.BertConfig", "init_args": {"vocab_size": 40, **tiny._SHAPE}}
+    lengths = {"max_length": 16, "doc_stride": 2, "max_question_length": 4}
+    config = {
+        "model": {
+            "class_path": "FineTuning",
+            "init_args": {
+                "source": {
+                    "class_path": "HuggingFaceModel",
+                    "init_args": {"task": "question-answering", "config": bert},
+                }
+            },
+        },
+        "data": {
+            "class_path": "SQuAD",
+            "init_args": {"tokenizer": tokenizer, "version": 2, "source": source, **lengths},
+        },
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False},
+    }
+    (tmp_path / "questions.yaml").write_text(yaml.safe_dump(config))
+    return ["--config", str(tmp_path / "questions.yaml"), f"--trainer.default_root_dir={tmp_path / 'run'}"]
+
+
+def test_questions_are_answered_from_the_command_line(questions, tmp_path):
+    main(["fit", *questions])
+    artifact = read_artifact(tmp_path / "run" / "lightning_logs" / "version_0" / "artifact")
+    assert "validation/f1" in artifact.history[0].metrics
+    assert (artifact.path / "tokenizer.json").is_file()
+
+
+def test_a_head_that_the_data_does_not_fit_ends_in_one_line(questions, recipe, tmp_path, capsys):
+    timm = fit(recipe, "fine_tuning", tmp_path / "run")
+    data = [f"--data={tmp_path / 'data.yaml'}"]
+    (tmp_path / "data.yaml").write_text(
+        yaml.safe_dump(yaml.safe_load((tmp_path / "questions.yaml").read_text())["data"])
+    )
+    for given, message in (
+        ([*timm, *data], "head='classification' of VisionTransformer: the data needs a model with head 'question-ans"),
+        ([*questions, "--model.init_args.source.init_args.task=text-regression"], "head='regression' of Bert"),
+    ):
+        code, _, said = out(capsys, "fit", *given)
+        assert code == 2
+        assert said.strip().splitlines()[-1].startswith(f"error: {message}")
+        assert not (tmp_path / "run").exists()
 
 
 def test_init_from_another_phase(recipe, tmp_path, capsys):

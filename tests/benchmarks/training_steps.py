@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from d2dmoe_pl.adapters import HuggingFaceModel
+from d2dmoe_pl.data import Classification
 from d2dmoe_pl.moe.convert import (
     ActivationConfig,
     ExpertsConfig,
@@ -39,6 +40,7 @@ class NoTrainer:
 def attach(phase, model: nn.Module):
     """Give a phase its model without a Trainer."""
     phase.model = model
+    phase.task = Classification(["0", "1"])
     phase._trainer = NoTrainer()
     phase.log = phase.log_dict = lambda *args, **kwargs: None
     return phase

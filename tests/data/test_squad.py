@@ -190,9 +190,9 @@ def write(folder, answerless=lambda i: False):
 LENGTHS = {"max_length": 11, "doc_stride": 2, "max_question_length": 4, "max_answer_length": 3}
 
 
-def squad(tmp_path, tokenizer_path, version="1.1", **kwargs):
-    answerless = (lambda i: i % 4 == 1) if version == "2.0" else (lambda i: False)
-    source = write(tmp_path / version, answerless)
+def squad(tmp_path, tokenizer_path, version=1, **kwargs):
+    answerless = (lambda i: i % 4 == 1) if version == 2 else (lambda i: False)
+    source = write(tmp_path / str(version), answerless)
     return SQuAD(tokenizer_path, version, source, **{"batch_size": 5, **LENGTHS, **kwargs})
 
 
@@ -216,7 +216,7 @@ class TestData:
             assert (batch["offsets"][batch["attention_mask"] == 0] == -1).all()
         assert set(torch.cat([batch["question"] for batch in batches]).tolist()) == set(range(30, 39))
 
-    @pytest.mark.parametrize("version", ["1.1", "2.0"])
+    @pytest.mark.parametrize("version", [1, 2])
     def test_a_model_that_knows_is_always_right(self, tmp_path, tokenizer_path, version):
         data = squad(tmp_path, tokenizer_path, version)
         data.setup()
@@ -227,14 +227,14 @@ class TestData:
         assert values["exact_match"] == values["f1"] == 1
         right = {"has_answer_exact_match", "has_answer_f1", "no_answer_accuracy", "best_exact_match", "best_f1"}
         thresholds = {"best_exact_match_threshold", "best_f1_threshold"}
-        more = right | thresholds if version == "2.0" else set()
+        more = right | thresholds if version == 2 else set()
         assert set(values) == {"loss", "exact_match", "f1"} | more
         assert all(values[name] == 1 for name in right & more)
 
     def test_no_answer_threshold(self, tmp_path, tokenizer_path):
         values = {}
         for threshold in (-100.0, 100.0):
-            data = squad(tmp_path, tokenizer_path, "2.0", null_threshold=threshold)
+            data = squad(tmp_path, tokenizer_path, 2, null_threshold=threshold)
             data.setup()
             metrics = data.task.metrics()
             for batch in data.test_dataloader():
@@ -247,11 +247,11 @@ class TestData:
 
     def test_hub_names(self, tokenizer_path):
         assert SQuAD(tokenizer_path).source == DatasetSource("rajpurkar/squad", test="validation")
-        assert SQuAD(tokenizer_path, "2.0").source == DatasetSource("rajpurkar/squad_v2", test="validation")
+        assert SQuAD(tokenizer_path, 2).source == DatasetSource("rajpurkar/squad_v2", test="validation")
 
     def test_bad_settings(self, tmp_path, tokenizer_path):
-        with pytest.raises(ConfigError, match=r"version='3': allowed are 1.1, 2.0"):
-            SQuAD(tokenizer_path, "3")
+        with pytest.raises(ConfigError, match=r"version=3: allowed are 1 \(v1.1\) and 2"):
+            SQuAD(tokenizer_path, 3)
         with pytest.raises(ConfigError, match=r"doc_stride=4: must lie in \[0, 4\), below .* max_length=11"):
             SQuAD(tokenizer_path, **{**LENGTHS, "doc_stride": 4})
         with pytest.raises(ConfigError, match="n_best=0: must be positive"):
@@ -262,9 +262,9 @@ class TestData:
 
     def test_unanswered_questions_in_version_1(self, tmp_path, tokenizer_path):
         source = write(tmp_path / "data", lambda i: i == 41)
-        message = "version='1.1': the validation split has questions without answers; allowed with 2.0 only"
+        message = "version=1: the validation split has questions without answers; allowed with version=2 only"
         with pytest.raises(ConfigError, match=message):
-            SQuAD(tokenizer_path, "1.1", source, **LENGTHS).setup()
+            SQuAD(tokenizer_path, 1, source, **LENGTHS).setup()
 
     def test_a_missing_column(self, tmp_path, tokenizer_path):
         for name in ("train", "validation", "test"):
@@ -272,7 +272,7 @@ class TestData:
         with pytest.raises(
             ConfigError, match="'question': not a column of the train split, which has context, answers"
         ):
-            SQuAD(tokenizer_path, "2.0", DatasetSource(str(tmp_path)), **LENGTHS).setup()
+            SQuAD(tokenizer_path, 2, DatasetSource(str(tmp_path)), **LENGTHS).setup()
 
 
 class TestTask:
@@ -309,7 +309,7 @@ class TestTask:
 
 def test_windows_of_a_question_may_be_anywhere(tmp_path, tokenizer_path):
     """In any order, over two instances that are merged, as over processes: always the same."""
-    data = squad(tmp_path, tokenizer_path, "2.0", batch_size=1)
+    data = squad(tmp_path, tokenizer_path, 2, batch_size=1)
     data.setup()
     windows = [(torch.randn(1, 2, batch["input_ids"].shape[1]), batch) for batch in data.test_dataloader()]
     results = []
@@ -357,7 +357,7 @@ def test_fine_tuning_to_a_routed_model(trainer, tokenizer_path, tmp_path):
 
 
 def test_fine_tuning_on_version_2(trainer, tokenizer_path, tmp_path):
-    run, _ = fine_tuned(trainer, squad(tmp_path, tokenizer_path, "2.0"), 2)
+    run, _ = fine_tuned(trainer, squad(tmp_path, tokenizer_path, 2), 2)
     assert {"validation/exact_match", "validation/f1", "validation/best_f1", "validation/loss"} <= set(
         run.callback_metrics
     )

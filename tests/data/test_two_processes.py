@@ -47,7 +47,7 @@ def process(rank, data, folder, queue):
 def test_two_processes_measure_what_one_does(tmp_path, kind):
     if kind == "squad":
         tokenizer = tiny.tokenizer(tmp_path / "tok", WORDS, SPECIAL)
-        data = squad(tmp_path, tokenizer, "2.0", batch_size=3)
+        data = squad(tmp_path, tokenizer, 2, batch_size=3)
     else:
         tokenizer = tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, SPECIAL)
         more = {"validation_mismatched": rows(kind, 9)} if kind == "mnli" else {}

@@ -100,7 +100,7 @@ def test_moebert_flops_equal_the_products_really_run(routing):
     for handle in handles:
         handle.remove()
     histograms = [experts_histogram(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
-    row = sweep_row("test", None, 0.0, 0.0, layers, histograms, samples=4, flops_outside=0)
+    row = sweep_row("test", None, 0.0, "accuracy", 0.0, layers, histograms, samples=4, flops_outside=0)
     assert row.model_flops * 4 == inside
     assert row.experts_percent == pytest.approx(25)
     gate = {"gate_token": 2 * 24 * 4 * 14, "gate_sentence": 2 * 24 * 4 * 4, "hash_random": 0}[routing]
