@@ -22,7 +22,7 @@ class TokenizedData(TaskData):
         tokenizer: The tokenizer, once loaded.
 
     Args:
-        tokenizer: Hub name or folder of a Hugging Face tokenizer.
+        tokenizer: Hub name or folder of a Hugging Face tokenizer; None where :meth:`load` makes one.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
@@ -31,7 +31,9 @@ class TokenizedData(TaskData):
         ConfigError: For a ``max_length`` that is not positive; to load, for a tokenizer that is not there.
     """
 
-    def __init__(self, tokenizer: str, max_length: int = 128, batch_size: int = 32, num_workers: int = 0) -> None:
+    def __init__(
+        self, tokenizer: str | None, max_length: int = 128, batch_size: int = 32, num_workers: int = 0
+    ) -> None:
         super().__init__(batch_size, num_workers)
         check(max_length > 0, f"max_length={max_length}: must be positive")
         self.max_length = max_length
@@ -39,7 +41,7 @@ class TokenizedData(TaskData):
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def load_processor(self) -> None:
-        if self.tokenizer is None:
+        if self.tokenizer is None and self.tokenizer_name is not None:
             self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer")
 
     def tokenized(self, split: Dataset, columns: Sequence[str]) -> Dataset:
