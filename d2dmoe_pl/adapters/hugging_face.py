@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 
 from d2dmoe_pl.adapters.base import Adapter, ModelSource
 from d2dmoe_pl.adapters.ffn import FFN
+from d2dmoe_pl.data.pretrained import load_pretrained
 from d2dmoe_pl.data.task import Head
 from d2dmoe_pl.errors import check
 
@@ -87,8 +88,8 @@ class HuggingFaceModel(ModelSource):
             ``name``.
 
     Raises:
-        ConfigError: Unless exactly one of ``name`` and ``config`` is given; to build, if the model's type has no such
-            head.
+        ConfigError: Unless exactly one of ``name`` and ``config`` is given; to build, if there is no such model, or its
+            type has no such head.
     """
 
     _heads: ClassVar[dict[str, Callable]] = {
@@ -114,9 +115,8 @@ class HuggingFaceModel(ModelSource):
     def build(self, label_names: Sequence[str]) -> nn.Module:
         if self.name is None:
             return self._head.from_config(self._labelled(self.config, label_names))
-        return self._head.from_pretrained(
-            self.name, config=self._labelled(self._pretrained_config(), label_names), ignore_mismatched_sizes=True
-        )
+        config = self._labelled(self._pretrained_config(), label_names)
+        return load_pretrained(self._head, self.name, "name", config=config, ignore_mismatched_sizes=True)
 
     def build_structure(self, label_names: Sequence[str]) -> nn.Module:
         config = self._pretrained_config() if self.config is None else self.config
@@ -124,12 +124,7 @@ class HuggingFaceModel(ModelSource):
             return self._head.from_config(self._labelled(config, label_names))
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
-        try:
-            return transformers.AutoConfig.from_pretrained(self.name)
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            check(False, f"name={self.name!r}: neither a folder nor a reachable hub name of a model ({reason})")
-            raise
+        return load_pretrained(transformers.AutoConfig, self.name, "name")
 
     def _labelled(
         self, config: transformers.PretrainedConfig, label_names: Sequence[str]

@@ -128,7 +128,9 @@ class TestText:
 
     def test_the_tokenizer_is_saved(self, tmp_path, tokenizer):
         (tmp_path / "out").mkdir()
-        TextClassification(source(tmp_path), tokenizer).save_processor(tmp_path / "out")
+        data = TextClassification(source(tmp_path), tokenizer)
+        data.load_processor()
+        data.save_processor(tmp_path / "out")
         assert (tmp_path / "out" / "tokenizer.json").is_file()
 
     def test_a_label_unseen_in_training(self, tmp_path, tokenizer):
@@ -165,7 +167,7 @@ class TestText:
 
     def test_an_unreachable_tokenizer(self, tmp_path):
         with pytest.raises(ConfigError, match="tokenizer='nobody/nothing': neither a folder nor a reachable hub name"):
-            TextClassification(source(tmp_path), "nobody/nothing")
+            TextClassification(source(tmp_path), "nobody/nothing").load_processor()
 
     def test_three_text_columns(self, tmp_path, tokenizer):
         with pytest.raises(ConfigError, match=r"text_columns=.*: must be one column or two"):
@@ -219,7 +221,13 @@ class TestImages:
         assert saved["size"] == {"height": 8, "width": 8}
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
         again = ImageClassification(self.parquet(tmp_path), "picture", "kind", processor=str(tmp_path))
+        again.load_processor()
         assert (again.image_size, again.mean, again.std) == (8, [0.1] * 3, [0.5] * 3)
+
+    def test_an_unreachable_processor(self, tmp_path):
+        data = ImageClassification(self.parquet(tmp_path), "picture", "kind", processor="nobody/nothing")
+        with pytest.raises(ConfigError, match="processor='nobody/nothing': neither a folder nor a reachable hub name"):
+            data.load_processor()
 
 
 def test_string_value_features_are_not_needed():
