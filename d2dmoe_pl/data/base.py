@@ -63,6 +63,11 @@ class TaskData(L.LightningDataModule):
         it again does nothing.
         """
 
+    @property
+    def num_token_ids(self) -> int | None:
+        """How many token ids the batches may hold, once set up; None for data of anything but text."""
+        return None
+
     def save_processor(self, folder: Path) -> None:
         """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""
 

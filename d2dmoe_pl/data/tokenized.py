@@ -44,6 +44,10 @@ class TokenizedData(TaskData):
         if self.tokenizer is None and self.tokenizer_name is not None:
             self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer")
 
+    @property
+    def num_token_ids(self) -> int:
+        return len(self.tokenizer)
+
     def tokenized(self, split: Dataset, columns: Sequence[str]) -> Dataset:
         """The split with one text column, or two as pairs, tokenised; of its own columns ``labels`` alone is kept."""
         tokenizer, columns, max_length = self.tokenizer, list(columns), self.max_length
