@@ -88,7 +88,7 @@ def main() -> None:
                 if done.exists() and not (folder / phase).exists():
                     shutil.copytree(done, folder / phase)
             chain(folder, seed, settings)
-            rows.setdefault(variant, []).append(float(distilled(folder)["score"]))
+            rows.setdefault(variant, []).append(float(distilled(folder)["accuracy"]))
         rows.setdefault("dense", []).append(dense_accuracy(folder))
         rows.setdefault("untrained, important neurons", []).append(untrained_accuracy(folder, data, None))
         chance = [untrained_accuracy(folder, data, draw) for draw in range(5)]
