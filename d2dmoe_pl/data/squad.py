@@ -91,7 +91,13 @@ class SQuAD(TokenizedData):
             f"tokenizer={self.tokenizer_name!r}: must be fast, put a [CLS] token first and pad on the right, as BERT's "
             "does",
         )
-        room = self.max_length - self.max_question_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        room = self.max_length - self.max_question_length - special
+        check(
+            room > 0,
+            f"max_length={self.max_length}: must be above {self.max_question_length + special}, the tokens of "
+            f"max_question_length={self.max_question_length} and {special} special ones",
+        )
         check(
             0 <= self.doc_stride < room,
             f"doc_stride={self.doc_stride}: must lie in [0, {room}), below the tokens of the context that max_length="

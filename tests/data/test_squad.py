@@ -254,6 +254,8 @@ class TestData:
             SQuAD(tokenizer_path, 3)
         with pytest.raises(ConfigError, match=r"doc_stride=4: must lie in \[0, 4\), below .* max_length=11"):
             SQuAD(tokenizer_path, **{**LENGTHS, "doc_stride": 4}).load_processor()
+        with pytest.raises(ConfigError, match="max_length=7: must be above 7, the tokens of max_question_length=4 and"):
+            SQuAD(tokenizer_path, **{**LENGTHS, "max_length": 7}).load_processor()
         with pytest.raises(ConfigError, match="n_best=0: must be positive"):
             SQuAD(tokenizer_path, n_best=0)
         plain = tiny.tokenizer(tmp_path / "plain", WORDS)
