@@ -15,8 +15,8 @@ SMALL = [
     "trainer.enable_progress_bar=false",
     "data.init_args.batch_size=8",
     "data.init_args.max_length=16",
-    "distillation.model.init_args.expert_dim=12",
-    "distillation.model.init_args.num_shared=5",
+    "moebert_distillation.model.init_args.expert_dim=12",
+    "moebert_distillation.model.init_args.num_shared=5",
 ]
 SMALL_SQUAD = [*SMALL, "data.init_args.doc_stride=2", "data.init_args.max_question_length=4"]
 

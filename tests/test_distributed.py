@@ -132,8 +132,8 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     chain = ["chain", "--base", str(recipe / "base.yaml"), "--phases", json.dumps(phases), "--output_dir"]
     settings = [
         f"importance_scoring.model.init_args.source={json.dumps(source)}",
-        "distillation.model.init_args.routing=hash_balance",
-        "distillation.trainer.limit_train_batches=1",
+        "moebert_distillation.model.init_args.routing=hash_balance",
+        "moebert_distillation.trainer.limit_train_batches=1",
         f"data.init_args.tokenizer={tmp_path / 'bert'}",
         f"data.init_args.source.train={tmp_path / 'mnli' / 'train.jsonl'}",
         f"data.init_args.source.validation={tmp_path / 'mnli' / 'validation_matched.jsonl'}",

@@ -16,7 +16,7 @@ from d2dmoe_pl.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PHASES = ["FineTuning", "ImportanceScoring", "MoEBERTDistillation"]
-DISTILLATION = "distillation.model.init_args"
+DISTILLATION = "moebert_distillation.model.init_args"
 
 
 def commented(file):
@@ -56,7 +56,7 @@ def folder(tmp_path, monkeypatch):
 )
 def test_from_local_files(folder, recipe, small, metrics):
     main([*commands(recipe)[-1], *small])
-    artifact = read_artifact(folder / "runs" / recipe / "distillation" / "artifact")
+    artifact = read_artifact(folder / "runs" / recipe / "moebert_distillation" / "artifact")
     assert [record.phase for record in artifact.history] == PHASES
     assert all(metrics <= set(record.metrics) for record in artifact.history)
     assert artifact.stage == "routed"
@@ -72,9 +72,9 @@ def test_from_local_files(folder, recipe, small, metrics):
 def test_squad_2(folder):
     stand_ins.write_squad(folder / "squad", answerless=lambda i: i % 4 == 1)
     _, version_2, local = commands("moebert_squad")
-    table_7 = commented("moebert_squad/distillation.yaml")[1:]
+    table_7 = commented("moebert_squad/moebert_distillation.yaml")[1:]
     main([*version_2, *local[local.index("--set") + 1 :], *table_7, *SMALL_SQUAD])
-    artifact = read_artifact(folder / "runs" / "moebert_squad_v2" / "distillation" / "artifact")
+    artifact = read_artifact(folder / "runs" / "moebert_squad_v2" / "moebert_distillation" / "artifact")
     assert {"test/best_f1", "test/no_answer_accuracy"} <= set(artifact.history[-1].metrics)
 
 

@@ -4,12 +4,16 @@ import random
 import sys
 
 import pytest
+import tiny
 from transformers import AutoTokenizer
 
+from d2dmoe_pl.adapters import HuggingFaceModel
+from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.data import Docstrings
 from d2dmoe_pl.data.docstring_sentences import collect, deal, docstrings_in, sentences_in, source_files
 from d2dmoe_pl.data.trained_tokenizer import train_tokenizer
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import FineTuning
 
 WORDS = ["alpha", "beta", "gamma", "delta", "omega", "sigma", "kappa", "theta"]
 
@@ -158,3 +162,11 @@ def test_packages_that_are_missing_or_too_small(packages):
         Docstrings([*packages, "no_such_thing"]).setup()
     with pytest.raises(ConfigError, match="num_sentences=4000: 'docs_one' has only 48, too few"):
         list(collect(packages, 4000))
+
+
+def test_a_model_that_embeds_fewer_tokens(trainer, packages, tmp_path):
+    model = HuggingFaceModel("text-classification", config=tiny.bert_config(vocab_size=40)).build(packages)
+    save_artifact(model, tmp_path / "artifact", [PhaseRecord("FineTuning")])
+    data = Docstrings(packages, num_sentences=32, max_length=8)
+    with pytest.raises(ConfigError, match="tokenizer: gives 256 token ids; must be at most the 40 that BertForSequenc"):
+        trainer().test(FineTuning(init_from=str(tmp_path / "artifact")), datamodule=data)

@@ -371,15 +371,6 @@ class TestHeads:
         with pytest.raises(ConfigError, match="outputs=3 of VisionTransformer: must be 10, since the data has the lab"):
             trainer().test(FineTuning(init_from=str(tmp_path / "artifact")), datamodule=digits, verbose=False)
 
-    def test_a_tokenizer_with_more_tokens_than_the_model_embeds(self, trainer, tmp_path):
-        class LargeVocabulary(tiny.TextData):
-            num_token_ids = 41
-
-        save_artifact(tiny.dense("bert"), tmp_path / "artifact", [PhaseRecord("FineTuning")])
-        message = "tokenizer: gives 41 token ids; must be at most the 40 that BertForSequenceClassification embeds"
-        with pytest.raises(ConfigError, match=message):
-            trainer().test(FineTuning(init_from=str(tmp_path / "artifact")), datamodule=LargeVocabulary(4))
-
 
 def test_predictions(trainer, digits, artifact):
     phase = RouterRegression(8, init_from=artifact("routed"))
