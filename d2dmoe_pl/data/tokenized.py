@@ -18,13 +18,14 @@ class TokenizedData(TaskData):
     Batches: what the tokenizer gives (``input_ids``, ``attention_mask``, ... ``(B, L)``) and ``labels`` ``(B, ...)``.
 
     Args:
-        tokenizer: Hub name or folder of a Hugging Face tokenizer.
+        tokenizer: Hub name or folder of a Hugging Face tokenizer. One that has no token to pad with pads with the one
+            that ends a text, as decoders' do.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: For a ``max_length`` that is not positive, or a tokenizer that is not there.
+        ConfigError: For a ``max_length`` that is not positive, or a tokenizer that is not there or cannot pad.
     """
 
     def __init__(self, tokenizer: str, max_length: int = 128, batch_size: int = 32, num_workers: int = 0) -> None:
@@ -38,6 +39,12 @@ class TokenizedData(TaskData):
             raise ConfigError(
                 f"tokenizer={tokenizer!r}: neither a folder nor a reachable hub name ({reason})"
             ) from error
+        if self.tokenizer.pad_token is None:
+            check(
+                self.tokenizer.eos_token is not None,
+                f"tokenizer={tokenizer!r}: has neither a token to pad with nor one that ends a text; must have one",
+            )
+            self.tokenizer.pad_token = self.tokenizer.eos_token
         self._pad = DataCollatorWithPadding(self.tokenizer)
 
     def tokenized(self, split: Dataset, columns: Sequence[str]) -> Dataset:
