@@ -112,7 +112,7 @@ def run_chain(config: Namespace) -> None:
         _say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
         return
     openings = openings[first:]
-    preflight([opening.model for opening in openings], [opening.datamodule.head for opening in openings])
+    preflight([opening.model for opening in openings], [opening.datamodule for opening in openings])
     del openings
 
     for index in range(first, len(names)):

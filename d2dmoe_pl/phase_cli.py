@@ -53,7 +53,7 @@ class PhaseCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check the phase against its model before any data is loaded or file written."""
-        preflight([self.model], [self.datamodule.head])
+        preflight([self.model], [self.datamodule])
 
 
 def _default_callbacks() -> list[L.Callback]:

@@ -1,17 +1,21 @@
-"""Two processes on one machine give what one gives: chains under DDP and under torchrun."""
+"""Two processes on one machine give what one gives: chains under DDP and under torchrun, scores and hash tables."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import stand_ins
+import tiny
 import torch
 from recipe import PHASES, arguments, write_recipe
 from safetensors.torch import load_file
 
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.cli import main
+from d2dmoe_pl.moe.hash_table import random_table
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -114,3 +118,40 @@ def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
     run([MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")])
     accuracies = [row["accuracy"] for row in sweep(tmp_path / "run" / "router_regression")]
     assert len(accuracies) == 6
+
+
+def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
+    """25 samples over 2 processes: one is repeated, and must count once."""
+    stand_ins.write_bert(tmp_path / "bert")
+    stand_ins.write_mnli(tmp_path / "mnli")
+    tiny.dense("bert", "gelu").save_pretrained(tmp_path / "bert")  # with a head
+    pretrained = {"task": "text-classification", "name": str(tmp_path / "bert")}
+    source = {"class_path": "HuggingFaceModel", "init_args": pretrained}
+    recipe = Path(__file__).parents[1] / "configs" / "moebert_mnli"
+    phases = [{"name": name, "config": str(recipe / f"{name}.yaml")} for name in ("importance_scoring", "distillation")]
+    chain = ["chain", "--base", str(recipe / "base.yaml"), "--phases", json.dumps(phases), "--output_dir"]
+    settings = [
+        f"importance_scoring.model.init_args.source={json.dumps(source)}",
+        "distillation.model.init_args.routing=hash_balance",
+        "distillation.trainer.limit_train_batches=1",
+        f"data.init_args.tokenizer={tmp_path / 'bert'}",
+        f"data.init_args.source.train={tmp_path / 'mnli' / 'train.jsonl'}",
+        f"data.init_args.source.validation={tmp_path / 'mnli' / 'validation_matched.jsonl'}",
+        f"data.init_args.source.test={tmp_path / 'mnli' / 'validation_mismatched.jsonl'}",
+        *stand_ins.SMALL,
+    ]
+    main([*chain, str(tmp_path / "one"), "--set", *settings])
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "data.init_args.batch_size=3"]
+    run([MAIN, *chain, str(tmp_path / "two"), "--set", *settings, *two])
+    scores, models = (
+        [load_file(tmp_path / processes / name) for processes in ("one", "two")]
+        for name in ("importance_scoring/artifact/importance.safetensors", "distillation/artifact/model.safetensors")
+    )
+    assert scores[0].keys() == scores[1].keys()
+    for layer, score in scores[0].items():
+        torch.testing.assert_close(score, scores[1][layer], rtol=1e-5, atol=0)
+    tables = [{key: value for key, value in model.items() if key.endswith("routing.table")} for model in models]
+    assert len(tables[0]) == 2
+    for layer, table in tables[0].items():
+        assert torch.equal(table, tables[1][layer])
+        assert not torch.equal(table, random_table(40, 4, 0))

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 
 import d2dmoe_pl
@@ -30,6 +31,8 @@ FLOW = [
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
 ARCHITECTURES = re.compile(r"(?i)(?<!moe)bert|vit\b|vision_?transformer|deit|gpt|llama|gemma")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+# configurations of the pretrained models that recipes name
+ON_HUB = {"google-bert/bert-base-uncased": transformers.BertConfig()}
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -102,10 +105,11 @@ def test_readme_names_files_that_are_there():
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*/chain.yaml")), ids=lambda path: path.parent.name)
-def test_every_recipe_parses_and_fits_together(recipe, tmp_path):
+def test_every_recipe_parses_and_fits_together(recipe, tmp_path, monkeypatch):
     config = chain_parser().parse_args(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
     settings = {None: [], **{phase.name: [] for phase in config.phases}}
     openings = [PhaseCLI(args=_arguments(config, settings, i), run=False) for i in range(len(config.phases))]
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ON_HUB.__getitem__)
     preflight([opening.model for opening in openings])
     used = {phase.config.absolute for phase in config.phases} | {config.base.absolute}
     assert used == {str(file) for file in recipe.parent.glob("*.yaml")} - {str(recipe)}

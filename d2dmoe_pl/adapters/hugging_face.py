@@ -102,6 +102,9 @@ class HuggingFaceAdapter(Adapter):
     def vocabulary_size(self, model: nn.Module) -> int | None:
         return getattr(model.config, "vocab_size", None)
 
+    def num_positions(self, model: nn.Module) -> int | None:
+        return getattr(model.config, "max_position_embeddings", None)
+
     def config(self, model: nn.Module) -> dict[str, Any]:
         config = json.loads(model.config.to_json_string(use_diff=True))
         dtype = str(model.dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
 import transformers
@@ -10,8 +10,9 @@ from torch import nn
 
 from d2dmoe_pl.adapters.base import ModelSource, TaskName
 from d2dmoe_pl.adapters.hugging_face import HEADS
+from d2dmoe_pl.data.pretrained import load_pretrained
 from d2dmoe_pl.data.task import VOCABULARY_HEADS
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import check
 
 
 class HuggingFaceModel(ModelSource):
@@ -27,8 +28,8 @@ class HuggingFaceModel(ModelSource):
         dtype: Of the weights, whatever they were saved as. Mixed precision is the trainer's ``precision``.
 
     Raises:
-        ConfigError: Unless exactly one of ``name`` and ``config`` is given; to build, if the model's type has no such
-            head.
+        ConfigError: Unless exactly one of ``name`` and ``config`` is given; to build, if there is no such model, or its
+            type has no such head.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class HuggingFaceModel(ModelSource):
         config = self._config(label_names)
         if self.name is None:
             return self._auto.from_config(config, dtype=self.dtype)
-        return self._auto.from_pretrained(self.name, config=config, dtype=self.dtype, ignore_mismatched_sizes=True)
+        return load_pretrained(
+            self._auto, self.name, "name", config=config, dtype=self.dtype, ignore_mismatched_sizes=True
+        )
 
     def build_structure(self, label_names: Sequence[str]) -> nn.Module:
         with torch.device("meta"):
@@ -73,16 +76,7 @@ class HuggingFaceModel(ModelSource):
         return config
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
-        try:
-            return transformers.AutoConfig.from_pretrained(self.name)
-        except OSError as error:
-            self._refuse("neither a folder nor a reachable hub name of a model", error)
-        except ValueError as error:  # a type of model that transformers does not know
-            self._refuse("not a model that transformers can make", error)
-
-    def _refuse(self, what: str, error: Exception) -> NoReturn:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"name={self.name!r}: {what} ({reason})") from error
+        return load_pretrained(transformers.AutoConfig, self.name, "name")
 
 
 def _first(token_id: int | list[int] | None) -> int | None:

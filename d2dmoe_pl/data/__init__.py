@@ -2,6 +2,7 @@
 
 from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.digits import Digits
+from d2dmoe_pl.data.docstrings import Docstrings
 from d2dmoe_pl.data.glue import GLUE
 from d2dmoe_pl.data.image_classification import ImageClassification
 from d2dmoe_pl.data.question_answering import QuestionAnswering
@@ -15,6 +16,7 @@ __all__ = [
     "Classification",
     "DatasetSource",
     "Digits",
+    "Docstrings",
     "ImageClassification",
     "QuestionAnswering",
     "Regression",

@@ -56,6 +56,18 @@ class TaskData(L.LightningDataModule):
     def collate(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
         """A batch of samples of one split."""
 
+    def load_processor(self) -> None:
+        """Load what :meth:`save_processor` writes, where it has to come from a folder or the hub, and check it.
+
+        Not done in ``__init__``, so that a config can be read without a network; but before anything long runs. Doing
+        it again does nothing.
+        """
+
+    @property
+    def num_token_ids(self) -> int | None:
+        """How many token ids the batches may hold, once set up; None for data of anything but text."""
+        return None
+
     def save_processor(self, folder: Path) -> None:
         """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""
 
@@ -71,6 +83,7 @@ class TaskData(L.LightningDataModule):
         """
         if self._splits:
             return
+        self.load_processor()
         splits, self.task = self.load()
         for name, split in splits.items():
             check(len(split) > 0, f"{name}: the split is empty; must have at least one sample")

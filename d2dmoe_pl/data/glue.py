@@ -69,7 +69,8 @@ class GLUE(TokenizedData):
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: For an unknown task, a ``max_length`` that is not positive, or a tokenizer that is not there.
+        ConfigError: For an unknown task or a ``max_length`` that is not positive; to load, for a tokenizer that is not
+            there.
     """
 
     def __init__(

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
 from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.preprocessor import write_preprocessor_config
+from d2dmoe_pl.data.pretrained import load_pretrained
 from d2dmoe_pl.data.source import DatasetSource, check_columns, encode_labels
 from d2dmoe_pl.data.task import Classification, Task
 
@@ -41,6 +42,9 @@ class ImageClassification(TaskData):
         random_erasing: Chance that a part of a training image is erased.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
+
+    Raises:
+        ConfigError: To load, for a ``processor`` that is not there.
     """
 
     def __init__(
@@ -66,23 +70,34 @@ class ImageClassification(TaskData):
         self.source = source
         self.image_column = image_column
         self.label_column = label_column
-        self.processor = None if processor is None else AutoImageProcessor.from_pretrained(processor)
-        if self.processor is not None:
-            size = dict(self.processor.size)
-            image_size = size.get("height") or size["shortest_edge"]
-            mean, std = list(self.processor.image_mean), list(self.processor.image_std)
+        self.processor_name = processor
+        self.processor: BaseImageProcessor | None = None
         self.image_size, self.mean, self.std = image_size, list(mean), list(std)
-        shared = {"input_size": (3, image_size, image_size), "mean": mean, "std": std, "interpolation": interpolation}
-        self._evaluation = create_transform(**shared, crop_pct=crop_pct)
-        self._training = create_transform(
-            **shared,
-            is_training=True,
-            scale=(min_scale, 1.0),
-            hflip=hflip,
-            auto_augment=auto_augment,
-            color_jitter=color_jitter,
-            re_prob=random_erasing,
-        )
+        self.interpolation = interpolation
+        self.crop_pct = crop_pct
+        self._augmentation = {
+            "scale": (min_scale, 1.0),
+            "hflip": hflip,
+            "auto_augment": auto_augment,
+            "color_jitter": color_jitter,
+            "re_prob": random_erasing,
+        }
+
+    def load_processor(self) -> None:
+        if self.processor is None and self.processor_name is not None:
+            self.processor = load_pretrained(AutoImageProcessor, self.processor_name, "processor")
+            size = dict(self.processor.size)
+            self.image_size = size.get("height") or size["shortest_edge"]
+            self.mean, self.std = list(self.processor.image_mean), list(self.processor.image_std)
+
+        shared = {
+            "input_size": (3, self.image_size, self.image_size),
+            "mean": self.mean,
+            "std": self.std,
+            "interpolation": self.interpolation,
+        }
+        self._evaluation = create_transform(**shared, crop_pct=self.crop_pct)
+        self._training = create_transform(**shared, is_training=True, **self._augmentation)
 
     def load(self) -> tuple[Mapping[str, Any], Task]:
         splits = self.source.load()

@@ -44,8 +44,8 @@ class SQuAD(TokenizedData):
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: For lengths that leave a window no room to move on, numbers that are not positive, or a tokenizer
-            that is not there or not of that kind.
+        ConfigError: For numbers that are not positive; to load, for a tokenizer that is not there or not of that kind,
+            or lengths that leave a window no room to move on.
     """
 
     head = "question-answering"
@@ -73,19 +73,6 @@ class SQuAD(TokenizedData):
         }
         for key, value in positive.items():
             check(value > 0, f"{key}={value}: must be positive")
-        first_token = self.tokenizer("a")["input_ids"][0]
-        check(
-            self.tokenizer.is_fast
-            and first_token == self.tokenizer.cls_token_id
-            and self.tokenizer.padding_side == "right",
-            f"tokenizer={tokenizer!r}: must be fast, put a [CLS] token first and pad on the right, as BERT's does",
-        )
-        room = max_length - max_question_length - self.tokenizer.num_special_tokens_to_add(pair=True)
-        check(
-            0 <= doc_stride < room,
-            f"doc_stride={doc_stride}: must lie in [0, {room}), below the tokens of the context that max_length="
-            f"{max_length} and max_question_length={max_question_length} leave in a window",
-        )
         self.version = version
         self.source = DatasetSource(HUB[version], test="validation") if source is None else source
         self.doc_stride = doc_stride
@@ -93,6 +80,23 @@ class SQuAD(TokenizedData):
         self.max_answer_length = max_answer_length
         self.n_best = n_best
         self.null_threshold = null_threshold
+
+    def load_processor(self) -> None:
+        super().load_processor()
+        first_token = self.tokenizer("a")["input_ids"][0]
+        check(
+            self.tokenizer.is_fast
+            and first_token == self.tokenizer.cls_token_id
+            and self.tokenizer.padding_side == "right",
+            f"tokenizer={self.tokenizer_name!r}: must be fast, put a [CLS] token first and pad on the right, as BERT's "
+            "does",
+        )
+        room = self.max_length - self.max_question_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        check(
+            0 <= self.doc_stride < room,
+            f"doc_stride={self.doc_stride}: must lie in [0, {room}), below the tokens of the context that max_length="
+            f"{self.max_length} and max_question_length={self.max_question_length} leave in a window",
+        )
 
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         splits = self.source.load()

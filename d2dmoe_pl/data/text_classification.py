@@ -25,8 +25,8 @@ class TextClassification(TokenizedData):
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: For other than one or two text columns, a ``max_length`` that is not positive, or a tokenizer that
-            is not there.
+        ConfigError: For other than one or two text columns, or a ``max_length`` that is not positive; to load, for a
+            tokenizer that is not there.
     """
 
     def __init__(

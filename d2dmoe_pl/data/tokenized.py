@@ -6,10 +6,11 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from d2dmoe_pl.data.base import TaskData
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.data.pretrained import load_pretrained
+from d2dmoe_pl.errors import check
 
 
 class TokenizedData(TaskData):
@@ -17,35 +18,46 @@ class TokenizedData(TaskData):
 
     Batches: what the tokenizer gives (``input_ids``, ``attention_mask``, ... ``(B, L)``) and ``labels`` ``(B, ...)``.
 
+    Attributes:
+        tokenizer: The tokenizer, once loaded.
+
     Args:
-        tokenizer: Hub name or folder of a Hugging Face tokenizer. One that has no token to pad with pads with the one
-            that ends a text, as decoders' do.
+        tokenizer: Hub name or folder of a Hugging Face tokenizer; None where :meth:`load` makes one. One that has no
+            token to pad with pads with the one that ends a text, as decoders' do.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: For a ``max_length`` that is not positive, or a tokenizer that is not there or cannot pad.
+        ConfigError: For a ``max_length`` that is not positive; to load, for a tokenizer that is not there or cannot
+            pad.
     """
 
-    def __init__(self, tokenizer: str, max_length: int = 128, batch_size: int = 32, num_workers: int = 0) -> None:
+    def __init__(
+        self, tokenizer: str | None, max_length: int = 128, batch_size: int = 32, num_workers: int = 0
+    ) -> None:
         super().__init__(batch_size, num_workers)
         check(max_length > 0, f"max_length={max_length}: must be positive")
         self.max_length = max_length
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"tokenizer={tokenizer!r}: neither a folder nor a reachable hub name ({reason})"
-            ) from error
-        if self.tokenizer.pad_token is None:
+        self.tokenizer_name = tokenizer
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+
+    def load_processor(self) -> None:
+        if self.tokenizer is not None or self.tokenizer_name is None:
+            return
+        tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer")
+        if tokenizer.pad_token is None:
             check(
-                self.tokenizer.eos_token is not None,
-                f"tokenizer={tokenizer!r}: has neither a token to pad with nor one that ends a text; must have one",
+                tokenizer.eos_token is not None,
+                f"tokenizer={self.tokenizer_name!r}: has neither a token to pad with nor one that ends a text; must "
+                "have one",
             )
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self._pad = DataCollatorWithPadding(self.tokenizer)
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
+
+    @property
+    def num_token_ids(self) -> int:
+        return len(self.tokenizer)
 
     def tokenized(self, split: Dataset, columns: Sequence[str]) -> Dataset:
         """The split with one text column, or two as pairs, tokenised; of its own columns ``labels`` alone is kept."""
@@ -58,7 +70,7 @@ class TokenizedData(TaskData):
         return split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
-        return dict(self._pad(list(samples)))
+        return dict(DataCollatorWithPadding(self.tokenizer)(list(samples)))
 
     def save_processor(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -8,6 +8,7 @@ from d2dmoe_pl import plugins
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe import kernels
+from d2dmoe_pl.moe.activations import activation_kind
 
 
 def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str) -> None:
@@ -36,6 +37,9 @@ class Experts(nn.Module):
             the neurons if not given.
         backend: Name of a file in ``moe/kernels``.
 
+    Attributes:
+        activation_kind: Name of the activation function in ``moe/activations.py``; ``None`` if it is not known there.
+
     Shapes: ``up_weight``, ``gate_weight`` and ``down_weight`` are ``(E, s, d_model)``, ``up_bias`` and ``gate_bias``
     ``(E, s)``, ``down_bias`` ``(d_model,)``.
     """
@@ -63,6 +67,7 @@ class Experts(nn.Module):
         self.down_weight = grouped(ffn.down.weight.t())
         self.down_bias = None if ffn.down.bias is None else nn.Parameter(ffn.down.bias.detach().clone())
         self.activation = ffn.activation
+        self.activation_kind = activation_kind(ffn.activation)
         self.hidden_dropout = ffn.hidden_dropout
 
     @property

@@ -91,8 +91,9 @@ class ImportanceExperts(nn.Module):
         Args:
             tokens: ``(N, d_model)``.
             expert: ``(N,)`` integers in ``[0, E)``.
-            scale: What the expert's output is multiplied by before residual and norm, ``(N, 1)``; 1 if not given. (The
-                published code scales what comes after them, which takes a student further from its dense start.)
+            scale: What the expert's output is multiplied by before residual and norm, as in the paper's equation 2,
+                ``(N, 1)``; 1 if not given. (The published code scales what comes after them, which takes a student
+                further from its dense start.)
 
         Returns:
             ``norm_e(x + dropout(scale * FFN_e(x)))`` of each token, ``(N, d_model)``.

@@ -112,6 +112,7 @@ class Phase(L.LightningModule):
             self.history = artifact.history
         check_head(self.model, self.task.head)
         check_outputs(self.model, self.task)
+        check_token_ids(self.model, data.num_token_ids)
         if self.trainer.state.fn == TrainerFn.FITTING:
             if artifact is None:
                 self.check_start("dense", "a source", ())
@@ -182,6 +183,15 @@ def check_outputs(model: nn.Module, task: Task) -> None:
     check(
         has == needed,
         f"outputs={has} of {name}: must be {needed}, since the data has the labels {', '.join(task.label_names[:20])}",
+    )
+
+
+def check_token_ids(model: nn.Module, num_token_ids: int | None) -> None:
+    """Raise ``ConfigError`` unless ``model`` has an embedding for each token id of the data."""
+    has = adapter_for(model).vocabulary_size(model)
+    check(
+        num_token_ids is None or has is None or num_token_ids <= has,
+        f"tokenizer: gives {num_token_ids} token ids; must be at most the {has} that {type(model).__name__} embeds",
     )
 
 

@@ -5,24 +5,28 @@ from collections.abc import Sequence
 from torch import nn
 
 from d2dmoe_pl.artifact import build_structure
-from d2dmoe_pl.data.task import Head
+from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.moe.convert import describe, stage_of
 from d2dmoe_pl.phases.base import Phase, check_head
 
 
-def preflight(phases: Sequence[Phase], heads: Sequence[Head] = ()) -> None:
+def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
     """Take the first phase's model through all ``phases`` on the meta device.
+
+    Of what is on the hub, only descriptions are fetched: a model's configuration, and tokenizers or image processors.
 
     Args:
         phases: In order; each after the first starts from what the one before leaves.
-        heads: The heads that the phases' data need; not checked if left out.
+        data: The phases' data; not checked if left out.
 
     Raises:
-        ConfigError: If a phase does not fit what it would start from, or the model has not the head.
+        ConfigError: If a phase does not fit what it would start from, the model has not the head that the data needs,
+            or one of the descriptions is not there.
     """
     model, came_from, beside = _start(phases[0])
-    for head in heads:
-        check_head(model, head)
+    for each in data:
+        check_head(model, each.head)
+        each.load_processor()
     for phase in phases:
         phase.check_start(stage_of(describe(model)), came_from, beside)
         phase.transform_(model)

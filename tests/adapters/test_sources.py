@@ -29,13 +29,13 @@ def test_an_architecture_that_no_adapter_knows_stops_a_run_before_it_starts():
         r"\(to add one, write a file in d2dmoe_pl/adapters that defines ADAPTER\)$"
     )
     with pytest.raises(ConfigError, match=message):
-        preflight([FineTuning(source=HuggingFaceModel("text-classification", config=config))], ["classification"])
+        preflight([FineTuning(source=HuggingFaceModel("text-classification", config=config))], [tiny.TextData(4)])
 
 
 def test_a_type_of_model_that_transformers_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "quark"}')
     source = HuggingFaceModel("text-classification", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"name='.*': not a model that transformers can make \(.*quark.*\)$"):
+    with pytest.raises(ConfigError, match=r"name='.*': not what transformers can make \(.*quark.*\)$"):
         source.build_structure(["a", "b"])
 
 

@@ -129,7 +129,9 @@ class TestText:
 
     def test_the_tokenizer_is_saved(self, tmp_path, tokenizer):
         (tmp_path / "out").mkdir()
-        TextClassification(source(tmp_path), tokenizer).save_processor(tmp_path / "out")
+        data = TextClassification(source(tmp_path), tokenizer)
+        data.load_processor()
+        data.save_processor(tmp_path / "out")
         assert (tmp_path / "out" / "tokenizer.json").is_file()
 
     def test_a_label_unseen_in_training(self, tmp_path, tokenizer):
@@ -166,17 +168,18 @@ class TestText:
 
     def test_an_unreachable_tokenizer(self, tmp_path):
         with pytest.raises(ConfigError, match="tokenizer='nobody/nothing': neither a folder nor a reachable hub name"):
-            TextClassification(source(tmp_path), "nobody/nothing")
+            TextClassification(source(tmp_path), "nobody/nothing").load_processor()
 
     def test_a_tokenizer_that_has_nothing_to_pad_with(self, tmp_path, tokenizer):
         bare = transformers.AutoTokenizer.from_pretrained(tokenizer)
         bare.pad_token = None
         bare.save_pretrained(tmp_path / "bare")
         with pytest.raises(ConfigError, match=r"tokenizer='.*': has neither a token to pad with nor one that ends"):
-            TextClassification(source(tmp_path), str(tmp_path / "bare"))
+            TextClassification(source(tmp_path), str(tmp_path / "bare")).load_processor()
         bare.eos_token = "z"
         bare.save_pretrained(tmp_path / "decoders")
         data = TextClassification(source(tmp_path), str(tmp_path / "decoders"))
+        data.load_processor()
         batch = data.collate([{"input_ids": [3, 4, 5], "labels": 0}, {"input_ids": [3], "labels": 1}], augment=False)
         assert batch["input_ids"].tolist() == [[3, 4, 5], [3, bare.eos_token_id, bare.eos_token_id]]
         assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -233,7 +236,13 @@ class TestImages:
         assert saved["size"] == {"height": 8, "width": 8}
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
         again = ImageClassification(self.parquet(tmp_path), "picture", "kind", processor=str(tmp_path))
+        again.load_processor()
         assert (again.image_size, again.mean, again.std) == (8, [0.1] * 3, [0.5] * 3)
+
+    def test_an_unreachable_processor(self, tmp_path):
+        data = ImageClassification(self.parquet(tmp_path), "picture", "kind", processor="nobody/nothing")
+        with pytest.raises(ConfigError, match="processor='nobody/nothing': neither a folder nor a reachable hub name"):
+            data.load_processor()
 
 
 def test_string_value_features_are_not_needed():

@@ -253,12 +253,12 @@ class TestData:
         with pytest.raises(ConfigError, match=r"version=3: allowed are 1 \(v1.1\) and 2"):
             SQuAD(tokenizer_path, 3)
         with pytest.raises(ConfigError, match=r"doc_stride=4: must lie in \[0, 4\), below .* max_length=11"):
-            SQuAD(tokenizer_path, **{**LENGTHS, "doc_stride": 4})
+            SQuAD(tokenizer_path, **{**LENGTHS, "doc_stride": 4}).load_processor()
         with pytest.raises(ConfigError, match="n_best=0: must be positive"):
             SQuAD(tokenizer_path, n_best=0)
         plain = tiny.tokenizer(tmp_path / "plain", WORDS)
         with pytest.raises(ConfigError, match=r"tokenizer='.*plain': must be fast, put a \[CLS\] token first"):
-            SQuAD(plain)
+            SQuAD(plain).load_processor()
 
     def test_unanswered_questions_in_version_1(self, tmp_path, tokenizer_path):
         source = write(tmp_path / "data", lambda i: i == 41)

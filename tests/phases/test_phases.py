@@ -353,16 +353,16 @@ class TestHeads:
         message = "head='question-answering' of BertForQuestionAnswering: the data needs a model with head 'classi"
         phase = FineTuning(source=tiny.SOURCES["bert-question-answering"]())
         with pytest.raises(ConfigError, match=message):
-            preflight([phase], [digits.head])
+            preflight([phase], [digits])
         with pytest.raises(ConfigError, match=message):
             trainer().fit(phase, datamodule=tiny.TextData(4))
-        preflight([FineTuning(source=digits_source())], [digits.head])
+        preflight([FineTuning(source=digits_source())], [digits])
 
     def test_an_artifact_with_another_head(self, trainer, tmp_path):
         save_artifact(tiny.dense("bert-regression"), tmp_path / "artifact", [PhaseRecord("FineTuning")])
         phase = FineTuning(init_from=str(tmp_path / "artifact"))
         with pytest.raises(ConfigError, match="head='regression' of BertForSequenceClassification: the data needs"):
-            preflight([phase], ["classification"])
+            preflight([phase], [tiny.TextData(4)])
         with pytest.raises(ConfigError, match="head='regression' of BertForSequenceClassification: the data needs"):
             trainer().test(phase, datamodule=tiny.TextData(4), verbose=False)
 

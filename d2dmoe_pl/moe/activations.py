@@ -1,0 +1,30 @@
+"""Which elementwise function an activation module computes, whatever its class: what a compiled kernel must know."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation_kind(activation: nn.Module) -> str | None:
+    """The name in ``KNOWN`` of the function that ``activation`` computes, or ``None`` if it is none of them.
+
+    Libraries have many classes for one function, so it is told by its values (equal to 1e-9 in float64 at points that
+    tell the known ones apart), not by its class.
+    """
+    points = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu")
+    with torch.no_grad():
+        values = activation(points.clone())
+    for name, function in KNOWN.items():
+        if values.shape == points.shape and torch.allclose(values, function(points), rtol=0, atol=1e-9):
+            return name
+    return None

@@ -1,0 +1,63 @@
+"""Small local things in place of those that recipes take from the hub: a BERT, and files with the hub's columns."""
+
+import json
+
+import tiny
+import transformers
+
+WORDS = ["who", "is", "it", "?", "red", "green", "blue", "cat", "dog", "eel", "fox", "gnu"]
+ANIMALS, COLOURS = WORDS[7:], WORDS[4:7]
+# appended to a command line that ends in --set: a chain that takes seconds
+SMALL = [
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.max_epochs=1",
+    "trainer.enable_progress_bar=false",
+    "data.init_args.batch_size=8",
+    "data.init_args.max_length=16",
+    "distillation.model.init_args.expert_dim=12",
+    "distillation.model.init_args.num_shared=5",
+]
+SMALL_SQUAD = [*SMALL, "data.init_args.doc_stride=2", "data.init_args.max_question_length=4"]
+
+
+def write_bert(folder):
+    """A pretrained BERT without a head, and its tokenizer."""
+    tiny.tokenizer(folder, WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+    transformers.BertModel(tiny.bert_config()).save_pretrained(folder)
+
+
+def write_mnli(folder):
+    """Pairs of texts; the test labels are hidden, as on the hub."""
+    sizes = {"train": 25, "validation_matched": 7, "validation_mismatched": 9, "test_matched": 5}
+    for name, size in sizes.items():
+        rows = [
+            {"premise": phrase(i), "hypothesis": phrase(i + 3, 2), "label": -1 if name == "test_matched" else i % 3}
+            for i in range(size)
+        ]
+        write(folder, name, rows)
+
+
+def write_squad(folder, answerless=lambda i: False):
+    """Questions with texts that hold the answer, or do not where ``answerless``."""
+    for name, size in {"train": 13, "validation": 7}.items():
+        rows = []
+        for i in range(size):
+            context, answer = phrase(i, 14), ANIMALS[i % 5]
+            answers = {"text": [answer], "answer_start": [context.index(answer)]}
+            if answerless(i):
+                answers = {"text": [], "answer_start": []}
+            rows.append({"context": context, "question": "who is it ?", "answers": answers})
+        write(folder, name, rows)
+
+
+def phrase(i, length=None):
+    """Some words, an animal among colours."""
+    words = [COLOURS[(i + j) % 3] for j in range((length or 2 + i % 3) - 1)]
+    return " ".join([*words[: i % 7], ANIMALS[i % 5], *words[i % 7 :]])
+
+
+def write(folder, name, rows):
+    """JSON lines."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

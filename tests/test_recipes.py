@@ -1,0 +1,162 @@
+"""The MoEBERT recipes as their comments say to run them, on small local stand-ins; and what ends them at once."""
+
+import collections
+import pickle
+import shlex
+from pathlib import Path
+
+import pytest
+import stand_ins
+import tiny
+from stand_ins import SMALL, SMALL_SQUAD
+
+from d2dmoe_pl.adapters import HuggingFaceModel
+from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
+from d2dmoe_pl.cli import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PHASES = ["FineTuning", "ImportanceScoring", "MoEBERTDistillation"]
+DISTILLATION = "distillation.model.init_args"
+
+
+def commented(file):
+    """The words of what a YAML's comments say to type."""
+    lines = [line[1:].strip() for line in (CONFIGS / file).read_text().splitlines() if line.startswith("#   ")]
+    return shlex.split(" ".join(lines).replace("\\", ""))
+
+
+def commands(recipe):
+    """The arguments of every command in the comment of a recipe."""
+    found = []
+    for word in commented(f"{recipe}/chain.yaml"):
+        if word == "python":
+            found.append([])
+        elif word != "main.py":
+            found[-1].append(word)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working folder, with what the commands name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    stand_ins.write_bert(tmp_path / "bert")
+    stand_ins.write_mnli(tmp_path / "mnli")
+    stand_ins.write_squad(tmp_path / "squad")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("recipe", "small", "metrics"),
+    [
+        ("moebert_mnli", SMALL, {"test/accuracy", "test_mismatched/accuracy"}),
+        ("moebert_squad", SMALL_SQUAD, {"test/exact_match", "test/f1"}),
+    ],
+)
+def test_from_local_files(folder, recipe, small, metrics):
+    main([*commands(recipe)[-1], *small])
+    artifact = read_artifact(folder / "runs" / recipe / "distillation" / "artifact")
+    assert [record.phase for record in artifact.history] == PHASES
+    assert all(metrics <= set(record.metrics) for record in artifact.history)
+    assert artifact.stage == "routed"
+    assert {(made["num_experts"], made["expert_dim"]) for made in artifact.layers.values()} == {(4, 12)}
+    assert (artifact.path / "tokenizer.json").is_file()
+    assert read_artifact(folder / "runs" / recipe / "importance_scoring" / "artifact").tensors == ["importance"]
+    # one expert of a quarter of the neurons runs for each token
+    rows = [row.split(",") for row in (artifact.path.parent / "tau_sweep.csv").read_text().splitlines()]
+    shares = {float(row[rows[0].index("experts_percent")]) for row in rows[1:]}
+    assert shares == {25.0}
+
+
+def test_squad_2(folder):
+    stand_ins.write_squad(folder / "squad", answerless=lambda i: i % 4 == 1)
+    _, version_2, local = commands("moebert_squad")
+    table_7 = commented("moebert_squad/distillation.yaml")[1:]
+    main([*version_2, *local[local.index("--set") + 1 :], *table_7, *SMALL_SQUAD])
+    artifact = read_artifact(folder / "runs" / "moebert_squad_v2" / "distillation" / "artifact")
+    assert {"test/best_f1", "test/no_answer_accuracy"} <= set(artifact.history[-1].metrics)
+
+
+def refused(capsys, *args):
+    """The line that a command ends in, having written nothing."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(args))
+    said = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert "Traceback" not in said
+    assert not Path("runs").exists()
+    return said.strip().splitlines()[-1]
+
+
+def test_hub_names_that_cannot_be_reached(folder, capsys):
+    hub, local = commands("moebert_mnli")
+    nowhere = "fine_tuning.model.init_args.source.init_args.name=nobody/nothing"
+    assert refused(capsys, *hub, "--set", nowhere).startswith(
+        "error: name='nobody/nothing': neither a folder nor a reachable hub name ("
+    )
+    assert refused(capsys, *local, "data.init_args.tokenizer=nobody/nothing").startswith(
+        "error: tokenizer='nobody/nothing': neither a folder nor a reachable hub name ("
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            [f"{DISTILLATION}.num_shared=13"],
+            "num_shared=13: must lie in [0, expert_dim], which is 12, the neurons that an expert holds",
+        ),
+        (
+            [f"{DISTILLATION}.num_experts=8"],
+            "num_experts=8, expert_dim=12, num_shared=5: need 61 neurons (num_shared + num_experts * (expert_dim - "
+            "num_shared)), but bert.encoder.layer.0.intermediate has 48",
+        ),
+        (
+            [f"{DISTILLATION}.hash_list_file=short.pkl"],
+            "hash_list_file='short.pkl': has 39 entries; must have one for each of the 40 token ids",
+        ),
+        (
+            [f"{DISTILLATION}.hash_list_file=class.pkl"],
+            "hash_list_file='class.pkl': the pickle asks for collections.OrderedDict; allowed are plain lists, dicts, "
+            "tuples, numbers and strings (an array becomes a list with .tolist())",
+        ),
+        (
+            [f"{DISTILLATION}.importance_file=class.pkl"],
+            "importance_file='class.pkl': the pickle asks for collections.OrderedDict; allowed are plain lists, dicts, "
+            "tuples, numbers and strings (an array becomes a list with .tolist())",
+        ),
+        (
+            ["fine_tuning.model.init_args.source.init_args.task=question-answering"],
+            "head='question-answering' of BertForQuestionAnswering: the data needs a model with head 'classification' "
+            "(the source decides it, e.g. HuggingFaceModel by its task)",
+        ),
+        (
+            ["data.init_args.name=stsb"],
+            "head='classification' of BertForSequenceClassification: the data needs a model with head 'regression' "
+            "(the source decides it, e.g. HuggingFaceModel by its task)",
+        ),
+        (
+            ["fine_tuning.model.init_args.source.init_args.task=image-classification"],
+            "task='image-classification': transformers has no such head for a model of type 'bert'",
+        ),
+        (
+            [f"{DISTILLATION}.teacher=wide"],
+            "teacher='wide': is a bert of 2 layers of width 32; must be a bert of 2 layers of width 24, as the student "
+            "is",
+        ),
+        (
+            [f"{DISTILLATION}.teacher=deep"],
+            "teacher='deep': is a bert of 3 layers of width 24; must be a bert of 2 layers of width 24, as the student "
+            "is",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_work_ends_in_one_line_before_anything_runs(folder, capsys, settings, message):
+    for name, value in (("short", [0] * 39), ("class", collections.OrderedDict())):
+        (folder / f"{name}.pkl").write_bytes(pickle.dumps(value))
+    for name, shape in (("wide", {"hidden_size": 32}), ("deep", {"num_hidden_layers": 3})):
+        teacher = HuggingFaceModel("text-classification", config=tiny.bert_config(**shape)).build(tiny.LABELS)
+        save_artifact(teacher, folder / name, [PhaseRecord("FineTuning")])
+    assert refused(capsys, *commands("moebert_mnli")[-1], *SMALL, *settings) == f"error: {message}"
