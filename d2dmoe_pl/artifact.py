@@ -97,6 +97,7 @@ def save_artifact(
     aside.mkdir(parents=True)
     if save_processor is not None:
         save_processor(aside)
+    adapter.save_beside(model, aside)
     _write_json(aside / CONFIG, {**adapter.config(model), KEY: made})
     # safetensors keeps one copy of tensors that are shared
     safetensors.torch.save_model(model, str(aside / WEIGHTS), metadata={"format": "pt"})

@@ -29,6 +29,7 @@ FLOW = [
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
+ARCHITECTURES = re.compile(r"(?i)(?<!moe)bert|vit\b|vision_?transformer|deit|gpt|llama|gemma")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # configurations of the pretrained models that recipes name
 ON_HUB = {"google-bert/bert-base-uncased": transformers.BertConfig()}
@@ -66,7 +67,7 @@ def test_architectures_are_named_in_adapters_only(file):
     if place(file) == "adapters":
         return
     identifiers = {node.id for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Name)}
-    assert not {name for name in identifiers if re.search(r"(?i)(?<!moe)bert|vit\b|vision_?transformer|deit", name)}
+    assert not {name for name in identifiers if ARCHITECTURES.search(name)}
 
 
 @pytest.mark.parametrize(

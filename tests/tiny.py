@@ -7,7 +7,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
+from d2dmoe_pl.adapters import ADAPTERS, HuggingFaceModel, TimmModel, adapter_for
 from d2dmoe_pl.data import Classification, TaskData
 from d2dmoe_pl.moe.convert import (
     ActivationConfig,
@@ -28,6 +28,7 @@ WIDTH = 48
 MOEBERT = MoEBERTConfig(num_experts=4, expert_dim=12, num_shared=5)
 DIGITS_VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 _IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": WIDTH}
 
 
@@ -36,21 +37,71 @@ def bert_config(**kwargs):
     return transformers.BertConfig(**{"vocab_size": 40, "max_position_embeddings": 16, **_SHAPE, **kwargs})
 
 
-# one source a family and notable variant; the contract test runs over all of them
-SOURCES = {
-    "bert": lambda: HuggingFaceModel("text-classification", config=bert_config()),
-    "bert-regression": lambda: HuggingFaceModel("text-regression", config=bert_config()),
-    "bert-question-answering": lambda: HuggingFaceModel("question-answering", config=bert_config()),
-    "vit": lambda: HuggingFaceModel("image-classification", config=transformers.ViTConfig(**_IMAGE, **_SHAPE)),
-    "timm_vit": lambda: TimmModel("vit_tiny_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
-    "timm_vit-deit": lambda: TimmModel("deit_tiny_distilled_patch16_224", mlp_ratio=3.0, **DIGITS_VIT),
-    "timm_vit-dropout": lambda: TimmModel("vit_tiny_patch16_224", mlp_ratio=3.0, proj_drop_rate=0.1, **DIGITS_VIT),
+def decoder_config(make, **kwargs):
+    """A tiny Llama or Gemma."""
+    heads = {"num_key_value_heads": 1, "head_dim": 12}
+    return make(**{**_SPECIAL, "vocab_size": 40, "max_position_embeddings": 64, **_SHAPE, **heads, **kwargs})
+
+
+def _gpt2_config():
+    shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_inner": WIDTH, "n_positions": 64}
+    return transformers.GPT2Config(vocab_size=40, **_SPECIAL, **shape)
+
+
+def _distilbert_config():
+    shape = {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": WIDTH}
+    return transformers.DistilBertConfig(vocab_size=40, max_position_embeddings=16, **shape)
+
+
+# one configuration a Hugging Face family and notable variant, under the family's name first
+CONFIGS = {
+    "bert": bert_config,
+    "roberta": lambda: transformers.RobertaConfig(vocab_size=40, max_position_embeddings=16, **_SHAPE),
+    "distilbert": _distilbert_config,
+    "gpt2": _gpt2_config,
+    "llama": lambda: decoder_config(transformers.LlamaConfig),
+    "llama-bias": lambda: decoder_config(transformers.LlamaConfig, mlp_bias=True),
+    "gemma": lambda: decoder_config(transformers.GemmaConfig),
+    "gemma-2": lambda: decoder_config(transformers.Gemma2Config, sliding_window=4),
+    "gemma-3": lambda: decoder_config(transformers.Gemma3TextConfig, sliding_window=4),
+    "vit": lambda: transformers.ViTConfig(**_IMAGE, **_SHAPE),
+    "deit": lambda: transformers.DeiTConfig(**_IMAGE, **_SHAPE),
+    "deit-distilled": lambda: transformers.DeiTConfig(
+        **_IMAGE, **_SHAPE, architectures=["DeiTForImageClassificationWithTeacher"]
+    ),
 }
+
+
+def family_of(kind):
+    return kind.partition("-")[0]
+
+
+def _kinds():
+    """Name, task and source of a model of every architecture and task; the first task goes without saying."""
+    for name, make in CONFIGS.items():
+        for task in ADAPTERS[family_of(name)].tasks:
+            suffix = "" if task.endswith("-classification") else f"-{task.removeprefix('text-')}"
+            yield name + suffix, task, lambda make=make, task=task: HuggingFaceModel(task, config=make())
+    for suffix, architecture, kwargs in [
+        ("", "vit_tiny_patch16_224", {}),
+        ("-deit", "deit_tiny_distilled_patch16_224", {}),
+        ("-dropout", "vit_tiny_patch16_224", {"proj_drop_rate": 0.1}),
+    ]:
+        shape = {"mlp_ratio": 3.0, **DIGITS_VIT, **kwargs}
+        make = lambda architecture=architecture, shape=shape: TimmModel(architecture, **shape)  # noqa: E731
+        yield f"timm_vit{suffix}", "image-classification", make
+
+
+# the contract test runs over all of them
+SOURCES = {kind: source for kind, _, source in _kinds()}
+TASKS = {kind: task for kind, task, _ in _kinds()}
 
 
 def labels_of(kind):
     """Names of the outputs of a model of ``kind``."""
-    return {"bert-regression": ["similarity"], "bert-question-answering": ["start", "end"]}.get(kind, LABELS)
+    known = {"text-regression": ["similarity"], "question-answering": ["start", "end"]}
+    tokens = [str(token) for token in range(40)]
+    return tokens if "language-modeling" in TASKS[kind] else known.get(TASKS[kind], LABELS)
 
 
 def dense(kind="timm_vit", activation="relu"):
@@ -67,16 +118,20 @@ def dense(kind="timm_vit", activation="relu"):
 
 def routed(kind="timm_vit", num_experts=8, tau=0.5, rule="dynk_max"):
     """A model with experts, routers and a gate."""
-    model = dense(kind)
+    return route_(dense(kind), num_experts, tau, rule)
+
+
+def route_(model, num_experts=8, tau=0.5, rule="dynk_max"):
+    """Give a dense model experts, routers and a gate."""
     convert_to_moe_(model, ExpertsConfig(num_experts))
     add_routers_(model, RouterConfig(8))
     set_gate_(model, GateConfig(rule, tau))
     return model
 
 
-def moebert(routing="hash_random", seed=0):
-    """A BERT whose FFNs are four experts each, in evaluation mode."""
-    model = dense("bert", "gelu")
+def moebert(routing="hash_random", seed=0, kind="bert"):
+    """A model like BERT whose FFNs are four experts each, in evaluation mode."""
+    model = dense(kind, "gelu")
     importance = {ffn.name: torch.rand(WIDTH) for ffn in select_ffns(model)}
     convert_to_moebert_(model, dataclasses.replace(MOEBERT, routing=routing, seed=seed), importance=importance)
     return model.eval()
@@ -85,13 +140,15 @@ def moebert(routing="hash_random", seed=0):
 def batch(kind="timm_vit", size=3):
     """A batch for a model of ``kind``; texts are padded to different lengths."""
     labels = torch.arange(size) % len(LABELS)
-    if kind == "bert-question-answering":
-        labels = torch.zeros(size, 2, dtype=torch.long)
-    if kind.startswith("bert"):
+    if TASKS[kind] != "image-classification":
         length = 7
         lengths = torch.tensor([length, 4, 2, 1] * size)[:size]
         mask = (torch.arange(length) < lengths[:, None]).long()
         ids = torch.randint(5, 40, (size, length)) * mask
+        if TASKS[kind] == "question-answering":
+            labels = torch.zeros(size, 2, dtype=torch.long)
+        if "language-modeling" in TASKS[kind]:
+            labels = ids.masked_fill(mask == 0, -100)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
     return {"pixel_values": torch.randn(size, 1, 8, 8), "labels": labels}
 
@@ -118,7 +175,9 @@ def logits(model, inputs):
 def logits_of_tokens(model, inputs):
     """The logits, 0 where they are those of padding, which mean nothing."""
     result = logits(model, inputs)
-    return result * inputs["attention_mask"].unsqueeze(1) if result.dim() == 3 else result
+    if result.dim() < 3:
+        return result
+    return result * inputs["attention_mask"].unsqueeze(1 if result.shape[1] == 2 else 2)  # (B, 2, L) or (B, L, V)
 
 
 class TextData(TaskData):

@@ -7,7 +7,7 @@ from torch import nn
 
 from d2dmoe_pl.adapters.base import Adapter, ModelSource
 from d2dmoe_pl.adapters.ffn import FFN
-from d2dmoe_pl.adapters.hugging_face import HuggingFaceModel
+from d2dmoe_pl.adapters.hugging_face_model import HuggingFaceModel
 from d2dmoe_pl.adapters.timm_vit import TimmModel
 from d2dmoe_pl.errors import ConfigError
 

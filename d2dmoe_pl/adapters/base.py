@@ -3,18 +3,35 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.data.task import Head
 
+TaskName = Literal[
+    "text-classification",
+    "text-regression",
+    "question-answering",
+    "causal-language-modeling",
+    "masked-language-modeling",
+    "image-classification",
+]
+
 
 class Adapter(ABC):
-    """One model family: where its FFNs are, how a module is put in, how it is called, described and rebuilt."""
+    """One model family: where its FFNs are, how a module is put in, how it is called, described and rebuilt.
+
+    Attributes:
+        family: Its name, in artifacts and errors.
+        title: What its models are called.
+        tasks: What they have heads for.
+    """
 
     family: ClassVar[str]
+    title: ClassVar[str]
+    tasks: ClassVar[tuple[TaskName, ...]]
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -53,7 +70,7 @@ class Adapter(ABC):
 
         Returns:
             By head: classification ``(B, C)``; regression ``(B, 1)``; question answering, of a token as the answer's
-            first and last, ``(B, 2, L)``.
+            first and last, ``(B, 2, L)``; language modelling, over a vocabulary of ``V``, ``(B, L, V)``.
         """
 
     @abstractmethod
@@ -62,21 +79,27 @@ class Adapter(ABC):
 
     @abstractmethod
     def num_outputs(self, model: nn.Module) -> int:
-        """Number of the head's outputs: classes, 1 for regression, 2 (a token) for question answering."""
+        """Number of the head's outputs: classes, 1 for regression; of a token, 2 to answer questions, ``V`` of text."""
 
     @abstractmethod
     def logits_and_hidden_states(
         self, model: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What :meth:`logits` gives, and what the embeddings and each layer give, ``(B, L, d_model)``; one call."""
+        """What :meth:`logits` gives, and what the embeddings and each layer give, ``(B, L, d_model)``; one call.
+
+        Where a norm follows the last layer, its output may stand for the layer's.
+        """
 
     @abstractmethod
     def config(self, model: nn.Module) -> dict[str, Any]:
         """The ``config.json`` from which :meth:`build` makes the dense model again."""
 
+    def save_beside(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 (most libraries keep nothing)
+        """Write into ``folder`` what the model's library keeps beside configuration and weights."""
+
     @abstractmethod
     def build(self, folder: Path) -> nn.Module:
-        """The dense model that ``folder/config.json`` describes, weights not loaded."""
+        """The dense model that ``folder/config.json`` and what lies beside it describe, weights not loaded."""
 
 
 class ModelSource(ABC):

@@ -1,12 +1,13 @@
 """Hugging Face BERT: the FFN is spread over ``intermediate`` and ``output.dense`` of each layer."""
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer
 
 from d2dmoe_pl.adapters.base import module_at
 from d2dmoe_pl.adapters.ffn import FFN
-from d2dmoe_pl.adapters.hugging_face import HuggingFaceAdapter
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.adapters.hugging_face import HuggingFaceAdapter, check_not_chunked
 
 
 class _First(nn.Module):
@@ -20,17 +21,25 @@ class BertAdapter(HuggingFaceAdapter):
     """``intermediate`` is replaced and ``output.dense`` becomes an Identity; dropout, residual and LayerNorm stay.
 
     A module that takes these over as well stands in the place of ``intermediate``, and ``output`` hands it through.
+
+    Attributes:
+        layer_class: A layer.
+        intermediate_class: Its ``intermediate``, as long as it is dense.
     """
 
     family = "bert"
+    title = "Hugging Face BERT"
+    tasks = ("text-classification", "text-regression", "question-answering", "masked-language-modeling")
+    model_types = ("bert",)
+    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    head_activation = "cls.predictions.transform.transform_act_fn"
+    layer_class: ClassVar[type[nn.Module]] = BertLayer
+    intermediate_class: ClassVar[type[nn.Module]] = BertIntermediate
 
     def ffns(self, model: nn.Module) -> list[FFN]:
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BertLayer)}
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, self.layer_class)}
         for name, layer in layers.items():
-            check(
-                layer.chunk_size_feed_forward == 0,
-                f"chunk_size_feed_forward={layer.chunk_size_feed_forward} in {name}: must be 0 to have experts",
-            )
+            check_not_chunked(layer, name)
         return [
             FFN(
                 name=f"{name}.intermediate",
@@ -40,7 +49,7 @@ class BertAdapter(HuggingFaceAdapter):
                 residual_norm=layer.output.LayerNorm,
             )
             for name, layer in layers.items()
-            if isinstance(layer.intermediate, BertIntermediate)
+            if isinstance(layer.intermediate, self.intermediate_class)
         ]
 
     def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:

@@ -6,13 +6,30 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class TransposedLinear:
+    """A projection that keeps its weight as ``(in, out)``, such as GPT-2's ``Conv1D``, seen as an ``nn.Linear``."""
+
+    module: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """A view, ``(out, in)``."""
+        return self.module.weight.t()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.module.bias
+
+
+@dataclass(frozen=True)
 class FFN:
     """One dense FFN of a model: ``y = down(act(up(x)))``, or gated: ``y = down(act(gate(x)) * up(x))``.
 
     Attributes:
         name: Dotted path of the module that a MoE layer replaces; the FFN's name everywhere.
         up: Linear ``d_model -> d_ff``.
-        activation: A module of its own, called once a forward pass with the pre-activation ``(..., d_ff)``.
+        activation: A module of its own, called once a forward pass with the pre-activation ``(..., d_ff)``, the
+            gate's in a gated FFN.
         down: Linear ``d_ff -> d_model``.
         gate: Linear ``d_model -> d_ff`` of a gated FFN.
         hidden_dropout: What the replaced module applies to the activation.
@@ -21,9 +38,9 @@ class FFN:
     """
 
     name: str
-    up: nn.Linear
+    up: nn.Linear | TransposedLinear
     activation: nn.Module
-    down: nn.Linear
+    down: nn.Linear | TransposedLinear
     gate: nn.Linear | None = None
     hidden_dropout: nn.Module = field(default_factory=nn.Identity)
     output_dropout: nn.Module = field(default_factory=nn.Identity)

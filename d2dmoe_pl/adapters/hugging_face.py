@@ -1,38 +1,61 @@
 """What all Hugging Face families share; each family's own file says where its FFNs are."""
 
-import copy
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from d2dmoe_pl.adapters.base import Adapter, ModelSource
+from d2dmoe_pl.adapters.base import Adapter, TaskName, module_at
 from d2dmoe_pl.adapters.ffn import FFN
-from d2dmoe_pl.data.pretrained import load_pretrained
-from d2dmoe_pl.data.task import Head
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.data.task import VOCABULARY_HEADS, Head
+from d2dmoe_pl.errors import ConfigError, check
 
-# what a batch may hold for the model; everything else in it is for losses and metrics
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+GENERATION_CONFIG = "generation_config.json"
+
+# the head for each task, and what of transformers knows the class that has it, by the type of a model
+HEADS: dict[TaskName, tuple[Head, type]] = {
+    "text-classification": ("classification", transformers.AutoModelForSequenceClassification),
+    "text-regression": ("regression", transformers.AutoModelForSequenceClassification),
+    "question-answering": ("question-answering", transformers.AutoModelForQuestionAnswering),
+    "causal-language-modeling": ("causal-language-modeling", transformers.AutoModelForCausalLM),
+    "masked-language-modeling": ("masked-language-modeling", transformers.AutoModelForMaskedLM),
+    "image-classification": ("classification", transformers.AutoModelForImageClassification),
+}
 
 
 class HuggingFaceAdapter(Adapter):
-    """A family of ``transformers`` models, told by ``config.model_type``."""
+    """A family of ``transformers`` models, told by ``config.model_type``.
+
+    Attributes:
+        model_types: The types of its models.
+        inputs: What a batch may hold for the model; everything else in it is for losses and metrics.
+        activation_keys: What the models' configs call the FFNs' activation.
+        head_activation: Where a head for language modelling has, by the same setting, the same activation.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    inputs: ClassVar[tuple[str, ...]]
+    activation_keys: ClassVar[tuple[str, ...]] = ("hidden_act",)
+    head_activation: ClassVar[str | None] = None
 
     def matches(self, model: nn.Module) -> bool:
-        return isinstance(model, transformers.PreTrainedModel) and model.config.model_type == self.family
+        return isinstance(model, transformers.PreTrainedModel) and model.config.model_type in self.model_types
 
     def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
         for ffn in ffns:
             self.put_activation_(model, ffn, ACT2FN[name])
-        model.config.hidden_act = name
+        if self.head_activation in dict(model.named_modules()):
+            parent, attribute = module_at(model, self.head_activation)
+            setattr(parent, attribute, ACT2FN[name])
+        for key in self.activation_keys:
+            setattr(model.config, key, name)
 
     @abstractmethod
     def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
@@ -47,9 +70,8 @@ class HuggingFaceAdapter(Adapter):
         output = self._call(model, batch, output_hidden_states=True)
         return self._logits(output), output.hidden_states
 
-    @staticmethod
-    def _call(model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
-        return model(**{key: batch[key] for key in INPUTS if key in batch}, **kwargs)
+    def _call(self, model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
+        return model(**{key: batch[key] for key in self.inputs if key in batch}, **kwargs)
 
     @staticmethod
     def _logits(output: Any) -> Tensor:
@@ -58,83 +80,50 @@ class HuggingFaceAdapter(Adapter):
         return output.logits
 
     def head(self, model: nn.Module) -> Head:
-        if type(model).__name__.endswith("ForQuestionAnswering"):
-            return "question-answering"
-        return "regression" if model.config.problem_type == "regression" else "classification"
+        """See :meth:`Adapter.head`.
+
+        Raises:
+            ConfigError: If it is none of those that the family's tasks need.
+        """
+        is_regression = model.config.problem_type == "regression"
+        for task in self.tasks:
+            head, auto = HEADS[task]
+            classes = auto._model_mapping.get(type(model.config), ())
+            if isinstance(model, classes) and (head == "regression") == is_regression:
+                return head
+        raise ConfigError(
+            f"{type(model).__name__}: its head is for none of the tasks that {self.title} models are used for here, "
+            f"which are {', '.join(self.tasks)}"
+        )
 
     def num_outputs(self, model: nn.Module) -> int:
-        return model.config.num_labels
+        return model.config.vocab_size if self.head(model) in VOCABULARY_HEADS else model.config.num_labels
 
     def vocabulary_size(self, model: nn.Module) -> int | None:
         return getattr(model.config, "vocab_size", None)
 
+    def num_positions(self, model: nn.Module) -> int | None:
+        return getattr(model.config, "max_position_embeddings", None)
+
     def config(self, model: nn.Module) -> dict[str, Any]:
         config = json.loads(model.config.to_json_string(use_diff=True))
-        return {**config, "architectures": [type(model).__name__]}
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {**config, "architectures": [type(model).__name__], "dtype": dtype}
+
+    def save_beside(self, model: nn.Module, folder: Path) -> None:
+        """Write how the model generates text by default, where it can."""
+        if model.can_generate():
+            model.generation_config.to_json_file(folder / GENERATION_CONFIG)
 
     def build(self, folder: Path) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder)
-        return getattr(transformers, config.architectures[0])(config)
+        model = getattr(transformers, config.architectures[0])._from_config(config)
+        if (folder / GENERATION_CONFIG).exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        return model
 
 
-class HuggingFaceModel(ModelSource):
-    """A Hugging Face model with a head for a task, pretrained or from scratch.
-
-    Args:
-        task: ``text-classification``, ``text-regression``, ``question-answering`` or ``image-classification``; decides
-            the head.
-        name: Hub name or folder of a pretrained model. A head of another size is initialised anew.
-        config: Configuration of a model to be trained from scratch, e.g. ``transformers.BertConfig``; instead of
-            ``name``.
-
-    Raises:
-        ConfigError: Unless exactly one of ``name`` and ``config`` is given; to build, if there is no such model, or its
-            type has no such head.
-    """
-
-    _heads: ClassVar[dict[str, Callable]] = {
-        "text-classification": transformers.AutoModelForSequenceClassification,
-        "text-regression": transformers.AutoModelForSequenceClassification,
-        "question-answering": transformers.AutoModelForQuestionAnswering,
-        "image-classification": transformers.AutoModelForImageClassification,
-    }
-
-    def __init__(
-        self,
-        task: Literal["text-classification", "text-regression", "question-answering", "image-classification"],
-        name: str | None = None,
-        config: transformers.PretrainedConfig | None = None,
-    ) -> None:
-        check((name is None) != (config is None), f"name={name!r}, config={config!r}: exactly one must be given")
-        self.task = task
-        self._head = self._heads[task]
-        self._problem_type = "regression" if task == "text-regression" else None
-        self.name = name
-        self.config = config
-
-    def build(self, label_names: Sequence[str]) -> nn.Module:
-        if self.name is None:
-            return self._head.from_config(self._labelled(self.config, label_names))
-        config = self._labelled(self._pretrained_config(), label_names)
-        return load_pretrained(self._head, self.name, "name", config=config, ignore_mismatched_sizes=True)
-
-    def build_structure(self, label_names: Sequence[str]) -> nn.Module:
-        config = self._pretrained_config() if self.config is None else self.config
-        with torch.device("meta"):
-            return self._head.from_config(self._labelled(config, label_names))
-
-    def _pretrained_config(self) -> transformers.PretrainedConfig:
-        return load_pretrained(transformers.AutoConfig, self.name, "name")
-
-    def _labelled(
-        self, config: transformers.PretrainedConfig, label_names: Sequence[str]
-    ) -> transformers.PretrainedConfig:
-        check(
-            type(config) in self._head._model_mapping,
-            f"task={self.task!r}: transformers has no such head for a model of type {config.model_type!r}",
-        )
-        config = copy.deepcopy(config)
-        config.problem_type = self._problem_type
-        config.id2label = dict(enumerate(label_names))
-        config.label2id = {label: index for index, label in enumerate(label_names)}
-        return config
+def check_not_chunked(module: nn.Module, name: str) -> None:
+    """Raise ``ConfigError`` if ``module``, called ``name``, runs its FFN on a part of the sequence at a time."""
+    size = getattr(module, "chunk_size_feed_forward", 0)
+    check(size == 0, f"chunk_size_feed_forward={size} in {name}: must be 0 to have experts")

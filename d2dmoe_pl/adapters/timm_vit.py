@@ -22,6 +22,8 @@ class TimmViTAdapter(Adapter):
     """``mlp`` is replaced; what it had of dropout inside goes into the replacement, the rest of the block stays."""
 
     family = "timm_vit"
+    title = "timm ViT, DeiT"
+    tasks = ("image-classification",)
 
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)

@@ -15,10 +15,13 @@ def load_pretrained(kind: Any, name: str, argument: str, **kwargs: Any) -> Any:
         kwargs: As ``from_pretrained`` takes them.
 
     Raises:
-        ConfigError: If it is neither in a folder of that name nor on the hub, or the hub cannot be reached.
+        ConfigError: If it is neither in a folder of that name nor on the hub, the hub cannot be reached, or
+            transformers does not know its type.
     """
     try:
         return kind.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{argument}={name!r}: neither a folder nor a reachable hub name ({reason})") from error
+    except OSError as error:
+        reason, cause = "neither a folder nor a reachable hub name", error
+    except ValueError as error:  # e.g. a type of model that transformers does not know
+        reason, cause = "not what transformers can make", error
+    raise ConfigError(f"{argument}={name!r}: {reason} ({str(cause).strip().splitlines()[0]})") from cause

@@ -14,7 +14,11 @@ from torchmetrics.wrappers import LambdaInputTransformer
 from d2dmoe_pl.errors import check
 
 Batch = Mapping[str, Tensor]
-Head = Literal["classification", "regression", "question-answering"]
+Head = Literal[
+    "classification", "regression", "question-answering", "causal-language-modeling", "masked-language-modeling"
+]
+# their outputs are the vocabulary, which the model brings; labels name those of the others
+VOCABULARY_HEADS: tuple[Head, ...] = ("causal-language-modeling", "masked-language-modeling")
 
 
 class Task(ABC):

@@ -22,13 +22,15 @@ class TokenizedData(TaskData):
         tokenizer: The tokenizer, once loaded.
 
     Args:
-        tokenizer: Hub name or folder of a Hugging Face tokenizer; None where :meth:`load` makes one.
+        tokenizer: Hub name or folder of a Hugging Face tokenizer; None where :meth:`load` makes one. One that has no
+            token to pad with pads with the one that ends a text, as decoders' do.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: For a ``max_length`` that is not positive; to load, for a tokenizer that is not there.
+        ConfigError: For a ``max_length`` that is not positive; to load, for a tokenizer that is not there or cannot
+            pad.
     """
 
     def __init__(
@@ -41,8 +43,17 @@ class TokenizedData(TaskData):
         self.tokenizer: PreTrainedTokenizerBase | None = None
 
     def load_processor(self) -> None:
-        if self.tokenizer is None and self.tokenizer_name is not None:
-            self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer")
+        if self.tokenizer is not None or self.tokenizer_name is None:
+            return
+        tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer")
+        if tokenizer.pad_token is None:
+            check(
+                tokenizer.eos_token is not None,
+                f"tokenizer={self.tokenizer_name!r}: has neither a token to pad with nor one that ends a text; must "
+                "have one",
+            )
+            tokenizer.pad_token = tokenizer.eos_token
+        self.tokenizer = tokenizer
 
     @property
     def num_token_ids(self) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,9 +73,12 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
         inputs: A batch on the meta device, as :func:`sample_inputs` makes it.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    with _skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
-        adapter_for(model).logits(_Functional(model, meta), inputs)
+    # fake, since models look into meta tensors, and do not look into what they take for tracing
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = {name: mode.from_tensor(torch.empty_like(tensor, device="meta")) for name, tensor in tensors.items()}
+    fake_inputs = {key: mode.from_tensor(value) for key, value in inputs.items()}
+    with mode, _skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
+        adapter_for(model).logits(_Functional(model, fake), fake_inputs)
     return counter.get_total_flops()
 
 
@@ -99,4 +103,4 @@ class _Functional:
         self.tensors = tensors
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        return functional_call(self.model, self.tensors, args, kwargs)
+        return functional_call(self.model, self.tensors, args, kwargs, tie_weights=False)

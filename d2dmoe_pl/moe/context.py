@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 MASK_ARGUMENT = "attention_mask"
 IDS_ARGUMENT = "input_ids"
+EMBEDDINGS_ARGUMENT = "inputs_embeds"
 
 
 class TokenContext:
     """Which positions of the running batch hold real tokens, and which ones. One is owned by each converted model.
 
     A forward pre-hook on the model fills it from the ``attention_mask`` and ``input_ids`` arguments, if the model's
-    forward has them, so that a plain ``model(**batch)`` leaves padding unrouted. Indices are found once a batch, not
-    once a layer.
+    forward has them, so that a plain ``model(**batch)`` or ``model.generate()`` leaves padding unrouted. Indices are
+    found once a batch, not once a layer.
 
     Attributes:
         token_index: Of :func:`token_index`.
@@ -35,8 +36,9 @@ class TokenContext:
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        self.token_index = token_index(arguments.get(MASK_ARGUMENT))
         ids = arguments.get(IDS_ARGUMENT)
+        inputs = arguments.get(EMBEDDINGS_ARGUMENT) if ids is None else ids
+        self.token_index = token_index(arguments.get(MASK_ARGUMENT), None if inputs is None else inputs.shape[1])
         if ids is not None:
             self.token_ids = real_tokens(ids.flatten(), self.token_index)
             self.sentence = sentence_numbers(ids.shape, self.token_index, ids.device)
@@ -77,21 +79,30 @@ def sentence_numbers(shape: tuple[int, int], index: Tensor | None, device: torch
     return rows if index is None else rows.unique_consecutive(return_inverse=True)[1]
 
 
-def token_index(attention_mask: Tensor | None) -> Tensor | None:
+def token_index(attention_mask: Tensor | None, length: int | None = None) -> Tensor | None:
     """Positions of the real tokens in the flattened batch.
 
     Args:
-        attention_mask: ``(B, L)``, nonzero for real tokens.
+        attention_mask: ``(B, L)``, nonzero for real tokens. With a cache of earlier tokens it covers those too, first.
+        length: ``L`` of the batch without them; all that the mask covers if not given.
 
     Returns:
         ``(N,)`` int64, or None where every position holds a token.
 
     Raises:
-        ValueError: If the mask is not two-dimensional.
+        ValueError: If the mask is not two-dimensional, or does not cover the batch.
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must be (B, L)")
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask of shape {shape}: must be (B, L), which tells padding from tokens; another kind, as "
+            "generate makes for a static cache, does not"
+        )
+    if length is not None:
+        if attention_mask.shape[1] < length:
+            raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must cover the {length} inputs")
+        attention_mask = attention_mask[:, attention_mask.shape[1] - length :]
     index = attention_mask.flatten().nonzero().squeeze(1)  # (N,)
     return None if index.numel() == attention_mask.numel() else index.to(torch.int64)

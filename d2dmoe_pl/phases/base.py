@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
-from d2dmoe_pl.data.task import Batch, Head, Task
+from d2dmoe_pl.data.task import VOCABULARY_HEADS, Batch, Head, Task
 from d2dmoe_pl.errors import check
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
@@ -174,12 +174,15 @@ def check_head(model: nn.Module, head: Head) -> None:
 
 
 def check_outputs(model: nn.Module, task: Task) -> None:
-    """Raise ``ConfigError`` unless ``model`` has as many outputs as the task has labels."""
-    has = adapter_for(model).num_outputs(model)
+    """Raise ``ConfigError`` unless ``model`` has an output for each label of the task, or each token id at least."""
+    has, needed = adapter_for(model).num_outputs(model), task.num_outputs
+    name = type(model).__name__
+    if task.head in VOCABULARY_HEADS:  # many a model's is rounded up
+        check(has >= needed, f"vocabulary={has} of {name}: must be at least {needed}, which the data's tokenizer has")
+        return
     check(
-        has == task.num_outputs,
-        f"outputs={has} of {type(model).__name__}: must be {task.num_outputs}, since the data has the labels "
-        f"{', '.join(task.label_names[:20])}",
+        has == needed,
+        f"outputs={has} of {name}: must be {needed}, since the data has the labels {', '.join(task.label_names[:20])}",
     )
 
 

@@ -8,8 +8,10 @@ import tiny
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters import ADAPTERS, HuggingFaceModel, TimmModel, adapter_for
+from d2dmoe_pl.adapters import ADAPTERS, HuggingFaceModel, adapter_for
+from d2dmoe_pl.adapters.hugging_face import HEADS
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.convert import (
@@ -26,7 +28,9 @@ KINDS = list(tiny.SOURCES)
 
 
 def test_every_family_is_under_contract():
-    assert {kind.partition("-")[0] for kind in KINDS} == set(ADAPTERS)
+    assert {(tiny.family_of(kind), tiny.TASKS[kind]) for kind in KINDS} == {
+        (family, task) for family, adapter in ADAPTERS.items() for task in adapter.tasks
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -34,19 +38,21 @@ class TestContract:
     def test_knows_its_own_model_only(self, kind):
         model = tiny.dense(kind)
         matching = [family for family, adapter in ADAPTERS.items() if adapter.matches(model)]
-        assert matching == [kind.partition("-")[0]]
+        assert matching == [tiny.family_of(kind)]
 
     def test_finds_all_ffns_that_the_model_has(self, kind):
         model = tiny.dense(kind)
         ffns = select_ffns(model)
-        wide = {id(m) for m in model.modules() if isinstance(m, nn.Linear) and tiny.WIDTH in m.weight.shape}
+        wide = {id(m) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and tiny.WIDTH in m.weight.shape}
         # 3 * d_model of a fused qkv is the same number; it is no FFN
         wide -= {id(m) for name, m in model.named_modules() if name.endswith("qkv")}
-        assert {id(part) for ffn in ffns for part in (ffn.up, ffn.down)} == wide
+        parts = [part for ffn in ffns for part in (ffn.up, ffn.down, ffn.gate) if part is not None]
+        assert {id(getattr(part, "module", part)) for part in parts} == wide
         assert len(ffns) == 2
         assert len({id(ffn.activation) for ffn in ffns}) == 2
         for ffn in ffns:
             assert ffn.up.weight.shape == (ffn.d_ff, ffn.d_model) == (tiny.WIDTH, ffn.down.weight.shape[0])
+            assert ffn.input_weight.shape == ffn.up.weight.shape
 
     def test_all_experts_on_equals_dense_in_logits_and_gradients(self, kind):
         dense = tiny.dense(kind)
@@ -99,11 +105,12 @@ class TestContract:
         assert [torch.equal(*pair) for pair in zip(states, changed, strict=True)] == [True, True, False]
 
     def test_says_what_head_it_has(self, kind, tmp_path):
-        model, adapter = tiny.dense(kind), ADAPTERS[kind.partition("-")[0]]
-        head = {"bert-regression": "regression", "bert-question-answering": "question-answering"}
+        model, adapter = tiny.dense(kind), ADAPTERS[tiny.family_of(kind)]
+        task = tiny.TASKS[kind]
+        head = "classification" if task.endswith("-classification") else task.removeprefix("text-")
         save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
         for one in (model, load_model(tmp_path / "artifact"), tiny.SOURCES[kind]().build_structure(["a", "b"])):
-            assert adapter.head(one) == head.get(kind, "classification")
+            assert adapter.head(one) == head
         assert adapter.num_outputs(model) == len(tiny.labels_of(kind))
 
     def test_unknown_activation_is_refused(self, kind):
@@ -118,20 +125,29 @@ class TestContract:
         assert {name: parameter.shape for name, parameter in structure.named_parameters()} == shapes
 
 
-def test_a_model_that_no_adapter_knows():
-    with pytest.raises(
-        ConfigError, match="Linear: no adapter knows this model; known families are bert, timm_vit, vit"
-    ):
-        adapter_for(nn.Linear(2, 2))
-
-
-def test_dense_hugging_face_artifact_loads_with_transformers(tmp_path):
-    model = tiny.dense("bert")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if tiny.family_of(kind) != "timm_vit"])
+def test_dense_hugging_face_artifact_loads_with_transformers(kind, tmp_path):
+    model = tiny.dense(kind)
     save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "artifact").eval()
-    inputs = tiny.batch("bert")
+    _, auto = HEADS[tiny.TASKS[kind]]
+    loaded, report = auto.from_pretrained(tmp_path / "artifact", output_loading_info=True)
+    assert not any(report.values())  # no weight missing, left over or of another shape
+    inputs = tiny.batch(kind)
+    torch.testing.assert_close(tiny.logits(loaded.eval(), inputs), tiny.logits(model, inputs), rtol=1e-5, atol=1e-6)
+    if "language-modeling" not in kind:
+        assert loaded.config.id2label == dict(enumerate(tiny.labels_of(kind)))
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama-causal-language-modeling"])
+def test_bfloat16_is_kept(kind, tmp_path):
+    source = tiny.SOURCES[kind]()
+    model = HuggingFaceModel(source.task, config=source.config, dtype="bfloat16").build(tiny.labels_of(kind)).eval()
+    tiny.route_(model)
+    save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
+    loaded = load_model(tmp_path / "artifact")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    inputs = tiny.batch(kind)
     assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
-    assert loaded.config.id2label == dict(enumerate(tiny.LABELS))
 
 
 def test_question_answering_logits_are_start_and_end():
@@ -151,12 +167,6 @@ def test_a_regression_artifact_is_one_for_transformers_too(tmp_path):
     assert float(output.loss) == pytest.approx(float((output.logits[:, 0] - inputs["labels"]).square().mean()))
 
 
-def test_a_head_that_transformers_has_not():
-    source = HuggingFaceModel("question-answering", config=transformers.ViTConfig(**tiny._IMAGE, **tiny._SHAPE))
-    with pytest.raises(ConfigError, match=r"task='question-answering': transformers has no such head .* type 'vit'"):
-        source.build_structure(["start", "end"])
-
-
 def test_dense_timm_artifact_loads_with_timm(tmp_path):
     model = tiny.dense("timm_vit")
     save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
@@ -172,8 +182,34 @@ def test_a_chunked_bert_is_refused():
         convert_to_moe_(model, ExpertsConfig(8))
 
 
-def test_unknown_timm_architecture_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"architecture='vit_tiny_patch17': timm has no such model; allowed are e.g. vit_tiny"
-    ):
-        TimmModel("vit_tiny_patch17")
+def test_gpt2_keeps_its_dropout():
+    model = tiny.routed("gpt2")
+    model.train()
+    for name, layer in moe_layers(model).items():
+        assert name.startswith("transformer.h.")
+        assert layer.output_dropout.p == model.config.resid_pdrop == 0.1
+        layer.output_dropout.p = 1.0
+        assert not layer(torch.randn(2, 3, 24)).any()
+
+
+def test_a_decoders_classifier_reads_the_last_token_whatever_padding_is():
+    model, inputs = tiny.dense("gpt2"), tiny.batch("gpt2")
+    expected = tiny.logits(model, inputs)
+    padding = inputs["attention_mask"] == 0
+    assert torch.equal(
+        tiny.logits(model, {**inputs, "input_ids": inputs["input_ids"].masked_fill(padding, 9)}), expected
+    )
+    last = inputs["attention_mask"].sum(dim=1) - 1
+    every = model.score(model.transformer(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0])
+    torch.testing.assert_close(expected, every[range(3), last])
+
+
+def test_token_types_reach_bert_only():
+    """Where tokenizers give them, other families take them for something else, or not at all."""
+    inputs = tiny.batch("gpt2")
+    types = {**inputs, "token_type_ids": (inputs["input_ids"] % 2).clamp(max=1)}
+    for kind in ("roberta", "distilbert", "gpt2", "llama"):
+        model = tiny.dense(kind)
+        assert torch.equal(tiny.logits(model, types), tiny.logits(model, inputs))
+    model = tiny.dense("bert")
+    assert not torch.allclose(tiny.logits(model, types), tiny.logits(model, inputs))

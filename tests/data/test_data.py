@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
@@ -168,6 +169,20 @@ class TestText:
     def test_an_unreachable_tokenizer(self, tmp_path):
         with pytest.raises(ConfigError, match="tokenizer='nobody/nothing': neither a folder nor a reachable hub name"):
             TextClassification(source(tmp_path), "nobody/nothing").load_processor()
+
+    def test_a_tokenizer_that_has_nothing_to_pad_with(self, tmp_path, tokenizer):
+        bare = transformers.AutoTokenizer.from_pretrained(tokenizer)
+        bare.pad_token = None
+        bare.save_pretrained(tmp_path / "bare")
+        with pytest.raises(ConfigError, match=r"tokenizer='.*': has neither a token to pad with nor one that ends"):
+            TextClassification(source(tmp_path), str(tmp_path / "bare")).load_processor()
+        bare.eos_token = "z"
+        bare.save_pretrained(tmp_path / "decoders")
+        data = TextClassification(source(tmp_path), str(tmp_path / "decoders"))
+        data.load_processor()
+        batch = data.collate([{"input_ids": [3, 4, 5], "labels": 0}, {"input_ids": [3], "labels": 1}], augment=False)
+        assert batch["input_ids"].tolist() == [[3, 4, 5], [3, bare.eos_token_id, bare.eos_token_id]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
     def test_three_text_columns(self, tmp_path, tokenizer):
         with pytest.raises(ConfigError, match=r"text_columns=.*: must be one column or two"):

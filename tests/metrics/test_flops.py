@@ -34,7 +34,14 @@ def test_formulas_by_hand():
     assert router_flops(layer) == 2 * (16 * 8 + 8 * 8)
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "timm_vit"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("bert", "roberta-question-answering", "distilbert-masked-language-modeling", "gpt2", "llama"),
+        *("gpt2-causal-language-modeling", "gemma-causal-language-modeling", "gemma-3-regression"),
+        *("vit", "deit-distilled", "timm_vit"),
+    ],
+)
 def test_flops_outside_ffns_equal_the_dense_models_less_its_ffns(kind):
     dense = tiny.dense(kind)
     inputs = tiny.batch(kind, size=1)
@@ -42,8 +49,8 @@ def test_flops_outside_ffns_equal_the_dense_models_less_its_ffns(kind):
     model = copy.deepcopy(dense)
     convert_to_moe_(model, ExpertsConfig(8))
     one = sample_inputs(inputs, length)
-    on_cpu = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in one.items()}
-    tokens = length or 5  # 4 patches and the class token
+    on_cpu = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in one.items()}
+    tokens = length or {"deit-distilled": 6}.get(kind, 5)  # 4 patches, the class token and one for distillation
     ffns = sum(tokens * dense_ffn_flops(layer.experts) for layer in moe_layers(model).values())
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the CPU's fused kernel is not counted
         whole = counted(lambda: tiny.logits(dense, on_cpu))
@@ -51,7 +58,7 @@ def test_flops_outside_ffns_equal_the_dense_models_less_its_ffns(kind):
     assert flops_outside_ffns(tiny.routed(kind), one) == whole - ffns  # routers are no part of it
 
 
-@pytest.mark.parametrize("kind", ["bert", "timm_vit"])
+@pytest.mark.parametrize("kind", ["bert", "timm_vit", "gpt2", "llama-causal-language-modeling"])
 @pytest.mark.parametrize("tau", [0.2, 0.6, 1.0])
 def test_executed_flops_equal_the_products_really_run(kind, tau):
     """Padding and unexecuted experts left out, routers in: the sweep's arithmetic against torch's counter."""

@@ -16,8 +16,32 @@ def test_token_index():
     assert token_index(mask).tolist() == [0, 1, 3]
     assert token_index(torch.ones(2, 3)) is None
     assert token_index(None) is None
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 1, 3\): must be \(B, L\)"):
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 1, 3\): must be \(B, L\), which tells padding"):
         token_index(torch.ones(2, 1, 3))
+    with pytest.raises(ValueError, match=r"attention_mask of shape dict: must be \(B, L\)"):
+        token_index({"full_attention": torch.ones(2, 3)})
+
+
+def test_a_mask_that_covers_cached_tokens_too():
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 1], [1, 1, 1, 1]])
+    assert token_index(mask, 1) is None
+    assert token_index(mask, 2).tolist() == [0, 1, 3, 4, 5]
+    assert token_index(mask, 4).tolist() == token_index(mask).tolist()
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 4\): must cover the 5 inputs"):
+        token_index(mask, 5)
+
+
+def test_ids_and_sentences_of_the_running_tokens_reach_the_layers_with_a_cache():
+    model = tiny.routed("gpt2-causal-language-modeling")
+    inputs = tiny.batch("gpt2", size=2)
+    layer = next(iter(moe_layers(model).values()))
+    with torch.no_grad():
+        cache = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).past_key_values
+    seen = []
+    layer.register_forward_pre_hook(lambda layer, args: seen.extend([layer.context.token_ids, layer.context.sentence]))
+    ids, new = torch.tensor([[5, 6], [7, 0]]), torch.tensor([[1, 1], [1, 0]])
+    model(ids, attention_mask=torch.cat([inputs["attention_mask"], new], dim=1), past_key_values=cache)
+    assert [value.tolist() for value in seen] == [[5, 6, 7], [0, 0, 1]]
 
 
 def test_sentence_numbers_have_no_gaps():

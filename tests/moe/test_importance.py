@@ -5,8 +5,15 @@ import tiny
 import torch
 from torch.nn import functional as F
 
+from d2dmoe_pl.adapters.ffn import TransposedLinear
 from d2dmoe_pl.moe.convert import select_ffns
 from d2dmoe_pl.moe.importance import Importance
+
+
+def gradient(projection):
+    """Of the weight, ``(out, in)``."""
+    transposed = isinstance(projection, TransposedLinear)
+    return projection.module.weight.grad.t() if transposed else projection.weight.grad
 
 
 def naive(model, inputs):
@@ -23,8 +30,8 @@ def naive(model, inputs):
         model.zero_grad()
         F.cross_entropy(tiny.logits(model, one), one["labels"]).backward()
         for ffn in ffns:
-            up = (ffn.up.weight * ffn.up.weight.grad).sum(dim=1)
-            down = (ffn.down.weight * ffn.down.weight.grad).sum(dim=0)
+            up = (ffn.up.weight * gradient(ffn.up)).sum(dim=1)
+            down = (ffn.down.weight * gradient(ffn.down)).sum(dim=0)
             scores[ffn.name] += (up + down).abs()
     return {name: score.detach() for name, score in scores.items()}
 
@@ -42,7 +49,7 @@ def scored(model, inputs, batch_size=None, samples=None):
     return importance.scores
 
 
-@pytest.mark.parametrize("kind", ["bert", "vit", "timm_vit"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "vit", "timm_vit"])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_equals_one_backward_pass_a_sample(kind, activation):
     model = tiny.dense(kind, activation)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from d2dmoe_pl import plugins
+from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import PhaseRecord, build_structure, load_model, read_artifact, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe import routing as routings
@@ -19,6 +20,7 @@ from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
 from d2dmoe_pl.moe.select import moebert_layers
 
 ROUTINGS = plugins.names(routings)
+LIKE_BERT = ["bert", "roberta", "distilbert", "roberta-question-answering", "distilbert-masked-language-modeling"]
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -78,6 +80,35 @@ class TestContract:
         model, inputs = tiny.moebert(routing), tiny.batch("bert")
         twin = copy.deepcopy(model)
         expected = tiny.logits(model, inputs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert torch.equal(tiny.logits(twin, inputs), expected)
+
+
+@pytest.mark.parametrize("kind", LIKE_BERT[1:])
+class TestOtherFamilies:
+    def test_save_load_run_gives_the_same_bits(self, kind, tmp_path):
+        model, inputs = tiny.moebert("gate_token", kind=kind), tiny.batch(kind)
+        save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
+        loaded = load_model(tmp_path / "artifact")
+        assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+        assert describe(loaded) == describe(model)
+        assert all(
+            parameter.is_meta for parameter in build_structure(read_artifact(tmp_path / "artifact")).parameters()
+        )
+
+    def test_no_residual_and_no_norm_are_left_outside(self, kind):
+        """A layer's output is its experts', whose norm comes last."""
+        model, inputs, got = tiny.moebert("gate_token", kind=kind), tiny.batch(kind), {}
+        last = list(moebert_layers(model).values())[-1]
+        last.experts.register_forward_hook(lambda module, args, output: got.update(experts=output))
+        _, states = adapter_for(model).logits_and_hidden_states(model, inputs)
+        torch.testing.assert_close(states[-1][inputs["attention_mask"] == 1], got["experts"], rtol=1e-5, atol=1e-6)
+
+    def test_a_copied_model_is_one_of_its_own(self, kind):
+        model, inputs = tiny.moebert("gate_token", kind=kind), tiny.batch(kind)
+        twin, expected = copy.deepcopy(model), tiny.logits(model, inputs)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
@@ -173,11 +204,13 @@ class TestConversion:
         assert {ffn.name for ffn in select_ffns(dense)} == set(moebert_layers(model))
         assert stage_of(describe(model)) == "routed"
 
-    def test_one_expert_of_everything_is_the_dense_model(self):
-        dense = tiny.dense("bert", "gelu")
-        model, inputs = copy.deepcopy(dense), tiny.batch("bert")
+    @pytest.mark.parametrize("kind", LIKE_BERT)
+    def test_one_expert_of_everything_is_the_dense_model(self, kind):
+        dense = tiny.dense(kind, "gelu")
+        model, inputs = copy.deepcopy(dense), tiny.batch(kind)
         convert_to_moebert_(model, MoEBERTConfig(1, tiny.WIDTH, 0))
-        torch.testing.assert_close(tiny.logits(model, inputs), tiny.logits(dense, inputs), rtol=1e-4, atol=1e-5)
+        got, expected = (tiny.logits_of_tokens(one, inputs) for one in (model, dense))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
     def test_too_few_neurons_leave_the_model_as_it_was(self):
         model = tiny.dense("bert")

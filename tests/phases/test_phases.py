@@ -379,10 +379,11 @@ def test_predictions(trainer, digits, artifact):
     torch.testing.assert_close(batches[0]["probabilities"].sum(dim=1), torch.ones(16))
 
 
-def test_bert_with_padding_goes_through_every_phase(trainer, tmp_path):
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama"])
+def test_padded_texts_go_through_every_phase(trainer, tmp_path, kind):
     """Texts of different lengths, from tokens to a routed model."""
     phases = [
-        FineTuning(source=tiny.SOURCES["bert"](), activation="relu"),
+        FineTuning(source=tiny.SOURCES[kind](), activation="relu"),
         SparsityEnforcement("l1"),
         ExpertClustering(8, num_samples=20),
         RouterRegression(8),

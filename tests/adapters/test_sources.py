@@ -1,0 +1,87 @@
+"""What models there are, and what is said of those there are not."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import nn
+
+from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import FineTuning
+from d2dmoe_pl.phases.preflight import preflight
+
+
+def test_a_model_that_no_adapter_knows():
+    families = "bert, deit, distilbert, gemma, gpt2, llama, roberta, timm_vit, vit"
+    message = (
+        f"Linear: no adapter knows this model; known families are {families} "
+        r"\(to add one, write a file in d2dmoe_pl/adapters that defines ADAPTER\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        adapter_for(nn.Linear(2, 2))
+
+
+def test_an_architecture_that_no_adapter_knows_stops_a_run_before_it_starts():
+    config = transformers.AlbertConfig(hidden_size=24, num_attention_heads=2)
+    message = (
+        "AlbertForSequenceClassification: no adapter knows this model; known families are bert, .*vit "
+        r"\(to add one, write a file in d2dmoe_pl/adapters that defines ADAPTER\)$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        preflight([FineTuning(source=HuggingFaceModel("text-classification", config=config))], [tiny.TextData(4)])
+
+
+def test_a_type_of_model_that_transformers_does_not_know(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "quark"}')
+    source = HuggingFaceModel("text-classification", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"name='.*': not what transformers can make \(.*quark.*\)$"):
+        source.build_structure(["a", "b"])
+
+
+def test_a_pretrained_language_model_is_loaded_in_full_precision(tmp_path):
+    config = tiny.decoder_config(transformers.LlamaConfig, dtype="bfloat16")
+    saved = transformers.LlamaForCausalLM._from_config(config)
+    saved.generation_config.eos_token_id = [2, 9]
+    saved.save_pretrained(tmp_path)
+    model = HuggingFaceModel("causal-language-modeling", str(tmp_path)).build(["what", "labels", "?"])
+    assert saved.dtype == torch.bfloat16
+    expected = saved.float().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert model.dtype == torch.float32
+    assert model.generation_config.eos_token_id == [2, 9]
+    assert adapter_for(model).num_outputs(model) == 40
+
+
+def test_a_head_that_transformers_has_not():
+    source = HuggingFaceModel("question-answering", config=transformers.ViTConfig(**tiny._IMAGE, **tiny._SHAPE))
+    with pytest.raises(ConfigError, match=r"task='question-answering': transformers has no such head .* type 'vit'"):
+        source.build_structure(["start", "end"])
+
+
+def test_a_decoders_classifier_needs_a_padding_id():
+    config = tiny.decoder_config(transformers.LlamaConfig, pad_token_id=None, eos_token_id=[2, 3])
+    assert HuggingFaceModel("text-classification", config=config).build(["a", "b"]).config.pad_token_id == 2
+    config.eos_token_id = None
+    model = HuggingFaceModel("text-classification", config=config).build(["a", "b"])
+    with pytest.raises(
+        ConfigError, match="pad_token_id=None in the config of LlamaForSequenceClassification: must be s"
+    ):
+        adapter_for(model).head(model)
+
+
+def test_a_head_that_no_task_has():
+    model = transformers.BertLMHeadModel(tiny.bert_config(is_decoder=True))
+    message = (
+        "BertLMHeadModel: its head is for none of the tasks that Hugging Face BERT models are used for here, which are "
+        "text-classification, text-regression, question-answering, masked-language-modeling"
+    )
+    with pytest.raises(ConfigError, match=message):
+        adapter_for(model).head(model)
+
+
+def test_unknown_timm_architecture_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"architecture='vit_tiny_patch17': timm has no such model; allowed are e.g. vit_tiny"
+    ):
+        TimmModel("vit_tiny_patch17")

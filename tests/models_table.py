@@ -1,0 +1,90 @@
+"""The README's table of models: what the contract tests run over, and which phases take it.
+
+    python tests/models_table.py
+
+writes it between its two markers. Nothing in it is written by hand: architectures, tasks and files are the adapters',
+and every phase is tried on the shapes of each tiny model.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import tiny
+
+from d2dmoe_pl import adapters
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.select import select_ffns
+from d2dmoe_pl.phases import (
+    ExpertClustering,
+    FineTuning,
+    ImportanceScoring,
+    MoEBERTDistillation,
+    Phase,
+    RouterRegression,
+    SparsityEnforcement,
+)
+from d2dmoe_pl.phases.preflight import preflight
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN = "<!-- the table of models: python tests/models_table.py writes it -->"
+END = "<!-- end of the table of models -->"
+# by method, its phases in order; all start with FineTuning
+METHODS = {
+    "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8)],
+    "MoEBERT": [ImportanceScoring(), MoEBERTDistillation(4, 12, 5, init_from="-")],
+}
+
+
+def accepted(source: adapters.ModelSource, method: Sequence[Phase]) -> list[str]:
+    """Names of the phases of ``method`` that a model from ``source`` can go through, one after the other."""
+    chain: list[Phase] = [FineTuning(source=source, activation="relu")]
+    preflight(chain)
+    for phase in method:
+        try:
+            preflight([*chain, phase])
+        except ConfigError:
+            break
+        chain.append(phase)
+    return [type(phase).__name__ for phase in chain[1:]]
+
+
+def cell(names: Sequence[str], method: Sequence[Phase]) -> str:
+    """What the table says of the phases that a model can go through."""
+    if len(names) == len(method):
+        return "yes"
+    return ", ".join(f"`{name}`" for name in names) or "no"
+
+
+@cache
+def rows() -> list[list[str]]:
+    """Cells of each row; models that differ in their task alone share one."""
+    tasks: dict[tuple[str, ...], list[str]] = {}
+    for kind, source in tiny.SOURCES.items():
+        adapter = adapters.ADAPTERS[tiny.family_of(kind)]
+        file = f"`{adapter.__module__.replace('.', '/')}.py`"
+        ffns = select_ffns(source().build_structure(tiny.labels_of(kind)))
+        form = "gated" if any(ffn.gate is not None for ffn in ffns) else "plain"
+        cells = [cell(accepted(source(), method), method) for method in METHODS.values()]
+        known = tasks.setdefault((adapter.title, form, *cells, file), [])
+        task = tiny.TASKS[kind].replace("-", " ")
+        known.extend([task] if task not in known else [])
+    return [[title, ", ".join(names), *rest] for (title, *rest), names in tasks.items()]
+
+
+def render() -> str:
+    """The table, in Markdown."""
+    header = ["architecture", "task", "FFN", *METHODS, "file"]
+    head, *body = [f"| {' | '.join(cells)} |" for cells in [header, *rows()]]
+    return "\n".join([head, "|---" * len(header) + "|", *body])
+
+
+def placed(text: str) -> str:
+    """``text`` with the table between its markers."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{render()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(placed(README.read_text()))
