@@ -65,6 +65,19 @@ def test_fit_artifact_load_and_test(trainer, scored, tmp_path, routing):
     assert row.loss == pytest.approx(float(run.callback_metrics["test/loss"]), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+def test_other_families_with_a_norm_after_the_residual(trainer, tmp_path, kind):
+    save_artifact(tiny.dense(kind, "gelu"), tmp_path / "dense", [PhaseRecord("FineTuning")])
+    path = str(tmp_path / "run" / "artifact")
+    for phase in (ImportanceScoring(init_from=str(tmp_path / "dense")), distillation(path)):
+        preflight([phase], ["classification"])
+        run = trainer(callbacks=[SaveArtifact()])
+        run.fit(phase, datamodule=tiny.TextData(8))
+    assert run.callback_metrics["train/hidden_state_loss"] > 0
+    inputs = tiny.batch(kind)
+    assert torch.equal(tiny.logits(load_model(path), inputs), tiny.logits(phase.model.eval(), inputs))
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_loss_by_hand(trainer, scored, routing):
     phase = distillation(scored, routing=routing, beta=2.0, gamma=0.3)
