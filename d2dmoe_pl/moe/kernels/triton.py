@@ -9,14 +9,14 @@ activation gives to ``hidden``, ``(N, E * s)``. The down projection has two ways
 
 Why two. On an H100 a pair costs ``4 d`` bytes of atomics whatever its ``s``, at some 2.5 TB/s. With d=768, h=3,072,
 16k tokens, E=128 (s=24) and 20% executed that is 1.3 GB or 0.5 ms, when all of the dense down projection takes 0.12 ms
-on tensor cores. The atomics win from about s=90 on at 20% executed and s=40 at 10%; in float32, where the product is
+on tensor cores. Atomics win from about s=90 on at 20% executed and s=40 at 10%; in float32, where the product is
 some ten times slower, far earlier. Keeping the sum of a block of tokens in registers instead makes each product as
 large as the dense one: at random masks, 16 tokens (the fewest a product takes) use 97% of the experts between them.
 ``_up`` reads ``2 d`` bytes a pair, 0.65 GB there, from the L2 cache at some 5.5 TB/s.
 
-All this is estimated from data sheets and published rates, not measured. It puts the layer at 20% executed near the
-dense FFN's own 0.25 to 0.3 ms for E=128, and near half of it for E=24: narrow experts are bound by memory, on any plan
-that a random mask allows. ``tests/benchmarks/triton_on_gpu.py`` measures both ways on the GPU at hand.
+All this is estimated, with the rates above and 650 TFLOP/s assumed, not measured. It puts the layer at 20% executed
+near the dense FFN's own 0.25 to 0.3 ms for E=128, and near half of it for E=24: narrow experts are bound by memory.
+``tests/benchmarks/triton_on_gpu.py`` measures both ways on the GPU at hand.
 
 Work space, in bytes: ``2 N E`` of lists (N rounded up to ``CHUNK``), ``N E s`` elements of ``hidden`` (what the dense
 FFN holds too), and by *scatter* ``4 N d`` for the sums.
