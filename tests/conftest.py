@@ -8,9 +8,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch does not do by itself
+
 import datasets
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from d2dmoe_pl.data import Digits
