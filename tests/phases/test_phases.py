@@ -161,7 +161,7 @@ class TestSparsityEnforcement:
 
 
 class TestExpertClustering:
-    @pytest.mark.parametrize("split", ["activation", "parameter", "random"])
+    @pytest.mark.parametrize("split", ["activation", "coactivation", "parameter", "random"])
     def test_changes_nothing_but_the_order_of_neurons(self, trainer, digits, artifact, split):
         path = artifact("dense")
         phase = ExpertClustering(8, split, num_samples=50, init_from=path)
@@ -199,7 +199,9 @@ class TestExpertClustering:
         preflight([ExpertClustering(8, "parameter", init_from=path)])
 
     def test_bad_settings(self):
-        with pytest.raises(ConfigError, match="split='astrology': allowed are activation, parameter, random"):
+        with pytest.raises(
+            ConfigError, match="split='astrology': allowed are activation, coactivation, parameter, random"
+        ):
             ExpertClustering(8, "astrology")
         with pytest.raises(ConfigError, match="num_experts=0: must be positive"):
             ExpertClustering(0)
