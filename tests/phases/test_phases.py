@@ -258,7 +258,7 @@ class TestRouterRegression:
         phase = RouterRegression(8, tau=0.6, gate="dynk_cumulative", init_from=artifact("experts"))
         trainer().fit(phase, datamodule=digits)
         assert {str(made["gate"]) for made in describe(phase.model).values()} == {
-            "{'rule': 'dynk_cumulative', 'tau': 0.6}"
+            "{'rule': 'dynk_cumulative', 'tau': 0.6, 'k': None}"
         }
 
     def test_targets_are_the_norms_of_expert_outputs(self, trainer, digits, artifact):
