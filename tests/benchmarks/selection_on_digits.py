@@ -139,7 +139,7 @@ def main() -> None:
     for variant, of_seeds in curves.items():
         cells = [shown([at_budget(curve, budget) for curve in of_seeds]) for budget in BUDGETS]
         table.add_row(variant.method, variant.split, variant.router, *cells)
-    Console(width=140).print(table)
+    Console(width=180).print(table)
 
 
 if __name__ == "__main__":
