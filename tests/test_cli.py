@@ -100,7 +100,7 @@ def test_fit_resumes_from_a_checkpoint(recipe, tmp_path):
         (
             "expert_clustering",
             ["--model.init_args.split=magic"],
-            "split='magic': allowed are activation, parameter",
+            "split='magic': allowed are activation, coactivation, parameter",
         ),
     ],
 )

@@ -68,6 +68,22 @@ def test_clustering_gives_the_numbers_of_one_process(one_process, two_processes)
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_coactivation_split_gives_that_of_one_process(one_process, tmp_path):
+    recipe, one = one_process
+    folder = Path(recipe).parent
+    common = [
+        *("--config", str(folder / "base.yaml"), "--config", str(folder / "expert_clustering.yaml")),
+        "--model.init_args.split=coactivation",
+        f"--model.init_args.init_from={one / 'sparsity_enforcement' / 'artifact'}",
+    ]
+    main(["fit", *common, f"--trainer.default_root_dir={tmp_path / 'one'}"])
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=20"]
+    run([MAIN, "fit", *common, *more, f"--trainer.default_root_dir={tmp_path / 'two'}"])
+    name = "lightning_logs/version_0/artifact/model.safetensors"
+    tensors = [load_file(tmp_path / process / name) for process in ("one", "two")]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+
+
 def test_phases_are_run_once_and_said_once(two_processes):
     _, said = two_processes
     assert said.count("sparsity_enforcement: finished") == 1

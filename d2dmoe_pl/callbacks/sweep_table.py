@@ -1,4 +1,4 @@
-"""The rows of a tau sweep, and the ways to show them: a CSV, a table, a curve."""
+"""The rows of a sweep of tau or k, and the ways to show them: a CSV, a table, a curve."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ LAYER_PREFIX = "experts_percent/"
 
 @dataclass
 class SweepRow:
-    """What the model does at one ``tau``, or with a routing that has none, on one split.
+    """What the model does at one ``tau`` or ``k``, or with a routing that has neither, on one split.
 
     Attributes:
         stage: Name of the split, ``validation`` or ``test``, or a further one of the data's.
-        tau: The gate's setting; None for a routing that has none.
+        tau: The gate's setting; None where ``k`` is swept, and for a routing that has none.
         loss: Mean task loss.
         metric: Name of the task's main metric.
         score: Its value, percent.
@@ -32,6 +32,7 @@ class SweepRow:
         model_flops: FLOPs of the whole model for the average sample; a multiply-add is 2.
         model_flops_percent: The same, percent of the dense model's.
         layers: ``experts_percent`` of each layer by name.
+        k: Experts that each token runs, where that is swept.
     """
 
     stage: str
@@ -44,12 +45,31 @@ class SweepRow:
     model_flops: float
     model_flops_percent: float
     layers: dict[str, float]
+    k: int | None = None
 
-    def as_record(self) -> dict[str, str | float]:
-        """One flat CSV record; the score's column is named after the metric."""
-        record = {key: value for key, value in vars(self).items() if key not in ("metric", "layers")}
-        record = {self.metric if key == "score" else key: value for key, value in record.items()}
-        return {**record, **{f"{LAYER_PREFIX}{name}": share for name, share in self.layers.items()}}
+    @property
+    def swept(self) -> str:
+        """Name of what is swept, ``tau`` or ``k``."""
+        return "tau" if self.k is None else "k"
+
+    @property
+    def setting(self) -> float | None:
+        """Its value."""
+        return self.tau if self.k is None else self.k
+
+    def as_record(self) -> dict[str, str | float | None]:
+        """One flat CSV record; columns are named after the metric, and after what is swept."""
+        return {
+            "stage": self.stage,
+            self.swept: self.setting,
+            "loss": self.loss,
+            self.metric: self.score,
+            "experts_percent": self.experts_percent,
+            "ffn_flops_percent": self.ffn_flops_percent,
+            "model_flops": self.model_flops,
+            "model_flops_percent": self.model_flops_percent,
+            **{f"{LAYER_PREFIX}{name}": share for name, share in self.layers.items()},
+        }
 
 
 def sweep_row(
@@ -62,12 +82,13 @@ def sweep_row(
     histograms: Sequence[Tensor],
     samples: int,
     flops_outside: int,
+    k: int | None = None,
 ) -> SweepRow:
-    """Cost accounting of one ``tau``.
+    """Cost accounting of one ``tau`` or ``k``.
 
     Args:
         stage: Name of the split.
-        tau: The gate's setting; None for a routing that has none.
+        tau: The gate's setting; None where ``k`` is swept, and for a routing that has none.
         loss: Mean task loss.
         metric: Name of the task's main metric.
         score: Its value; 1 is best.
@@ -75,6 +96,7 @@ def sweep_row(
         histograms: Per layer, the number of tokens that ran 0, 1, ..., E experts, ``(E + 1,)``.
         samples: Samples seen.
         flops_outside: FLOPs of all samples outside the FFNs.
+        k: Experts that each token runs, where that is swept.
     """
     pairs = [executed_pairs(histogram) for histogram in histograms]
     tokens = [int(histogram.sum()) for histogram in histograms]
@@ -96,6 +118,7 @@ def sweep_row(
         model_flops=(flops_outside + executed_flops) / samples,
         model_flops_percent=100 * (flops_outside + executed_flops) / (flops_outside + dense_flops),
         layers={name: 100 * p / n for name, p, n in zip(layers, pairs, possible, strict=True)},
+        k=k,
     )
 
 
@@ -112,14 +135,15 @@ def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
 def as_table(rows: Sequence[SweepRow], title: str) -> Table:
     """The rows for the terminal."""
     score = f"{_words(rows)} %"
-    table = Table("tau", score, "loss", "experts run %", "FFN FLOPs %", "FLOPs a sample", "model FLOPs %", title=title)
+    swept = rows[0].swept
+    table = Table(swept, score, "loss", "experts run %", "FFN FLOPs %", "FLOPs a sample", "model FLOPs %", title=title)
     for column in table.columns:
         column.justify = "right"
     for row in rows:
         shown = (row.score, row.loss, row.experts_percent, row.ffn_flops_percent)
         cells = ["{:.2f}", "{:.4f}", "{:.1f}", "{:.1f}"]
         table.add_row(
-            "-" if row.tau is None else f"{row.tau:g}",
+            "-" if row.setting is None else f"{row.setting:g}",
             *(cell.format(value) for cell, value in zip(cells, shown, strict=True)),
             f"{row.model_flops / 1e6:,.3f} M",
             f"{row.model_flops_percent:.1f}",
@@ -128,7 +152,7 @@ def as_table(rows: Sequence[SweepRow], title: str) -> Table:
 
 
 def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Figure:
-    """The main metric against FFN FLOPs, one line a split.
+    """The main metric against FFN FLOPs, one line a split, which says what is swept.
 
     Args:
         rows: Any number of splits' rows.
@@ -137,8 +161,9 @@ def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Fig
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for stage in dict.fromkeys(row.stage for row in rows):
-        curve = sorted((row.ffn_flops_percent, row.score) for row in rows if row.stage == stage)
-        axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=stage)
+        of_stage = [row for row in rows if row.stage == stage]
+        curve = sorted((row.ffn_flops_percent, row.score) for row in of_stage)
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=stage + _range(of_stage))
     for i, (label, score) in enumerate(references.items()):
         axes.axhline(score, linestyle="--", linewidth=1, color=f"C{7 - i % 4}", label=f"{label}: {score:.1f}%")
     axes.set_xlabel("FFN FLOPs, % of dense (router included)")
@@ -147,6 +172,12 @@ def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Fig
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     return figure
+
+
+def _range(rows: Sequence[SweepRow]) -> str:
+    """What is swept from where to where, for the legend; nothing for a routing that has no setting."""
+    settings = [row.setting for row in rows if row.setting is not None]
+    return f", {rows[0].swept} from {min(settings):g} to {max(settings):g}" if settings else ""
 
 
 def _words(rows: Sequence[SweepRow]) -> str:

@@ -30,7 +30,7 @@ DEFAULT_TAUS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0]
 
 @dataclass
 class _SplitMetrics:
-    """What is gathered over one split: the task's metrics and the experts' load at each tau, and the samples' cost."""
+    """What is gathered over one split: the task's metrics and the experts' load at each setting, the samples' cost."""
 
     name: str
     metrics: list[MetricCollection]
@@ -39,7 +39,7 @@ class _SplitMetrics:
 
 
 class TauSweep(L.Callback):
-    """Run every validation and test batch at each ``tau``, and report the task's main metric and FLOPs.
+    """Run every validation and test batch at each ``tau`` or ``k``, and report the task's main metric and FLOPs.
 
     Writes ``tau_sweep.csv`` and ``tau_sweep.png`` to the run's folder, a table to the terminal, and scalars, the curve
     and histograms of experts per token to TensorBoard. FLOPs count a multiply-add as 2, the routers in, padding out.
@@ -49,14 +49,17 @@ class TauSweep(L.Callback):
     Args:
         taus: Values in [0, 1]; larger runs more experts, 1 is the dense layer.
         gate: Gating rule, the name of a file in ``moe/gating``.
+        ks: With gate ``topk``, numbers of experts that each token runs, swept instead of ``taus``.
 
     Raises:
-        ConfigError: If there is no ``tau``, one outside [0, 1], or an unknown rule.
+        ConfigError: If there is no ``tau`` or ``k``, one out of range, ``ks`` with another gate, or an unknown rule.
     """
 
-    def __init__(self, taus: list[float] = DEFAULT_TAUS, gate: str = "dynk_max") -> None:
+    def __init__(self, taus: list[float] = DEFAULT_TAUS, gate: str = "dynk_max", ks: list[int] | None = None) -> None:
         check(len(taus) > 0, "taus=[]: must hold at least one value in [0, 1]")
-        self.gates = [GateConfig(gate, tau) for tau in taus]
+        check(ks != [], "ks=[]: must hold at least one number of experts")
+        check(ks is None or taus == DEFAULT_TAUS, f"ks={ks}: allowed only without taus")
+        self.gates = [GateConfig(gate, tau) for tau in taus] if ks is None else [GateConfig(gate, k=k) for k in ks]
         self.rows: dict[str, list[SweepRow]] = {}
         self._flops_outside: dict[int | None, int] = {}
 
@@ -69,8 +72,8 @@ class TauSweep(L.Callback):
     def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         check(
             phase.ends_at == "routed",
-            "callbacks: TauSweep needs a phase that makes routers (RouterRegression, MoEBERTDistillation), not "
-            f"{type(phase).__name__}",
+            "callbacks: TauSweep needs a phase that makes routers (RouterRegression, ExpertSelection, "
+            f"MoEBERTDistillation), not {type(phase).__name__}",
         )
 
     def on_validation_start(self, trainer: L.Trainer, phase: Phase) -> None:
@@ -144,7 +147,7 @@ class TauSweep(L.Callback):
         self.rows[split] = [
             sweep_row(
                 split,
-                None if gate is None else gate.tau,
+                None if gate is None or gate.k is not None else gate.tau,
                 float(value["loss"]),
                 metric,
                 float(value[metric]),
@@ -152,6 +155,7 @@ class TauSweep(L.Callback):
                 histogram,
                 samples,
                 flops_outside,
+                None if gate is None else gate.k,
             )
             for gate, value, histogram in zip(self._settings, values, histograms, strict=True)
         ]
@@ -167,11 +171,16 @@ class TauSweep(L.Callback):
             draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)
         self._log(trainer, split, histograms if final else [], draw_curve(rows, references))
         if final:
-            gate = self._settings[0]
-            title = split if gate is None else f"{split}, gate {gate.rule}"
-            Console().print(as_table(self.rows[split], title))
+            Console().print(as_table(self.rows[split], self._title(split, phase)))
             if folder is not None:
                 Console().print(f"Curve and table: {Path(folder) / 'tau_sweep.png'}, tau_sweep.csv", soft_wrap=True)
+
+    def _title(self, split: str, phase: Phase) -> str:
+        gate = self._settings[0]
+        if gate is None:
+            return split
+        routers = {layer.router.config.kind for layer in moe_layers(phase.model).values()}
+        return f"{split}, gate {gate.rule}, router {' and '.join(sorted(routers))}"
 
     def _log(self, trainer: L.Trainer, split: str, histograms: list[list[Tensor]], figure: Any) -> None:
         for logger in trainer.loggers:
@@ -182,7 +191,7 @@ class TauSweep(L.Callback):
                     "ffn_flops_percent": row.ffn_flops_percent,
                     "model_flops_percent": row.model_flops_percent,
                 }
-                setting = _setting(row.tau)
+                setting = _setting(row)
                 scalars = {f"tau_sweep_{split}_{key}/{setting}": value for key, value in values.items()}
                 shares = {f"experts_percent_{split}_{name}/{setting}": share for name, share in row.layers.items()}
                 logger.log_metrics({**scalars, **shares}, step=trainer.global_step)
@@ -191,14 +200,14 @@ class TauSweep(L.Callback):
             logger.experiment.add_figure(f"tau_sweep/{split}", figure, trainer.global_step)
             for row, per_layer in zip(self.rows[split], histograms, strict=False):
                 for name, histogram in zip(self._layers, per_layer, strict=True):
-                    tag = f"experts_per_token_{split}/{name}/{_setting(row.tau)}"
+                    tag = f"experts_per_token_{split}/{name}/{_setting(row)}"
                     logger.experiment.add_histogram_raw(
                         tag, **raw_histogram(histogram), global_step=trainer.global_step
                     )
 
 
-def _setting(tau: float | None) -> str:
-    return "tau=none" if tau is None else f"tau={tau:g}"
+def _setting(row: SweepRow) -> str:
+    return f"{row.swept}=none" if row.setting is None else f"{row.swept}={row.setting:g}"
 
 
 def raw_histogram(histogram: Tensor) -> dict[str, Any]:

@@ -32,9 +32,7 @@ def dense_ffn_flops(experts: Experts | ImportanceExperts) -> int:
 
 def router_flops(layer: MoELayer) -> int:
     """FLOPs of the router for one token; 0 where there is none."""
-    if layer.router is None:
-        return 0
-    return 2 * layer.router.config.width * (layer.experts.d_model + layer.experts.num_experts)
+    return 0 if layer.router is None else layer.router.flops()
 
 
 def routing_flops(layer: MoELayer | MoEBERTLayer, tokens: int, samples: int) -> int:

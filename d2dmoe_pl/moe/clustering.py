@@ -1,4 +1,4 @@
-"""Balanced k-means, and the activation profiles it may act on."""
+"""Balanced k-means."""
 
 import torch
 from k_means_constrained import KMeansConstrained
@@ -26,30 +26,3 @@ def balanced_kmeans(features: Tensor, num_experts: int, seed: int) -> Tensor:
     # silent neurons are equally far from all centres; one thread rounds, and so breaks such ties, the same way anywhere
     with threadpool_limits(1):
         return torch.from_numpy(kmeans.fit_predict(rows).astype("int64"))
-
-
-class ActivationProfile:
-    """Which tokens each neuron fires for, projected at random so that it fits in memory.
-
-    The 0/1 firing matrix ``(tokens, d_ff)`` is multiplied by a matrix of random signs ``(tokens, p)``; inner products
-    between neurons survive (Achlioptas, 2003). Signs belong to a sample's place in the data, and sums of signs are
-    integers, so the profile is the same to the bit however samples are batched or spread over processes.
-
-    Args:
-        d_ff: Number of neurons.
-        dim: ``p``, the dimensions kept.
-    """
-
-    def __init__(self, d_ff: int, dim: int, device: torch.device) -> None:
-        self.sums = torch.zeros(d_ff, dim, device=device)  # integers; exact in float32 up to 2^24 tokens
-
-    def add(self, activation: Tensor, signs: Tensor) -> None:
-        """Add tokens: ``activation`` is ``(N, d_ff)`` after the activation function, ``signs`` ``(N, p)``."""
-        self.sums += (activation > 0).to(signs.dtype).t() @ signs  # (d_ff, N) @ (N, p)
-
-
-def sample_signs(sample: int, num_tokens: int, dim: int, seed: int) -> Tensor:
-    """The random signs of one sample's tokens: ``(num_tokens, dim)`` of -1 and 1, a function of its arguments alone."""
-    # torch's CPU generator looks at the low 32 bits of its seed only
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + sample) % 2**32)
-    return torch.randint(0, 2, (num_tokens, dim), generator=generator).mul_(2).sub_(1).float()

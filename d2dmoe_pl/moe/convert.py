@@ -18,7 +18,7 @@ from d2dmoe_pl.moe.gate import Gate, GateConfig
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.moebert import METHOD, describe_moebert, restore_moebert_
 from d2dmoe_pl.moe.moebert_layer import MoEBERTLayer
-from d2dmoe_pl.moe.router import Router, RouterConfig
+from d2dmoe_pl.moe.router import RouterConfig, make_router
 from d2dmoe_pl.moe.select import FilterFn, expert_layers, moe_layers, select_ffns
 
 
@@ -109,19 +109,25 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: FilterFn | N
         ConfigError: If there is no MoE layer.
     """
     for layer in _select_moe_layers(model, filter_fn).values():
-        weight = layer.experts.up_weight
-        layer.router = Router(layer.experts.d_model, layer.experts.num_experts, config).to(weight.device, weight.dtype)
+        layer.router = make_router(layer.experts, config)
 
 
 def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: FilterFn | None = None) -> None:
-    """Set the gating rule and ``tau`` of every MoE layer; ``None`` runs every expert without routing.
+    """Set the gating rule, and ``tau`` or ``k``, of every MoE layer; ``None`` runs every expert without routing.
 
     Raises:
-        ConfigError: If there is no MoE layer, or one without a router.
+        ConfigError: If there is no MoE layer, one without a router, or one with fewer than ``k`` experts.
     """
     layers = _select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
-        check(config is None or layer.router is not None, f"{name}: has no router yet; run RouterRegression first")
+        check(
+            config is None or layer.router is not None,
+            f"{name}: has no router yet; run RouterRegression or ExpertSelection first",
+        )
+        check(
+            config is None or config.k is None or config.k <= layer.experts.num_experts,
+            f"k={config and config.k}: must be at most the number of experts, {layer.experts.num_experts} in {name}",
+        )
     for layer in layers.values():
         layer.gate = None if config is None else Gate(config)
 

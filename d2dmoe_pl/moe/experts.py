@@ -88,6 +88,11 @@ class Experts(nn.Module):
     def is_gated(self) -> bool:
         return self.gate_weight is not None
 
+    @property
+    def input_weight(self) -> Tensor:
+        """What decides whether neurons fire, ``(E, s, d_model)``."""
+        return self.gate_weight if self.is_gated else self.up_weight
+
     def set_backend(self, backend: str) -> None:
         """Choose the kernel by the name of its file in ``moe/kernels``."""
         self.backend = backend

@@ -32,5 +32,14 @@ def output_norms(hidden: Tensor, gram: Tensor) -> Tensor:
 
 def activation_sums(hidden: Tensor) -> Tensor:
     """``sum_j |h_j|`` of each expert over the batch's largest, as in the d2dmoe package: ``(N, E)`` in [0, 1]."""
-    sums = hidden.abs().sum(dim=-1)  # (N, E)
+    return share_of_largest(hidden.abs().sum(dim=-1))
+
+
+def positive_sums(hidden: Tensor) -> Tensor:
+    """``sum max(h, 0)`` of each expert: ``(N, E, s)`` to ``(N, E)``; MoEfication (arXiv 2110.01786), section 3.2."""
+    return hidden.clamp(min=0).sum(dim=-1)
+
+
+def share_of_largest(sums: Tensor) -> Tensor:
+    """``sums``, not negative, over the largest of them: in [0, 1], of the same shape."""
     return sums / sums.amax().clamp(min=torch.finfo(sums.dtype).tiny)

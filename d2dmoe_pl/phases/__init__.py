@@ -2,6 +2,7 @@
 
 from d2dmoe_pl.phases.base import OptimizedPhase, Phase
 from d2dmoe_pl.phases.expert_clustering import ExpertClustering
+from d2dmoe_pl.phases.expert_selection import ExpertSelection
 from d2dmoe_pl.phases.fine_tuning import FineTuning
 from d2dmoe_pl.phases.importance_scoring import ImportanceScoring
 from d2dmoe_pl.phases.moebert_distillation import MoEBERTDistillation
@@ -10,6 +11,7 @@ from d2dmoe_pl.phases.sparsity_enforcement import SparsityEnforcement
 
 __all__ = [
     "ExpertClustering",
+    "ExpertSelection",
     "FineTuning",
     "ImportanceScoring",
     "MoEBERTDistillation",

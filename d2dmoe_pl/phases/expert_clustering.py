@@ -8,8 +8,8 @@ from d2dmoe_pl import plugins
 from d2dmoe_pl.adapters import ModelSource
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe import split as splits
-from d2dmoe_pl.moe.clustering import ActivationProfile, sample_signs
 from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, select_ffns
+from d2dmoe_pl.moe.firing import CountedTokens
 from d2dmoe_pl.moe.taps import tapped
 from d2dmoe_pl.phases.base import Batch
 from d2dmoe_pl.phases.ordered_pass import OrderedPass
@@ -23,10 +23,11 @@ class ExpertClustering(OrderedPass):
 
     Args:
         num_experts: ``E``; must divide the width of every FFN.
-        split: Name of a file in ``moe/split``: ``activation`` (neurons that fire together, needs ReLU), ``parameter``
-            (neurons with similar weights, as in the papers) or ``random``.
-        num_samples: Training samples that the activation profile is made from; some 16k tokens are enough.
-        profile_dim: Dimensions that the profile is projected to.
+        split: Name of a file in ``moe/split``: ``activation`` (neurons that fire for the same tokens, needs ReLU),
+            ``coactivation`` (the co-activation graph of MoEfication, needs ReLU), ``parameter`` (neurons with similar
+            weights, as in both papers) or ``random``.
+        num_samples: Training samples that activations are gathered from; some 16k tokens are enough.
+        profile_dim: Dimensions that the profile of ``activation`` is projected to.
         seed: Of the clustering and the projection.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
         source: A pretrained model, instead of ``init_from``.
@@ -65,9 +66,9 @@ class ExpertClustering(OrderedPass):
                 f"num_experts={self.config.num_experts}: must divide the FFN width, which is {ffn.d_ff} in {ffn.name}",
             )
             check(
-                not self.split.needs_profile or ffn.is_sparse,
+                self.split.statistic is None or ffn.is_sparse,
                 f"split={self.split_name!r}: needs exact zeros, but {ffn.name} has {ffn.activation_name}; allowed are "
-                "parameter and random, or activation with a model fine-tuned to relu first",
+                f"parameter and random, or {self.split_name} with a model fine-tuned to relu first",
             )
 
     def finish_(self, model: nn.Module) -> None:
@@ -76,26 +77,28 @@ class ExpertClustering(OrderedPass):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self._ffns = select_ffns(self.model)
-        self._profiles = {
-            ffn.name: ActivationProfile(ffn.d_ff, self.profile_dim, self.device)
+        nothing = CountedTokens((), self.profile_dim, self.seed, self.device)
+        self._sums = {
+            ffn.name: self.split.statistic(torch.zeros(0, ffn.d_ff, device=self.device), nothing)
             for ffn in self._ffns
-            if self.split.needs_profile
+            if self.split.statistic is not None
         }
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
-        enough = not self.split.needs_profile or self.seen * self.trainer.world_size >= self.num_samples
+        enough = self.split.statistic is None or self.seen * self.trainer.world_size >= self.num_samples
         return -1 if enough else None  # -1 ends the epoch
 
     @torch.no_grad()
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        drawn: dict[torch.Size, tuple[Tensor, Tensor]] = {}
+        counted: dict[torch.Size, tuple[CountedTokens, Tensor]] = {}
 
         def tap(name: str, pre: Tensor, post: Tensor) -> None:
             positions = post.shape[:-1]  # (B, L)
-            if positions not in drawn:
-                drawn[positions] = self._signs(batch.get("attention_mask"), positions)
-            signs, index = drawn[positions]
-            self._profiles[name].add(post.flatten(0, -2)[index], signs)  # (B * L, d_ff) -> (N, d_ff)
+            if positions not in counted:
+                counted[positions] = self._counted(batch.get("attention_mask"), positions)
+            tokens, index = counted[positions]
+            with torch.autocast(post.device.type, enabled=False):  # sums of integers stay exact
+                self._sums[name] += self.split.statistic(post.flatten(0, -2)[index], tokens)  # of (N, d_ff)
 
         with tapped(self._ffns, tap):
             self.logits(batch)
@@ -104,27 +107,29 @@ class ExpertClustering(OrderedPass):
     def on_train_end(self) -> None:
         convert_to_moe_(self.model, self.config, assignments=self._assign())
 
-    def _signs(self, attention_mask: Tensor | None, positions: torch.Size) -> tuple[Tensor, Tensor]:
-        """Random signs ``(N, p)`` of the tokens that count, and their places ``(N,)`` among all ``B * L`` positions."""
+    def _counted(self, attention_mask: Tensor | None, positions: torch.Size) -> tuple[CountedTokens, Tensor]:
+        """The tokens that count, and their places ``(N,)`` among all ``B * L`` positions."""
         mask = torch.ones(positions) if attention_mask is None else attention_mask.cpu()
-        signs, counted = [torch.zeros(0, self.profile_dim)], torch.zeros(positions, dtype=torch.bool)
+        samples, places = [], torch.zeros(positions, dtype=torch.bool)
         for row, sample in enumerate(self.sample_numbers(positions[0]).tolist()):
             if sample < min(self.num_samples, self.num_training_samples):
-                counted[row] = mask[row] != 0
-                signs.append(sample_signs(sample, int(counted[row].sum()), self.profile_dim, self.seed))
-        return torch.cat(signs).to(self.device), counted.flatten().nonzero().squeeze(1).to(self.device)
+                places[row] = mask[row] != 0
+                samples.append((sample, int(places[row].sum())))
+        tokens = CountedTokens(samples, self.profile_dim, self.seed, self.device)
+        return tokens, places.flatten().nonzero().squeeze(1).to(self.device)
 
     def _assign(self) -> dict[str, Tensor]:
         """The expert of every neuron, by FFN; the same on all processes."""
-        for profile in self._profiles.values():
-            profile.sums = self.trainer.strategy.reduce(profile.sums, reduce_op="sum")
+        sums = {
+            name: self.trainer.strategy.reduce(statistic, reduce_op="sum") for name, statistic in self._sums.items()
+        }
         assignments = None
         if self.trainer.is_global_zero:
             ffns = track(self._ffns, "Clustering neurons", disable=not self.trainer.progress_bar_callback)
             assignments = {
                 ffn.name: self.split(
                     ffn.input_weight,
-                    self._profiles[ffn.name].sums if self.split.needs_profile else None,
+                    sums.get(ffn.name),
                     self.config.num_experts,
                     self.seed,
                 )

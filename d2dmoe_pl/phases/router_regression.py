@@ -2,19 +2,15 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from d2dmoe_pl.moe.convert import add_routers_, moe_layers, set_gate_
 from d2dmoe_pl.moe.gate import GateConfig
-from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.router import RouterConfig
 from d2dmoe_pl.moe.router_targets import Target, activation_sums, gram_matrices, output_norms
-from d2dmoe_pl.phases.base import Batch, OptimizedPhase, freeze_
+from d2dmoe_pl.phases.router_training import RouterTraining
 
 
-class RouterRegression(OptimizedPhase):
+class RouterRegression(RouterTraining):
     """Train a router a MoE layer on the frozen model with all experts on: D2DMoE (arXiv 2310.04361), section 3.3.
 
     Args:
@@ -29,9 +25,6 @@ class RouterRegression(OptimizedPhase):
         ConfigError: For a ``tau`` outside [0, 1], an unknown rule, or a width that is not positive.
     """
 
-    starts_from = "experts"
-    ends_at = "routed"
-
     def __init__(
         self,
         width: int = 128,
@@ -40,57 +33,16 @@ class RouterRegression(OptimizedPhase):
         tau: float = 0.9,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.config = RouterConfig(width)
+        super().__init__(RouterConfig(width), GateConfig(gate, tau), **kwargs)
         self.target = target
-        self.gate_config = GateConfig(gate, tau)
-
-    def transform_(self, model: nn.Module) -> None:
-        add_routers_(model, self.config)
-        freeze_(model, trained=[layer.router for layer in moe_layers(model).values()])
-
-    def finish_(self, model: nn.Module) -> None:
-        set_gate_(model, self.gate_config)
-
-    def prepare_evaluation_(self, model: nn.Module) -> None:
-        set_gate_(model, self.gate_config)
 
     def on_fit_start(self) -> None:
-        self._layers = moe_layers(self.model)
+        super().on_fit_start()
         self._grams = {
             name: gram_matrices(layer.experts.down_weight) if self.target == "norm" else None
             for name, layer in self._layers.items()
         }
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses = self._router_losses(batch)
-        loss = torch.stack(list(losses.values())).mean()
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/router_loss/{name}": value.detach() for name, value in losses.items()})
-        return loss
-
-    def on_train_end(self) -> None:
-        self.finish_(self.model)  # fitting ran all experts
-
-    def _router_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mean squared error of each router, by layer, from one pass of the frozen model."""
-        losses: dict[str, Tensor] = {}
-
-        def observe(name: str, layer: MoELayer) -> None:
-            def observer(tokens: Tensor, hidden: Tensor) -> None:
-                gram = self._grams[name]
-                target = activation_sums(hidden) if gram is None else output_norms(hidden, gram)  # (N, E)
-                with torch.enable_grad():
-                    losses[name] = F.mse_loss(layer.router(tokens), target)
-
-            layer.observer = observer
-
-        for name, layer in self._layers.items():
-            observe(name, layer)
-        try:
-            with torch.no_grad():
-                self.logits(batch)
-        finally:
-            for layer in self._layers.values():
-                layer.observer = None
-        return losses
+    def targets(self, name: str, hidden: Tensor) -> Tensor:
+        gram = self._grams[name]
+        return activation_sums(hidden) if gram is None else output_norms(hidden, gram)

@@ -88,6 +88,26 @@ def test_topk_runs_the_share_rounded_up():
     assert gate("topk", 0.0)(values).sum(dim=1).tolist() == [1] * 5
 
 
+@given(scores(), st.data())
+@settings(deadline=None, max_examples=50)
+def test_topk_runs_exactly_k(values, data):
+    tokens, experts = values.shape
+    k = data.draw(st.integers(1, experts))
+    mask = Gate(GateConfig("topk", k=k))(values)
+    assert mask.sum(dim=1).tolist() == [k] * tokens
+    assert (k < experts) or mask.all()
+    for row, chosen in zip(values.tolist(), mask.tolist(), strict=True):
+        left_out = [score for score, run in zip(row, chosen, strict=True) if not run]
+        assert min(score for score, run in zip(row, chosen, strict=True) if run) >= max(left_out, default=0.0)
+
+
+def test_k_that_cannot_be():
+    with pytest.raises(ConfigError, match="k=0: must be at least 1, the number of experts that each token runs"):
+        GateConfig("topk", k=0)
+    with pytest.raises(ConfigError, match="k=3: allowed only with gate topk, not dynk_max"):
+        GateConfig(k=3)
+
+
 @pytest.mark.parametrize("tau", [-0.1, 1.1, float("nan")])
 def test_tau_outside_the_unit_interval(tau):
     with pytest.raises(ConfigError, match=r"must lie in \[0, 1\]"):

@@ -161,7 +161,7 @@ class TestSparsityEnforcement:
 
 
 class TestExpertClustering:
-    @pytest.mark.parametrize("split", ["activation", "parameter", "random"])
+    @pytest.mark.parametrize("split", ["activation", "coactivation", "parameter", "random"])
     def test_changes_nothing_but_the_order_of_neurons(self, trainer, digits, artifact, split):
         path = artifact("dense")
         phase = ExpertClustering(8, split, num_samples=50, init_from=path)
@@ -199,7 +199,9 @@ class TestExpertClustering:
         preflight([ExpertClustering(8, "parameter", init_from=path)])
 
     def test_bad_settings(self):
-        with pytest.raises(ConfigError, match="split='astrology': allowed are activation, parameter, random"):
+        with pytest.raises(
+            ConfigError, match="split='astrology': allowed are activation, coactivation, parameter, random"
+        ):
             ExpertClustering(8, "astrology")
         with pytest.raises(ConfigError, match="num_experts=0: must be positive"):
             ExpertClustering(0)
@@ -256,7 +258,7 @@ class TestRouterRegression:
         phase = RouterRegression(8, tau=0.6, gate="dynk_cumulative", init_from=artifact("experts"))
         trainer().fit(phase, datamodule=digits)
         assert {str(made["gate"]) for made in describe(phase.model).values()} == {
-            "{'rule': 'dynk_cumulative', 'tau': 0.6}"
+            "{'rule': 'dynk_cumulative', 'tau': 0.6, 'k': None}"
         }
 
     def test_targets_are_the_norms_of_expert_outputs(self, trainer, digits, artifact):

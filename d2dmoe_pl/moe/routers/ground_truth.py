@@ -1,0 +1,32 @@
+"""The experts that fire most, known by looking: the oracle of MoEfication (arXiv 2110.01786), section 3.2.
+
+It computes every activation before it chooses, so it saves little, and its cost is counted in full. It is there to say
+how good a choice of experts could be.
+"""
+
+from torch import Tensor
+
+from d2dmoe_pl.moe.experts import Experts
+from d2dmoe_pl.moe.router import Router, RouterConfig
+from d2dmoe_pl.moe.router_targets import positive_sums
+
+
+class GroundTruthRouter(Router):
+    """The sum of each expert's positive activations."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.hidden = experts.hidden  # a method, so that the layer's experts are no part of its router
+        products = 2 if experts.is_gated else 1
+        self._flops = 2 * products * experts.d_model * experts.dense_dim
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return positive_sums(self.hidden(tokens))
+
+    def flops(self) -> int:
+        return self._flops
+
+
+def ground_truth(experts: Experts, config: RouterConfig) -> GroundTruthRouter:
+    """See :mod:`d2dmoe_pl.moe.routers`."""
+    return GroundTruthRouter(experts)
