@@ -1,6 +1,8 @@
 """The layer that stands where a dense FFN stood."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,8 +19,8 @@ class MoELayer(nn.Module):
     Without a router or a gate every expert runs and the layer is the dense FFN it was made from.
 
     Attributes:
-        observer: Called with ``(tokens (N, d_model), hidden (N, E, s))`` whenever every expert runs without routing.
-            How routers get their inputs and targets from the pass that the frozen model makes anyway.
+        observer: Called with ``(tokens (N, d_model), hidden (N, E, s))``, the activations of all experts, whichever of
+            them the gate admits. How routers get inputs and targets from the pass that the model makes anyway.
     """
 
     def __init__(self, experts: Experts, context: TokenContext, output_dropout: nn.Module) -> None:
@@ -45,10 +47,22 @@ class MoELayer(nn.Module):
         return self.gate.register_forward_hook(lambda gate, args, mask: observer(mask))
 
     def _run(self, tokens: Tensor) -> Tensor:
-        if self.router is not None and self.gate is not None:
-            return self.experts(tokens, self.gate(self.router(tokens)))
-        if self.observer is not None:
-            hidden = self.experts.hidden(tokens)  # (N, E, s)
-            self.observer(tokens, hidden)
-            return self.experts.combine(hidden)
-        return self.experts(tokens)
+        is_routed = self.router is not None and self.gate is not None
+        mask = self.gate(self.router(tokens)) if is_routed else None  # (N, E)
+        if self.observer is None:
+            return self.experts(tokens, mask)
+        hidden = self.experts.hidden(tokens)  # (N, E, s)
+        self.observer(tokens, hidden)
+        return self.experts.combine(hidden if mask is None else hidden * mask.unsqueeze(-1))
+
+
+@contextmanager
+def observed(layers: Mapping[str, MoELayer], observer: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call ``observer(name, tokens, hidden)`` for every layer that runs in the body; see :class:`MoELayer`."""
+    for name, layer in layers.items():
+        layer.observer = partial(observer, name)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.observer = None

@@ -6,6 +6,7 @@ from d2dmoe_pl.phases.expert_selection import ExpertSelection
 from d2dmoe_pl.phases.fine_tuning import FineTuning
 from d2dmoe_pl.phases.importance_scoring import ImportanceScoring
 from d2dmoe_pl.phases.moebert_distillation import MoEBERTDistillation
+from d2dmoe_pl.phases.recovery_tuning import RecoveryTuning
 from d2dmoe_pl.phases.router_regression import RouterRegression
 from d2dmoe_pl.phases.sparsity_enforcement import SparsityEnforcement
 
@@ -17,6 +18,7 @@ __all__ = [
     "MoEBERTDistillation",
     "OptimizedPhase",
     "Phase",
+    "RecoveryTuning",
     "RouterRegression",
     "SparsityEnforcement",
 ]

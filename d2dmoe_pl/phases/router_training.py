@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.moe.convert import add_routers_, moe_layers, set_gate_
 from d2dmoe_pl.moe.gate import GateConfig
-from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.router import RouterConfig
 from d2dmoe_pl.phases.base import Batch, OptimizedPhase, freeze_
 
@@ -78,20 +78,11 @@ class RouterTraining(OptimizedPhase):
         """The loss of each router, by layer, from one pass of the frozen model."""
         losses: dict[str, Tensor] = {}
 
-        def observe(name: str, layer: MoELayer) -> None:
-            def observer(tokens: Tensor, hidden: Tensor) -> None:
-                target = self.targets(name, hidden)  # (N, E)
-                with torch.enable_grad():
-                    losses[name] = layer.router.loss(tokens, target)
+        def learn(name: str, tokens: Tensor, hidden: Tensor) -> None:
+            target = self.targets(name, hidden)  # (N, E)
+            with torch.enable_grad():
+                losses[name] = self._layers[name].router.loss(tokens, target)
 
-            layer.observer = observer
-
-        for name, layer in self._layers.items():
-            observe(name, layer)
-        try:
-            with torch.no_grad():
-                self.logits(batch)
-        finally:
-            for layer in self._layers.values():
-                layer.observer = None
+        with observed(self._layers, learn), torch.no_grad():
+            self.logits(batch)
         return losses

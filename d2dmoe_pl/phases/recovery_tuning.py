@@ -1,0 +1,131 @@
+"""Phase 5, beyond the paper: let experts get used to being alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.convert import gated, moe_layers, set_gate_
+from d2dmoe_pl.moe.gate import GateConfig, check_tau
+from d2dmoe_pl.moe.layer import observed
+from d2dmoe_pl.moe.router_targets import gram_matrices, output_norms
+from d2dmoe_pl.phases.base import Batch, OptimizedPhase, freeze_
+
+
+class RecoveryTuning(OptimizedPhase):
+    """Fine-tune a routed model with its gate on, at another ``tau`` each step: one model for the whole curve.
+
+    The mask of executed experts is a constant in the backward pass: only executed experts learn from the task. The loss
+    is the task's ``+ beta * distance to the predictions of the model before this phase with every expert on +
+    router_weight * mean over layers of the routers' loss``, so that routers follow the norms as the experts move. That
+    last part reaches the routers alone.
+
+    Args:
+        tau_min: Lower end of the range from which ``tau`` is drawn, uniformly.
+        tau_max: Upper end.
+        beta: Weight of the distillation; with 0 there is no teacher.
+        router_weight: Weight of the routers' loss; with 0 they stay as they are.
+        teacher: Artifact folder of another model to learn from, run with every expert on; that of ``init_from`` if not
+            given.
+        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+
+    Raises:
+        ConfigError: For a range that is none or leaves [0, 1], or negative weights.
+    """
+
+    starts_from = "routed"
+    ends_at = "routed"
+
+    def __init__(
+        self,
+        tau_min: float = 0.3,
+        tau_max: float = 0.9,
+        beta: float = 1.0,
+        router_weight: float = 1.0,
+        teacher: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_tau(tau_min, "tau_min")
+        check_tau(tau_max, "tau_max")
+        check(tau_min <= tau_max, f"tau_min={tau_min}: must be at most tau_max={tau_max}")
+        check(beta >= 0, f"beta={beta}: must not be negative")
+        check(router_weight >= 0, f"router_weight={router_weight}: must not be negative")
+        self.tau_min = tau_min
+        self.tau_max = tau_max
+        self.beta = beta
+        self.router_weight = router_weight
+        self.teacher = teacher
+        self._teacher: tuple[nn.Module, ...] = ()  # a tuple: the teacher is no part of this module or its checkpoints
+
+    def transform_(self, model: nn.Module) -> None:
+        layers = moe_layers(model)
+        check(bool(layers), f"{type(model).__name__}: has no MoE layer with a router; RecoveryTuning needs some")
+        for name, layer in layers.items():
+            check(
+                layer.gate is not None and layer.gate.config.k is None,
+                f"gate of {name}: must be one that is set by tau, since RecoveryTuning draws it",
+            )
+            kind = layer.router.config.kind
+            check(
+                self.router_weight == 0 or kind == "regression",
+                f"router_weight={self.router_weight}: must be 0 with routers of kind {kind!r} ({name}); only those of "
+                "kind 'regression' can follow the norms",
+            )
+        model.requires_grad_(True)
+        for layer in layers.values():
+            layer.router.requires_grad_(self.router_weight > 0)
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        super().configure_model()
+        if self.trainer.state.fn == TrainerFn.FITTING and self.beta > 0:
+            teacher = load_model(self.teacher or self.init_from)
+            if moe_layers(teacher):
+                set_gate_(teacher, None)
+            freeze_(teacher)
+            self._teacher = (teacher,)
+
+    def on_fit_start(self) -> None:
+        self._layers = moe_layers(self.model)
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        tau = torch.empty(()).uniform_(self.tau_min, self.tau_max).item()
+        logits, router_losses = self._forward(batch, tau)
+        loss = task_loss = self.task_loss(logits, batch)
+        parts = {"task_loss": task_loss}
+        for teacher in self._teacher:
+            with torch.no_grad():
+                teacher_logits = adapter_for(teacher).logits(teacher, batch)
+            parts["prediction_loss"] = self.task.prediction_loss(logits, teacher_logits, batch)
+            loss = loss + self.beta * parts["prediction_loss"]
+        if router_losses:
+            parts["router_loss"] = torch.stack(list(router_losses.values())).mean()
+            loss = loss + self.router_weight * parts["router_loss"]
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()})
+        self.log_dict({f"train/router_loss/{name}": value.detach() for name, value in router_losses.items()})
+        return loss
+
+    def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The logits at ``tau``, and the loss of each layer's router if routers learn."""
+        losses: dict[str, Tensor] = {}
+
+        def learn(name: str, tokens: Tensor, hidden: Tensor) -> None:
+            layer = self._layers[name]
+            if self.router_weight > 0:
+                with torch.no_grad():
+                    target = output_norms(hidden, gram_matrices(layer.experts.down_weight))  # (N, E)
+                losses[name] = layer.router.loss(tokens.detach(), target)
+
+        rule = next(iter(self._layers.values())).gate.config.rule
+        with gated(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
+            return self.logits(batch), losses

@@ -1,0 +1,153 @@
+"""Recovery: what learns from what, that the curve gets better, what is refused."""
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
+from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.convert import GateConfig, describe, moe_layers, set_gate_, set_tau_
+from d2dmoe_pl.moe.router_targets import gram_matrices, output_norms
+from d2dmoe_pl.phases import RecoveryTuning
+from d2dmoe_pl.phases.preflight import preflight
+
+
+def saved(model, folder, stage="RouterRegression"):
+    save_artifact(model, folder, [PhaseRecord(stage)])
+    return str(folder)
+
+
+@pytest.fixture
+def routed(tmp_path):
+    """The artifact of a BERT of 8 experts a layer, gate at tau 0.5."""
+    return saved(tiny.routed("bert"), tmp_path / "routed")
+
+
+def fit(trainer, phase, **kwargs):
+    trainer(limit_train_batches=1.0, callbacks=[SaveArtifact()], **kwargs).fit(phase, datamodule=tiny.TextData(8))
+
+
+def attached(trainer, phase):
+    """``phase`` as it is after a fit that changes nothing, in evaluation mode."""
+    phase.optimizer = partial(torch.optim.SGD, lr=0.0)
+    fit(trainer, phase)
+    phase.model.eval()
+    phase.zero_grad()
+    return phase
+
+
+def test_the_task_trains_executed_experts_only_and_no_router(trainer, routed):
+    phase = attached(trainer, RecoveryTuning(0.0, 0.0, beta=0.0, router_weight=0.0, init_from=routed))
+    set_tau_(phase.model, 0.0)  # one expert a token
+    ran = {}
+    handles = [
+        layer.watch(lambda mask, name=name: ran.setdefault(name, mask.any(dim=0)))
+        for name, layer in moe_layers(phase.model).items()
+    ]
+    batch = {key: value[:1, :2] if value.dim() > 1 else value[:1] for key, value in tiny.batch("bert").items()}
+    tiny.logits(phase.model, batch)  # two tokens leave most of the 8 experts out
+    [handle.remove() for handle in handles]
+    phase._forward(batch, tau=0.0)[0].sum().backward()
+    for name, layer in moe_layers(phase.model).items():
+        got_gradient = layer.experts.up_weight.grad.abs().sum(dim=(1, 2)) > 0
+        assert not ran[name].all()
+        assert not (got_gradient & ~ran[name]).any()
+        assert got_gradient.any()
+        assert all(parameter.grad is None for parameter in layer.router.parameters())
+
+
+def test_routers_learn_the_norms_at_the_gate_and_nothing_else_learns_from_that(trainer, routed):
+    phase = attached(trainer, RecoveryTuning(beta=0.0, init_from=routed))
+    batch = tiny.batch("bert")
+    inputs = {}
+
+    def keep(name):
+        def hook(router, args):
+            inputs.setdefault(name, args[0])
+
+        return hook
+
+    for name, layer in moe_layers(phase.model).items():
+        layer.router.register_forward_pre_hook(keep(name))
+    _, losses = phase._forward(batch, tau=0.5)
+    sum(losses.values()).backward()
+    trained = {name for name, parameter in phase.model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in phase.model.named_parameters() if ".router." in name}
+    for name, layer in moe_layers(phase.model).items():
+        experts = layer.experts
+        norms = output_norms(experts.hidden(inputs[name]), gram_matrices(experts.down_weight))
+        torch.testing.assert_close(losses[name], F.mse_loss(layer.router(inputs[name]), norms))
+
+
+def test_the_teacher_is_the_dense_model_that_it_was(trainer, routed):
+    phase = attached(trainer, RecoveryTuning(init_from=routed))
+    expected = load_model(routed)
+    set_gate_(expected, None)
+    batch = tiny.batch("bert")
+    [teacher] = phase._teacher
+    assert torch.equal(tiny.logits(teacher, batch), tiny.logits(expected.eval(), batch))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not any("teacher" in name for name in phase.state_dict())
+
+
+def test_tau_is_drawn_from_the_range_and_left_as_it_was(trainer, routed, tmp_path):
+    phase = RecoveryTuning(0.2, 0.6, init_from=routed)
+    drawn, forward = [], phase._forward
+    phase._forward = lambda batch, tau: drawn.append(tau) or forward(batch, tau)
+    fit(trainer, phase, max_epochs=5)
+    assert len(set(drawn)) == len(drawn) == 20
+    assert 0.2 <= min(drawn) < 0.3 < 0.5 < max(drawn) <= 0.6
+    gates = [made["gate"] for made in describe(load_model(tmp_path / "run" / "artifact")).values()]
+    assert [gate["tau"] for gate in gates] == [0.5, 0.5]
+
+
+def test_the_curve_gets_better(trainer, routed, tmp_path):
+    """At one expert a token the distance to the dense model falls, and routers follow the experts that move."""
+
+    def distance(model):
+        teacher, errors = load_model(routed).eval(), []
+        set_gate_(teacher, None)
+        set_tau_(model.eval(), 0.0)
+        data = tiny.TextData(32)
+        data.setup()
+        batch = next(iter(data.val_dataloader()))
+        errors.append(F.mse_loss(tiny.logits(model, batch), tiny.logits(teacher, batch)))
+        return float(sum(errors))
+
+    before = distance(load_model(routed))
+    phase = RecoveryTuning(0.0, 0.5, beta=20.0, init_from=routed, optimizer=partial(torch.optim.Adam, lr=3e-3))
+    fit(trainer, phase, max_epochs=30)
+    assert distance(load_model(tmp_path / "run" / "artifact")) < 0.7 * before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tau_min": -0.1}, r"tau_min=-0.1: must lie in \[0, 1\]"),
+        ({"tau_max": 1.1}, r"tau_max=1.1: must lie in \[0, 1\]"),
+        ({"tau_min": 0.9, "tau_max": 0.3}, "tau_min=0.9: must be at most tau_max=0.3"),
+        ({"beta": -1}, "beta=-1: must not be negative"),
+        ({"router_weight": -1}, "router_weight=-1: must not be negative"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        RecoveryTuning(**arguments)
+
+
+def test_starts_that_do_not_fit(tmp_path):
+    dense = saved(tiny.dense("bert"), tmp_path / "dense", "FineTuning")
+    with pytest.raises(ConfigError, match="at stage 'dense'; RecoveryTuning starts from stage 'routed'"):
+        preflight([RecoveryTuning(init_from=dense)])
+    moebert = saved(tiny.moebert(), tmp_path / "moebert", "MoEBERTDistillation")
+    with pytest.raises(ConfigError, match="has no MoE layer with a router; RecoveryTuning needs some"):
+        preflight([RecoveryTuning(init_from=moebert)])
+    model = tiny.routed("bert")
+    set_gate_(model, GateConfig("topk", k=2))
+    fixed = saved(model, tmp_path / "fixed", "ExpertSelection")
+    with pytest.raises(ConfigError, match="must be one that is set by tau, since RecoveryTuning draws it"):
+        preflight([RecoveryTuning(init_from=fixed)])
