@@ -23,6 +23,7 @@ FLOW = [
     ["artifact"],
     ["phases"],
     ["callbacks"],
+    ["benchmark"],
     ["phase_cli"],
     ["chain"],
     ["cli"],

@@ -73,14 +73,15 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    with _skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
+    # on the meta device none can route
+    with skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
         adapter_for(model).logits(_Functional(model, meta), inputs)
     return counter.get_total_flops()
 
 
 @contextmanager
-def _skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let ``layers`` hand through what they are given, whose shape they keep: on the meta device none can route."""
+def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let ``layers`` hand through what they are given, whose shape they keep, while the body runs."""
     layers = list(layers)
     for layer in layers:
         layer.forward = lambda x: x
