@@ -13,7 +13,7 @@ from d2dmoe_pl.adapters import FFN, TimmModel, adapter_for
 from d2dmoe_pl.benchmark.forced import forced, random_mask
 from d2dmoe_pl.benchmark.rotation import Rotation, Settings
 from d2dmoe_pl.benchmark.subject import Choice, layer_inputs, layer_rotation, model_rotation
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.context import TokenContext
 from d2dmoe_pl.moe.convert import (
     ActivationConfig,
@@ -113,7 +113,11 @@ def random_ffn(shape: Shape) -> FFN:
 
 
 def random_model(shape: Shape) -> nn.Module:
-    """A dense Vision Transformer of these FFNs with random weights."""
+    """A dense Vision Transformer of these FFNs with random weights.
+
+    Raises:
+        ConfigError: If the architecture is unknown, or is none whose widths and depth can be chosen.
+    """
     source = TimmModel(
         shape.architecture,
         embed_dim=shape.d_model,
@@ -121,7 +125,13 @@ def random_model(shape: Shape) -> nn.Module:
         num_heads=shape.d_model // math.gcd(shape.d_model, 64),
         mlp_ratio=(shape.d_ff + 0.5) / shape.d_model,  # timm rounds d_model * mlp_ratio down
     )
-    model = source.build([str(label) for label in range(1000)]).eval()
+    try:
+        model = source.build([str(label) for label in range(1000)]).eval()
+    except TypeError as error:  # timm hands what it is given to the model's constructor
+        raise ConfigError(
+            f"architecture={shape.architecture!r}: must be a model with embed_dim, depth, num_heads and mlp_ratio "
+            f"({error})"
+        ) from error
     swap_activation_(model, ActivationConfig(shape.activation))
     return model
 
