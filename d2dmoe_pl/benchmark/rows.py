@@ -1,13 +1,16 @@
 """The rows of a benchmark, and the ways to show them: a CSV, tables, a picture."""
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -140,42 +143,54 @@ def _caption(row: BenchmarkRow) -> str | None:
 
 
 def draw_speed_up(rows: Sequence[BenchmarkRow], machine: Machine) -> Figure:
-    """Speed-up against ``tau``, or against the share executed where masks are forced: a panel a scope and dtype.
+    """Speed-up against ``tau``, or against the share executed where choices are forced.
 
-    The line of a way is its median over layers, its band from the slowest layer to the fastest; dashed is the ideal.
+    A panel for each scope, dtype and number of experts. A colour is an amount of tokens or samples, a marker a way to
+    run the experts: its median over layers, in a band from the slowest layer to the fastest. Dashed is the ideal.
     """
-    panels = list(dict.fromkeys((row.scope, row.dtype) for row in rows))
+    panels: dict[tuple, list[BenchmarkRow]] = {}
+    for row in rows:
+        panels.setdefault((row.scope, row.dtype, row.num_experts), []).append(row)
     columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
+    lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(7 * columns, 4.5 * lines), layout="constrained")
     figure.suptitle(str(machine), fontsize="small")
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    for axes, (scope, dtype) in zip(grid, panels, strict=False):
-        _draw_panel(axes, [row for row in rows if (row.scope, row.dtype) == (scope, dtype)])
-        axes.set_title(f"{TITLES[scope]}, {dtype}")
+    for axes, ((scope, dtype, num_experts), drawn) in zip(grid, panels.items(), strict=False):
+        _draw_panel(axes, drawn)
+        axes.set_title(f"{TITLES[scope]}, E={num_experts}, {dtype}")
     return figure
 
 
 def _draw_panel(axes: Axes, rows: Sequence[BenchmarkRow]) -> None:
     by_tau = rows[0].tau is not None
-    several_splits = len({row.num_experts for row in rows}) > 1
-    lines: dict[str, dict[float, list[BenchmarkRow]]] = {}
+    colors = {amount: f"C{i % 10}" for i, amount in enumerate(dict.fromkeys(row.amount for row in rows))}
+    markers = dict(zip(dict.fromkeys(row.way for row in rows), cycle("osD^vPX*")))
+    curves: dict[tuple[str, str], dict[float, list[BenchmarkRow]]] = {}
     for row in rows:
-        label = f"{row.amount}, {row.way}" + (f", E={row.num_experts}" if several_splits else "")
         x = row.tau if by_tau else row.share_percent
-        lines.setdefault(label, {}).setdefault(round(x, 1 if not by_tau else 6), []).append(row)
-    for i, (label, points) in enumerate(lines.items()):
+        curves.setdefault((row.amount, row.way), {}).setdefault(x, []).append(row)
+    for (amount, way), points in curves.items():
         xs = sorted(points)
         speed_ups = [[row.speed_up for row in points[x]] for x in xs]
-        color = f"C{i % 10}"
-        axes.plot(xs, [median(values) for values in speed_ups], marker="o", markersize=4, color=color, label=label)
-        axes.plot(xs, [median(row.ideal for row in points[x]) for x in xs], linestyle="--", linewidth=1, color=color)
-        axes.fill_between(xs, [min(values) for values in speed_ups], [max(values) for values in speed_ups], alpha=0.15)
+        ideals = [median(row.ideal for row in points[x]) for x in xs]
+        color = colors[amount]
+        axes.plot(xs, [median(values) for values in speed_ups], color=color, marker=markers[way], markersize=5)
+        axes.plot(xs, ideals, color=color, linestyle="--", linewidth=1, alpha=0.6)
+        lowest, highest = [min(values) for values in speed_ups], [max(values) for values in speed_ups]
+        axes.fill_between(xs, lowest, highest, color=color, alpha=0.15, linewidth=0)
     axes.axhline(1.0, linewidth=1, color="black")
     axes.set_xlabel("tau" if by_tau else "experts run, %")
-    axes.set_ylabel("speed-up over dense (dashed: ideal)")
+    axes.set_ylabel("speed-up over dense")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(
+        handles=[
+            *(Line2D([], [], color=color, label=amount) for amount, color in colors.items()),
+            *(Line2D([], [], color="grey", marker=marker, label=way) for way, marker in markers.items()),
+            Line2D([], [], color="grey", linestyle="--", linewidth=1, label="ideal"),
+        ],
+        fontsize="small",
+    )

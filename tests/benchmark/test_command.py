@@ -205,26 +205,26 @@ def test_the_table_holds_the_numbers():
     )
 
 
-def test_the_picture_has_a_panel_a_scope_and_dtype_and_the_median_over_layers():
+def test_the_picture_shows_medians_over_layers_against_tau_or_share():
     rows = [
         row(name=name, tau=tau, speed_up=speed_up, ideal=4.0)
         for tau in (0.9, 0.5)
         for name, speed_up in (("a", 1.0), ("b", 2.0), ("c", 6.0))
     ]
-    figure = draw_speed_up([*rows, row(scope="model", batch_size=8), row(dtype="bfloat16")], MACHINE)
-    titles = [axes.get_title() for axes in figure.axes if axes.get_visible()]
-    assert titles == ["FFN alone, float32", "whole model, float32", "FFN alone, bfloat16"]
+    model, narrow, few = row(scope="model", batch_size=8), row(dtype="bfloat16"), row(tau=None, num_experts=4)
+    figure = draw_speed_up([*rows, model, narrow, few], MACHINE)
+    assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == [
+        "FFN alone, E=8, float32",
+        "whole model, E=8, float32",
+        "FFN alone, E=8, bfloat16",
+        "FFN alone, E=4, float32",
+    ]
+    assert figure.get_suptitle() == "A CPU (avx2), 2 threads, torch 2.9.0"
     axes = figure.axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[0.5, 2.0], [0.9, 2.0]]
     assert axes.lines[1].get_xydata().tolist() == [[0.5, 4.0], [0.9, 4.0]]
-    assert axes.get_xlabel() == "tau"
-    assert figure.get_suptitle() == "A CPU (avx2), 2 threads, torch 2.9.0"
-    forced = draw_speed_up([row(tau=None), row(tau=None, num_experts=4)], MACHINE).axes[0]
-    assert forced.get_xlabel() == "experts run, %"
-    assert [text.get_text() for text in forced.get_legend().texts] == [
-        "1,234 tokens, grouped + router, E=8",
-        "1,234 tokens, grouped + router, E=4",
-    ]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["tau", "tau", "tau", "experts run, %"]
+    assert [text.get_text() for text in axes.get_legend().texts] == ["1,234 tokens", "grouped + router", "ideal"]
 
 
 def test_help_and_yaml(capsys, tmp_path):
