@@ -154,6 +154,10 @@ def _rotations(given: Namespace, settings: Settings) -> Iterator[Rotation]:
             check_tau(tau)
         check(given.length > 0, f"length={given.length}: must be positive")
         return converted_rotations(given.artifact, given.tau, given.get("data"), given.length, settings)
+    check(
+        given.get("data") is None,
+        f"data={type(given.get('data')).__name__}: only with --artifact; a shape is measured on noise",
+    )
     shape = Shape(**{name: given[name] for name in Shape.__dataclass_fields__})
     return shape_rotations(shape, settings)
 
