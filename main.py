@@ -1,4 +1,4 @@
-"""Entry point: ``python main.py {fit,validate,test,predict,chain} --help``."""
+"""Entry point: ``python main.py {fit,validate,test,predict,chain,benchmark} --help``."""
 
 from d2dmoe_pl.cli import main
 

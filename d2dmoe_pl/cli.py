@@ -1,38 +1,43 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` of LightningCLI, and ``chain``."""
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` of LightningCLI, ``chain`` and ``benchmark``."""
 
 import sys
 from collections.abc import Sequence
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
+from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
 from d2dmoe_pl.chain import chain_parser, default_recipe, run_chain
 from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
 from d2dmoe_pl.phase_cli import PhaseCLI
 
 CHAIN = "chain"
+# subcommands that are no phase's run: what parses their arguments, and what runs them
+OWN = {CHAIN: (chain_parser, run_chain), "benchmark": (benchmark_parser, run_benchmark)}
 
 
 class D2DMoECLI(PhaseCLI):
-    """PhaseCLI with one more subcommand, which opens a PhaseCLI for each of its phases."""
+    """PhaseCLI with subcommands of our own beside Lightning's."""
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: object) -> None:
         super()._add_subcommands(parser, **kwargs)
-        chain = chain_parser()
-        self._subcommand_parsers[CHAIN] = chain
-        parser._subcommands_action.add_subcommand(CHAIN, chain, help=chain.description)
+        for name, (make_parser, _) in OWN.items():
+            own = make_parser()
+            self._subcommand_parsers[name] = own
+            parser._subcommands_action.add_subcommand(name, own, help=own.description)
 
     def _set_seed(self) -> None:
-        if self.config.subcommand != CHAIN:
+        if self.config.subcommand not in OWN:
             super()._set_seed()
 
     def instantiate_classes(self) -> None:
-        """Make phase, data and trainer; a chain makes those of each phase when it comes to it."""
-        if self.subcommand != CHAIN:
+        """Make phase, data and trainer; our own subcommands make what they need when they come to it."""
+        if self.subcommand not in OWN:
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == CHAIN:
-            run_chain(self.config[CHAIN])
+        if subcommand in OWN:
+            _, run = OWN[subcommand]
+            run(self.config[subcommand])
         else:
             super()._run_subcommand(subcommand)
 

@@ -24,6 +24,7 @@ FLOW = [
     ["artifact"],
     ["phases"],
     ["callbacks"],
+    ["benchmark"],
     ["phase_cli"],
     ["chain"],
     ["cli"],

@@ -74,6 +74,19 @@ class Adapter(ABC):
         """
 
     @abstractmethod
+    def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+        """A batch of noise, as :meth:`logits` takes it, without padding.
+
+        Args:
+            model: Of this family.
+            batch_size: ``B``.
+            length: Tokens of each text, for models of text.
+
+        Raises:
+            ConfigError: If the model has not so many positions.
+        """
+
+    @abstractmethod
     def head(self, model: nn.Module) -> Head:
         """What ``model`` has at its end."""
 

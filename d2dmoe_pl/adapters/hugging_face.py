@@ -79,6 +79,16 @@ class HuggingFaceAdapter(Adapter):
             return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, L)
         return output.logits
 
+    def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+        config = model.config
+        if model.main_input_name == "pixel_values":
+            size = config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width)}
+        positions = getattr(config, "max_position_embeddings", length)
+        check(length <= positions, f"length={length}: must be at most {positions}, the positions of the model")
+        return {"input_ids": torch.randint(config.vocab_size, (batch_size, length))}
+
     def head(self, model: nn.Module) -> Head:
         """See :meth:`Adapter.head`.
 

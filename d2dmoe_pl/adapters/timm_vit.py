@@ -71,6 +71,10 @@ class TimmViTAdapter(Adapter):
                 handle.remove()
         return logits, tuple(states)
 
+    def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+        embedding = model.patch_embed
+        return {"pixel_values": torch.randn(batch_size, embedding.proj.in_channels, *embedding.img_size)}
+
     def head(self, model: nn.Module) -> Head:
         return "classification"
 

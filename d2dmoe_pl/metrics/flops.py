@@ -75,14 +75,14 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = {name: mode.from_tensor(torch.empty_like(tensor, device="meta")) for name, tensor in tensors.items()}
     fake_inputs = {key: mode.from_tensor(value) for key, value in inputs.items()}
-    with mode, _skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with mode, skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
         adapter_for(model).logits(_Functional(model, fake), fake_inputs)
     return counter.get_total_flops()
 
 
 @contextmanager
-def _skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let ``layers`` hand through what they are given, whose shape they keep: on the meta device none can route."""
+def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let ``layers`` hand through what they are given, whose shape they keep, while the body runs."""
     layers = list(layers)
     for layer in layers:
         layer.forward = lambda x: x

@@ -54,6 +54,17 @@ class TestContract:
             assert ffn.up.weight.shape == (ffn.d_ff, ffn.d_model) == (tiny.WIDTH, ffn.down.weight.shape[0])
             assert ffn.input_weight.shape == ffn.up.weight.shape
 
+    def test_runs_on_noise_of_its_own_making(self, kind):
+        model = tiny.dense(kind)
+        inputs = adapter_for(model).random_inputs(model, 2, 6)
+        alike = tiny.batch(kind, size=2)
+        for key, value in inputs.items():
+            assert value.dtype == alike[key].dtype
+            assert value.shape == ((2, 6) if key == "input_ids" else alike[key].shape)
+        outputs = tiny.logits(model, inputs)
+        assert outputs.shape[:2] == (2, adapter_for(model).num_outputs(model))
+        assert not torch.equal(outputs[0], outputs[1])
+
     def test_all_experts_on_equals_dense_in_logits_and_gradients(self, kind):
         dense = tiny.dense(kind)
         converted = copy.deepcopy(dense)

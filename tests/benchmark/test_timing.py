@@ -1,0 +1,94 @@
+"""Calls are timed in turn, and memory is what the allocator says."""
+
+import itertools
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from d2dmoe_pl.benchmark import timing
+from d2dmoe_pl.benchmark.rotation import ideal_speed_up
+from d2dmoe_pl.benchmark.timing import Contender, Timing, alternate, peak_memory, summarise
+
+CPU = torch.device("cpu")
+
+
+def test_contenders_take_turns(monkeypatch):
+    monkeypatch.setattr(timing, "SAMPLE", 0.0)  # one call a sample
+    called = []
+    contenders = {name: Contender(lambda name=name: called.append(name)) for name in ("dense", "moe")}
+    assert set(alternate(contenders, 4, CPU)) == {"dense", "moe"}
+    assert called == ["dense", "moe"] * (2 + 4)  # two to warm up
+
+
+def test_a_sample_is_the_mean_of_the_calls_that_fill_it(monkeypatch):
+    """With a clock that a call moves on by 4 ms, and reading it by nothing."""
+    now = itertools.count(0.0)
+    calls = []
+    clock = [0.0]
+
+    def call():
+        calls.append(next(now))
+        clock[0] += 0.004
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    result = alternate({"a": Contender(call)}, 2, CPU)["a"]
+    assert result == Timing(pytest.approx(0.004), pytest.approx(0.0))
+    assert len(calls) == 2 + 2 * 3  # 3 calls of 4 ms fill 10 ms
+
+
+def test_settings_are_entered_outside_the_clock(monkeypatch):
+    clock = [0.0]
+    inside = []
+
+    @contextmanager
+    def setting():
+        clock[0] += 100.0
+        inside.append(True)
+        yield
+        inside.pop()
+        clock[0] += 100.0
+
+    def call():
+        assert inside
+        clock[0] += 1.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert alternate({"a": Contender(call, setting)}, 2, CPU)["a"].median == pytest.approx(1.0)
+
+
+def test_median_and_half_the_interquartile_range():
+    assert summarise([5.0, 1.0, 2.0, 4.0, 3.0]) == Timing(3.0, 1.0)
+    assert not Timing(1.0, 0.1).is_noisy
+    assert Timing(1.0, 0.11).is_noisy
+
+
+def test_gradients_are_off():
+    seen = []
+    alternate({"a": Contender(lambda: seen.append(torch.is_grad_enabled()))}, 2, CPU)
+    assert not any(seen)
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    mib = 2**20
+
+    def call():
+        torch.empty(8 * mib, dtype=torch.uint8)  # let go at once
+        first = torch.empty(3 * mib, dtype=torch.uint8)
+        second = torch.empty(6 * mib, dtype=torch.uint8)
+        return first, second
+
+    assert peak_memory(Contender(call), CPU) == 9 * mib
+    assert peak_memory(Contender(lambda: None), CPU) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_peak_memory_of_a_gpu():
+    assert peak_memory(Contender(lambda: torch.empty(2**20, device="cuda")), torch.device("cuda")) == 4 * 2**20
+
+
+def test_ideal():
+    dense, rest = Timing(10.0, 0.0), Timing(4.0, 0.0)
+    assert ideal_speed_up(dense, None, 0.2) == pytest.approx(5.0)
+    assert ideal_speed_up(dense, rest, 0.5) == pytest.approx(10 / (4 + 3))
+    assert ideal_speed_up(dense, rest, 1.0) == pytest.approx(1.0)
