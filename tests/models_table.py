@@ -17,10 +17,12 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.select import select_ffns
 from d2dmoe_pl.phases import (
     ExpertClustering,
+    ExpertSelection,
     FineTuning,
     ImportanceScoring,
     MoEBERTDistillation,
     Phase,
+    RecoveryTuning,
     RouterRegression,
     SparsityEnforcement,
 )
@@ -31,7 +33,8 @@ BEGIN = "<!-- the table of models: python tests/models_table.py writes it -->"
 END = "<!-- end of the table of models -->"
 # by method, its phases in order; all start with FineTuning
 METHODS = {
-    "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8)],
+    "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8), RecoveryTuning()],
+    "MoEfication": [ExpertClustering(8), ExpertSelection(3)],
     "MoEBERT": [ImportanceScoring(), MoEBERTDistillation(4, 12, 5, init_from="-")],
 }
 
