@@ -56,8 +56,8 @@ def choose(experts, tokens: Tensor) -> Kernel:
     if failure is None:
         return on_cpu.cpu
     _warn_once(
-        "backend='auto': the CPU kernel cannot be compiled here, and experts run by 'grouped', which takes three times "
-        f"as long or more; the compiler says: {failure}"
+        "backend='auto': the CPU kernel cannot be compiled here, and experts run by 'grouped', which takes about "
+        f"three times as long; the compiler says: {failure}"
     )
     return grouped
 

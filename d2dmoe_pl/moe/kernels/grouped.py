@@ -38,7 +38,9 @@ def _run(
 ) -> Tensor:
     pairs = mask.t().nonzero()  # (P, 2): expert, token; sorted by expert
     token_groups = pairs[:, 1].split(mask.sum(dim=0).tolist())  # E tensors of token indices
-    output = torch.zeros_like(tokens) if down_bias is None else down_bias.expand(tokens.shape[0], -1).clone()  # (N, d)
+    start = torch.zeros_like(tokens) if down_bias is None else down_bias.expand(tokens.shape[0], -1)  # (N, d)
+    # a narrow type, or autocast's, is for products; sums are kept in float32 or wider
+    output = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
 
     def part(rows: Tensor | None, expert: int) -> Tensor | None:
         return None if rows is None else rows[expert]
@@ -47,9 +49,8 @@ def _run(
         if index.numel():
             parameters = (part(rows, expert) for rows in (up_weight, up_bias, gate_weight, gate_bias))
             hidden = hidden_activations(activation, tokens.index_select(0, index), *parameters)  # (n_e, s)
-            # autocast may compute the product in a narrower type than the sum is kept in
             output.index_add_(0, index, (dropout(hidden) @ down_weight[expert]).to(output.dtype))
-    return output
+    return output.to(start.dtype)
 
 
 @torch.library.custom_op("d2dmoe_pl::moe_grouped", mutates_args=())

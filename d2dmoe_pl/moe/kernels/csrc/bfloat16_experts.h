@@ -17,7 +17,7 @@ namespace d2dmoe {
 class BFloat16Experts {
  public:
   using scalar = at::BFloat16;
-  static constexpr int64_t kMaxBlock = 256; // tokens of a task
+  static constexpr int64_t kMaxBlock = 512; // tokens of a task
   // Weights as `pack` gives them: up and gate transposed, down not.
   BFloat16Experts(const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
       : problem_(problem),
@@ -34,15 +34,15 @@ class BFloat16Experts {
     used_ = true;
     const int64_t d = problem_.width, s = problem_.neurons, depth = even(d);
     const int64_t step = std::min(s, kNeuronsAtOnce), ld = even(step);
-    tokens_.resize(kTokensAtOnce * depth);
-    hidden_.resize(kTokensAtOnce * step);
-    if (gate_ != nullptr) gated_.resize(kTokensAtOnce * step);
-    narrow_.resize(kTokensAtOnce * ld);
-    sums_.resize(kTokensAtOnce * kColumnsAtOnce);
     for (int64_t m = 0; m < count; m += kTokensAtOnce) {
       const int64_t tokens = std::min(kTokensAtOnce, count - m);
       // brgemm compiles a kernel for each number of rows: few numbers, and rows too many that nobody reads
       const int64_t height = tokens <= 2 ? tokens : (tokens + 3) / 4 * 4;
+      grow(tokens_, height * depth);
+      grow(hidden_, height * step);
+      if (gate_ != nullptr) grow(gated_, height * step);
+      grow(narrow_, height * ld);
+      grow(sums_, height * kColumnsAtOnce);
       for (int64_t i = 0; i < tokens; ++i) {
         std::copy_n(x + rows[m + i] * d, d, tokens_.data() + i * depth);
         if (depth > d) tokens_[i * depth + d] = 0.f;

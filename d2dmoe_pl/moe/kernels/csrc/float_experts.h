@@ -15,7 +15,7 @@ namespace d2dmoe {
 class FloatExperts {
  public:
   using scalar = float;
-  static constexpr int64_t kMaxBlock = 256; // tokens of a task
+  static constexpr int64_t kMaxBlock = 512; // tokens of a task
   FloatExperts(const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
       : problem_(problem),
         up_(up.const_data_ptr<float>()),
@@ -26,8 +26,9 @@ class FloatExperts {
   void run(int64_t expert, const float* x, const int32_t* rows, int64_t count, float* y) {
     const int64_t d = problem_.width, s = problem_.neurons;
     const int64_t step = std::min(s, kNeuronsAtOnce);
-    hidden_.resize(kTokensAtOnce * step);
-    if (gate_ != nullptr) gated_.resize(kTokensAtOnce * step);
+    const int64_t height = std::min(count, kTokensAtOnce);
+    grow(hidden_, height * step);
+    if (gate_ != nullptr) grow(gated_, height * step);
     for (int64_t m = 0; m < count; m += kTokensAtOnce) {
       const int64_t tokens = std::min(kTokensAtOnce, count - m);
       for (int64_t n = 0; n < s; n += step) {
@@ -43,7 +44,7 @@ class FloatExperts {
   }
 
  private:
-  static constexpr int64_t kTokensAtOnce = 48;
+  static constexpr int64_t kTokensAtOnce = 96;
   static constexpr int64_t kNeuronsAtOnce = 128;
   Problem problem_;
   const float *up_, *gate_, *down_;

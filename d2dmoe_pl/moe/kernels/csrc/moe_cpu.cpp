@@ -104,7 +104,7 @@ at::Tensor moe_cpu(
     const Optional& gate_weight, const Optional& gate_bias, const at::Tensor& down_weight, const Optional& down_bias,
     const std::string& activation) {
   check_inputs(tokens, mask, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias);
-  static PackedWeights packed;
+  static PackedWeights& packed = *new PackedWeights; // lives to the end: tensors must not outlive their allocator
   const bool in_bf16 = tokens.scalar_type() == at::kBFloat16 && has_brgemm();
   const auto weight = [&](const at::Tensor& w, Form form) {
     return form == Form::fp32 && w.scalar_type() == at::kFloat ? w.contiguous() : packed.get(w, form);
@@ -112,9 +112,9 @@ at::Tensor moe_cpu(
   const at::Tensor up = weight(up_weight, in_bf16 ? Form::transposed_pairs : Form::fp32);
   const at::Tensor down = weight(down_weight, in_bf16 ? Form::pairs : Form::fp32);
   const Optional gate = gate_weight ? Optional(weight(*gate_weight, in_bf16 ? Form::transposed_pairs : Form::fp32)) : Optional();
-  const auto fp32 = [](const Optional& bias) { return bias ? bias->to(at::kFloat).contiguous() : at::Tensor(); };
-  const auto data = [](const at::Tensor& bias) { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; };
-  const at::Tensor b1 = fp32(up_bias), bg = fp32(gate_bias), b2 = fp32(down_bias), chosen = mask.contiguous();
+  const auto bias = [&](const Optional& b) { return b ? weight(*b, Form::fp32) : at::Tensor(); };
+  const auto data = [](const at::Tensor& b) { return b.defined() ? b.const_data_ptr<float>() : nullptr; };
+  const at::Tensor b1 = bias(up_bias), bg = bias(gate_bias), b2 = bias(down_bias), chosen = mask.contiguous();
   const at::Tensor x = tokens.to(in_bf16 ? at::kBFloat16 : at::kFloat).contiguous();
   const Problem problem{
       x.size(0), up_weight.size(0), up_weight.size(1), x.size(1), chosen.const_data_ptr<bool>(), data(b1), data(bg),

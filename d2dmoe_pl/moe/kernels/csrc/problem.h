@@ -4,6 +4,7 @@
 #include "activations.h"
 
 #include <cstdint>
+#include <vector>
 
 namespace d2dmoe {
 
@@ -21,6 +22,11 @@ struct Problem {
 
 inline const float* at(const float* values, int64_t index) {
   return values == nullptr ? nullptr : values + index;
+}
+
+template <typename T>
+void grow(std::vector<T>& values, int64_t size) {
+  if (static_cast<int64_t>(values.size()) < size) values.resize(size);
 }
 
 } // namespace d2dmoe
