@@ -6,6 +6,7 @@ process; one source needs neither.
 
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import torch
 
+_LOG = logging.getLogger(__name__)
+
 
 class CompileError(RuntimeError):
-    """The compiler's own message."""
+    """The compiler's own message, or what else stood in the way."""
 
 
 def load_extension(name: str, source: Path) -> None:
@@ -31,9 +34,12 @@ def load_extension(name: str, source: Path) -> None:
         source: The C++ file; headers beside it are part of it.
 
     Raises:
-        CompileError: If there is no compiler, or it fails.
+        CompileError: If there is no compiler, it fails, or the cache cannot be written.
     """
-    torch.ops.load_library(str(_compiled(name, source)))
+    try:
+        torch.ops.load_library(str(_compiled(name, source)))
+    except OSError as error:
+        raise CompileError(str(error)) from error
 
 
 def _compiled(name: str, source: Path) -> Path:
@@ -46,6 +52,7 @@ def _compiled(name: str, source: Path) -> Path:
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it if the process dies
         if not library.exists():
+            _LOG.warning("compiling %s, once on this machine: about half a minute", name)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / library.name
                 _run([*command[:1], str(source), *command[1:], "-o", str(made)])
@@ -75,9 +82,6 @@ def _version(command: list[str], source: Path) -> str:
 
 
 def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise CompileError(f"{command[0]}: {error.strerror}") from error
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(done.stderr.strip() or f"{command[0]} failed with exit code {done.returncode}")

@@ -83,9 +83,18 @@ def test_the_compilers_own_message(source, tmp_path):
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
-    [("/bin/false", "/bin/false failed with exit code 1"), ("/no/such/c++", "/no/such/c++: No such file or directory")],
+    [
+        ("/bin/false", "/bin/false failed with exit code 1"),
+        ("/no/such/c++", "[Errno 2] No such file or directory: '/no/such/c++'"),
+    ],
 )
 def test_a_broken_compiler(source, monkeypatch, compiler, message):
     monkeypatch.setenv("CXX", compiler)
     with pytest.raises(CompileError, match=f"^{re.escape(message)}$"):
+        load_extension("answer", source)
+
+
+def test_a_cache_that_cannot_be_written(source, tmp_path):
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(CompileError, match=r"File exists: .*cache"):
         load_extension("answer", source)

@@ -1,5 +1,7 @@
 """Compiled kernels: what they refuse, what ``auto`` does instead, ``torch.compile`` and ``torch.export``."""
 
+import multiprocessing
+import resource
 import warnings
 
 import pytest
@@ -78,6 +80,30 @@ class TestCPU:
         with torch.no_grad():
             experts(x.bfloat16(), mask)
         assert set(experts.state_dict()) == names
+
+    def test_its_work_space_does_not_grow_with_the_pairs(self):
+        """The child's peak memory: the pairs' rows would take 256 MB, the output takes 32."""
+        pairs = {**CASE, "tokens": 4096, "num_experts": 8, "expert_dim": 8, "d_model": 2048, "density": 1.0}
+        assert cpu.compile_failure() is None
+        context = multiprocessing.get_context("fork")
+        queue = context.SimpleQueue()
+
+        def child():
+            torch.set_num_threads(1)
+            for dtype in (torch.float32, torch.bfloat16):
+                experts, x, mask = experts_of(pairs, "cpu")
+                experts, x = experts.to(dtype), x.to(dtype)
+                with torch.no_grad():
+                    experts(x[:1], mask[:1])  # packs
+                    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                    experts(x, mask)
+                queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+        process = context.Process(target=child)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        assert max(queue.get(), queue.get()) < 64
 
     def test_refusals(self):
         experts = Experts(make_ffn(6, 12), 3, None, "cpu")

@@ -9,14 +9,14 @@
 
 namespace d2dmoe {
 
+// Tiles: tokens times neurons, and tokens times vectors of output columns. Their sums fill the 32 registers of AVX-512,
+// or the 16 of AVX2, but for what is multiplied.
+constexpr int kNeurons = 4; // of which one reduction makes one store
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kRows = 6;    // tokens of a tile: 6 x 4 accumulators of the 32 registers
-constexpr int kVectors = 4; // vectors of output columns of a tile
+constexpr int kDotRows = 6, kAddRows = 6, kVectors = 4;
 #else
-constexpr int kRows = 4;
-constexpr int kVectors = 2;
+constexpr int kDotRows = 3, kAddRows = 6, kVectors = 2;
 #endif
-constexpr int kNeurons = 4; // rows of weights of a tile, of which one reduction makes one store
 
 // Keeps a value in a register, where the compiler would rather read it from memory once a use.
 inline void keep(Vec& v) {
@@ -66,14 +66,15 @@ void dot_tile(const float* x, int64_t width, const int32_t* rows, const float* w
     for (int n = 0; n < kNeurons; ++n) sum[m][n] = Vec(0.f);
   int64_t k = 0;
   for (; k + kWidth <= width; k += kWidth) {
-    Vec wv[kNeurons];
+    Vec xv[M];
 #pragma GCC unroll 8
-    for (int n = 0; n < kNeurons; ++n) { wv[n] = Vec::loadu(b[n] + k); keep(wv[n]); }
+    for (int m = 0; m < M; ++m) keep(xv[m] = Vec::loadu(a[m] + k));
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      Vec xv = Vec::loadu(a[m] + k); keep(xv);
+    for (int n = 0; n < kNeurons; ++n) {
+      Vec wv = Vec::loadu(b[n] + k);
+      keep(wv);
 #pragma GCC unroll 8
-      for (int n = 0; n < kNeurons; ++n) sum[m][n] = at::vec::fmadd(xv, wv[n], sum[m][n]);
+      for (int m = 0; m < M; ++m) sum[m][n] = at::vec::fmadd(xv[m], wv, sum[m][n]);
     }
   }
   if (k < width) {
@@ -129,11 +130,11 @@ void add_tile(
     }
 }
 
-// Call f with std::integral_constant<int, rows>, 1 <= rows <= kRows.
-template <typename F, int M = kRows>
+// Call f with std::integral_constant<int, rows>, 1 <= rows <= M.
+template <int M, typename F>
 void with_rows(int64_t rows, const F& f) {
   if constexpr (M > 1) {
-    if (rows < M) return with_rows<F, M - 1>(rows, f);
+    if (rows < M) return with_rows<M - 1>(rows, f);
   }
   f(std::integral_constant<int, M>());
 }
@@ -141,8 +142,8 @@ void with_rows(int64_t rows, const F& f) {
 // h (count, neurons) = x[rows] w^T
 inline void dot_product(
     const float* x, int64_t width, const int32_t* rows, int64_t count, const float* w, int64_t neurons, float* h, int64_t ld) {
-  for (int64_t m = 0; m < count; m += kRows) {
-    with_rows(std::min<int64_t>(kRows, count - m), [&](auto M) {
+  for (int64_t m = 0; m < count; m += kDotRows) {
+    with_rows<kDotRows>(std::min<int64_t>(kDotRows, count - m), [&](auto M) {
       for (int64_t n = 0; n < neurons; n += kNeurons) {
         dot_tile<M>(x, width, rows + m, w + n * width, std::min<int64_t>(kNeurons, neurons - n), h + m * ld + n, ld);
       }
@@ -154,8 +155,8 @@ inline void dot_product(
 inline void add_product(
     const float* h, int64_t ld, int64_t depth, const float* w, int64_t width, float* y, const int32_t* rows, int64_t count) {
   const int64_t step = count <= 2 ? 8 : depth;
-  for (int64_t m = 0; m < count; m += kRows) {
-    with_rows(std::min<int64_t>(kRows, count - m), [&](auto M) {
+  for (int64_t m = 0; m < count; m += kAddRows) {
+    with_rows<kAddRows>(std::min<int64_t>(kAddRows, count - m), [&](auto M) {
       for (int64_t k = 0; k < depth; k += step) {
         const int64_t ks = std::min(step, depth - k);
         int64_t n = 0;
