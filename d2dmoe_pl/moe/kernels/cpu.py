@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.extension import CompileError, load_extension
 from d2dmoe_pl.moe.inference import obstacle, run_type
 
@@ -45,10 +45,10 @@ def cpu(experts, tokens: Tensor, mask: Tensor) -> Tensor:
         ConfigError: If gradients or an active dropout would be needed, the device, type or activation is not one that
             the kernel has, or it cannot be compiled.
     """
-    check(tokens.device.type == "cpu", f"backend='cpu': tokens are on {tokens.device}")
-    why_not = obstacle(experts, tokens, TYPES)
-    check(why_not is None, f"backend='cpu': {why_not}")
-    failure = compile_failure()
-    check(failure is None, f"backend='cpu': the compiler says: {failure}")
+    why_not = obstacle(experts, tokens, TYPES) if tokens.device.type == "cpu" else f"tokens are on {tokens.device}"
+    if why_not is None and (failure := compile_failure()) is not None:
+        why_not = f"the compiler says: {failure}"
+    if why_not is not None:
+        raise ConfigError(f"backend='cpu': {why_not}")
     tokens = tokens.to(run_type(experts, tokens))
-    return torch.ops.d2dmoe_pl.moe_cpu(tokens, mask, *experts.weights, experts.activation_kind)
+    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, *experts.weights, experts.activation_kind)
