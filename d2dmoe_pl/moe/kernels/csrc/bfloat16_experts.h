@@ -38,20 +38,19 @@ class BFloat16Experts {
       const int64_t tokens = std::min(kTokensAtOnce, count - m);
       // brgemm compiles a kernel for each number of rows: few numbers, and rows too many that nobody reads
       const int64_t height = tokens <= 2 ? tokens : (tokens + 3) / 4 * 4;
-      grow(tokens_, height * depth);
+      // neighbouring rows, as when every token runs, are read and added to where they are
+      const bool in_place = rows[m + tokens - 1] - rows[m] == tokens - 1 && height == tokens && depth == d;
+      const scalar* a = x + rows[m] * d;
+      if (!in_place) a = gather(x, rows + m, tokens, height);
       grow(hidden_, height * step);
       if (gate_ != nullptr) grow(gated_, height * step);
       grow(narrow_, height * ld);
       grow(sums_, height * kColumnsAtOnce);
-      for (int64_t i = 0; i < tokens; ++i) {
-        std::copy_n(x + rows[m + i] * d, d, tokens_.data() + i * depth);
-        if (depth > d) tokens_[i * depth + d] = 0.f;
-      }
       for (int64_t n = 0; n < s; n += step) {
         const int64_t neurons = std::min(step, s - n);
-        first_product(up_ + expert * depth * s + 2 * n, height, neurons, depth, hidden_.data(), step);
+        first_product(a, up_ + expert * depth * s + 2 * n, height, neurons, depth, hidden_.data(), step);
         if (gate_ != nullptr) {
-          first_product(gate_ + expert * depth * s + 2 * n, height, neurons, depth, gated_.data(), step);
+          first_product(a, gate_ + expert * depth * s + 2 * n, height, neurons, depth, gated_.data(), step);
         }
         activate(
             problem_.activation, hidden_.data(), at(problem_.up_bias, expert * s + n),
@@ -60,7 +59,7 @@ class BFloat16Experts {
           at::vec::convert(hidden_.data() + i * step, narrow_.data() + i * ld, neurons);
           if (neurons % 2 == 1) narrow_[i * ld + neurons] = 0.f;
         }
-        second_product(down_ + (expert * even(s) + n) * d, height, tokens, even(neurons), ld, rows + m, y);
+        second_product(down_ + (expert * even(s) + n) * d, height, tokens, even(neurons), ld, rows + m, y, in_place);
       }
     }
   }
@@ -70,16 +69,33 @@ class BFloat16Experts {
   static constexpr int64_t kNeuronsAtOnce = 64; // even, so that pairs of rows stay whole
   static constexpr int64_t kColumnsAtOnce = 256;
 
-  void first_product(const scalar* weight, int64_t rows, int64_t neurons, int64_t depth, float* out, int64_t ld) {
-    at::native::cpublas::brgemm(
-        rows, neurons, depth, depth, problem_.neurons, ld, /*add_C=*/false, tokens_.data(), weight, out);
+  // A copy (height, even(d)) of rows of x, of which those past the last are not written.
+  const scalar* gather(const scalar* x, const int32_t* rows, int64_t count, int64_t height) {
+    const int64_t d = problem_.width, depth = even(d);
+    grow(tokens_, height * depth);
+    for (int64_t i = 0; i < count; ++i) {
+      std::copy_n(x + rows[i] * d, d, tokens_.data() + i * depth);
+      if (depth > d) tokens_[i * depth + d] = 0.f;
+    }
+    return tokens_.data();
+  }
+
+  void first_product(
+      const scalar* a, const scalar* weight, int64_t rows, int64_t neurons, int64_t depth, float* out, int64_t ld) {
+    at::native::cpublas::brgemm(rows, neurons, depth, depth, problem_.neurons, ld, /*add_C=*/false, a, weight, out);
   }
 
   void second_product(
-      const scalar* weight, int64_t height, int64_t tokens, int64_t depth, int64_t ld, const int32_t* rows, float* y) {
+      const scalar* weight, int64_t height, int64_t tokens, int64_t depth, int64_t ld, const int32_t* rows, float* y,
+      bool in_place) {
     const int64_t d = problem_.width;
     for (int64_t n = 0; n < d; n += kColumnsAtOnce) {
       const int64_t columns = std::min(kColumnsAtOnce, d - n);
+      if (in_place) {
+        at::native::cpublas::brgemm(
+            height, columns, depth, ld, d, d, /*add_C=*/true, narrow_.data(), weight + 2 * n, y + rows[0] * d + n);
+        continue;
+      }
       at::native::cpublas::brgemm(
           height, columns, depth, ld, d, kColumnsAtOnce, /*add_C=*/false, narrow_.data(), weight + 2 * n, sums_.data());
       for (int64_t i = 0; i < tokens; ++i) {
