@@ -47,7 +47,8 @@ inline Vec tanh(Vec x) {
 // Biases may be null; both matrices have rows `ld` apart.
 template <Vec (*act)(Vec)>
 void activate(
-    float* hidden, const float* bias, const float* gate, const float* gate_bias, int64_t rows, int64_t neurons, int64_t ld) {
+    float* hidden, const float* bias, const float* gate, const float* gate_bias, int64_t rows, int64_t neurons,
+    int64_t ld) {
   const auto biased = [](const float* values, const float* bias, int64_t n, int64_t count) {
     const Vec value = Vec::loadu(values + n, count);
     return bias == nullptr ? value : value + Vec::loadu(bias + n, count);

@@ -19,7 +19,8 @@ class BFloat16Experts {
   using scalar = at::BFloat16;
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
   // Weights as `pack` gives them: up and gate transposed, down not.
-  BFloat16Experts(const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
+  BFloat16Experts(
+      const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
       : problem_(problem),
         up_(up.const_data_ptr<scalar>()),
         gate_(gate ? gate->const_data_ptr<scalar>() : nullptr),

@@ -16,7 +16,8 @@ class FloatExperts {
  public:
   using scalar = float;
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
-  FloatExperts(const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
+  FloatExperts(
+      const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
       : problem_(problem),
         up_(up.const_data_ptr<float>()),
         gate_(gate ? gate->const_data_ptr<float>() : nullptr),
@@ -36,7 +37,8 @@ class FloatExperts {
         dot_product(x, d, rows + m, tokens, up_ + first * d, neurons, hidden_.data(), step);
         if (gate_ != nullptr) dot_product(x, d, rows + m, tokens, gate_ + first * d, neurons, gated_.data(), step);
         activate(
-            problem_.activation, hidden_.data(), at(problem_.up_bias, first), gate_ == nullptr ? nullptr : gated_.data(),
+            problem_.activation, hidden_.data(), at(problem_.up_bias, first),
+            gate_ == nullptr ? nullptr : gated_.data(),
             at(problem_.gate_bias, first), tokens, neurons, step);
         add_product(hidden_.data(), step, neurons, down_ + first * d, d, y, rows + m, tokens);
       }

@@ -88,7 +88,8 @@ void check_inputs(
   TORCH_CHECK_VALUE(tokens.dim() == 2 && up_weight.dim() == 3, "tokens must be (N, d) and up_weight (E, s, d)");
   TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, "mask is ", mask.scalar_type(), ", not bool");
   const int64_t experts = up_weight.size(0), neurons = up_weight.size(1), width = tokens.size(1);
-  TORCH_CHECK_VALUE(mask.dim() == 2 && mask.size(0) == tokens.size(0) && mask.size(1) == experts, "mask must be (N, E)");
+  const bool fits = mask.dim() == 2 && mask.size(0) == tokens.size(0) && mask.size(1) == experts;
+  TORCH_CHECK_VALUE(fits, "mask must be (N, E)");
   check("tokens", tokens, {tokens.size(0), width});
   check("up_weight", up_weight, {experts, neurons, width});
   check("up_bias", up_bias, {experts, neurons});
@@ -109,9 +110,9 @@ at::Tensor moe_cpu(
   const auto weight = [&](const at::Tensor& w, Form form) {
     return form == Form::fp32 && w.scalar_type() == at::kFloat ? w.contiguous() : packed.get(w, form);
   };
-  const at::Tensor up = weight(up_weight, in_bf16 ? Form::transposed_pairs : Form::fp32);
-  const at::Tensor down = weight(down_weight, in_bf16 ? Form::pairs : Form::fp32);
-  const Optional gate = gate_weight ? Optional(weight(*gate_weight, in_bf16 ? Form::transposed_pairs : Form::fp32)) : Optional();
+  const Form first = in_bf16 ? Form::transposed_pairs : Form::fp32, second = in_bf16 ? Form::pairs : Form::fp32;
+  const at::Tensor up = weight(up_weight, first), down = weight(down_weight, second);
+  const Optional gate = gate_weight ? Optional(weight(*gate_weight, first)) : Optional();
   const auto bias = [&](const Optional& b) { return b ? weight(*b, Form::fp32) : at::Tensor(); };
   const auto data = [](const at::Tensor& b) { return b.defined() ? b.const_data_ptr<float>() : nullptr; };
   const at::Tensor b1 = bias(up_bias), bg = bias(gate_bias), b2 = bias(down_bias), chosen = mask.contiguous();

@@ -17,7 +17,8 @@ struct Plan {
 
 // Threads take ranges of tokens. A thread with few tokens would load all weights for little work, so that below
 // `min_block` tokens a thread, experts are dealt out as well, in ranges of about equal cost.
-inline Plan make_plan(const bool* mask, int64_t tokens, int64_t experts, int64_t threads, int64_t min_block, int64_t max_block) {
+inline Plan make_plan(
+    const bool* mask, int64_t tokens, int64_t experts, int64_t threads, int64_t min_block, int64_t max_block) {
   Plan plan;
   if (tokens >= threads * min_block) {
     const int64_t share = (tokens + threads - 1) / threads;

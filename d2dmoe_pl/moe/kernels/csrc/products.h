@@ -111,7 +111,10 @@ void add_tile(
   for (int64_t k = 0; k < depth; ++k) {
     Vec wv[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) wv[v] = V == 1 ? Vec::loadu(w + k * width, columns) : Vec::loadu(w + k * width + v * kWidth);
+    for (int v = 0; v < V; ++v) {
+      const float* at = w + k * width + v * kWidth;
+      wv[v] = V == 1 ? Vec::loadu(at, columns) : Vec::loadu(at);
+    }
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) keep(wv[v]);
 #pragma GCC unroll 8
@@ -141,7 +144,8 @@ void with_rows(int64_t rows, const F& f) {
 
 // h (count, neurons) = x[rows] w^T
 inline void dot_product(
-    const float* x, int64_t width, const int32_t* rows, int64_t count, const float* w, int64_t neurons, float* h, int64_t ld) {
+    const float* x, int64_t width, const int32_t* rows, int64_t count, const float* w, int64_t neurons, float* h,
+    int64_t ld) {
   for (int64_t m = 0; m < count; m += kDotRows) {
     with_rows<kDotRows>(std::min<int64_t>(kDotRows, count - m), [&](auto M) {
       for (int64_t n = 0; n < neurons; n += kNeurons) {
@@ -153,8 +157,9 @@ inline void dot_product(
 
 // y[rows] += h (count, depth) w (depth, width)
 inline void add_product(
-    const float* h, int64_t ld, int64_t depth, const float* w, int64_t width, float* y, const int32_t* rows, int64_t count) {
-  const int64_t step = count <= 2 ? 8 : depth;
+    const float* h, int64_t ld, int64_t depth, const float* w, int64_t width, float* y, const int32_t* rows,
+    int64_t count) {
+  const int64_t step = count <= 2 ? 8 : depth; // for few tokens, weights are read once: few rows side by side
   for (int64_t m = 0; m < count; m += kAddRows) {
     with_rows<kAddRows>(std::min<int64_t>(kAddRows, count - m), [&](auto M) {
       for (int64_t k = 0; k < depth; k += step) {
@@ -164,7 +169,8 @@ inline void add_product(
           add_tile<M, kVectors>(h + m * ld + k, ld, ks, w + k * width + n, width, y + n, rows + m);
         }
         for (; n < width; n += kWidth) {
-          add_tile<M, 1>(h + m * ld + k, ld, ks, w + k * width + n, width, y + n, rows + m, std::min<int64_t>(kWidth, width - n));
+          const int64_t columns = std::min(kWidth, width - n);
+          add_tile<M, 1>(h + m * ld + k, ld, ks, w + k * width + n, width, y + n, rows + m, columns);
         }
       }
     });
