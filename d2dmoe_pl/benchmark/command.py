@@ -22,7 +22,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe import kernels
 from d2dmoe_pl.moe.gate import check_tau
 
-DEFAULT_BACKEND = "grouped"
+DEFAULT_BACKEND = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda")
 SCOPES = ("layer", "model")

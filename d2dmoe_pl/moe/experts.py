@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from d2dmoe_pl import plugins
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe import kernels
 from d2dmoe_pl.moe.activations import activation_kind
+from d2dmoe_pl.moe.hidden import hidden_activations
 
 
 def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str) -> None:
@@ -44,9 +44,7 @@ class Experts(nn.Module):
     ``(E, s)``, ``down_bias`` ``(d_model,)``.
     """
 
-    def __init__(
-        self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "reference"
-    ) -> None:
+    def __init__(self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "auto") -> None:
         super().__init__()
         if assignment is None:
             assignment = torch.arange(ffn.d_ff, device="cpu") * num_experts // ffn.d_ff
@@ -93,36 +91,27 @@ class Experts(nn.Module):
         """What decides whether neurons fire, ``(E, s, d_model)``."""
         return self.gate_weight if self.is_gated else self.up_weight
 
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """All parameters, in the order that kernels registered with ``torch.library`` take them."""
+        return self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.down_weight, self.down_bias
+
     def set_backend(self, backend: str) -> None:
         """Choose the kernel by the name of its file in ``moe/kernels``."""
         self.backend = backend
         self._kernel = plugins.find(kernels, backend, "backend")
 
-    def hidden(self, tokens: Tensor, expert: int | None = None) -> Tensor:
-        """What the activation (times the gated product) gives: ``(N, E, s)``, or ``(N, s)`` of one ``expert``."""
-        part = slice(None) if expert is None else slice(expert, expert + 1)
-
-        def project(weight: Tensor, bias: Tensor | None) -> Tensor:
-            return F.linear(tokens, weight[part].flatten(0, 1), None if bias is None else bias[part].flatten())
-
-        hidden = project(self.up_weight, self.up_bias)  # (N, E * s) or (N, s)
-        if self.is_gated:
-            hidden = self.activation(project(self.gate_weight, self.gate_bias)) * hidden
-        else:
-            hidden = self.activation(hidden)
-        hidden = self.hidden_dropout(hidden)
-        return hidden if expert is not None else hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the activation (times the gated product) gives: ``(N, E, s)``."""
+        parameters = (self.up_weight, self.up_bias, self.gate_weight, self.gate_bias)
+        flat = (None if rows is None else rows.flatten(0, 1) for rows in parameters)  # (E * s[, d])
+        hidden = self.hidden_dropout(hidden_activations(self.activation, tokens, *flat))  # (N, E * s)
+        return hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
 
     def combine(self, hidden: Tensor) -> Tensor:
         """The output of the experts from their activations ``(N, E, s)``: ``(N, d_model)``."""
         output = hidden.flatten(1) @ self.down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d)
         return output if self.down_bias is None else output + self.down_bias
-
-    def down_bias_for(self, tokens: Tensor) -> Tensor:
-        """The output of no expert at all, one row a token: ``(N, d_model)``."""
-        if self.down_bias is None:
-            return torch.zeros_like(tokens)
-        return self.down_bias.expand(tokens.shape[0], -1)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run the experts that ``mask`` selects, all of them if there is none.

@@ -1,4 +1,4 @@
-"""The contract of every kernel: the function of the plain twin, outputs and gradients."""
+"""The contract of every kernel: the function of the plain twin, and gradients where it has any."""
 
 import pytest
 import torch
@@ -12,7 +12,16 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe import kernels
 from d2dmoe_pl.moe.experts import Experts
 
-KERNELS = [name for name in plugins.names(kernels) if name != "triton"]  # has no gradients: test_triton.py
+DIFFERENTIABLE = ["auto", "grouped", "reference"]
+ON_CPU = [*DIFFERENTIABLE, "cpu"]
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def make_ffn(d_model, d_ff, gated=False, bias=True, activation=nn.ReLU):
@@ -36,48 +45,84 @@ def naive(ffn, assignment, tokens, mask):
     return output
 
 
-@st.composite
-def cases(draw):
-    return {
-        "tokens": draw(st.integers(0, 9)),
-        "num_experts": draw(st.integers(1, 6)),
-        "expert_dim": draw(st.integers(1, 5)),
-        "d_model": draw(st.integers(1, 7)),
-        "gated": draw(st.booleans()),
-        "bias": draw(st.booleans()),
-        "activation": draw(st.sampled_from([nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh])),
-        "density": draw(st.sampled_from([0.0, 0.2, 1.0])),
-        "seed": draw(st.integers(0, 2**31)),
-    }
+def cases(most_tokens, most_experts, largest_expert, largest_d):
+    return st.fixed_dictionaries(
+        {
+            "tokens": st.integers(0, most_tokens),
+            "num_experts": st.integers(1, most_experts),
+            "expert_dim": st.integers(1, largest_expert),
+            "d_model": st.integers(1, largest_d),
+            "gated": st.booleans(),
+            "bias": st.booleans(),
+            "activation": st.sampled_from(list(ACTIVATIONS)),
+            "density": st.sampled_from([0.0, 0.2, 1.0]),
+        }
+    )
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+def experts_of(case, backend, **kwargs):
+    """Experts as the case has them, freshly drawn, and tokens and a mask for them."""
+    d_model, num_experts = case["d_model"], case["num_experts"]
+    activation = ACTIVATIONS[case["activation"]]
+    ffn = make_ffn(d_model, num_experts * case["expert_dim"], case["gated"], case["bias"], activation)
+    mask = torch.rand(case["tokens"], num_experts) < case["density"]
+    return Experts(ffn, num_experts, None, backend, **kwargs), torch.randn(case["tokens"], d_model), mask
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.seed()
+
+
+@pytest.mark.parametrize("backend", DIFFERENTIABLE)
+@given(cases(9, 6, 5, 7))
+@settings(deadline=None, max_examples=60)
+def test_equals_the_naive_twin_in_output_and_gradients(backend, case):
+    d_ff = case["num_experts"] * case["expert_dim"]
+    ffn = make_ffn(case["d_model"], d_ff, case["gated"], case["bias"], ACTIVATIONS[case["activation"]])
+    assignment = torch.randperm(d_ff) % case["num_experts"]
+    experts = Experts(ffn, case["num_experts"], assignment, backend)
+    mask = torch.rand(case["tokens"], case["num_experts"]) < case["density"]
+    start = torch.randn(case["tokens"], case["d_model"])
+    results = []
+    for function, weight in (
+        (lambda x: naive(ffn, assignment, x, mask), ffn.up.weight),
+        (lambda x: experts(x, mask), experts.up_weight),
+    ):
+        tokens = start.clone().requires_grad_()
+        output = function(tokens)
+        # the product with zero keeps the graph whole where nothing runs
+        (output.square().sum() + 0 * tokens.sum() + 0 * weight.sum()).backward()
+        results.append((output, tokens.grad, weight.grad))
+    expected, got = results
+    in_order = expected[2][assignment.argsort(stable=True)].view_as(got[2])
+    for a, b in zip((*expected[:2], in_order), got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
+@given(cases(150, 9, 70, 150))
+@settings(deadline=None, max_examples=60)
+@torch.no_grad()
+def test_equals_reference_in_inference(backend, dtype, case):
+    experts, tokens, mask = experts_of(case, backend)
+    experts, tokens = experts.to(dtype), tokens.to(dtype)
+    got = experts(tokens, mask)
+    experts.double().set_backend("reference")
+    expected = experts(tokens.double(), mask)
+    assert got.dtype == dtype
+    scale = expected.abs().max().clamp(min=1e-3).item() if expected.numel() else 1.0
+    assert_close(got.double() / scale, expected / scale, TOLERANCE[dtype])
+
+
+def assert_close(got, expected, tolerance):
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
 class TestContract:
-    @given(cases())
-    @settings(deadline=None, max_examples=60)
-    def test_equals_the_naive_twin_in_output_and_gradients(self, backend, case):
-        torch.manual_seed(case["seed"])
-        d_ff = case["num_experts"] * case["expert_dim"]
-        ffn = make_ffn(case["d_model"], d_ff, case["gated"], case["bias"], case["activation"])
-        assignment = torch.randperm(d_ff) % case["num_experts"]
-        experts = Experts(ffn, case["num_experts"], assignment, backend)
-        mask = torch.rand(case["tokens"], case["num_experts"]) < case["density"]
-        start = torch.randn(case["tokens"], case["d_model"])
-        results = []
-        for function, weight in (
-            (lambda x: naive(ffn, assignment, x, mask), ffn.up.weight),
-            (lambda x: experts(x, mask), experts.up_weight),
-        ):
-            tokens = start.clone().requires_grad_()
-            output = function(tokens)
-            # the product with zero keeps the graph whole where nothing runs
-            (output.square().sum() + 0 * tokens.sum() + 0 * weight.sum()).backward()
-            results.append((output, tokens.grad, weight.grad))
-        expected, got = results
-        in_order = expected[2][assignment.argsort(stable=True)].view_as(got[2])
-        for a, b in zip((*expected[:2], in_order), got, strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
-
+    @torch.no_grad()
     def test_all_tokens_on_one_expert(self, backend):
         ffn = make_ffn(6, 12)
         mask = torch.zeros(5, 3, dtype=torch.bool)
@@ -86,12 +131,17 @@ class TestContract:
         got = Experts(ffn, 3, None, backend)(tokens, mask)
         torch.testing.assert_close(got, naive(ffn, torch.arange(12) // 4, tokens, mask))
 
-    def test_nan_in_gives_nan_out(self, backend):
-        tokens = torch.randn(3, 6)
-        tokens[1, 2] = torch.nan
-        got = Experts(make_ffn(6, 12), 3, None, backend)(tokens, torch.ones(3, 3, dtype=torch.bool))
-        assert got.isnan().any(dim=1).tolist() == [False, True, False]
+    @torch.no_grad()
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_nan_in_gives_nan_out(self, backend, dtype):
+        for activation in ACTIVATIONS.values():
+            tokens = torch.randn(3, 6, dtype=dtype)
+            tokens[1, 2] = torch.nan
+            experts = Experts(make_ffn(6, 12, activation=activation), 3, None, backend).to(dtype)
+            got = experts(tokens, torch.ones(3, 3, dtype=torch.bool))
+            assert got.isnan().any(dim=1).tolist() == [False, True, False]
 
+    @torch.no_grad()
     def test_runs_under_autocast(self, backend):
         experts = Experts(make_ffn(6, 12), 3, None, backend)
         tokens, mask = torch.randn(4, 6), torch.rand(4, 3) < 0.5
@@ -99,9 +149,24 @@ class TestContract:
             got = experts(tokens, mask)
         torch.testing.assert_close(got.float(), experts(tokens, mask), rtol=0.05, atol=0.05)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("dtype", TOLERANCE)
+    def test_takes_tokens_masks_and_weights_that_are_not_contiguous(self, backend, dtype):
+        experts = Experts(make_ffn(6, 12, gated=True), 3, None, backend).to(dtype)
+        tokens, mask = torch.randn(6, 8, dtype=dtype).t()[1:], (torch.rand(3, 7) < 0.5).t()
+        expected = experts(tokens.contiguous(), mask.contiguous())
+        for name in ("up_weight", "gate_weight", "down_weight"):
+            weight = getattr(experts, name)
+            setattr(experts, name, nn.Parameter(weight.transpose(0, 1).contiguous().transpose(0, 1)))
+        torch.testing.assert_close(experts(tokens, mask), expected)
+
+
+def test_every_kernel_is_tested():
+    assert set(plugins.names(kernels)) - {"triton"} == set(ON_CPU)
+
 
 def test_unknown_backend():
-    with pytest.raises(ConfigError, match="backend='abacus': allowed are grouped, reference, triton"):
+    with pytest.raises(ConfigError, match="backend='abacus': allowed are auto, cpu, grouped, reference, triton"):
         Experts(make_ffn(4, 4), 2, None, "abacus")
 
 

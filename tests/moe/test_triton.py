@@ -199,7 +199,7 @@ class TestRefusals:
 
     def test_gradients(self):
         with torch.enable_grad():
-            self.run(r"has no gradients; run under torch.no_grad\(\), or train with 'reference' or 'grouped'")
+            self.run(r"has no gradients; run under torch.no_grad\(\), or train with 'auto', 'reference' or 'grouped'")
 
     def test_frozen_experts_need_no_context(self):
         experts = make_experts(4, 2, 3).requires_grad_(False)
@@ -215,7 +215,7 @@ class TestRefusals:
         self.run("the activation SELU is not one of relu, gelu, gelu_tanh, silu, tanh", activation="selu")
 
     def test_types(self):
-        message = "tokens are torch.float64 and weights torch.float32; both must be torch.float32, "
+        message = "tokens are torch.float64 and weights torch.float32; both must be torch.float32 or "
         tokens = torch.randn(5, 4, dtype=torch.float64, device=DEVICE)
         self.run(message + "torch.bfloat16 or torch.float16", tokens)
 

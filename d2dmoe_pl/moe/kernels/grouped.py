@@ -1,16 +1,75 @@
 """One small dense FFN an expert over the tokens that chose it: only executed (token, expert) pairs are computed."""
 
-from torch import Tensor
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.moe.activations import KNOWN
+from d2dmoe_pl.moe.hidden import hidden_activations
+from d2dmoe_pl.moe.inference import obstacle
+from d2dmoe_pl.moe.kernels.reference import reference
 
 
 def grouped(experts, tokens: Tensor, mask: Tensor) -> Tensor:
-    """See :mod:`d2dmoe_pl.moe.kernels`; differentiable, runs anywhere."""
+    """See :mod:`d2dmoe_pl.moe.kernels`; differentiable, runs anywhere.
+
+    How many tokens an expert gets is not known when ``torch.compile`` traces, so that there the whole is one operator,
+    which has no gradients; calls that need them, or autocast, run as ``reference`` there.
+    """
+    if not torch.compiler.is_compiling():
+        return _run(experts.activation, experts.hidden_dropout, tokens, mask, *experts.weights)
+    if torch.is_autocast_enabled(tokens.device.type) or obstacle(experts, tokens, [tokens.dtype]) is not None:
+        return reference(experts, tokens, mask)
+    return moe_grouped(tokens, mask, *experts.weights, experts.activation_kind)
+
+
+def _run(
+    activation: Callable[[Tensor], Tensor],
+    dropout: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    mask: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+) -> Tensor:
     pairs = mask.t().nonzero()  # (P, 2): expert, token; sorted by expert
     token_groups = pairs[:, 1].split(mask.sum(dim=0).tolist())  # E tensors of token indices
-    output = experts.down_bias_for(tokens).clone()  # (N, d)
+    start = torch.zeros_like(tokens) if down_bias is None else down_bias.expand(tokens.shape[0], -1)  # (N, d)
+    # a narrow type, or autocast's, is for products; sums are kept in float32 or wider
+    output = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
+
+    def part(rows: Tensor | None, expert: int) -> Tensor | None:
+        return None if rows is None else rows[expert]
+
     for expert, index in enumerate(token_groups):
         if index.numel():
-            hidden = experts.hidden(tokens.index_select(0, index), expert)  # (n_e, s)
-            # autocast may compute the product in a narrower type than the sum is kept in
-            output = output.index_add(0, index, (hidden @ experts.down_weight[expert]).to(output.dtype))
-    return output
+            parameters = (part(rows, expert) for rows in (up_weight, up_bias, gate_weight, gate_bias))
+            hidden = hidden_activations(activation, tokens.index_select(0, index), *parameters)  # (n_e, s)
+            output.index_add_(0, index, (dropout(hidden) @ down_weight[expert]).to(output.dtype))
+    return output.to(start.dtype)
+
+
+@torch.library.custom_op("d2dmoe_pl::moe_grouped", mutates_args=())
+def moe_grouped(
+    tokens: Tensor,
+    mask: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """The operator under :func:`grouped`; shapes as in ``Experts``, ``activation`` a name in ``moe/activations.py``."""
+    weights = (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
+    return _run(KNOWN[activation], nn.Identity(), tokens, mask, *weights)
+
+
+@moe_grouped.register_fake
+def _(tokens, mask, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, activation):
+    return tokens.new_empty(tokens.shape)

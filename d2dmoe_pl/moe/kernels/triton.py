@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from d2dmoe_pl.errors import ConfigError, check
-from d2dmoe_pl.moe.activations import KNOWN
+from d2dmoe_pl.moe.inference import obstacle, run_type
 
 try:
     # the package, not this file; its name is taken below by the function that `plugins` looks for
@@ -229,30 +229,10 @@ def triton(experts, tokens: Tensor, mask: Tensor) -> Tensor:
         ConfigError: If gradients or an active dropout would be needed, or the device, type or activation is not one
             that the kernel has.
     """
-    weights = (experts.up_weight, experts.up_bias, experts.gate_weight, experts.gate_bias)
-    weights += (experts.down_weight, experts.down_bias)
-    device = tokens.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else experts.up_weight.dtype
-    differentiable = any(tensor is not None and tensor.requires_grad for tensor in (tokens, *weights))
-    dropout = getattr(experts.hidden_dropout, "p", 0.0) if experts.hidden_dropout.training else 0.0
-    check(
-        not (torch.is_grad_enabled() and differentiable),
-        "backend='triton': has no gradients; run under torch.no_grad(), or train with 'reference' or 'grouped'",
-    )
-    check(dropout == 0, f"backend='triton': has no dropout, and p={dropout} is active; call model.eval() first")
-    check(
-        device == "cuda" or INTERPRETED.value,
-        f"backend='triton': needs tokens on a CUDA device, they are on {tokens.device}",
-    )
-    check(
-        dtype in SCATTER_FROM and (autocast or tokens.dtype == dtype),
-        f"backend='triton': tokens are {tokens.dtype} and weights {dtype}; "
-        "both must be torch.float32, torch.bfloat16 or torch.float16",
-    )
-    check(
-        experts.activation_kind in KNOWN,
-        f"backend='triton': the activation {type(experts.activation).__name__} is not one of {', '.join(KNOWN)}",
-    )
-    cast = (None if tensor is None else tensor.to(dtype) for tensor in weights)
+    why_not = obstacle(experts, tokens, list(SCATTER_FROM))
+    if tokens.device.type != "cuda" and not INTERPRETED.value:
+        why_not = f"needs tokens on a CUDA device, they are on {tokens.device}"
+    check(why_not is None, f"backend='triton': {why_not}")
+    dtype = run_type(experts, tokens)
+    cast = (None if tensor is None else tensor.to(dtype) for tensor in experts.weights)
     return moe_triton(tokens.to(dtype), mask, *cast, experts.activation_kind)
