@@ -1,4 +1,4 @@
-"""Small local things in place of those that recipes take from the hub: a BERT, and files with the hub's columns."""
+"""Small local things in place of those that recipes take from the hub: models, and files with the hub's columns."""
 
 import json
 
@@ -19,6 +19,38 @@ SMALL = [
     "moebert_distillation.model.init_args.num_shared=5",
 ]
 SMALL_SQUAD = [*SMALL, "data.init_args.doc_stride=2", "data.init_args.max_question_length=4"]
+
+
+# the same for the recipes of language models
+SMALL_STREAM = [
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.precision=32-true",
+    "trainer.accumulate_grad_batches=1",
+    "trainer.enable_progress_bar=false",
+    "data.init_args.length=8",
+    "data.init_args.batch_size=4",
+    "data.init_args.epoch_blocks=8",
+    "data.init_args.evaluation_documents=5",
+    "data.init_args.num_workers=0",
+    "fine_tuning.trainer.max_steps=2",
+    "sparsity_enforcement.trainer.max_steps=2",
+    "router_regression.trainer.max_steps=2",
+    "expert_clustering.model.init_args.num_experts=8",
+]
+
+
+def write_decoder(folder, kind):
+    """A pretrained decoder, and its tokenizer."""
+    tiny.tokenizer(folder, WORDS, ("[PAD]", "[UNK]", "<eos>"))
+    tiny.SOURCES[f"{kind}-causal-language-modeling"]().build([]).save_pretrained(folder)
+
+
+def write_texts(folder):
+    """Shards of texts."""
+    for shard in range(2):
+        write(folder, f"train-{shard}", [{"text": phrase(i + shard, 5 + i % 3)} for i in range(60)])
+    write(folder, "validation-0", [{"text": phrase(i, 5)} for i in range(20)])
 
 
 def write_bert(folder):

@@ -33,7 +33,11 @@ RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}
 ARCHITECTURES = re.compile(r"(?i)(?<!moe)bert|vit\b|vision_?transformer|deit|gpt|llama|gemma")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # configurations of the pretrained models that recipes name
-ON_HUB = {"google-bert/bert-base-uncased": transformers.BertConfig()}
+ON_HUB = {
+    "google-bert/bert-base-uncased": transformers.BertConfig(),
+    "openai-community/gpt2": transformers.GPT2Config(),
+    "google/gemma-2b": transformers.GemmaConfig(hidden_size=2048, num_hidden_layers=18, num_attention_heads=8),
+}
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 

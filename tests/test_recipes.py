@@ -1,4 +1,4 @@
-"""The MoEBERT recipes as their comments say to run them, on small local stand-ins; and what ends them at once."""
+"""Recipes as their comments say to run them, on small local stand-ins; and what ends them at once."""
 
 import collections
 import pickle
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import stand_ins
 import tiny
-from stand_ins import SMALL, SMALL_SQUAD
+from stand_ins import SMALL, SMALL_SQUAD, SMALL_STREAM
 
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
@@ -67,6 +67,22 @@ def test_from_local_files(folder, recipe, small, metrics):
     rows = [row.split(",") for row in (artifact.path.parent / "tau_sweep.csv").read_text().splitlines()]
     shares = {float(row[rows[0].index("experts_percent")]) for row in rows[1:]}
     assert shares == {25.0}
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("d2dmoe_gpt2_openwebtext", "gpt2"), ("d2dmoe_gemma_c4", "gemma")])
+def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    stand_ins.write_decoder(tmp_path / kind, kind)
+    stand_ins.write_texts(tmp_path / "texts")
+    local = [word.replace(".jsonl.gz", ".jsonl") for word in commands(recipe)[-1]]
+    main([*local, *SMALL_STREAM])
+    artifact = read_artifact(tmp_path / "runs" / recipe / "router_regression" / "artifact")
+    assert artifact.stage == "routed"
+    assert all(record.metrics["test/perplexity"] > 1 for record in artifact.history)
+    header, *rows = (artifact.path.parent / "tau_sweep.csv").read_text().splitlines()
+    assert "perplexity" in header.split(",")
+    assert len(rows) == 2 * 10
 
 
 def test_squad_2(folder):

@@ -154,7 +154,10 @@ def batch(kind="timm_vit", size=3):
 
 
 def tokenizer(folder, words, special=("[PAD]", "[UNK]")):
-    """Save a tokenizer of whole words to ``folder``; with ``[CLS]`` and ``[SEP]``, it puts them where BERT has them."""
+    """Save a tokenizer of whole words to ``folder``; with ``[CLS]`` and ``[SEP]``, it puts them where BERT has them.
+
+    ``[MASK]`` and ``<eos>``, if among ``special``, are the mask and the end of a text.
+    """
     vocabulary = {word: i for i, word in enumerate([*special, *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -163,6 +166,7 @@ def tokenizer(folder, words, special=("[PAD]", "[UNK]")):
         ends = (("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
         core.post_processor = processors.BertProcessing(*ends)
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names |= {key: token for key, token in {"mask_token": "[MASK]", "eos_token": "<eos>"}.items() if token in special}
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, **names)
     fast.save_pretrained(folder)
     return str(folder)

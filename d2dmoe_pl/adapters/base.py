@@ -56,6 +56,10 @@ class Adapter(ABC):
         """How many token ids there are; None for models of anything but text."""
         return None
 
+    def num_positions(self, model: nn.Module) -> int | None:
+        """How many tokens a text may have; None for models of anything but text."""
+        return None
+
     @abstractmethod
     def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
         """Give ``ffns`` the activation ``name`` and record it in the model's own config.

@@ -1,5 +1,6 @@
 """Hugging Face RoBERTa: BERT's layers under names of their own."""
 
+from torch import nn
 from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaLayer
 
 from d2dmoe_pl.adapters.bert import BertAdapter
@@ -15,6 +16,9 @@ class RobertaAdapter(BertAdapter):
     head_activation = None
     layer_class = RobertaLayer
     intermediate_class = RobertaIntermediate
+
+    def num_positions(self, model: nn.Module) -> int:
+        return model.config.max_position_embeddings - model.config.pad_token_id - 1  # they begin after padding's
 
 
 ADAPTER = RobertaAdapter()

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.metrics.expert_load import executed_pairs
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops, routing_flops
 from d2dmoe_pl.moe.layer import MoELayer
@@ -26,7 +27,9 @@ class SweepRow:
         tau: The gate's setting; None where ``k`` is swept, and for a routing that has none.
         loss: Mean task loss.
         metric: Name of the task's main metric.
-        score: Its value, percent.
+        score: Its value, in percent if it is a share.
+        in_percent: Whether it is.
+        higher_is_better: Whether a larger score is better.
         experts_percent: Executed share of all (token, expert) pairs, over layers.
         ffn_flops_percent: FLOPs of experts and routers, percent of the dense FFNs' FLOPs.
         model_flops: FLOPs of the whole model for the average sample; a multiply-add is 2.
@@ -40,6 +43,8 @@ class SweepRow:
     loss: float
     metric: str
     score: float
+    in_percent: bool
+    higher_is_better: bool
     experts_percent: float
     ffn_flops_percent: float
     model_flops: float
@@ -76,7 +81,7 @@ def sweep_row(
     stage: str,
     tau: float | None,
     loss: float,
-    metric: str,
+    task: Task,
     score: float,
     layers: Mapping[str, MoELayer | MoEBERTLayer],
     histograms: Sequence[Tensor],
@@ -90,8 +95,8 @@ def sweep_row(
         stage: Name of the split.
         tau: The gate's setting; None where ``k`` is swept, and for a routing that has none.
         loss: Mean task loss.
-        metric: Name of the task's main metric.
-        score: Its value; 1 is best.
+        task: What the model does.
+        score: Value of the task's main metric.
         layers: The layers with experts by name.
         histograms: Per layer, the number of tokens that ran 0, 1, ..., E experts, ``(E + 1,)``.
         samples: Samples seen.
@@ -111,8 +116,10 @@ def sweep_row(
         stage=stage,
         tau=tau,
         loss=loss,
-        metric=metric,
-        score=100 * score,
+        metric=task.main_metric,
+        score=shown(score, task),
+        in_percent=task.in_percent,
+        higher_is_better=task.higher_is_better,
         experts_percent=100 * sum(pairs) / sum(possible),
         ffn_flops_percent=100 * executed_flops / dense_flops,
         model_flops=(flops_outside + executed_flops) / samples,
@@ -120,6 +127,11 @@ def sweep_row(
         layers={name: 100 * p / n for name, p, n in zip(layers, pairs, possible, strict=True)},
         k=k,
     )
+
+
+def shown(score: float, task: Task) -> float:
+    """A value of the task's main metric as people read it: in percent if it is a share."""
+    return 100 * score if task.in_percent else score
 
 
 def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
@@ -134,8 +146,8 @@ def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
 
 def as_table(rows: Sequence[SweepRow], title: str) -> Table:
     """The rows for the terminal."""
-    score = f"{_words(rows)} %"
     swept = rows[0].swept
+    score = _score_name(rows[0])
     table = Table(swept, score, "loss", "experts run %", "FFN FLOPs %", "FLOPs a sample", "model FLOPs %", title=title)
     for column in table.columns:
         column.justify = "right"
@@ -156,7 +168,7 @@ def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Fig
 
     Args:
         rows: Any number of splits' rows.
-        references: Scores in percent by label, drawn as horizontal lines.
+        references: Scores by label, drawn as horizontal lines.
     """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -164,13 +176,14 @@ def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Fig
         of_stage = [row for row in rows if row.stage == stage]
         curve = sorted((row.ffn_flops_percent, row.score) for row in of_stage)
         axes.plot(*zip(*curve, strict=True), marker="o", markersize=4, label=stage + _range(of_stage))
+    unit = "%" if rows[0].in_percent else ""
     for i, (label, score) in enumerate(references.items()):
-        axes.axhline(score, linestyle="--", linewidth=1, color=f"C{7 - i % 4}", label=f"{label}: {score:.1f}%")
+        axes.axhline(score, linestyle="--", linewidth=1, color=f"C{7 - i % 4}", label=f"{label}: {score:.2f}{unit}")
     axes.set_xlabel("FFN FLOPs, % of dense (router included)")
-    axes.set_ylabel(f"{_words(rows)}, %")
+    axes.set_ylabel(_score_name(rows[0]))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right" if rows[0].higher_is_better else "upper right")
     return figure
 
 
@@ -180,6 +193,7 @@ def _range(rows: Sequence[SweepRow]) -> str:
     return f", {rows[0].swept} from {min(settings):g} to {max(settings):g}" if settings else ""
 
 
-def _words(rows: Sequence[SweepRow]) -> str:
-    """The metric's name for people."""
-    return rows[0].metric.replace("_", " ")
+def _score_name(row: SweepRow) -> str:
+    """The metric's name for people, with its unit, and its direction if that is not the usual one."""
+    words = row.metric.replace("_", " ")
+    return f"{words}{' %' if row.in_percent else ''}{'' if row.higher_is_better else ' (lower is better)'}"

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, sweep_row, write_csv
+from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, shown, sweep_row, write_csv
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.metrics.expert_load import ExpertLoad
 from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
@@ -149,7 +149,7 @@ class TauSweep(L.Callback):
                 split,
                 None if gate is None or gate.k is not None else gate.tau,
                 float(value["loss"]),
-                metric,
+                phase.task,
                 float(value[metric]),
                 self._layers,
                 histogram,
@@ -165,7 +165,7 @@ class TauSweep(L.Callback):
         rows = [row for split_rows in self.rows.values() for row in split_rows]
         key = f"{split}/{metric}"
         dense = [record for record in phase.history if key in record.metrics][:1]
-        references = {f"{split} after {record.phase}": 100 * record.metrics[key] for record in dense}
+        references = {f"{split} after {record.phase}": shown(record.metrics[key], phase.task) for record in dense}
         if folder is not None:
             write_csv(rows, Path(folder) / "tau_sweep.csv")
             draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)

@@ -27,6 +27,7 @@ class TaskData(L.LightningDataModule):
         head: The head that a model needs for this data.
         task: What is to be learnt, once set up.
         ordered: Phases that only gather statistics set this: training samples then come in order and unaugmented.
+        sample_length: Tokens that every sample has; None where they differ, and for data of anything but text.
 
     Args:
         batch_size: Samples a batch and process.
@@ -37,6 +38,7 @@ class TaskData(L.LightningDataModule):
     """
 
     head: Head = "classification"
+    sample_length: int | None = None
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
         super().__init__()
@@ -67,6 +69,11 @@ class TaskData(L.LightningDataModule):
     def num_token_ids(self) -> int | None:
         """How many token ids the batches may hold, once set up; None for data of anything but text."""
         return None
+
+    @property
+    def num_training_samples(self) -> int:
+        """Samples of an epoch, over all processes, once set up."""
+        return len(self._splits["train"])
 
     def save_processor(self, folder: Path) -> None:
         """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""

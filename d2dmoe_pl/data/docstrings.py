@@ -1,12 +1,10 @@
 """Which package does this docstring sentence come from? Real English text that needs no download."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from datasets import Dataset
 
-from d2dmoe_pl.data.base import SPLITS
-from d2dmoe_pl.data.docstring_sentences import collect, fingerprint, source_files
+from d2dmoe_pl.data.docstring_sentences import sentence_splits
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.data.trained_tokenizer import train_tokenizer
@@ -55,18 +53,6 @@ class Docstrings(TokenizedData):
         self.vocabulary_size = vocabulary_size
 
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
-        rows = Dataset.from_generator(
-            collect,
-            gen_kwargs={
-                "packages": tuple(self.packages),
-                "num_sentences": self.num_sentences,
-                # what a cached result depends on besides
-                "versions": tuple(fingerprint(source_files(package)) for package in self.packages),
-                "code": Path(collect.__code__.co_filename).read_text(),
-            },
-        )
-        split_of = rows["split"]
-        rows = rows.remove_columns("split")
-        splits = {name: rows.select([i for i, split in enumerate(split_of) if split == name]) for name in SPLITS}
+        splits = sentence_splits(self.packages, self.num_sentences)
         self.tokenizer = train_tokenizer(splits["train"]["text"], self.vocabulary_size)
         return {name: self.tokenized(split, ["text"]) for name, split in splits.items()}, Classification(self.packages)

@@ -1,15 +1,25 @@
-"""Labelled splits from any Hugging Face dataset, on the hub or in local files."""
+"""Splits of any Hugging Face dataset, on the hub or in local files, loaded whole or streamed; and their labels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import glob
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, load_dataset
+from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
 
 from d2dmoe_pl.data.base import SPLITS
 from d2dmoe_pl.errors import ConfigError, check
 
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+OPTIONS = {".tsv": {"sep": "\t"}, ".txt": {"sample_by": "paragraph"}}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass
@@ -20,7 +30,8 @@ class DatasetSource:
         dataset: Hub name, or a folder laid out as the hub expects (``train.csv``, ``test.parquet``, image folders);
             None if ``train``, ``validation`` and ``test`` are paths.
         config: Name of the hub dataset's configuration.
-        train: Name of the training split; or a local CSV, TSV, JSON (lines) or Parquet file, or image folder.
+        train: Name of the training split; or a local CSV, TSV, JSON (lines), Parquet or text file, whose paragraphs are
+            samples with the column ``text``; a pattern for several files (``data/*.json.gz``); or an image folder.
         validation: The same for validation; None to hold out part of the training split.
         test: The same for test; None to hold out part of the training split.
         more: Further splits to evaluate on, by names that begin with ``validation_`` or ``test_``; each as above.
@@ -57,19 +68,28 @@ class DatasetSource:
                 splits |= {"train": parts["train"], name: parts["test"]}
         return splits
 
-    def _load_split(self, name: str, where: str) -> Dataset:
+    def stream(self) -> dict[str, IterableDataset]:
+        """The splits by name, but those that are None, to be read as they are iterated; a file is a shard.
+
+        Raises:
+            ConfigError: If a split cannot be found; the message says which and why.
+        """
+        wanted = {name: getattr(self, name) for name in SPLITS} | self.more
+        return {name: self._load_split(name, where, True) for name, where in wanted.items() if where is not None}
+
+    def _load_split(self, name: str, where: str, streaming: bool = False) -> Dataset | IterableDataset:
         try:
             if self.dataset is not None:
-                return load_dataset(self.dataset, self.config, split=where)
-            path = Path(where)
-            if path.is_dir():
-                return load_dataset("imagefolder", data_dir=str(path), split="train")
-            check(
-                path.is_file(), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)"
-            )
-            check(path.suffix in BUILDERS, f"{name}={where!r}: the ending must be one of {', '.join(BUILDERS)}")
-            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", **options)
+                return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
+            if Path(where).is_dir():
+                return load_dataset("imagefolder", data_dir=where, split="train", streaming=streaming)
+            files = sorted(glob(where))
+            check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
+            suffixes = [suffix for suffix in Path(files[0]).suffixes if suffix not in COMPRESSIONS]
+            ending = suffixes[-1] if suffixes else ""
+            check(ending in BUILDERS, f"{name}={where!r}: the ending must be one of {', '.join(BUILDERS)}")
+            options = OPTIONS.get(ending, {})
+            return load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming, **options)
         except (OSError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise

@@ -28,11 +28,15 @@ class Task(ABC):
         head: The head that a model needs.
         label_names: Names of the model's outputs, by index.
         main_metric: The metric to judge by, one of :meth:`scores`.
+        in_percent: Whether the main metric is a share of 1, which people read as a percentage.
+        higher_is_better: Whether a larger value of the main metric is better.
     """
 
     head: ClassVar[Head]
     label_names: list[str]
     main_metric: str
+    in_percent: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
     @property
     def num_outputs(self) -> int:
@@ -41,11 +45,11 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """What training minimises: a scalar, the mean over the batch's samples."""
+        """What training minimises: a scalar, the mean over what is predicted for the batch."""
 
     @abstractmethod
     def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
-        """How far a student's predictions are from its teacher's: a scalar, the mean over the batch's samples."""
+        """How far a student's predictions are from its teacher's: a scalar, the mean as in :meth:`loss`."""
 
     @abstractmethod
     def scores(self) -> dict[str, Metric]:
@@ -58,25 +62,31 @@ class Task(ABC):
     def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What the logits say, one row a sample."""
 
+    def weight(self, batch: Batch) -> int:
+        """How much the loss of a batch counts in a mean over batches: its number of samples."""
+        return len(batch["labels"])
+
     def metrics(self) -> MetricCollection:
         """New :meth:`scores`, and the mean ``loss``; ``update`` takes (logits, batch)."""
-        return MetricCollection({"loss": MeanLoss(self.loss), **self.scores()}, compute_groups=False)
+        return MetricCollection({"loss": MeanLoss(self.loss, self.weight), **self.scores()}, compute_groups=False)
 
 
 class MeanLoss(MeanMetric):
-    """Mean of a loss over samples, batches and processes.
+    """Mean of a loss over batches and processes.
 
     Args:
-        loss: Maps (logits, batch) to the mean over the batch's samples.
+        loss: Maps (logits, batch) to the mean over the batch.
+        weight: Maps a batch to what its mean counts.
     """
 
-    def __init__(self, loss: Callable[[Tensor, Batch], Tensor]) -> None:
+    def __init__(self, loss: Callable[[Tensor, Batch], Tensor], weight: Callable[[Batch], int]) -> None:
         super().__init__()
         self.loss = loss
+        self.weight_of = weight
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Add a batch."""
-        super().update(self.loss(logits, batch), weight=len(logits))
+        super().update(self.loss(logits, batch), weight=self.weight_of(batch))
 
 
 class Classification(Task):

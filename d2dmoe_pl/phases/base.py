@@ -113,6 +113,7 @@ class Phase(L.LightningModule):
         check_head(self.model, self.task.head)
         check_outputs(self.model, self.task)
         check_token_ids(self.model, data.num_token_ids)
+        check_length(self.model, data.sample_length)
         if self.trainer.state.fn == TrainerFn.FITTING:
             if artifact is None:
                 self.check_start("dense", "a source", ())
@@ -192,6 +193,15 @@ def check_token_ids(model: nn.Module, num_token_ids: int | None) -> None:
     check(
         num_token_ids is None or has is None or num_token_ids <= has,
         f"tokenizer: gives {num_token_ids} token ids; must be at most the {has} that {type(model).__name__} embeds",
+    )
+
+
+def check_length(model: nn.Module, length: int | None) -> None:
+    """Raise ``ConfigError`` unless ``model`` has a position for each of the ``length`` tokens of a sample."""
+    has = adapter_for(model).num_positions(model)
+    check(
+        length is None or has is None or length <= has,
+        f"length={length}: must be at most {has}, the positions that {type(model).__name__} has",
     )
 
 

@@ -28,7 +28,7 @@ class OrderedPass(Phase):
 
     @property
     def num_training_samples(self) -> int:
-        return len(self.trainer.train_dataloader.dataset)
+        return self.trainer.datamodule.num_training_samples
 
     def sample_numbers(self, size: int) -> Tensor:
         """Which samples of the split the next ``size`` ones of this process are: ``(size,)`` int64, on the CPU.

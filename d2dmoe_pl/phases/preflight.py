@@ -7,7 +7,7 @@ from torch import nn
 from d2dmoe_pl.artifact import build_structure
 from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.moe.convert import describe, stage_of
-from d2dmoe_pl.phases.base import Phase, check_head
+from d2dmoe_pl.phases.base import Phase, check_head, check_length
 
 
 def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
@@ -20,12 +20,13 @@ def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
         data: The phases' data; not checked if left out.
 
     Raises:
-        ConfigError: If a phase does not fit what it would start from, the model has not the head that the data needs,
-            or one of the descriptions is not there.
+        ConfigError: If a phase does not fit what it would start from, the model has not the head or the positions that
+            the data needs, or one of the descriptions is not there.
     """
     model, came_from, beside = _start(phases[0])
     for each in data:
         check_head(model, each.head)
+        check_length(model, each.sample_length)
         each.load_processor()
     for phase in phases:
         phase.check_start(stage_of(describe(model)), came_from, beside)

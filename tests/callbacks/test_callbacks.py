@@ -11,9 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite, TauSweep
-from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve
+from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, shown
 from d2dmoe_pl.callbacks.tau_sweep import raw_histogram
 from d2dmoe_pl.data import Digits
+from d2dmoe_pl.data.token_prediction import TokenPrediction
 from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
 from d2dmoe_pl.moe.convert import describe
 from d2dmoe_pl.phases import FineTuning, RouterRegression
@@ -135,7 +136,7 @@ def test_raw_histogram():
 
 
 def test_table_and_curve_hold_the_numbers():
-    rows = [SweepRow("test", 0.5, 0.125, "f1", 97.5, 12.0, 16.0, 2e6, 44.0, {"a": 12.0})]
+    rows = [SweepRow("test", 0.5, 0.125, "f1", 97.5, True, True, 12.0, 16.0, 2e6, 44.0, {"a": 12.0})]
     table = as_table(rows, "title")
     assert [list(column.cells) for column in table.columns] == [
         ["0.5"],
@@ -160,7 +161,19 @@ def test_table_and_curve_hold_the_numbers():
     }
     axes = draw_curve(rows, {"dense": 98.0}).axes[0]
     assert axes.lines[0].get_xydata().tolist() == [[16.0, 97.5]]
-    assert axes.get_legend().texts[1].get_text() == "dense: 98.0%"
+    assert axes.get_legend().texts[1].get_text() == "dense: 98.00%"
+
+
+def test_a_metric_that_is_no_share_and_better_when_lower():
+    task = TokenPrediction("causal-language-modeling", "ab")
+    assert shown(12.5, task) == 12.5
+    rows = [SweepRow("test", 1.0, 2.5, "perplexity", 12.5, False, False, 12.0, 16.0, 2e6, 44.0, {})]
+    header = "perplexity (lower is better)"
+    assert as_table(rows, "title").columns[1].header == header
+    assert rows[0].as_record()["perplexity"] == 12.5
+    axes = draw_curve(rows, {"dense": 12.0}).axes[0]
+    assert axes.get_ylabel() == header
+    assert axes.get_legend().texts[1].get_text() == "dense: 12.00"
 
 
 class Explodes(FineTuning):

@@ -8,11 +8,15 @@ import torch
 from test_glue import glue, rows
 from test_squad import SPECIAL, WORDS, squad
 
+from d2dmoe_pl.data import DatasetSource, LanguageModeling
+
 GLUE_WORDS = "abcdefgh"
 
 
 def logits(task, batch):
     """What a model of few words would say, the same in any batch."""
+    if "language-modeling" in task.head:
+        return torch.sin(batch["input_ids"].unsqueeze(2) * torch.arange(float(task.num_outputs)))  # (B, L, V)
     waves = torch.sin(batch["input_ids"].unsqueeze(1) * torch.tensor([[[1.3], [0.7], [2.1]]]))  # (B, 3, L)
     if task.head == "question-answering":
         return waves[:, :2] + 0.01 * torch.arange(waves.shape[-1])
@@ -43,11 +47,18 @@ def process(rank, data, folder, queue):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["squad", "mnli", "stsb"])
+@pytest.mark.parametrize("kind", ["squad", "masked", "mnli", "stsb"])
 def test_two_processes_measure_what_one_does(tmp_path, kind):
     if kind == "squad":
         tokenizer = tiny.tokenizer(tmp_path / "tok", WORDS, SPECIAL)
         data = squad(tmp_path, tokenizer, 2, batch_size=3)
+    elif kind == "masked":
+        tokenizer = tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, (*SPECIAL, "[MASK]"))
+        (tmp_path / "a.txt").write_text("\n\n".join("a b c d e f g h"[: 1 + i % 15] for i in range(140)))
+        data = LanguageModeling(
+            DatasetSource(train=str(tmp_path / "a.txt"), validation=None, test=None), tokenizer, kind, 9
+        )
+        data.batch_size = 3
     else:
         tokenizer = tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, SPECIAL)
         more = {"validation_mismatched": rows(kind, 9)} if kind == "mnli" else {}
@@ -62,6 +73,6 @@ def test_two_processes_measure_what_one_does(tmp_path, kind):
     for one in processes:
         one.join()
     assert sum(sum(part) for _, _, part in got) == sum(seen)
-    assert sum(got[0][2]) > sum(got[1][2]) or kind == "squad"
+    assert sum(got[0][2]) > sum(got[1][2]) or kind in ("squad", "masked")
     for _, results, _ in got:
         assert results == pytest.approx(expected, rel=1e-5)

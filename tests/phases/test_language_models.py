@@ -1,54 +1,39 @@
 """Causal and masked language models go through the phases like any other model."""
 
+import math
+from functools import partial
+
 import pytest
 import tiny
 import torch
-from torch.nn import functional as F
 
-from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
-from d2dmoe_pl.data.task import Task
+from d2dmoe_pl.data import DatasetSource, LanguageModeling
+from d2dmoe_pl.data.token_prediction import TokenPrediction
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import moe_layers
+from d2dmoe_pl.moe.convert import moe_layers, select_ffns
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
 from d2dmoe_pl.phases.base import check_outputs
 from d2dmoe_pl.phases.preflight import preflight
 
-
-class Tokens(Task):
-    """The next token, or the same one: enough of a task to run phases on."""
-
-    main_metric = "loss"
-
-    def __init__(self, head, vocabulary_size=40):
-        self.head = head
-        self.label_names = [str(token) for token in range(vocabulary_size)]
-        self.shift = int(head == "causal-language-modeling")
-
-    def loss(self, logits, batch):
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        predicted = logits[:, : logits.shape[1] - self.shift]
-        return F.cross_entropy(predicted.flatten(0, 1), labels[:, self.shift :].flatten())
-
-    def prediction_loss(self, student_logits, teacher_logits, batch):
-        raise AssertionError("not asked for")
-
-    def scores(self):
-        return {}
-
-    def predictions(self, logits, batch):
-        return {"predictions": logits.argmax(dim=-1)}
+WORDS = "abcdefghijklmnopqrstuvwxyz"
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-class TokenData(tiny.TextData):
-    def __init__(self, head):
-        super().__init__(batch_size=8)
-        self.head = head
+@pytest.fixture
+def make_data(tmp_path):
+    """Data for a model of a kind: texts in which a letter tells the next."""
+    tokenizer = tiny.tokenizer(tmp_path / "tok", WORDS, SPECIAL)
+    texts = [" ".join(WORDS[(i + 3 * j) % 26] for j in range(5 + i % 7)) for i in range(200)]
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    source = DatasetSource(train=str(tmp_path / "texts.txt"), validation=None, test=None)
 
-    def load(self):
-        splits, _ = super().load()
-        long = {name: [sample for sample in split if len(sample["input_ids"]) > 1] for name, split in splits.items()}
-        return long, Tokens(self.head)
+    def make(kind, length=12):
+        objective = tiny.TASKS[kind].partition("-")[0]
+        return LanguageModeling(source, tokenizer, objective, length, batch_size=8)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -58,8 +43,7 @@ class TokenData(tiny.TextData):
         *("distilbert-masked-language-modeling", "roberta-masked-language-modeling"),
     ],
 )
-def test_from_dense_to_routed(trainer, tmp_path, kind):
-    head = tiny.TASKS[kind]
+def test_from_dense_to_routed(trainer, tmp_path, make_data, kind):
     phases = [
         FineTuning(source=tiny.SOURCES[kind](), activation="relu"),
         SparsityEnforcement("hoyer"),
@@ -68,28 +52,59 @@ def test_from_dense_to_routed(trainer, tmp_path, kind):
     ]
     for i, phase in enumerate(phases):
         phase.init_from = str(tmp_path / "run" / "artifact") if i else None
-        preflight([phase], [head])
+        preflight([phase], [make_data(kind)])
         callbacks = [SaveArtifact(), *([TauSweep([0.3, 1.0])] if i == 3 else [])]
         run = trainer(callbacks=callbacks)
-        run.fit(phase, datamodule=TokenData(head))
-    run.test(phase, datamodule=TokenData(head), verbose=False)
+        run.fit(phase, datamodule=make_data(kind))
+    run.test(phase, datamodule=make_data(kind), verbose=False)
     low, dense = callbacks[-1].rows["test"]
     assert 0 < low.ffn_flops_percent < dense.ffn_flops_percent
     assert low.loss != dense.loss
+    assert dense.score == pytest.approx(math.exp(dense.loss), rel=1e-5)
+    assert not dense.in_percent
     model = load_model(tmp_path / "run" / "artifact")
     assert len(moe_layers(model)) == 2
     inputs = tiny.batch(kind)
     assert torch.equal(tiny.logits(model, inputs), tiny.logits(phase.model.eval(), inputs))
 
 
+@pytest.mark.parametrize("kind", ["gpt2-causal-language-modeling", "bert-masked-language-modeling"])
+def test_relufication(trainer, tmp_path, make_data, kind):
+    """Pretraining goes on after the swap to ReLU, and the model learns what the swap cost it and more."""
+    model = tiny.SOURCES[kind]().build([])
+    save_artifact(model, tmp_path / "pretrained", [PhaseRecord("FineTuning")])
+    optimizer = partial(torch.optim.AdamW, lr=0.01)
+    pretrained = {"init_from": str(tmp_path / "pretrained")}
+    phase = FineTuning(activation="relu", optimizer=optimizer, **pretrained)
+    run = trainer(max_epochs=3, limit_train_batches=1.0, callbacks=[SaveArtifact()])
+    run.test(FineTuning(**pretrained), datamodule=make_data(kind), verbose=False)
+    before = float(run.callback_metrics["test/perplexity"])
+    run.fit(phase, datamodule=make_data(kind))
+    run.test(phase, datamodule=make_data(kind), verbose=False)
+    assert float(run.callback_metrics["test/perplexity"]) < 0.8 * before
+    relu = load_model(tmp_path / "run" / "artifact")
+    assert all(ffn.is_sparse for ffn in select_ffns(relu))
+
+
+def test_blocks_longer_than_the_model_has_positions(make_data):
+    kind = "bert-masked-language-modeling"
+    phase = FineTuning(source=tiny.SOURCES[kind]())
+    preflight([phase], [make_data(kind, 16)])
+    with pytest.raises(ConfigError, match=r"^length=17: must be at most 16, the positions that BertForMaskedLM has$"):
+        preflight([phase], [make_data(kind, 17)])
+    kind = "roberta-masked-language-modeling"
+    with pytest.raises(ConfigError, match="length=15: must be at most 14, the positions that RobertaForMaskedLM has"):
+        preflight([FineTuning(source=tiny.SOURCES[kind]())], [make_data(kind, 15)])
+
+
 def test_a_vocabulary_may_be_larger_than_the_tokenizers_and_not_smaller():
     model = tiny.dense("gpt2-causal-language-modeling")
-    check_outputs(model, Tokens("causal-language-modeling", 38))
+    check_outputs(model, TokenPrediction("causal-language-modeling", ["token"] * 38))
     with pytest.raises(ConfigError, match="vocabulary=40 of GPT2LMHeadModel: must be at least 41, which the data's"):
-        check_outputs(model, Tokens("causal-language-modeling", 41))
+        check_outputs(model, TokenPrediction("causal-language-modeling", ["token"] * 41))
 
 
-def test_a_model_with_another_head():
+def test_a_model_with_another_head(make_data):
     message = "head='classification' of GPT2ForSequenceClassification: the data needs a model with head 'causal-languag"
     with pytest.raises(ConfigError, match=message):
-        preflight([FineTuning(source=tiny.SOURCES["gpt2"]())], ["causal-language-modeling"])
+        preflight([FineTuning(source=tiny.SOURCES["gpt2"]())], [make_data("gpt2-causal-language-modeling")])
