@@ -17,6 +17,7 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model, read_artifact
 from d2dmoe_pl.cli import main as run
 from d2dmoe_pl.data import Docstrings
+from d2dmoe_pl.data.task import symmetric_kl
 from d2dmoe_pl.moe.moebert import convert_to_moebert_
 from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
 
@@ -48,27 +49,31 @@ def dense_accuracy(folder: Path) -> float:
     return 100 * next(record.metrics["test/accuracy"] for record in history if "test/accuracy" in record.metrics)
 
 
-def untrained_accuracy(folder: Path, data: Docstrings, chance_seed: int | None) -> float:
-    """Test accuracy of the experts before any training, of the important neurons or of ones drawn by chance."""
+def untrained(folder: Path, data: Docstrings, chance_seed: int | None) -> tuple[float, float]:
+    """The experts before any training, of the important neurons or of ones drawn by chance.
+
+    Returns:
+        Test accuracy in percent, and the mean symmetric KL divergence from the dense model's predictions.
+    """
     artifact = read_artifact(folder / "importance_scoring" / "artifact")
-    model = load_model(artifact.path).eval()
+    dense, model = load_model(artifact.path).eval(), load_model(artifact.path).eval()
     scores = artifact.read_tensors("importance")
     if chance_seed is not None:
         generator = torch.Generator().manual_seed(chance_seed)
         scores = {name: torch.rand(len(score), generator=generator) for name, score in scores.items()}
     convert_to_moebert_(model, MoEBERTConfig(4, 128, 85, "hash_random", 0.0, 0), importance=scores)
-    model.eval()
-    right = total = 0
+    right, distances = 0, []
     with torch.no_grad():
         for batch in data.test_dataloader():
-            predicted = adapter_for(model).logits(model, batch).argmax(dim=1)
-            right += int((predicted == batch["labels"]).sum())
-            total += len(predicted)
-    return 100 * right / total
+            logits, expected = (adapter_for(each).logits(each, batch) for each in (model, dense))
+            right += int((logits.argmax(dim=1) == batch["labels"]).sum())
+            distances.append(symmetric_kl(logits, expected))
+    distance = torch.cat(distances)
+    return 100 * right / len(distance), float(distance.mean())
 
 
 def spread(values: list[float]) -> str:
-    return f"{mean(values):6.2f}" + (f" +- {stdev(values):.2f}" if len(values) > 1 else "")
+    return f"{mean(values):7.3f}" + (f" +- {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def main() -> None:
@@ -90,11 +95,13 @@ def main() -> None:
             chain(folder, seed, settings)
             rows.setdefault(variant, []).append(float(distilled(folder)["accuracy"]))
         rows.setdefault("dense", []).append(dense_accuracy(folder))
-        rows.setdefault("untrained, important neurons", []).append(untrained_accuracy(folder, data, None))
-        chance = [untrained_accuracy(folder, data, draw) for draw in range(5)]
-        rows.setdefault("untrained, neurons by chance (mean of 5)", []).append(mean(chance))
+        important = untrained(folder, data, None)
+        chance = [mean(values) for values in zip(*(untrained(folder, data, draw) for draw in range(5)), strict=True)]
+        for name, values in (("important neurons", important), ("neurons by chance, mean of 5", chance)):
+            for measure, value in zip(("accuracy", "KL from dense"), values, strict=True):
+                rows.setdefault(f"untrained, {name}: {measure}", []).append(value)
         for name, values in rows.items():
-            print(f"{name:42} {spread(values)}", flush=True)
+            print(f"{name:56} {spread(values)}", flush=True)
 
 
 if __name__ == "__main__":
