@@ -65,7 +65,8 @@ def test_from_dense_to_routed(trainer, tmp_path, make_data, kind):
     model = load_model(tmp_path / "run" / "artifact")
     assert len(moe_layers(model)) == 2
     inputs = tiny.batch(kind)
-    assert torch.equal(tiny.logits(model, inputs), tiny.logits(phase.model.eval(), inputs))
+    with torch.no_grad():
+        assert torch.equal(tiny.logits(model, inputs), tiny.logits(phase.model.eval(), inputs))
 
 
 @pytest.mark.parametrize("kind", ["gpt2-causal-language-modeling", "bert-masked-language-modeling"])
