@@ -144,7 +144,8 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     pretrained = {"task": "text-classification", "name": str(tmp_path / "bert")}
     source = {"class_path": "HuggingFaceModel", "init_args": pretrained}
     recipe = Path(__file__).parents[1] / "configs" / "moebert_mnli"
-    phases = [{"name": name, "config": str(recipe / f"{name}.yaml")} for name in ("importance_scoring", "distillation")]
+    steps = ("importance_scoring", "moebert_distillation")
+    phases = [{"name": name, "config": str(recipe / f"{name}.yaml")} for name in steps]
     chain = ["chain", "--base", str(recipe / "base.yaml"), "--phases", json.dumps(phases), "--output_dir"]
     settings = [
         f"importance_scoring.model.init_args.source={json.dumps(source)}",
@@ -159,10 +160,8 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     main([*chain, str(tmp_path / "one"), "--set", *settings])
     two = ["trainer.devices=2", "trainer.strategy=ddp", "data.init_args.batch_size=3"]
     run([MAIN, *chain, str(tmp_path / "two"), "--set", *settings, *two])
-    scores, models = (
-        [load_file(tmp_path / processes / name) for processes in ("one", "two")]
-        for name in ("importance_scoring/artifact/importance.safetensors", "distillation/artifact/model.safetensors")
-    )
+    left = [f"{steps[0]}/artifact/importance.safetensors", f"{steps[1]}/artifact/model.safetensors"]
+    scores, models = ([load_file(tmp_path / processes / name) for processes in ("one", "two")] for name in left)
     assert scores[0].keys() == scores[1].keys()
     for layer, score in scores[0].items():
         torch.testing.assert_close(score, scores[1][layer], rtol=1e-5, atol=0)

@@ -1,7 +1,8 @@
-"""What stands between the two products of an FFN, of all its neurons or of one expert's."""
+"""What an FFN computes before its second product, of all its neurons or of one expert's, and what it adds that to."""
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,3 +30,10 @@ def hidden_activations(
     """
     up = F.linear(tokens, up_weight, up_bias)
     return activation(up) if gate_weight is None else activation(F.linear(tokens, gate_weight, gate_bias)) * up
+
+
+def output_of_no_expert(tokens: Tensor, down_bias: Tensor | None) -> Tensor:
+    """The output bias, or zeros, one row a token, in memory of its own to add to: ``(N, d_model)``."""
+    if down_bias is None:
+        return torch.zeros_like(tokens, memory_format=torch.contiguous_format)
+    return down_bias.repeat(tokens.shape[0], 1)

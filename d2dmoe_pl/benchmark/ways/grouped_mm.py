@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.hidden import output_of_no_expert
 
 
 def grouped_mm(experts, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -30,5 +31,5 @@ def grouped_mm(experts, tokens: Tensor, mask: Tensor) -> Tensor:
         hidden = experts.activation(project(experts.gate_weight, experts.gate_bias)) * hidden
     else:
         hidden = experts.activation(hidden)
-    output = experts.down_bias_for(tokens).clone()  # (N, d)
+    output = output_of_no_expert(tokens, experts.down_bias)  # (N, d)
     return output.index_add_(0, token, F.grouped_mm(hidden, experts.down_weight, offs=ends))

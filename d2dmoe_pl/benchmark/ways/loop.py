@@ -2,12 +2,16 @@
 
 from torch import Tensor
 
+from d2dmoe_pl.moe.hidden import hidden_activations, output_of_no_expert
+
 
 def loop(experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """Each expert finds its tokens, runs on them and adds to the output; as :mod:`d2dmoe_pl.moe.kernels`."""
-    output = experts.down_bias_for(tokens).clone()  # (N, d)
+    *inner, down_weight, down_bias = experts.weights
+    output = output_of_no_expert(tokens, down_bias)  # (N, d)
     for expert in range(experts.num_experts):
         index = mask[:, expert].nonzero().squeeze(1)  # (n_e,)
-        hidden = experts.hidden(tokens[index], expert)  # (n_e, s)
-        output.index_add_(0, index, hidden @ experts.down_weight[expert])
+        parameters = (None if rows is None else rows[expert] for rows in inner)
+        hidden = hidden_activations(experts.activation, tokens[index], *parameters)  # (n_e, s)
+        output.index_add_(0, index, hidden @ down_weight[expert])
     return output

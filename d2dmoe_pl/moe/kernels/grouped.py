@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.moe.activations import KNOWN
-from d2dmoe_pl.moe.hidden import hidden_activations
+from d2dmoe_pl.moe.hidden import hidden_activations, output_of_no_expert
 from d2dmoe_pl.moe.inference import obstacle
 from d2dmoe_pl.moe.kernels.reference import reference
 
@@ -38,9 +38,9 @@ def _run(
 ) -> Tensor:
     pairs = mask.t().nonzero()  # (P, 2): expert, token; sorted by expert
     token_groups = pairs[:, 1].split(mask.sum(dim=0).tolist())  # E tensors of token indices
-    start = torch.zeros_like(tokens) if down_bias is None else down_bias.expand(tokens.shape[0], -1)  # (N, d)
+    start = output_of_no_expert(tokens, down_bias)  # (N, d)
     # a narrow type, or autocast's, is for products; sums are kept in float32 or wider
-    output = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
+    output = start.to(torch.promote_types(start.dtype, torch.float32))
 
     def part(rows: Tensor | None, expert: int) -> Tensor | None:
         return None if rows is None else rows[expert]
