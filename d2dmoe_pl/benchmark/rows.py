@@ -178,19 +178,20 @@ def _draw_panel(axes: Axes, rows: Sequence[BenchmarkRow]) -> None:
         ideals = [median(row.ideal for row in points[x]) for x in xs]
         color = colors[amount]
         axes.plot(xs, [median(values) for values in speed_ups], color=color, marker=markers[way], markersize=5)
-        axes.plot(xs, ideals, color=color, linestyle="--", linewidth=1, alpha=0.6)
+        axes.plot(xs, ideals, color=color, marker="_", linestyle="--", linewidth=1, alpha=0.6)
         lowest, highest = [min(values) for values in speed_ups], [max(values) for values in speed_ups]
         axes.fill_between(xs, lowest, highest, color=color, alpha=0.15, linewidth=0)
     axes.axhline(1.0, linewidth=1, color="black")
     axes.set_xlabel("tau" if by_tau else "experts run, %")
     axes.set_ylabel("speed-up over dense")
     axes.set_ylim(bottom=0)
+    axes.set_xlim(0, 1.05 if by_tau else 105)
     axes.grid(alpha=0.3)
     axes.legend(
         handles=[
             *(Line2D([], [], color=color, label=amount) for amount, color in colors.items()),
             *(Line2D([], [], color="grey", marker=marker, label=way) for way, marker in markers.items()),
-            Line2D([], [], color="grey", linestyle="--", linewidth=1, label="ideal"),
+            Line2D([], [], color="grey", marker="_", linestyle="--", linewidth=1, label="ideal"),
         ],
         fontsize="small",
     )
