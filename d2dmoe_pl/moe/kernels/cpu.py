@@ -34,7 +34,10 @@ def _load() -> str | None:
         load_extension("d2dmoe_pl_moe_cpu", SOURCE)
     except CompileError as error:
         return str(error)
-    torch.library.register_fake("d2dmoe_pl::moe_cpu", lambda tokens, *_: tokens.new_empty(tokens.shape))
+    # override: loaded anew, it is the same
+    torch.library.register_fake(
+        "d2dmoe_pl::moe_cpu", lambda tokens, *_: tokens.new_empty(tokens.shape), allow_override=True
+    )
     return None
 
 
