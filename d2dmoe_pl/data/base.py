@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from d2dmoe_pl.data.task import Head, Task
 from d2dmoe_pl.errors import check
@@ -57,6 +57,10 @@ class TaskData(L.LightningDataModule):
     @abstractmethod
     def collate(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
         """A batch of samples of one split."""
+
+    def training_sampler(self, dataset: Dataset) -> Sampler | None:
+        """The order of training samples, this process's share of them; None for an order by chance."""
+        return None
 
     def load_processor(self) -> None:
         """Load what :meth:`save_processor` writes, where it has to come from a folder or the hub, and check it.
@@ -118,11 +122,12 @@ class TaskData(L.LightningDataModule):
 
     def _loader(self, split: str, train: bool) -> DataLoader:
         dataset = self._splits[split]
+        sampler = self.training_sampler(dataset) if train else _ordered_sampler(dataset, repeat=split == "train")
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=train,
-            sampler=None if train else _ordered_sampler(dataset, repeat=split == "train"),
+            shuffle=train and sampler is None,
+            sampler=sampler,
             collate_fn=partial(self.collate, augment=train),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -1,5 +1,6 @@
 """Splits of any Hugging Face dataset, on the hub or in local files, loaded whole or streamed; and their labels."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from glob import glob
@@ -28,10 +29,12 @@ class DatasetSource:
 
     Attributes:
         dataset: Hub name, or a folder laid out as the hub expects (``train.csv``, ``test.parquet``, image folders);
-            None if ``train``, ``validation`` and ``test`` are paths.
+            None if ``train``, ``validation`` and ``test`` are all paths.
         config: Name of the hub dataset's configuration.
-        train: Name of the training split; or a local CSV, TSV, JSON (lines), Parquet or text file, whose paragraphs are
-            samples with the column ``text``; a pattern for several files (``data/*.json.gz``); or an image folder.
+        train: Name of the training split of ``dataset``; or, with a ``/`` or the ending of a file in it, a path: a
+            local CSV, TSV, JSON (lines), Parquet or text file, whose paragraphs are samples with the column ``text``; a
+            pattern for several files (``data/*.json.gz``); or an image folder. A path needs no ``dataset``, and where
+            there is one, is read instead of it.
         validation: The same for validation; None to hold out part of the training split.
         test: The same for test; None to hold out part of the training split.
         more: Further splits to evaluate on, by names that begin with ``validation_`` or ``test_``; each as above.
@@ -79,14 +82,13 @@ class DatasetSource:
 
     def _load_split(self, name: str, where: str, streaming: bool = False) -> Dataset | IterableDataset:
         try:
-            if self.dataset is not None:
+            if self.dataset is not None and not _is_path(where):
                 return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
             if Path(where).is_dir():
                 return load_dataset("imagefolder", data_dir=where, split="train", streaming=streaming)
             files = sorted(glob(where))
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
-            suffixes = [suffix for suffix in Path(files[0]).suffixes if suffix not in COMPRESSIONS]
-            ending = suffixes[-1] if suffixes else ""
+            ending = _ending(files[0])
             check(ending in BUILDERS, f"{name}={where!r}: the ending must be one of {', '.join(BUILDERS)}")
             options = OPTIONS.get(ending, {})
             return load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming, **options)
@@ -95,6 +97,17 @@ class DatasetSource:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"{name}={where!r} of dataset={self.dataset!r}: cannot be loaded: {reason}") from error
+
+
+def _ending(path: str) -> str:
+    """The last ending of ``path`` that is not a compression's; empty if there is none."""
+    endings = [ending for ending in Path(path).suffixes if ending not in COMPRESSIONS]
+    return endings[-1] if endings else ""
+
+
+def _is_path(where: str) -> bool:
+    """Whether ``where`` can only be a path, not the name of a hub dataset's split."""
+    return "/" in where or os.sep in where or _ending(where) in BUILDERS
 
 
 def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> None:

@@ -23,6 +23,7 @@ class TextClassification(TokenizedData):
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
+        group_by_length: Put samples of like length into one training batch, which leaves less to pad.
 
     Raises:
         ConfigError: For other than one or two text columns, or a ``max_length`` that is not positive; to load, for a
@@ -38,8 +39,9 @@ class TextClassification(TokenizedData):
         max_length: int = 128,
         batch_size: int = 32,
         num_workers: int = 0,
+        group_by_length: bool = False,
     ) -> None:
-        super().__init__(tokenizer, max_length, batch_size, num_workers)
+        super().__init__(tokenizer, max_length, batch_size, num_workers, group_by_length)
         check(len(text_columns) in (1, 2), f"text_columns={text_columns}: must be one column or two")
         self.source = source
         self.text_columns = list(text_columns)
