@@ -124,7 +124,7 @@ def first_batch(model: nn.Module, data: TaskData, batch_size: int) -> Batch:
     data.prepare_data()
     data.setup()
     data.batch_size = batch_size
-    loader = data.test_dataloader()
+    loader = data.predict_dataloader()  # in order, as samples come
     batch = next(iter(loader[0] if isinstance(loader, list) else loader))
     samples = len(batch["labels"])
     check(samples == batch_size, f"batch_size={batch_size}: must be at most {samples}, the samples of the test split")

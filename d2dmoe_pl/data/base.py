@@ -62,6 +62,10 @@ class TaskData(L.LightningDataModule):
         """The order of training samples, this process's share of them; None for an order by chance."""
         return None
 
+    def rearranged(self, dataset: Dataset) -> Dataset:
+        """A split to evaluate on, in the order that costs least; predictions and statistics keep the split's own."""
+        return dataset
+
     def load_processor(self) -> None:
         """Load what :meth:`save_processor` writes, where it has to come from a folder or the hub, and check it.
 
@@ -114,14 +118,14 @@ class TaskData(L.LightningDataModule):
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._evaluation_loaders("test")
+        return self._evaluation_loaders("test", in_order=True)
 
-    def _evaluation_loaders(self, stage: str) -> DataLoader | list[DataLoader]:
-        loaders = [self._loader(name, train=False) for name in self.split_names(stage)]
+    def _evaluation_loaders(self, stage: str, in_order: bool = False) -> DataLoader | list[DataLoader]:
+        loaders = [self._loader(name, False, in_order) for name in self.split_names(stage)]
         return loaders if len(loaders) > 1 else loaders[0]
 
-    def _loader(self, split: str, train: bool) -> DataLoader:
-        dataset = self._splits[split]
+    def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
+        dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
         sampler = self.training_sampler(dataset) if train else _ordered_sampler(dataset, repeat=split == "train")
         return DataLoader(
             dataset,

@@ -23,7 +23,7 @@ class TextClassification(TokenizedData):
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
-        group_by_length: Put samples of like length into one training batch, which leaves less to pad.
+        group_by_length: Put samples of like length into one batch, which leaves less to pad.
 
     Raises:
         ConfigError: For other than one or two text columns, or a ``max_length`` that is not positive; to load, for a

@@ -30,7 +30,7 @@ class TokenizedData(TaskData):
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
-        group_by_length: Put samples of like length into one training batch, which leaves less to pad. Batches are then
+        group_by_length: Put samples of like length into one batch, which leaves less to pad. Training batches are then
             a little less random: their lengths go up and down in the course of an epoch.
 
     Raises:
@@ -83,6 +83,12 @@ class TokenizedData(TaskData):
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         return dict(DataCollatorWithPadding(self.tokenizer)(list(samples)))
 
+    def rearranged(self, dataset: Dataset) -> Dataset:
+        if not self.group_by_length:
+            return dataset
+        lengths = _lengths(dataset)
+        return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+
     def training_sampler(self, dataset: Dataset) -> Sampler | None:
         if not self.group_by_length:
             return None
@@ -92,8 +98,13 @@ class TokenizedData(TaskData):
             num_replicas=None if distributed else 1,
             rank=None if distributed else 0,
             seed=torch.initial_seed() % 2**32,
-            lengths=[len(ids) for ids in dataset["input_ids"]],
+            lengths=_lengths(dataset),
         )
 
     def save_processor(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
+
+
+def _lengths(dataset: Dataset) -> list[int]:
+    """Tokens of each sample."""
+    return [len(ids) for ids in dataset["input_ids"]]

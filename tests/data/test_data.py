@@ -127,6 +127,30 @@ class TestText:
         again = DatasetSource(train=train, validation=None, test=None, held_out=0.2).load()
         assert all(splits[name].to_list() == again[name].to_list() for name in splits)
 
+    def test_a_path_is_read_whatever_the_dataset(self, tmp_path):
+        where = source(tmp_path)
+        where.dataset = "nobody/nothing"
+        assert {name: len(split) for name, split in where.load().items()} == dict.fromkeys(
+            ("train", "validation", "test"), 4
+        )
+
+    def test_batches_of_like_length(self, tmp_path, tokenizer):
+        rows = [("a " * (1 + 7 * i % 32), "x", "joy") for i in range(64)]
+        tables = {name: table(rows) for name in ("train", "validation", "test")}
+        data = TextClassification(source(tmp_path, **tables), tokenizer, batch_size=8, group_by_length=True)
+        data.setup()
+        assert [list(batch["input_ids"].shape) for batch in data.test_dataloader()] == [[8, 4 * i] for i in range(1, 9)]
+        assert first(data.predict_dataloader())["input_ids"].shape == (8, 29)  # in their own order
+        batches = list(data.train_dataloader())
+        lengths = [length for batch in batches for length in batch["attention_mask"].sum(1).tolist()]
+        assert sorted(lengths) == sorted(len(text.split()) for text, _, _ in rows)
+        padded = sum(batch["attention_mask"].numel() for batch in batches)
+        assert padded < 1.3 * sum(lengths)
+        again = [batch["attention_mask"].sum(1).tolist() for batch in data.train_dataloader()]
+        assert sum(again, []) == lengths  # the trainer sets the epoch, which makes the difference
+        data.ordered = True
+        assert first(data.train_dataloader())["input_ids"].shape == (8, 29)
+
     def test_the_tokenizer_is_saved(self, tmp_path, tokenizer):
         (tmp_path / "out").mkdir()
         data = TextClassification(source(tmp_path), tokenizer)
