@@ -1,5 +1,6 @@
 """LightningDataModules that give dict batches and a task. One config serves every phase; no knowledge of models."""
 
+from d2dmoe_pl.data.augmentation import Augmentation
 from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.digits import Digits
 from d2dmoe_pl.data.docstring_text import DocstringText
@@ -16,6 +17,7 @@ from d2dmoe_pl.data.text_classification import TextClassification
 
 __all__ = [
     "GLUE",
+    "Augmentation",
     "Classification",
     "DatasetSource",
     "Digits",

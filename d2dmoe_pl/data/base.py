@@ -74,6 +74,11 @@ class TaskData(L.LightningDataModule):
         """
 
     @property
+    def augmented(self) -> bool:
+        """Whether each epoch sees other training samples, e.g. since they are changed at random."""
+        return False
+
+    @property
     def num_token_ids(self) -> int | None:
         """How many token ids the batches may hold, once set up; None for data of anything but text."""
         return None

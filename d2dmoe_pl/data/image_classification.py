@@ -9,6 +9,7 @@ from timm.data import create_transform
 from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
+from d2dmoe_pl.data.augmentation import STANDARD, Augmentation
 from d2dmoe_pl.data.base import TaskData
 from d2dmoe_pl.data.preprocessor import write_preprocessor_config
 from d2dmoe_pl.data.pretrained import load_pretrained
@@ -22,7 +23,8 @@ IMAGENET_STD = [0.229, 0.224, 0.225]
 class ImageClassification(TaskData):
     """Images of any size, resized, augmented for training by timm's transforms, and normalised.
 
-    Batches: ``pixel_values`` ``(B, 3, image_size, image_size)``, ``labels`` ``(B,)``.
+    Batches: ``pixel_values`` ``(B, 3, image_size, image_size)``, ``labels`` ``(B,)``; those of mixed or smoothed
+    training images are probabilities ``(B, C)``.
 
     Args:
         source: Where the splits are.
@@ -35,11 +37,8 @@ class ImageClassification(TaskData):
         std: Of each channel, for normalisation.
         interpolation: ``bilinear``, ``bicubic`` or ``random`` (for training).
         crop_pct: Share of the resized image that evaluation keeps.
-        min_scale: Smallest share of an image's area that a training crop keeps.
-        hflip: Chance of a horizontal flip in training.
-        auto_augment: timm's policy string, e.g. ``rand-m9-mstd0.5``.
-        color_jitter: Strength of colour jitter where there is no ``auto_augment``.
-        random_erasing: Chance that a part of a training image is erased.
+        augment: Change training images at random.
+        augmentation: How training images are changed.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
 
@@ -58,11 +57,8 @@ class ImageClassification(TaskData):
         std: list[float] = IMAGENET_STD,
         interpolation: str = "bicubic",
         crop_pct: float = 0.9,
-        min_scale: float = 0.08,
-        hflip: float = 0.5,
-        auto_augment: str | None = None,
-        color_jitter: float = 0.4,
-        random_erasing: float = 0.0,
+        augment: bool = True,
+        augmentation: Augmentation = STANDARD,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
@@ -75,13 +71,12 @@ class ImageClassification(TaskData):
         self.image_size, self.mean, self.std = image_size, list(mean), list(std)
         self.interpolation = interpolation
         self.crop_pct = crop_pct
-        self._augmentation = {
-            "scale": (min_scale, 1.0),
-            "hflip": hflip,
-            "auto_augment": auto_augment,
-            "color_jitter": color_jitter,
-            "re_prob": random_erasing,
-        }
+        self.augment = augment
+        self.augmentation = augmentation
+
+    @property
+    def augmented(self) -> bool:
+        return self.augment
 
     def load_processor(self) -> None:
         if self.processor is None and self.processor_name is not None:
@@ -90,14 +85,9 @@ class ImageClassification(TaskData):
             self.image_size = size.get("height") or size["shortest_edge"]
             self.mean, self.std = list(self.processor.image_mean), list(self.processor.image_std)
 
-        shared = {
-            "input_size": (3, self.image_size, self.image_size),
-            "mean": self.mean,
-            "std": self.std,
-            "interpolation": self.interpolation,
-        }
-        self._evaluation = create_transform(**shared, crop_pct=self.crop_pct)
-        self._training = create_transform(**shared, is_training=True, **self._augmentation)
+        look = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
+        self._evaluation = create_transform((3, self.image_size, self.image_size), crop_pct=self.crop_pct, **look)
+        self._training = self.augmentation.transform(self.image_size, **look)
 
     def load(self) -> tuple[Mapping[str, Any], Task]:
         splits = self.source.load()
@@ -106,11 +96,13 @@ class ImageClassification(TaskData):
         return splits, Classification(names)
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
+        augment = augment and self.augment
         transform = self._training if augment else self._evaluation
-        return {
-            "pixel_values": torch.stack([transform(sample[self.image_column].convert("RGB")) for sample in samples]),
-            "labels": torch.tensor([sample["labels"] for sample in samples]),
-        }
+        images = torch.stack([transform(sample[self.image_column].convert("RGB")) for sample in samples])
+        labels = torch.tensor([sample["labels"] for sample in samples])
+        if augment:
+            images, labels = self.augmentation.mix(images, labels, self.task.num_outputs)
+        return {"pixel_values": images, "labels": labels}
 
     def save_processor(self, folder: Path) -> None:
         if self.processor is not None:

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -92,6 +91,8 @@ class MeanLoss(MeanMetric):
 class Classification(Task):
     """One of ``C`` classes a sample: logits ``(B, C)``, ``labels`` ``(B,)``; cross-entropy.
 
+    Labels can be probabilities ``(B, C)`` instead, as those of mixed images are; to a metric, the likeliest counts.
+
     Args:
         label_names: Names of the classes by their index.
         metrics: Of ``accuracy``, ``f1`` (of class 1 of two) and ``matthews_correlation``; the first is the main one.
@@ -110,7 +111,7 @@ class Classification(Task):
         check("f1" not in metrics or classes == 2, f"metrics={metrics}: f1 needs two classes, but there are {classes}")
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits, batch["labels"])
+        return F.cross_entropy(logits.float(), batch["labels"])
 
     def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
         return symmetric_kl(student_logits, teacher_logits).mean()
@@ -121,7 +122,7 @@ class Classification(Task):
             "f1": BinaryF1Score,
             "matthews_correlation": lambda: MulticlassMatthewsCorrCoef(self.num_outputs),
         }
-        return {name: LambdaInputTransformer(known[name](), _most_likely, itemgetter("labels")) for name in self._names}
+        return {name: LambdaInputTransformer(known[name](), _most_likely, _label) for name in self._names}
 
     def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Class indices ``(B,)`` and probabilities ``(B, C)``."""
@@ -173,6 +174,11 @@ def symmetric_kl(first_logits: Tensor, second_logits: Tensor) -> Tensor:
 
 def _most_likely(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
+
+
+def _label(batch: Batch) -> Tensor:
+    labels = batch["labels"]
+    return _most_likely(labels) if labels.dim() == 2 else labels
 
 
 def _number(logits: Tensor) -> Tensor:

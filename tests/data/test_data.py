@@ -10,7 +10,7 @@ import transformers
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
-from d2dmoe_pl.data import DatasetSource, Digits, ImageClassification, TextClassification
+from d2dmoe_pl.data import Augmentation, DatasetSource, Digits, ImageClassification, TextClassification
 from d2dmoe_pl.data.digits import jitter
 from d2dmoe_pl.errors import ConfigError
 
@@ -250,6 +250,25 @@ class TestImages:
             data.setup()
             assert data.task.label_names == ["cat", "dog"]
             assert first(data.test_dataloader())["pixel_values"].shape == (6, 3, 8, 8)
+
+    def test_only_training_is_mixed_and_only_until_ordered(self, tmp_path):
+        mixing = Augmentation(mixup=1.0, cutmix=1.0, label_smoothing=0.1, auto_augment="3a")
+        where = self.parquet(tmp_path)
+        data = ImageClassification(where, "picture", "kind", image_size=8, batch_size=5, augmentation=mixing)
+        data.setup()
+        assert data.augmented
+        for batch in data.train_dataloader():  # of 5, and of 1
+            assert batch["pixel_values"].shape[1:] == (3, 8, 8)
+            assert batch["labels"].shape == (len(batch["pixel_values"]), 2)
+            torch.testing.assert_close(batch["labels"].sum(dim=1), torch.ones(len(batch["labels"])))
+        assert all(first(loader)["labels"].dim() == 1 for loader in (data.val_dataloader(), data.test_dataloader()))
+        data.ordered = True
+        assert torch.equal(first(data.train_dataloader())["labels"], first(data.val_dataloader())["labels"])
+        plain = ImageClassification(where, "picture", "kind", image_size=8, batch_size=6, augment=False)
+        plain.setup()
+        assert not plain.augmented
+        one, other = (first(plain.train_dataloader())["pixel_values"].sum((1, 2, 3)).tolist() for _ in range(2))
+        assert sorted(one) == sorted(other)
 
     def test_preprocessing_is_saved_and_taken_up(self, tmp_path):
         data = ImageClassification(
