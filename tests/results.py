@@ -1,0 +1,228 @@
+"""The README's results: tables and pictures of the recipes that were run on real data, from the CSV files beside them.
+
+    python tests/results.py keep minilm_emotion d2dmoe 0 runs/minilm_emotion/router_regression
+    python tests/results.py speed minilm_emotion runs/benchmark/benchmark.csv
+    python tests/results.py draw
+
+``keep`` copies what the sweep of one method and seed left, with the dense model's scores; ``speed`` a benchmark of the
+model that the first method in the table left with seed 0; ``draw`` writes README and pictures. How many experts a token
+runs is chosen on the validation split, for each budget anew: the setting with the best score among those that cost no
+more. What is shown is that setting's score on the test split.
+"""
+
+import csv
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+COSTS = {"ffn_flops_percent": "FFN FLOPs", "model_flops_percent": "whole model's FLOPs"}
+LABELS = {
+    "d2dmoe_recovery": "D2DMoE, then recovery",
+    "d2dmoe": "D2DMoE",
+    "d2dmoe_projections_recovery": "D2DMoE with projections, then recovery",
+    "d2dmoe_projections": "D2DMoE with projections",
+    "moefication": "MoEfication",
+    "moebert": "MoEBERT",
+}
+Row = Mapping[str, str]
+
+
+@dataclass
+class Results:
+    """What was measured with one recipe and its twins.
+
+    Attributes:
+        recipe: Its folder in ``configs``.
+        budgets: Of each cost in percent of dense, the most that a model may cost in a column of the table.
+    """
+
+    recipe: str
+    budgets: Mapping[str, Sequence[float]]
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "configs" / self.recipe / "results"
+
+    def dense(self) -> list[float]:
+        """Test accuracy of each seed's dense model, percent."""
+        return [100 * float(row["test"]) for row in read(self.folder / "dense.csv")]
+
+    def runs(self) -> dict[str, list[list[Row]]]:
+        """By method, the rows of the sweep of each seed."""
+        found = {name: sorted(self.folder.glob(f"{name}-*.csv")) for name in LABELS}
+        return {name: [read(file) for file in files] for name, files in found.items() if files}
+
+
+RESULTS = [
+    Results(
+        "minilm_emotion",
+        {"ffn_flops_percent": [9, 11, 14, 18, 24, 31, 54], "model_flops_percent": [40, 43, 46, 50, 60, 70]},
+    ),
+]
+
+
+def read(file: Path) -> list[Row]:
+    """The records of a CSV file."""
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def setting(row: Row) -> str:
+    """Which ``tau`` or ``k`` a row is of; empty for a routing that has neither."""
+    return row.get("tau") or row.get("k") or ""
+
+
+def chosen(rows: Sequence[Row], cost: str, budget: float) -> Row | None:
+    """The test row of the setting with the best validation accuracy within ``budget``, and of equal ones the cheapest.
+
+    None if all cost more.
+    """
+    affordable = [row for row in rows if row["stage"] == "validation" and float(row[cost]) <= budget]
+    if not affordable:
+        return None
+    best = max(affordable, key=lambda row: (float(row["accuracy"]), -float(row[cost])))
+    return next(row for row in rows if row["stage"] == "test" and setting(row) == setting(best))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, with the standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+def cell(runs: Sequence[Sequence[Row]], cost: str, budget: float) -> str:
+    """Accuracy of one method within one budget; empty unless every seed has a setting within it."""
+    rows = [chosen(rows, cost, budget) for rows in runs]
+    return "" if None in rows else spread([float(row["accuracy"]) for row in rows])
+
+
+def table(results: Results, cost: str) -> list[str]:
+    """Accuracy by method and budget, as lines of Markdown."""
+    budgets = results.budgets[cost]
+    lines = [
+        f"| {COSTS[cost]}, at most | seeds | {' | '.join(f'{budget:g}%' for budget in budgets)} |",
+        "|---" * (len(budgets) + 2) + "|",
+    ]
+    for name, runs in results.runs().items():
+        cells = [cell(runs, cost, budget) for budget in budgets]
+        lines.append(f"| {LABELS[name]} | {len(runs)} | {' | '.join(cells)} |")
+    return lines
+
+
+def speeds(results: Results) -> list[str]:
+    """What the clock says beside what the FLOPs promise, as lines of Markdown; nothing where it was not measured."""
+    file = results.folder / "speed.csv"
+    if not file.is_file():
+        return []
+    method, runs = next(iter(results.runs().items()))
+    swept = {float(row["tau"]): row for row in runs[0] if row["stage"] == "test"}
+    header = [f"{LABELS[method]}, seed 0", "accuracy, %", "whole model's FLOPs, %", "promised", "batch", "dense, ms"]
+    lines = [f"| {' | '.join(header)} | ms | speed-up |", "|---" * 8 + "|"]
+    for row in read(file):
+        if row["scope"] != "model" or row["router"] != "True" or float(row["tau"]) not in swept:
+            continue
+        at_tau = swept[float(row["tau"])]
+        share = float(at_tau["model_flops_percent"])
+        times = [f"{float(row[f'{way}_ms']):.1f} ± {float(row[f'{way}_spread_ms']):.1f}" for way in ("dense", "moe")]
+        lines.append(
+            f"| tau {float(row['tau']):g} | {float(at_tau['accuracy']):.2f} | {share:.1f} | {100 / share:.2f}x "
+            f"| {row['batch_size']} | {times[0]} | {times[1]} | {float(row['speed_up']):.2f}x |"
+        )
+    return lines
+
+
+def section(results: Results) -> str:
+    """What the README says of one recipe: tables and picture."""
+    dense = results.dense()
+    parts = [
+        [f"Accuracy on the test split in percent, dense {spread(dense)} ({len(dense)} seeds)."],
+        *(table(results, cost) for cost in results.budgets),
+        [f"![Accuracy against cost](configs/{results.recipe}/results/results.png)"],
+        speeds(results),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def picture(results: Results) -> Figure:
+    """Accuracy against both costs on the test split, all methods in one plot, with a band from worst to best seed."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    dense = statistics.mean(results.dense())
+    for axes, (cost, name) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
+        axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label=f"dense: {dense:.2f}%")
+        for i, (method, runs) in enumerate(results.runs().items()):
+            points: dict[str, list[tuple[float, float]]] = {}
+            for row in (row for rows in runs for row in rows if row["stage"] == "test"):
+                points.setdefault(setting(row), []).append((float(row[cost]), float(row["accuracy"])))
+            pairs = [tuple(zip(*found, strict=True)) for found in points.values()]  # (costs, accuracies) of a setting
+            curve = sorted((statistics.mean(x), statistics.mean(y), min(y), max(y)) for x, y in pairs)
+            x, mean, low, high = zip(*curve, strict=True)
+            seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+            axes.plot(x, mean, marker="o", markersize=3, color=f"C{i}", label=f"{LABELS[method]} ({seeds})")
+            axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+        axes.set_xlabel(f"{name}, % of dense (router included)")
+        axes.set_xlim(0 if cost == "ffn_flops_percent" else None, 102)
+        axes.set_ylim(dense - 12, dense + 1.5)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test accuracy, %")
+    figure.axes[1].legend(loc="lower right", fontsize="small")
+    return figure
+
+
+def markers(results: Results) -> tuple[str, str]:
+    """Between which the README has the section."""
+    return (
+        f"<!-- results of {results.recipe}: python tests/results.py draw writes them -->",
+        f"<!-- end of the results of {results.recipe} -->",
+    )
+
+
+def placed(text: str) -> str:
+    """``text`` with each section between its markers."""
+    for results in RESULTS:
+        begin, end = markers(results)
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{section(results)}\n{end}{after}"
+    return text
+
+
+def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
+    """Copy what a sweep left, and note the dense model's scores of that seed."""
+    if method not in LABELS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(LABELS)}")
+    folder = Results(recipe, {}).folder
+    folder.mkdir(exist_ok=True)
+    shutil.copy(Path(phase_folder) / "tau_sweep.csv", folder / f"{method}-{seed}.csv")
+    config = json.loads((Path(phase_folder).parent / "fine_tuning" / "artifact" / "config.json").read_text())
+    scores = config["d2dmoe"]["history"][0]["metrics"]
+    file = folder / "dense.csv"
+    known = {row["seed"]: row for row in read(file)} if file.is_file() else {}
+    known[seed] = {"seed": seed, **{split: scores[f"{split}/accuracy"] for split in ("validation", "test")}}
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, ["seed", "validation", "test"])
+        writer.writeheader()
+        writer.writerows(known[seed] for seed in sorted(known))
+
+
+def speed(recipe: str, benchmark: str) -> None:
+    """Copy what a benchmark left."""
+    shutil.copy(benchmark, Results(recipe, {}).folder / "speed.csv")
+
+
+def draw() -> None:
+    """Write the README's sections and the pictures."""
+    README.write_text(placed(README.read_text()))
+    for results in RESULTS:
+        picture(results).savefig(results.folder / "results.png", dpi=120)
+
+
+if __name__ == "__main__":
+    {"keep": keep, "speed": speed, "draw": draw}[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,42 @@
+"""The README's results are those of the CSV files beside the recipes, with settings chosen on the validation split."""
+
+import pytest
+import results
+
+
+def row(stage, tau, cost, accuracy):
+    return {"stage": stage, "tau": str(tau), "ffn_flops_percent": str(cost), "accuracy": str(accuracy)}
+
+
+CURVE = [
+    row("validation", 0.5, 8, 80),
+    row("validation", 0.7, 11.9, 90),
+    row("validation", 0.8, 14, 89),
+    row("validation", 0.9, 30, 95),
+    row("test", 0.5, 9, 99),
+    row("test", 0.7, 12.5, 88),
+    row("test", 0.8, 13, 92),
+    row("test", 0.9, 29, 94),
+]
+
+
+@pytest.mark.parametrize(("budget", "tau"), [(8, "0.5"), (11.9, "0.7"), (29, "0.7"), (30, "0.9"), (7, None)])
+def test_the_setting_is_chosen_on_the_validation_split_within_the_budget(budget, tau):
+    found = results.chosen(CURVE, "ffn_flops_percent", budget)
+    assert (found and (found["stage"], found["tau"])) == (tau and ("test", tau))
+
+
+def test_a_cell_needs_every_seed():
+    dear = [row("validation", 0.9, 30, 95), row("test", 0.9, 30, 94)]
+    assert results.cell([CURVE], "ffn_flops_percent", 12) == "88.00"
+    assert results.cell([CURVE, dear], "ffn_flops_percent", 12) == ""
+    assert results.cell([CURVE, dear], "ffn_flops_percent", 31) == "94.00 ± 0.00"
+
+
+def test_readme_is_what_the_files_give():
+    text = results.README.read_text()
+    for each in results.RESULTS:
+        assert all(text.count(marker) == 1 for marker in results.markers(each))
+        assert (each.folder / "results.png").is_file()
+        assert len(results.picture(each).axes) == 2
+    assert results.placed(text) == text, "run python tests/results.py draw"
