@@ -12,6 +12,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from d2dmoe_pl.data.replay import ReplayLoader
 from d2dmoe_pl.data.task import Head, Task
 from d2dmoe_pl.errors import check
 
@@ -66,6 +67,11 @@ class TaskData(L.LightningDataModule):
         """
 
     @property
+    def augmented(self) -> bool:
+        """Whether each epoch sees other training samples, e.g. since they are changed at random."""
+        return False
+
+    @property
     def num_token_ids(self) -> int | None:
         """How many token ids the batches may hold, once set up; None for data of anything but text."""
         return None
@@ -118,7 +124,7 @@ class TaskData(L.LightningDataModule):
 
     def _loader(self, split: str, train: bool) -> DataLoader:
         dataset = self._splits[split]
-        return DataLoader(
+        return ReplayLoader(
             dataset,
             batch_size=self.batch_size,
             shuffle=train,

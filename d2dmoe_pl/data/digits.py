@@ -33,6 +33,10 @@ class Digits(TaskData):
         super().__init__(batch_size, num_workers)
         self.augment = augment
 
+    @property
+    def augmented(self) -> bool:
+        return self.augment
+
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         digits = load_digits()
         images = torch.from_numpy(digits.images).float().unsqueeze(1) / digits.images.max()  # (1797, 1, 8, 8)

@@ -79,6 +79,10 @@ class LanguageModeling(TokenizedData):
         )
 
     @property
+    def augmented(self) -> bool:
+        return self.objective == "masked"  # other tokens each time
+
+    @property
     def packer(self) -> Packer:
         """What makes blocks, once the tokenizer is loaded."""
         return Packer(self.tokenizer, self.length)

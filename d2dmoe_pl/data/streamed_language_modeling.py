@@ -87,6 +87,10 @@ class StreamedLanguageModeling(LanguageModeling):
         return packed, self.token_prediction()
 
     @property
+    def augmented(self) -> bool:
+        return True  # each epoch goes on in the stream where the last ended
+
+    @property
     def num_training_samples(self) -> int:
         return self.epoch_blocks
 
