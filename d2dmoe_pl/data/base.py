@@ -12,6 +12,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from d2dmoe_pl.data.replay import ReplayLoader
 from d2dmoe_pl.data.task import Head, Task
 from d2dmoe_pl.errors import check
 
@@ -132,7 +133,7 @@ class TaskData(L.LightningDataModule):
     def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
         dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
         sampler = self.training_sampler(dataset) if train else _ordered_sampler(dataset, repeat=split == "train")
-        return DataLoader(
+        return ReplayLoader(
             dataset,
             batch_size=self.batch_size,
             shuffle=train and sampler is None,

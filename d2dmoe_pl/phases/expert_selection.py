@@ -22,7 +22,7 @@ class ExpertSelection(RouterTraining):
             trained; ``similarity`` of the token and the expert's weights; ``ground_truth``, an oracle that computes all
             activations first, and is charged for it; ``random``; or ``regression``, D2DMoE's.
         width: Hidden neurons of ``regression``.
-        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.router_training.RouterTraining`.
 
     Raises:
         ConfigError: For an unknown router, or a ``k`` below 1 or above the number of experts.

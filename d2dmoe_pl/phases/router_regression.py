@@ -19,7 +19,7 @@ class RouterRegression(RouterTraining):
             over the batch's largest.
         gate: Gating rule saved with the model, the name of a file in ``moe/gating``.
         tau: In [0, 1]; the setting saved with the model. It can be changed at any time without training.
-        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.router_training.RouterTraining`.
 
     Raises:
         ConfigError: For a ``tau`` outside [0, 1], an unknown rule, or a width that is not positive.
