@@ -94,7 +94,8 @@ def test_classifiers_from_local_files(folder, recipe, method, last, points):
     stand_ins.write_vit(folder / "vit")
     stand_ins.write_pets(folder / "pets")
     small = [*SMALL_CLASSIFIER, *(SMALL_SELECTION if last == "expert_selection" else [])]
-    main([*commands(f"{method}_{recipe}")[-1], *small])
+    mixed = ["data.init_args.augmentation.mixup=0.8"] if recipe == "vit_pets" else []
+    main([*commands(f"{method}_{recipe}")[-1], *small, *mixed])
     artifact = read_artifact(folder / "runs" / f"{method}_{recipe}" / last / "artifact")
     assert artifact.stage == "routed"
     assert all("test/accuracy" in record.metrics for record in artifact.history)
