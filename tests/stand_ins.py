@@ -4,6 +4,9 @@ import json
 
 import tiny
 import transformers
+from PIL import Image
+
+from d2dmoe_pl.data.preprocessor import write_preprocessor_config
 
 WORDS = ["who", "is", "it", "?", "red", "green", "blue", "cat", "dog", "eel", "fox", "gnu"]
 ANIMALS, COLOURS = WORDS[7:], WORDS[4:7]
@@ -38,6 +41,49 @@ SMALL_STREAM = [
     "router_regression.trainer.max_steps=2",
     "expert_clustering.model.init_args.num_experts=8",
 ]
+
+
+# the same for the recipes of classifiers
+SMALL_CLASSIFIER = [
+    "trainer.accelerator=cpu",
+    "trainer.devices=1",
+    "trainer.precision=32-true",
+    "trainer.max_epochs=1",
+    "trainer.enable_progress_bar=false",
+    "data.init_args.batch_size=8",
+    "data.init_args.num_workers=0",
+    "expert_clustering.model.init_args.num_experts=8",
+]
+SMALL_SELECTION = [
+    "expert_selection.model.init_args.k=2",
+    "expert_selection.trainer.callbacks="
+    '[{"class_path": "TauSweep", "init_args": {"gate": "topk", "ks": [1, 2, 4, 8]}}]',
+]
+
+
+def write_emotion(folder):
+    """Texts whose label is their animal."""
+    folder.mkdir()
+    for name, size in {"train": 24, "validation": 10, "test": 10}.items():
+        rows = [f"{phrase(i, 5)},{ANIMALS[i % 5]}\n" for i in range(size)]
+        (folder / f"{name}.csv").write_text("".join(["text,label\n", *rows]))
+
+
+def write_vit(folder):
+    """A pretrained ViT with a head of another size, and its image processor."""
+    config = tiny.CONFIGS["vit"]()
+    config.num_channels = 3
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    write_preprocessor_config(folder, 8, [0.5] * 3, [0.5] * 3, rescale_factor=1 / 255)
+
+
+def write_pets(folder):
+    """Folders of images, one colour a breed."""
+    for split, size in {"train": 30, "test": 6}.items():
+        for i in range(size):
+            breed = folder / split / ANIMALS[i % 3]
+            breed.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 10), [(200, i, 0), (0, 200, i), (i, 0, 200)][i % 3]).save(breed / f"{i}.jpg")
 
 
 def write_decoder(folder, kind):

@@ -35,6 +35,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # configurations of the pretrained models that recipes name
 ON_HUB = {
     "google-bert/bert-base-uncased": transformers.BertConfig(),
+    "google/vit-base-patch16-224": transformers.ViTConfig(),
     "openai-community/gpt2": transformers.GPT2Config(),
     "google/gemma-2b": transformers.GemmaConfig(hidden_size=2048, num_hidden_layers=18, num_attention_heads=8),
 }
@@ -108,6 +109,11 @@ def test_readme_names_files_that_are_there():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:configs|d2dmoe_pl|tests)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_readme_lists_every_recipe():
+    listed = re.findall(r"^\| `configs/(\w+)/` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(chain.parent.name for chain in (ROOT / "configs").glob("*/chain.yaml"))
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*/chain.yaml")), ids=lambda path: path.parent.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import stand_ins
 import tiny
-from stand_ins import SMALL, SMALL_SQUAD, SMALL_STREAM
+from stand_ins import SMALL, SMALL_CLASSIFIER, SMALL_SELECTION, SMALL_SQUAD, SMALL_STREAM
 
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
@@ -83,6 +83,24 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
     header, *rows = (artifact.path.parent / "tau_sweep.csv").read_text().splitlines()
     assert "perplexity" in header.split(",")
     assert len(rows) == 2 * 10
+
+
+@pytest.mark.parametrize("recipe", ["bert_emotion", "vit_pets"])
+@pytest.mark.parametrize(
+    ("method", "last", "points"), [("d2dmoe", "router_regression", 11), ("moefication", "expert_selection", 4)]
+)
+def test_classifiers_from_local_files(folder, recipe, method, last, points):
+    stand_ins.write_emotion(folder / "emotion")
+    stand_ins.write_vit(folder / "vit")
+    stand_ins.write_pets(folder / "pets")
+    small = [*SMALL_CLASSIFIER, *(SMALL_SELECTION if last == "expert_selection" else [])]
+    mixed = ["data.init_args.augmentation.mixup=0.8"] if recipe == "vit_pets" else []
+    main([*commands(f"{method}_{recipe}")[-1], *small, *mixed])
+    artifact = read_artifact(folder / "runs" / f"{method}_{recipe}" / last / "artifact")
+    assert artifact.stage == "routed"
+    assert all("test/accuracy" in record.metrics for record in artifact.history)
+    assert {made["num_experts"] for made in artifact.layers.values()} == {8}
+    assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * points
 
 
 def test_squad_2(folder):

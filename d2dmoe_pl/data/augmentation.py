@@ -9,7 +9,7 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor
-from torchvision.transforms import Compose, RandomCrop
+from torchvision.transforms import RandomCrop
 
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -85,11 +85,10 @@ class Augmentation:
                 f"auto_augment={self.auto_augment!r}: timm has no such policy ({error}); allowed are e.g. "
                 "rand-m9-mstd0.5, augmix-m5-w4-d2, original and 3a"
             ) from error
-        if self.padding is None:
-            return whole
-        resize = ResizeKeepRatio(image_size, longest=0.0, interpolation=interpolation)
-        crop = RandomCrop(image_size, padding=self.padding, padding_mode="reflect")
-        return Compose([resize, crop, *whole.transforms[1:]])  # timm crops first
+        if self.padding is not None:  # instead of timm's crop, which comes first
+            resize = ResizeKeepRatio(image_size, longest=0.0, interpolation=interpolation)
+            whole.transforms[:1] = [resize, RandomCrop(image_size, padding=self.padding, padding_mode="reflect")]
+        return whole
 
     def mix(self, images: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
         """Mix each image with that at the other end of the batch, and the labels alike.
