@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import adapter_for, adapter_named
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.convert import describe, restore_, stage_of
+from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -44,6 +45,7 @@ class Artifact:
         layers: What :func:`d2dmoe_pl.moe.convert.describe` gave.
         history: The phases it went through, first to last.
         tensors: Names of the tensor files beside the weights, without their ending.
+        projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
     """
 
     path: Path
@@ -51,6 +53,7 @@ class Artifact:
     layers: dict[str, dict]
     history: list[PhaseRecord]
     tensors: list[str] = field(default_factory=list)
+    projections: dict[str, dict] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:
@@ -88,6 +91,7 @@ def save_artifact(
     adapter = adapter_for(model)
     made = {
         "family": adapter.family,
+        "projections": describe_projections(model),
         "layers": describe(model),
         "history": [asdict(record) for record in history],
         "tensors": sorted(tensors),
@@ -129,13 +133,22 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
         except (OSError, safetensors.SafetensorError) as error:
             raise ConfigError(f"{argument}={str(path)!r}: {file} is missing or truncated ({error})") from None
     history = [PhaseRecord(**record) for record in made["history"]]
-    return Artifact(path, made["family"], made["layers"], history, tensors)
+    return Artifact(path, made["family"], made["layers"], history, tensors, made.get("projections", {}))
 
 
 def build_structure(artifact: Artifact) -> nn.Module:
     """The artifact's model on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return _build(artifact)
+        model = build_dense(artifact)
+        restore_(model, artifact.layers)
+        return model
+
+
+def build_dense(artifact: Artifact) -> nn.Module:
+    """The artifact's model as it is before its FFNs become experts, weights not loaded."""
+    model = adapter_named(artifact.family).build(artifact.path)
+    restore_projections_(model, artifact.projections)
+    return model
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -145,7 +158,8 @@ def load_model(path: str | Path) -> nn.Module:
         ConfigError: If ``path`` is no whole artifact.
     """
     artifact = read_artifact(path, "path")
-    model = _build(artifact)
+    model = build_dense(artifact)
+    restore_(model, artifact.layers)
     safetensors.torch.load_model(model, str(artifact.path / WEIGHTS))
     return model.eval()
 
@@ -158,12 +172,6 @@ def record_metrics(path: str | Path, metrics: dict[str, float]) -> None:
     aside = file.with_name(f".{CONFIG}.partial")
     _write_json(aside, config)
     aside.replace(file)
-
-
-def _build(artifact: Artifact) -> nn.Module:
-    model = adapter_named(artifact.family).build(artifact.path)
-    restore_(model, artifact.layers)
-    return model
 
 
 def _tensor_file(name: str) -> str:

@@ -14,8 +14,10 @@ import tiny
 
 from d2dmoe_pl import adapters
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.projections import select_projections
 from d2dmoe_pl.moe.select import select_ffns
 from d2dmoe_pl.phases import (
+    AttentionDistillation,
     ExpertClustering,
     ExpertSelection,
     FineTuning,
@@ -34,6 +36,13 @@ END = "<!-- end of the table of models -->"
 # by method, its phases in order; all start with FineTuning
 METHODS = {
     "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8), RecoveryTuning()],
+    "D2DMoE, projections too": [
+        AttentionDistillation(),
+        SparsityEnforcement(),
+        ExpertClustering(8, num_projection_experts=4),
+        RouterRegression(8),
+        RecoveryTuning(),
+    ],
     "MoEfication": [ExpertClustering(8), ExpertSelection(3)],
     "MoEBERT": [ImportanceScoring(), MoEBERTDistillation(4, 12, 5, init_from="-")],
 }
@@ -41,15 +50,15 @@ METHODS = {
 
 def accepted(source: adapters.ModelSource, method: Sequence[Phase]) -> list[str]:
     """Names of the phases of ``method`` that a model from ``source`` can go through, one after the other."""
-    chain: list[Phase] = [FineTuning(source=source, activation="relu")]
-    preflight(chain)
-    for phase in method:
+    start = FineTuning(source=source, activation="relu")
+    preflight([start])
+    for length in range(len(method), 0, -1):
         try:
-            preflight([*chain, phase])
+            preflight([start, *method[:length]])
         except ConfigError:
-            break
-        chain.append(phase)
-    return [type(phase).__name__ for phase in chain[1:]]
+            continue
+        return [type(phase).__name__ for phase in method[:length]]
+    return []
 
 
 def cell(names: Sequence[str], method: Sequence[Phase]) -> str:
@@ -66,8 +75,10 @@ def rows() -> list[list[str]]:
     for kind, source in tiny.SOURCES.items():
         adapter = adapters.ADAPTERS[tiny.family_of(kind)]
         file = f"`{adapter.__module__.replace('.', '/')}.py`"
-        ffns = select_ffns(source().build_structure(tiny.labels_of(kind)))
-        form = "gated" if any(ffn.gate is not None for ffn in ffns) else "plain"
+        model = source().build_structure(tiny.labels_of(kind))
+        form = "gated" if any(ffn.gate is not None for ffn in select_ffns(model)) else "plain"
+        is_fused = any(projection.place != projection.name for projection in select_projections(model))
+        form += ", fused" if is_fused else ", separate"
         cells = [cell(accepted(source(), method), method) for method in METHODS.values()]
         known = tasks.setdefault((adapter.title, form, *cells, file), [])
         task = tiny.TASKS[kind].replace("-", " ")
@@ -77,7 +88,7 @@ def rows() -> list[list[str]]:
 
 def render() -> str:
     """The table, in Markdown."""
-    header = ["architecture", "task", "FFN", *METHODS, "file"]
+    header = ["architecture", "task", "FFN, projections", *METHODS, "file"]
     head, *body = [f"| {' | '.join(cells)} |" for cells in [header, *rows()]]
     return "\n".join([head, "|---" * len(header) + "|", *body])
 

@@ -20,6 +20,7 @@ from d2dmoe_pl.moe.convert import (
 from d2dmoe_pl.moe.gate import GateConfig
 from d2dmoe_pl.moe.moebert import convert_to_moebert_
 from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
+from d2dmoe_pl.moe.projections import ProjectionConfig, replace_projections_
 from d2dmoe_pl.moe.router import RouterConfig
 from d2dmoe_pl.moe.select import select_ffns
 
@@ -121,9 +122,16 @@ def routed(kind="timm_vit", num_experts=8, tau=0.5, rule="dynk_max"):
     return route_(dense(kind), num_experts, tau, rule)
 
 
+def with_projections(kind="timm_vit", residual=False):
+    """A dense model with MLPs in the place of its attention projections, which 4 experts divide."""
+    model = dense(kind)
+    replace_projections_(model, ProjectionConfig(multiple_of=4, residual=residual))
+    return model
+
+
 def route_(model, num_experts=8, tau=0.5, rule="dynk_max"):
     """Give a dense model experts, routers and a gate."""
-    convert_to_moe_(model, ExpertsConfig(num_experts))
+    convert_to_moe_(model, ExpertsConfig(num_experts, 4))
     add_routers_(model, RouterConfig(8))
     set_gate_(model, GateConfig(rule, tau))
     return model

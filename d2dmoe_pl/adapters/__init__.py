@@ -5,13 +5,24 @@ import pkgutil
 
 from torch import nn
 
+from d2dmoe_pl.adapters.attention import Projection
 from d2dmoe_pl.adapters.base import Adapter, ModelSource
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.adapters.hugging_face_model import HuggingFaceModel
 from d2dmoe_pl.adapters.timm_vit import TimmModel
 from d2dmoe_pl.errors import ConfigError
 
-__all__ = ["ADAPTERS", "FFN", "Adapter", "HuggingFaceModel", "ModelSource", "TimmModel", "adapter_for", "adapter_named"]
+__all__ = [
+    "ADAPTERS",
+    "FFN",
+    "Adapter",
+    "HuggingFaceModel",
+    "ModelSource",
+    "Projection",
+    "TimmModel",
+    "adapter_for",
+    "adapter_named",
+]
 
 _modules = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
 _adapters = [module.ADAPTER for module in _modules if hasattr(module, "ADAPTER")]

@@ -7,8 +7,10 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from d2dmoe_pl.adapters.attention import AttentionParts, Projection, find_projections
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.data.task import Head
+from d2dmoe_pl.errors import check
 
 TaskName = Literal[
     "text-classification",
@@ -21,17 +23,19 @@ TaskName = Literal[
 
 
 class Adapter(ABC):
-    """One model family: where its FFNs are, how a module is put in, how it is called, described and rebuilt.
+    """One model family: where its FFNs and attention projections are, how it is called, described and rebuilt.
 
     Attributes:
         family: Its name, in artifacts and errors.
         title: What its models are called.
         tasks: What they have heads for.
+        attention: What its attention's projections are called; None for a family that does not name them.
     """
 
     family: ClassVar[str]
     title: ClassVar[str]
     tasks: ClassVar[tuple[TaskName, ...]]
+    attention: ClassVar[AttentionParts | None] = None
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -51,6 +55,19 @@ class Adapter(ABC):
         Families whose FFNs have a ``residual_norm`` define it; the others are never asked to.
         """
         raise TypeError(f"{ffn.name}: a {self.family} has no LayerNorm after the FFN's residual")
+
+    def projections(self, model: nn.Module) -> list[Projection]:
+        """Every linear projection of self-attention, first to last. Those that were replaced are no longer among them.
+
+        Raises:
+            ConfigError: If the family does not name them, or a fused one cannot be taken apart.
+        """
+        check(
+            self.attention is not None,
+            f"{self.family}: its adapter names no attention projections; to name them, set attention in "
+            f"{type(self).__module__}",
+        )
+        return find_projections(model, self.attention)
 
     def vocabulary_size(self, model: nn.Module) -> int | None:
         """How many token ids there are; None for models of anything but text."""

@@ -3,8 +3,9 @@
 from typing import ClassVar
 
 from torch import Tensor, nn
-from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer
+from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertLayer
 
+from d2dmoe_pl.adapters.attention import AttentionParts
 from d2dmoe_pl.adapters.base import module_at
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.adapters.hugging_face import HuggingFaceAdapter, check_not_chunked
@@ -32,6 +33,9 @@ class BertAdapter(HuggingFaceAdapter):
     tasks = ("text-classification", "text-regression", "question-answering", "masked-language-modeling")
     model_types = ("bert",)
     inputs = ("input_ids", "attention_mask", "token_type_ids")
+    attention = AttentionParts(
+        (BertAttention,), query="self.query", key="self.key", value="self.value", output="output.dense"
+    )
     head_activation = "cls.predictions.transform.transform_act_fn"
     layer_class: ClassVar[type[nn.Module]] = BertLayer
     intermediate_class: ClassVar[type[nn.Module]] = BertIntermediate

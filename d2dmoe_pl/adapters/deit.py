@@ -1,7 +1,8 @@
 """Hugging Face DeiT, with one head or with a second one on the distillation token: the FFN is ViT's."""
 
-from transformers.models.deit.modeling_deit import DeiTMLP
+from transformers.models.deit.modeling_deit import DeiTAttention, DeiTMLP
 
+from d2dmoe_pl.adapters.attention import AttentionParts
 from d2dmoe_pl.adapters.ffn_module import FFNModuleAdapter, PartNames
 
 
@@ -15,6 +16,7 @@ class DeiTAdapter(FFNModuleAdapter):
     inputs = ("pixel_values",)
     ffn_classes = (DeiTMLP,)
     parts = PartNames(up="fc1", activation="activation_fn", down="fc2")
+    attention = AttentionParts((DeiTAttention,), query="q_proj", key="k_proj", value="v_proj", output="o_proj")
 
 
 ADAPTER = DeiTAdapter()

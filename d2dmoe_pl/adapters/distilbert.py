@@ -5,6 +5,7 @@ import dataclasses
 from torch import Tensor, nn
 from transformers.models.distilbert import modeling_distilbert
 
+from d2dmoe_pl.adapters.attention import AttentionParts
 from d2dmoe_pl.adapters.base import module_at
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.adapters.ffn_module import FFNModuleAdapter, PartNames
@@ -26,6 +27,9 @@ class DistilBertAdapter(FFNModuleAdapter):
     head_activation = "activation"
     ffn_classes = (modeling_distilbert.FFN,)
     parts = PartNames(up="lin1", activation="activation", down="lin2", output_dropout="dropout")
+    attention = AttentionParts(
+        (modeling_distilbert.DistilBertSelfAttention,), query="q_lin", key="k_lin", value="v_lin", output="out_lin"
+    )
 
     def ffns(self, model: nn.Module) -> list[FFN]:
         return [

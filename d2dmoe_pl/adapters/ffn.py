@@ -35,6 +35,8 @@ class FFN:
         hidden_dropout: What the replaced module applies to the activation.
         output_dropout: What the replaced module applies to its output.
         residual_norm: Where the architecture has one, the LayerNorm after the residual: ``norm(x + dropout(y))``.
+        is_projection: Whether it stands in the place of an attention's projection; its output may then be of another
+            width than ``d_model``.
     """
 
     name: str
@@ -45,6 +47,7 @@ class FFN:
     hidden_dropout: nn.Module = field(default_factory=nn.Identity)
     output_dropout: nn.Module = field(default_factory=nn.Identity)
     residual_norm: nn.LayerNorm | None = None
+    is_projection: bool = False
 
     @property
     def d_model(self) -> int:

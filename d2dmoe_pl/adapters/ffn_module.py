@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from d2dmoe_pl.adapters.attention import as_linear
 from d2dmoe_pl.adapters.base import module_at
-from d2dmoe_pl.adapters.ffn import FFN, TransposedLinear
+from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.adapters.hugging_face import HuggingFaceAdapter, check_not_chunked
 
 
@@ -50,13 +50,9 @@ class FFNModuleAdapter(HuggingFaceAdapter):
         parts = self.parts
         return FFN(
             name=name,
-            up=_linear(getattr(module, parts.up)),
+            up=as_linear(getattr(module, parts.up)),
             activation=getattr(module, parts.activation),
-            down=_linear(getattr(module, parts.down)),
+            down=as_linear(getattr(module, parts.down)),
             gate=None if parts.gate is None else getattr(module, parts.gate),
             output_dropout=nn.Identity() if parts.output_dropout is None else getattr(module, parts.output_dropout),
         )
-
-
-def _linear(projection: nn.Module) -> nn.Linear | TransposedLinear:
-    return TransposedLinear(projection) if isinstance(projection, Conv1D) else projection

@@ -1,9 +1,10 @@
 """Hugging Face Gemma, of three generations: the FFN is the gated ``mlp`` of each layer."""
 
-from transformers.models.gemma.modeling_gemma import GemmaMLP
-from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
-from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP
+from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP
+from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP
 
+from d2dmoe_pl.adapters.attention import AttentionParts
 from d2dmoe_pl.adapters.decoder import DecoderAdapter
 from d2dmoe_pl.adapters.ffn_module import PartNames
 
@@ -17,6 +18,13 @@ class GemmaAdapter(DecoderAdapter):
     model_types = ("gemma", "gemma2", "gemma3_text")
     ffn_classes = (GemmaMLP, Gemma2MLP, Gemma3MLP)
     parts = PartNames(gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
+    attention = AttentionParts(
+        (GemmaAttention, Gemma2Attention, Gemma3Attention),
+        query="q_proj",
+        key="k_proj",
+        value="v_proj",
+        output="o_proj",
+    )
     activation_keys = ("hidden_act", "hidden_activation")  # a generation reads one of them; published ones have both
 
 

@@ -1,7 +1,8 @@
 """Hugging Face GPT-2: the FFN is the ``mlp`` of each layer, of ``Conv1D`` projections."""
 
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
+from d2dmoe_pl.adapters.attention import AttentionParts
 from d2dmoe_pl.adapters.decoder import DecoderAdapter
 from d2dmoe_pl.adapters.ffn_module import PartNames
 
@@ -16,6 +17,7 @@ class GPT2Adapter(DecoderAdapter):
     activation_keys = ("activation_function",)
     ffn_classes = (GPT2MLP,)
     parts = PartNames(up="c_fc", activation="act", down="c_proj", output_dropout="dropout")
+    attention = AttentionParts((GPT2Attention,), fused="c_attn", output="c_proj")
 
 
 ADAPTER = GPT2Adapter()

@@ -1,7 +1,8 @@
 """Hugging Face Llama: the FFN is the gated ``mlp`` of each layer."""
 
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
+from d2dmoe_pl.adapters.attention import AttentionParts
 from d2dmoe_pl.adapters.decoder import DecoderAdapter
 from d2dmoe_pl.adapters.ffn_module import PartNames
 
@@ -15,6 +16,7 @@ class LlamaAdapter(DecoderAdapter):
     model_types = ("llama",)
     ffn_classes = (LlamaMLP,)
     parts = PartNames(gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
+    attention = AttentionParts((LlamaAttention,), query="q_proj", key="k_proj", value="v_proj", output="o_proj")
 
 
 ADAPTER = LlamaAdapter()

@@ -1,7 +1,9 @@
 """Hugging Face RoBERTa: BERT's layers under names of their own."""
 
+import dataclasses
+
 from torch import nn
-from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaLayer
+from transformers.models.roberta.modeling_roberta import RobertaAttention, RobertaIntermediate, RobertaLayer
 
 from d2dmoe_pl.adapters.bert import BertAdapter
 
@@ -14,6 +16,7 @@ class RobertaAdapter(BertAdapter):
     model_types = ("roberta",)
     inputs = ("input_ids", "attention_mask")  # it has one type of token only
     head_activation = None
+    attention = dataclasses.replace(BertAdapter.attention, classes=(RobertaAttention,))
     layer_class = RobertaLayer
     intermediate_class = RobertaIntermediate
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Mlp, get_act_layer
+from timm.layers import Attention, Mlp, get_act_layer
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from d2dmoe_pl.adapters.attention import AttentionParts, Projection
 from d2dmoe_pl.adapters.base import Adapter, ModelSource, module_at
 from d2dmoe_pl.adapters.ffn import FFN
 from d2dmoe_pl.data.task import Head
@@ -24,6 +25,7 @@ class TimmViTAdapter(Adapter):
     family = "timm_vit"
     title = "timm ViT, DeiT"
     tasks = ("image-classification",)
+    attention = AttentionParts((Attention,), fused="qkv", output="proj")
 
     def matches(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
@@ -39,6 +41,15 @@ class TimmViTAdapter(Adapter):
             FFN(name, mlp.fc1, mlp.act, mlp.fc2, hidden_dropout=mlp.drop1, output_dropout=mlp.drop2)
             for name, mlp in found.items()
         ]
+
+    def projections(self, model: nn.Module) -> list[Projection]:
+        for name, block in model.blocks.named_children():
+            attention = getattr(block, "attn", None)
+            check(
+                isinstance(attention, Attention) and getattr(attention, "gate", None) is None,
+                f"blocks.{name}: its attention is gated or no plain one, and its projections cannot be taken apart",
+            )
+        return super().projections(model)
 
     def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
         parent, attribute = module_at(model, ffn.name)

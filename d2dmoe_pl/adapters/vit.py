@@ -1,7 +1,8 @@
 """Hugging Face ViT: the FFN is the ``mlp`` of each layer."""
 
-from transformers.models.vit.modeling_vit import ViTMLP
+from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 
+from d2dmoe_pl.adapters.attention import AttentionParts
 from d2dmoe_pl.adapters.ffn_module import FFNModuleAdapter, PartNames
 
 
@@ -15,6 +16,7 @@ class ViTAdapter(FFNModuleAdapter):
     inputs = ("pixel_values",)
     ffn_classes = (ViTMLP,)
     parts = PartNames(up="fc1", activation="activation_fn", down="fc2")
+    attention = AttentionParts((ViTAttention,), query="q_proj", key="k_proj", value="v_proj", output="o_proj")
 
 
 ADAPTER = ViTAdapter()

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from d2dmoe_pl.adapters import adapter_for, adapter_named
-from d2dmoe_pl.artifact import Artifact, load_model, read_artifact
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.artifact import Artifact, build_dense, load_model, read_artifact
 from d2dmoe_pl.benchmark.rotation import Rotation, Settings
 from d2dmoe_pl.benchmark.subject import Choice, layer_inputs, layer_rotation, model_rotation
 from d2dmoe_pl.data import TaskData
@@ -16,7 +16,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.convert import gated, set_backend_
 from d2dmoe_pl.moe.gate import GateConfig
 from d2dmoe_pl.moe.layer import MoELayer
-from d2dmoe_pl.moe.select import moe_layers
+from d2dmoe_pl.moe.select import moe_layers, select_ffns
 from d2dmoe_pl.phases.base import check_head
 
 # of a batch's samples in, a batch out
@@ -65,7 +65,7 @@ def _rotations(
     if "model" in settings.scope:
         yield model_rotation(dense, moe, batch, inputs, _choices(moe, taus))
     if "layer" in settings.scope:
-        ffns = {ffn.name: ffn for ffn in adapter_for(dense).ffns(dense)}
+        ffns = {ffn.name: ffn for ffn in select_ffns(dense)}
         for name, layer in moe_layers(moe).items():
             choices = _choices(layer, taus)
             compare = dict.fromkeys(settings.compare, choices)
@@ -83,17 +83,17 @@ def _choices(module: nn.Module, taus: Sequence[float]) -> list[Choice]:
 def dense_twin(artifact: Artifact, moe: nn.Module) -> nn.Module:
     """The dense model that ``moe`` was made from, with the experts' weights merged: what ``moe`` computes at tau = 1.
 
-    It is built by the architecture's own library, so that it costs what the dense model costs.
+    It is built by the architecture's own library, so that it costs what the dense model costs; MLPs in the place of
+    attention projections stay.
 
     Args:
         artifact: Where ``moe`` was loaded from.
         moe: A model with MoE layers.
     """
-    adapter = adapter_named(artifact.family)
-    dense = adapter.build(artifact.path).eval()
+    dense = build_dense(artifact).eval()
     dense.load_state_dict(moe.state_dict(), strict=False)
     layers = moe_layers(moe)
-    for ffn in adapter.ffns(dense):
+    for ffn in select_ffns(dense):
         if ffn.name not in layers:
             continue
         experts = layers[ffn.name].experts

@@ -22,12 +22,16 @@ from d2dmoe_pl.moe.select import expert_layers
 
 def pair_flops(experts: Experts | ImportanceExperts) -> int:
     """FLOPs of one executed (token, expert) pair."""
-    return 2 * experts.d_model * experts.expert_dim * (3 if experts.is_gated else 2)
+    return experts.expert_dim * _neuron_flops(experts)
 
 
 def dense_ffn_flops(experts: Experts | ImportanceExperts) -> int:
     """FLOPs for one token of the dense FFN that the experts were made from."""
-    return 2 * experts.d_model * experts.dense_dim * (3 if experts.is_gated else 2)
+    return experts.dense_dim * _neuron_flops(experts)
+
+
+def _neuron_flops(experts: Experts | ImportanceExperts) -> int:
+    return 2 * ((2 if experts.is_gated else 1) * experts.d_model + experts.d_out)
 
 
 def router_flops(layer: MoELayer) -> int:
@@ -82,10 +86,14 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 @contextmanager
 def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Let ``layers`` hand through what they are given, whose shape they keep, while the body runs."""
+    """Let ``layers`` with experts hand through what they are given while the body runs.
+
+    One whose output is of another width than its input gives nothing in particular, of the right shape.
+    """
     layers = list(layers)
     for layer in layers:
-        layer.forward = lambda x: x
+        d_out = layer.experts.d_out
+        layer.forward = lambda x, d_out=d_out: x if x.shape[-1] == d_out else x.new_empty(*x.shape[:-1], d_out)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.context import shared_context_
 from d2dmoe_pl.moe.experts import Experts, check_assignment
@@ -39,15 +39,36 @@ class ExpertsConfig:
 
     Attributes:
         num_experts: ``E``; divides the width of every FFN that is split.
+        num_projection_experts: The same for MLPs in the place of attention projections, which are narrower;
+            ``num_experts`` if not given.
 
     Raises:
-        ConfigError: If ``num_experts`` is not positive.
+        ConfigError: If a number is not positive.
     """
 
     num_experts: int
+    num_projection_experts: int | None = None
 
     def __post_init__(self) -> None:
-        check(self.num_experts > 0, f"num_experts={self.num_experts}: must be positive")
+        for argument, value in asdict(self).items():
+            check(value is None or value > 0, f"{argument}={value}: must be positive")
+
+    def num_for(self, ffn: FFN) -> int:
+        """How many experts ``ffn`` is split into.
+
+        Raises:
+            ConfigError: If its width is not divisible by them.
+        """
+        own = ffn.is_projection and self.num_projection_experts is not None
+        argument, number = (
+            ("num_projection_experts", self.num_projection_experts) if own else ("num_experts", self.num_experts)
+        )
+        hint = "; num_projection_experts is for these alone" if ffn.is_projection and not own else ""
+        check(
+            ffn.d_ff % number == 0,
+            f"{argument}={number}: must divide the FFN width, which is {ffn.d_ff} in {ffn.name}{hint}",
+        )
+        return number
 
 
 def _select_moe_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, MoELayer]:
@@ -65,7 +86,9 @@ def swap_activation_(model: nn.Module, config: ActivationConfig, filter_fn: Filt
     Raises:
         ConfigError: If the architecture does not know the activation, or no FFN is found.
     """
-    adapter_for(model).set_activation_(model, select_ffns(model, filter_fn), config.name)
+    # MLPs in the place of projections have theirs from the start
+    ffns = select_ffns(model, lambda ffn, name: not ffn.is_projection and (filter_fn is None or filter_fn(ffn, name)))
+    adapter_for(model).set_activation_(model, ffns, config.name)
 
 
 def convert_to_moe_(
@@ -89,17 +112,18 @@ def convert_to_moe_(
     """
     adapter = adapter_for(model)
     ffns = select_ffns(model, filter_fn)
-    for ffn in ffns:
-        check(
-            ffn.d_ff % config.num_experts == 0,
-            f"num_experts={config.num_experts}: must divide the FFN width, which is {ffn.d_ff} in {ffn.name}",
-        )
-        if assignments is not None:
-            check_assignment(assignments[ffn.name], ffn.d_ff, config.num_experts, ffn.name)
+    numbers = [config.num_for(ffn) for ffn in ffns]
+    if assignments is not None:
+        for ffn, num_experts in zip(ffns, numbers, strict=True):
+            check_assignment(assignments[ffn.name], ffn.d_ff, num_experts, ffn.name)
     context = shared_context_(model)
-    for ffn in ffns:
-        experts = Experts(ffn, config.num_experts, None if assignments is None else assignments[ffn.name])
-        adapter.put_(model, ffn, MoELayer(experts, context, ffn.output_dropout))
+    for ffn, num_experts in zip(ffns, numbers, strict=True):
+        experts = Experts(ffn, num_experts, None if assignments is None else assignments[ffn.name])
+        layer = MoELayer(experts, context, ffn.output_dropout)
+        if ffn.is_projection:
+            model.set_submodule(ffn.name, layer)
+        else:
+            adapter.put_(model, ffn, layer)
 
 
 def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: FilterFn | None = None) -> None:

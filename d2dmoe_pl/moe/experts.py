@@ -40,8 +40,9 @@ class Experts(nn.Module):
     Attributes:
         activation_kind: Name of the activation function in ``moe/activations.py``; ``None`` if it is not known there.
 
-    Shapes: ``up_weight``, ``gate_weight`` and ``down_weight`` are ``(E, s, d_model)``, ``up_bias`` and ``gate_bias``
-    ``(E, s)``, ``down_bias`` ``(d_model,)``.
+    Shapes: ``up_weight`` and ``gate_weight`` are ``(E, s, d_model)``, ``down_weight`` is ``(E, s, d_out)``, ``up_bias``
+    and ``gate_bias`` ``(E, s)``, ``down_bias`` ``(d_out,)``. Only in the place of an attention projection can ``d_out``
+    be another width than ``d_model``.
     """
 
     def __init__(self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "auto") -> None:
@@ -83,6 +84,10 @@ class Experts(nn.Module):
         return self.up_weight.shape[2]
 
     @property
+    def d_out(self) -> int:
+        return self.down_weight.shape[2]
+
+    @property
     def is_gated(self) -> bool:
         return self.gate_weight is not None
 
@@ -109,8 +114,8 @@ class Experts(nn.Module):
         return hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
 
     def combine(self, hidden: Tensor) -> Tensor:
-        """The output of the experts from their activations ``(N, E, s)``: ``(N, d_model)``."""
-        output = hidden.flatten(1) @ self.down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d)
+        """The output of the experts from their activations ``(N, E, s)``: ``(N, d_out)``."""
+        output = hidden.flatten(1) @ self.down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
         return output if self.down_bias is None else output + self.down_bias
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -121,7 +126,7 @@ class Experts(nn.Module):
             mask: Boolean ``(N, E)``.
 
         Returns:
-            ``(N, d_model)``.
+            ``(N, d_out)``.
         """
         if mask is None:
             return self.combine(self.hidden(tokens))

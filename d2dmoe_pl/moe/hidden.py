@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -32,8 +31,8 @@ def hidden_activations(
     return activation(up) if gate_weight is None else activation(F.linear(tokens, gate_weight, gate_bias)) * up
 
 
-def output_of_no_expert(tokens: Tensor, down_bias: Tensor | None) -> Tensor:
-    """The output bias, or zeros, one row a token, in memory of its own to add to: ``(N, d_model)``."""
+def output_of_no_expert(tokens: Tensor, down_bias: Tensor | None, d_out: int) -> Tensor:
+    """The output bias, or zeros, one row a token, in memory of its own to add to: ``(N, d_out)``."""
     if down_bias is None:
-        return torch.zeros_like(tokens, memory_format=torch.contiguous_format)
+        return tokens.new_zeros(tokens.shape[0], d_out)
     return down_bias.repeat(tokens.shape[0], 1)

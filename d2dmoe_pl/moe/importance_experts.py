@@ -85,6 +85,10 @@ class ImportanceExperts(nn.Module):
     def d_model(self) -> int:
         return self.up_weight.shape[2]
 
+    @property
+    def d_out(self) -> int:
+        return self.d_model
+
     def forward(self, tokens: Tensor, expert: Tensor, scale: Tensor | None = None) -> Tensor:
         """Run each token's expert, and no other.
 

@@ -33,14 +33,14 @@ class MoELayer(nn.Module):
         self.observer: Callable[[Tensor, Tensor], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., d_model)`` to the same shape; rows of padding come out as zeros."""
+        """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros."""
         positions = x.reshape(-1, x.shape[-1])  # (B * L, d)
         index = self.context.token_index
         tokens = real_tokens(positions, index)  # (N, d)
-        output = self._run(tokens)  # (N, d)
+        output = self._run(tokens)  # (N, d_out)
         if index is not None:
-            output = output.new_zeros(positions.shape).index_copy(0, index, output)
-        return self.output_dropout(output.view(x.shape))
+            output = output.new_zeros(len(positions), output.shape[1]).index_copy(0, index, output)
+        return self.output_dropout(output.view(*x.shape[:-1], -1))
 
     def watch(self, observer: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``observer`` with the boolean mask ``(N, E)`` of every routing decision, until the handle is removed."""

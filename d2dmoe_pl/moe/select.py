@@ -8,18 +8,21 @@ from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.moebert_layer import MoEBERTLayer
+from d2dmoe_pl.moe.projections import projection_ffns
 
 FilterFn = Callable[[object, str], bool]
 
 
 def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN]:
-    """The dense FFNs of ``model`` that pass ``filter_fn(ffn, name)``, first to last.
+    """The dense FFNs of ``model`` that pass ``filter_fn(ffn, name)``, the architecture's own first to last.
+
+    MLPs in the place of attention projections, ``ffn.is_projection``, are among them, after the architecture's own.
 
     Raises:
         ConfigError: If there are none.
     """
-    adapter = adapter_for(model)
-    found = [ffn for ffn in adapter.ffns(model) if filter_fn is None or filter_fn(ffn, ffn.name)]
+    ffns = [*adapter_for(model).ffns(model), *projection_ffns(model)]
+    found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
     if not found:
         raise ConfigError(
             f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else "")

@@ -1,11 +1,13 @@
 """Phase 3: split each FFN's neurons into experts. Trains nothing."""
 
+from typing import Literal
+
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
 from d2dmoe_pl import plugins
-from d2dmoe_pl.adapters import ModelSource
+from d2dmoe_pl.adapters import FFN, ModelSource
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe import split as splits
 from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, select_ffns
@@ -26,6 +28,9 @@ class ExpertClustering(OrderedPass):
         split: Name of a file in ``moe/split``: ``activation`` (neurons that fire for the same tokens, needs ReLU),
             ``coactivation`` (the co-activation graph of MoEfication, needs ReLU), ``parameter`` (neurons with similar
             weights, as in both papers) or ``random``.
+        num_projection_experts: ``E`` of MLPs that ``AttentionDistillation`` put in the place of attention projections;
+            ``num_experts`` if not given.
+        convert: ``ffns``, ``projections`` or ``all``: which of the two are split; the others stay dense.
         num_samples: Training samples that activations are gathered from; some 16k tokens are enough.
         profile_dim: Dimensions that the profile of ``activation`` is projected to.
         seed: Of the clustering and the projection.
@@ -42,6 +47,8 @@ class ExpertClustering(OrderedPass):
         self,
         num_experts: int,
         split: str = "activation",
+        num_projection_experts: int | None = None,
+        convert: Literal["all", "ffns", "projections"] = "all",
         num_samples: int = 1024,
         profile_dim: int = 768,
         seed: int = 0,
@@ -49,7 +56,8 @@ class ExpertClustering(OrderedPass):
         source: ModelSource | None = None,
     ) -> None:
         super().__init__(init_from, source)
-        self.config = ExpertsConfig(num_experts)
+        self.config = ExpertsConfig(num_experts, num_projection_experts)
+        self.convert = convert
         check(num_samples > 0, f"num_samples={num_samples}: must be positive")
         check(profile_dim > 0, f"profile_dim={profile_dim}: must be positive")
         self.split_name = split
@@ -59,12 +67,8 @@ class ExpertClustering(OrderedPass):
         self.seed = seed
 
     def transform_(self, model: nn.Module) -> None:
-        ffns = select_ffns(model)
-        for ffn in ffns:
-            check(
-                ffn.d_ff % self.config.num_experts == 0,
-                f"num_experts={self.config.num_experts}: must divide the FFN width, which is {ffn.d_ff} in {ffn.name}",
-            )
+        for ffn in select_ffns(model, self._is_converted):
+            self.config.num_for(ffn)
             check(
                 self.split.statistic is None or ffn.is_sparse,
                 f"split={self.split_name!r}: needs exact zeros, but {ffn.name} has {ffn.activation_name}; allowed are "
@@ -72,11 +76,11 @@ class ExpertClustering(OrderedPass):
             )
 
     def finish_(self, model: nn.Module) -> None:
-        convert_to_moe_(model, self.config)
+        convert_to_moe_(model, self.config, self._is_converted)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._ffns = select_ffns(self.model)
+        self._ffns = select_ffns(self.model, self._is_converted)
         nothing = CountedTokens((), self.profile_dim, self.seed, self.device)
         self._sums = {
             ffn.name: self.split.statistic(torch.zeros(0, ffn.d_ff, device=self.device), nothing)
@@ -105,7 +109,10 @@ class ExpertClustering(OrderedPass):
         self.advance(len(batch["labels"]))
 
     def on_train_end(self) -> None:
-        convert_to_moe_(self.model, self.config, assignments=self._assign())
+        convert_to_moe_(self.model, self.config, self._is_converted, assignments=self._assign())
+
+    def _is_converted(self, ffn: FFN, name: str) -> bool:
+        return self.convert == "all" or ffn.is_projection == (self.convert == "projections")
 
     def _counted(self, attention_mask: Tensor | None, positions: torch.Size) -> tuple[CountedTokens, Tensor]:
         """The tokens that count, and their places ``(N,)`` among all ``B * L`` positions."""
@@ -130,7 +137,7 @@ class ExpertClustering(OrderedPass):
                 ffn.name: self.split(
                     ffn.input_weight,
                     sums.get(ffn.name),
-                    self.config.num_experts,
+                    self.config.num_for(ffn),
                     self.seed,
                 )
                 for ffn in ffns

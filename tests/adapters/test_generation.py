@@ -8,6 +8,7 @@ import torch
 
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.moe.convert import moe_layers, set_backend_, set_tau_
+from d2dmoe_pl.moe.projections import ProjectionConfig, replace_projections_
 
 KINDS = [kind for kind, task in tiny.TASKS.items() if task == "causal-language-modeling"]
 NEW = 8
@@ -18,6 +19,13 @@ def dense(kind):
     model = tiny.dense(kind)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(0.02)
+    return model
+
+
+def with_projections(kind):
+    """The same with MLPs in the place of its attention projections."""
+    model = dense(kind)
+    replace_projections_(model, ProjectionConfig(multiple_of=4))
     return model
 
 
@@ -36,8 +44,9 @@ def prompts():
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestGenerate:
-    def test_tau_one_gives_the_dense_models_text(self, kind, tmp_path):
-        original = dense(kind)
+    @pytest.mark.parametrize("made", [dense, with_projections])
+    def test_tau_one_gives_the_dense_models_text(self, kind, made, tmp_path):
+        original = made(kind)
         model = tiny.route_(copy.deepcopy(original), tau=1.0)
         save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
         loaded = load_model(tmp_path / "artifact")
@@ -49,9 +58,11 @@ class TestGenerate:
             assert torch.equal(generate(loaded, inputs), expected)
             assert len(expected.unique()) > 1
 
-    @pytest.mark.parametrize("backend", ["reference", "grouped"])
-    def test_lower_tau_gives_the_same_text_cached_or_not_padded_or_alone(self, kind, backend):
-        model = tiny.route_(dense(kind), tau=0.4)
+    @pytest.mark.parametrize(
+        ("made", "backend"), [(dense, "reference"), (dense, "grouped"), (with_projections, "grouped")]
+    )
+    def test_lower_tau_gives_the_same_text_cached_or_not_padded_or_alone(self, kind, made, backend):
+        model = tiny.route_(made(kind), tau=0.4)
         set_backend_(model, backend)
         batch = prompts()
         together = generate(model, batch)
@@ -63,8 +74,9 @@ class TestGenerate:
         assert not torch.equal(generate(model, batch), together)
 
     def test_padding_is_not_routed_and_every_new_token_is(self, kind):
-        model = tiny.routed(kind)
+        model = tiny.route_(tiny.with_projections(kind))
         layer = next(iter(moe_layers(model).values()))
+        assert "att" in next(iter(moe_layers(model)))
         seen = []
         layer.watch(lambda mask: seen.append(len(mask)))
         batch = prompts()

@@ -20,6 +20,7 @@ CASE = {
     "num_experts": 3,
     "expert_dim": 150,
     "d_model": 67,
+    "d_out": None,
     "gated": True,
     "bias": True,
     "activation": "gelu",
@@ -213,8 +214,8 @@ def test_the_operator_checks_its_arguments():
     assert cpu.compile_failure() is None
     x, weight = torch.randn(2, 6), torch.randn(3, 4, 6)
     run = torch.ops.d2dmoe_pl.moe_cpu
-    with pytest.raises(ValueError, match=r"down_weight has shape \[3, 4, 5\], not \[3, 4, 6\]"):
-        run(x, MASK, weight, None, None, None, torch.randn(3, 4, 5), None, "relu")
+    with pytest.raises(ValueError, match=r"down_weight has shape \[3, 5, 6\], not \[3, 4, 6\]"):
+        run(x, MASK, weight, None, None, None, torch.randn(3, 5, 6), None, "relu")
     with pytest.raises(ValueError, match="mask is Float, not bool"):
         run(x, MASK.float(), weight, None, None, None, weight, None, "relu")
     with pytest.raises(ValueError, match="activation='swish': allowed are relu, gelu, gelu_tanh, silu, tanh"):

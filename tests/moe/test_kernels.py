@@ -24,19 +24,19 @@ ACTIVATIONS = {
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def make_ffn(d_model, d_ff, gated=False, bias=True, activation=nn.ReLU):
+def make_ffn(d_model, d_ff, gated=False, bias=True, activation=nn.ReLU, d_out=None):
     return FFN(
         name="ffn",
         up=nn.Linear(d_model, d_ff, bias=bias),
         activation=activation(),
-        down=nn.Linear(d_ff, d_model, bias=bias),
+        down=nn.Linear(d_ff, d_out or d_model, bias=bias),
         gate=nn.Linear(d_model, d_ff, bias=bias) if gated else None,
     )
 
 
 def naive(ffn, assignment, tokens, mask):
     """One expert, one token at a time, straight from the dense weights."""
-    output = torch.zeros_like(tokens)
+    output = torch.zeros(len(tokens), ffn.down.out_features)
     for token in range(len(tokens)):
         neurons = mask[token][assignment]  # (d_ff,)
         hidden = ffn.up(tokens[token])
@@ -52,6 +52,7 @@ def cases(most_tokens, most_experts, largest_expert, largest_d):
             "num_experts": st.integers(1, most_experts),
             "expert_dim": st.integers(1, largest_expert),
             "d_model": st.integers(1, largest_d),
+            "d_out": st.none() | st.integers(1, largest_d),
             "gated": st.booleans(),
             "bias": st.booleans(),
             "activation": st.sampled_from(list(ACTIVATIONS)),
@@ -60,11 +61,17 @@ def cases(most_tokens, most_experts, largest_expert, largest_d):
     )
 
 
+def ffn_of(case):
+    """The dense FFN of a case."""
+    activation = ACTIVATIONS[case["activation"]]
+    d_ff = case["num_experts"] * case["expert_dim"]
+    return make_ffn(case["d_model"], d_ff, case["gated"], case["bias"], activation, case["d_out"])
+
+
 def experts_of(case, backend, **kwargs):
     """Experts as the case has them, freshly drawn, and tokens and a mask for them."""
     d_model, num_experts = case["d_model"], case["num_experts"]
-    activation = ACTIVATIONS[case["activation"]]
-    ffn = make_ffn(d_model, num_experts * case["expert_dim"], case["gated"], case["bias"], activation)
+    ffn = ffn_of(case)
     mask = torch.rand(case["tokens"], num_experts) < case["density"]
     return Experts(ffn, num_experts, None, backend, **kwargs), torch.randn(case["tokens"], d_model), mask
 
@@ -78,9 +85,8 @@ def _fresh():
 @given(cases(9, 6, 5, 7))
 @settings(deadline=None, max_examples=60)
 def test_equals_the_naive_twin_in_output_and_gradients(backend, case):
-    d_ff = case["num_experts"] * case["expert_dim"]
-    ffn = make_ffn(case["d_model"], d_ff, case["gated"], case["bias"], ACTIVATIONS[case["activation"]])
-    assignment = torch.randperm(d_ff) % case["num_experts"]
+    ffn = ffn_of(case)
+    assignment = torch.randperm(ffn.d_ff) % case["num_experts"]
     experts = Experts(ffn, case["num_experts"], assignment, backend)
     mask = torch.rand(case["tokens"], case["num_experts"]) < case["density"]
     start = torch.randn(case["tokens"], case["d_model"])

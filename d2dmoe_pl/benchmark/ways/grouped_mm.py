@@ -31,5 +31,5 @@ def grouped_mm(experts, tokens: Tensor, mask: Tensor) -> Tensor:
         hidden = experts.activation(project(experts.gate_weight, experts.gate_bias)) * hidden
     else:
         hidden = experts.activation(hidden)
-    output = output_of_no_expert(tokens, experts.down_bias)  # (N, d)
+    output = output_of_no_expert(tokens, experts.down_bias, experts.d_out)  # (N, d_out)
     return output.index_add_(0, token, F.grouped_mm(hidden, experts.down_weight, offs=ends))

@@ -8,7 +8,7 @@ from d2dmoe_pl.moe.hidden import hidden_activations, output_of_no_expert
 def loop(experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """Each expert finds its tokens, runs on them and adds to the output; as :mod:`d2dmoe_pl.moe.kernels`."""
     *inner, down_weight, down_bias = experts.weights
-    output = output_of_no_expert(tokens, down_bias)  # (N, d)
+    output = output_of_no_expert(tokens, down_bias, down_weight.shape[2])  # (N, d_out)
     for expert in range(experts.num_experts):
         index = mask[:, expert].nonzero().squeeze(1)  # (n_e,)
         parameters = (None if rows is None else rows[expert] for rows in inner)

@@ -36,7 +36,9 @@ def _load() -> str | None:
         return str(error)
     # override: loaded anew, it is the same
     torch.library.register_fake(
-        "d2dmoe_pl::moe_cpu", lambda tokens, *_: tokens.new_empty(tokens.shape), allow_override=True
+        "d2dmoe_pl::moe_cpu",
+        lambda tokens, *weights: tokens.new_empty(tokens.shape[0], weights[5].shape[2]),
+        allow_override=True,
     )
     return None
 

@@ -38,7 +38,7 @@ def _run(
 ) -> Tensor:
     pairs = mask.t().nonzero()  # (P, 2): expert, token; sorted by expert
     token_groups = pairs[:, 1].split(mask.sum(dim=0).tolist())  # E tensors of token indices
-    start = output_of_no_expert(tokens, down_bias)  # (N, d)
+    start = output_of_no_expert(tokens, down_bias, down_weight.shape[2])  # (N, d_out)
     # a narrow type, or autocast's, is for products; sums are kept in float32 or wider
     output = start.to(torch.promote_types(start.dtype, torch.float32))
 
@@ -72,4 +72,4 @@ def moe_grouped(
 
 @moe_grouped.register_fake
 def _(tokens, mask, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, activation):
-    return tokens.new_empty(tokens.shape)
+    return tokens.new_empty(tokens.shape[0], down_weight.shape[2])

@@ -5,4 +5,4 @@ from torch import Tensor
 
 def reference(experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.kernels`; gradients reach executed experts only."""
-    return experts.combine(experts.hidden(tokens) * mask.unsqueeze(-1))  # (N, E, s) -> (N, d)
+    return experts.combine(experts.hidden(tokens) * mask.unsqueeze(-1))  # (N, E, s) -> (N, d_out)

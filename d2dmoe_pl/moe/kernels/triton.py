@@ -174,9 +174,9 @@ def moe_triton(
 ) -> Tensor:
     """The operator under :func:`triton`; all tensors of one type, shapes as in ``Experts``."""
     num_tokens, d_model = tokens.shape
-    num_experts, expert_dim, _ = up_weight.shape
+    num_experts, expert_dim, d_out = down_weight.shape
     if num_tokens == 0:
-        return tokens.new_empty(tokens.shape)
+        return tokens.new_empty(0, d_out)
     tokens, mask = tokens.contiguous(), mask.contiguous().view(torch.uint8)
     up_weight, down_weight = up_weight.contiguous(), down_weight.contiguous()
     gate_weight = None if gate_weight is None else gate_weight.contiguous()
@@ -191,7 +191,7 @@ def moe_triton(
     # three stages of these blocks take at most 96 KB of shared memory, which cards from 2020 on have
     block_m = _block(num_tokens, 64 if is_float else 128)
     block_s = _block(expert_dim, 64 if is_float or products == 2 else 128)
-    block_d = _block(d_model, 64 if is_float else 128)
+    block_d = _block(d_out, 64 if is_float else 128)
     with torch.cuda.device_of(tokens):
         _list_tokens[num_chunks, cdiv(num_experts, 16)](mask, rows, counts, num_tokens, num_experts, CHUNK, BLOCK_E=16)
         _up[num_experts * cdiv(expert_dim, block_s), num_chunks](
@@ -201,14 +201,14 @@ def moe_triton(
             num_warps=8 if block_s * products > 64 else 4, num_stages=3,
         )  # fmt: skip
         if not by_scatter:
-            dense = down_weight.flatten(0, 1)  # (E * s, d)
+            dense = down_weight.flatten(0, 1)  # (E * s, d_out)
             return hidden @ dense if down_bias is None else torch.addmm(down_bias, hidden, dense)
-        sums = torch.zeros_like(tokens, dtype=torch.float32)
+        sums = tokens.new_zeros((num_tokens, d_out), dtype=torch.float32)
         if down_bias is not None:
             sums += down_bias
-        _down[num_experts * cdiv(d_model, block_d), num_chunks](
+        _down[num_experts * cdiv(d_out, block_d), num_chunks](
             hidden, rows, counts, down_weight, sums, num_experts,
-            d_model, expert_dim, CHUNK,
+            d_out, expert_dim, CHUNK,
             BLOCK_M=block_m, BLOCK_N=block_d, BLOCK_K=_block(expert_dim, 32 if is_float else 64),
             num_warps=8 if block_d > 64 else 4, num_stages=3,
         )  # fmt: skip
@@ -217,7 +217,7 @@ def moe_triton(
 
 @moe_triton.register_fake
 def _(tokens, mask, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, activation):
-    return tokens.new_empty(tokens.shape)
+    return tokens.new_empty(tokens.shape[0], down_weight.shape[2])
 
 
 def triton(experts, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ class BFloat16Experts {
           at::vec::convert(hidden_.data() + i * step, narrow_.data() + i * ld, neurons);
           if (neurons % 2 == 1) narrow_[i * ld + neurons] = 0.f;
         }
-        second_product(down_ + (expert * even(s) + n) * d, height, tokens, even(neurons), ld, rows + m, y, in_place);
+        second_product(
+            down_ + (expert * even(s) + n) * problem_.outputs, height, tokens, even(neurons), ld, rows + m, y, in_place);
       }
     }
   }
@@ -89,7 +90,7 @@ class BFloat16Experts {
   void second_product(
       const scalar* weight, int64_t height, int64_t tokens, int64_t depth, int64_t ld, const int32_t* rows, float* y,
       bool in_place) {
-    const int64_t d = problem_.width;
+    const int64_t d = problem_.outputs;
     for (int64_t n = 0; n < d; n += kColumnsAtOnce) {
       const int64_t columns = std::min(kColumnsAtOnce, d - n);
       if (in_place) {

@@ -40,7 +40,8 @@ class FloatExperts {
             problem_.activation, hidden_.data(), at(problem_.up_bias, first),
             gate_ == nullptr ? nullptr : gated_.data(),
             at(problem_.gate_bias, first), tokens, neurons, step);
-        add_product(hidden_.data(), step, neurons, down_ + first * d, d, y, rows + m, tokens);
+        add_product(
+            hidden_.data(), step, neurons, down_ + first * problem_.outputs, problem_.outputs, y, rows + m, tokens);
       }
     }
   }

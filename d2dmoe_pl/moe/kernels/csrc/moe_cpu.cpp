@@ -8,7 +8,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -18,7 +17,7 @@ namespace {
 
 constexpr int64_t kMinBlock = 32; // tokens a thread, below which experts are dealt out to threads as well
 
-// out (tokens, d) = sum over groups of partial (groups, tokens, d)
+// out (tokens, d_out) = sum over groups of partial (groups, tokens, d_out)
 template <typename T>
 void sum_groups(const float* partial, int64_t groups, int64_t size, T* out) {
   at::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
@@ -32,7 +31,7 @@ void sum_groups(const float* partial, int64_t groups, int64_t size, T* out) {
 
 template <typename Experts, typename T = typename Experts::scalar>
 void execute(const Problem& problem, Experts experts, const T* x, T* out) {
-  const int64_t d = problem.width;
+  const int64_t d = problem.outputs;
   const Plan plan = make_plan(
       problem.mask, problem.tokens, problem.experts, at::get_num_threads(), kMinBlock, Experts::kMaxBlock);
   const bool in_place = std::is_same_v<T, float> && plan.groups == 1;
@@ -45,7 +44,7 @@ void execute(const Problem& problem, Experts experts, const T* x, T* out) {
       const int64_t group = task % plan.groups, first = task / plan.groups * plan.block;
       const int64_t tokens = std::min(plan.block, problem.tokens - first);
       if (tokens <= 0) break;
-      float* y; // (tokens, d)
+      float* y; // (tokens, d_out)
       if (plan.groups > 1) {
         y = partial.mutable_data_ptr<float>() + (group * problem.tokens + first) * d;
       } else if constexpr (std::is_same_v<T, float>) {
@@ -65,7 +64,7 @@ void execute(const Problem& problem, Experts experts, const T* x, T* out) {
       buckets.fill(
           problem.mask + first * problem.experts + begin_expert, tokens, end_expert - begin_expert, problem.experts);
       for (int64_t e = begin_expert; e < end_expert; ++e) {
-        own.run(e, x + first * d, buckets.rows(e - begin_expert), buckets.count(e - begin_expert), y);
+        own.run(e, x + first * problem.width, buckets.rows(e - begin_expert), buckets.count(e - begin_expert), y);
       }
       if (plan.groups == 1 && !in_place) at::vec::convert(y, out + first * d, tokens * d);
     }
@@ -95,8 +94,8 @@ void check_inputs(
   check("up_bias", up_bias, {experts, neurons});
   check("gate_weight", gate_weight, {experts, neurons, width});
   check("gate_bias", gate_bias, {experts, neurons});
-  check("down_weight", down_weight, {experts, neurons, width});
-  check("down_bias", down_bias, {width});
+  check("down_weight", down_weight, {experts, neurons, down_weight.size(-1)});
+  check("down_bias", down_bias, {down_weight.size(-1)});
   TORCH_CHECK_VALUE(tokens.size(0) <= INT32_MAX, "more tokens than a 32-bit number counts");
 }
 
@@ -118,9 +117,9 @@ at::Tensor moe_cpu(
   const at::Tensor b1 = bias(up_bias), bg = bias(gate_bias), b2 = bias(down_bias), chosen = mask.contiguous();
   const at::Tensor x = tokens.to(in_bf16 ? at::kBFloat16 : at::kFloat).contiguous();
   const Problem problem{
-      x.size(0), up_weight.size(0), up_weight.size(1), x.size(1), chosen.const_data_ptr<bool>(), data(b1), data(bg),
-      data(b2), activation_named(activation)};
-  at::Tensor out = at::empty_like(x);
+      x.size(0), up_weight.size(0), up_weight.size(1), x.size(1), down_weight.size(2), chosen.const_data_ptr<bool>(),
+      data(b1), data(bg), data(b2), activation_named(activation)};
+  at::Tensor out = at::empty({problem.tokens, problem.outputs}, x.options());
   if (problem.tokens == 0) return out.to(tokens.scalar_type());
   if (in_bf16) {
     const BFloat16Experts experts(problem, up, gate, down);

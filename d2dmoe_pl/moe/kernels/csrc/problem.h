@@ -12,11 +12,12 @@ struct Problem {
   int64_t tokens;  // N
   int64_t experts; // E
   int64_t neurons; // s, of an expert
-  int64_t width;   // d
+  int64_t width;   // d, of a token
+  int64_t outputs; // d_out, mostly the same
   const bool* mask;         // (N, E)
   const float* up_bias;     // (E, s) or null
   const float* gate_bias;   // (E, s) or null
-  const float* down_bias;   // (d,) or null
+  const float* down_bias;   // (d_out,) or null
   Activation activation;
 };
 
