@@ -5,7 +5,9 @@ import json
 import tiny
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
+from d2dmoe_pl.adapters import TimmModel
 from d2dmoe_pl.data.preprocessor import write_preprocessor_config
 
 WORDS = ["who", "is", "it", "?", "red", "green", "blue", "cat", "dog", "eel", "fox", "gnu"]
@@ -43,6 +45,7 @@ SMALL_STREAM = [
 ]
 
 
+TIMM_VIT = {**tiny.DIGITS_VIT, "in_chans": 3}
 # the same for the recipes of classifiers
 SMALL_CLASSIFIER = [
     "trainer.accelerator=cpu",
@@ -61,6 +64,20 @@ SMALL_SELECTION = [
 ]
 
 
+SMALL_IMAGENET = [
+    *SMALL_CLASSIFIER,
+    *(f"fine_tuning.model.init_args.source.init_args.{key}={value}" for key, value in TIMM_VIT.items()),
+    "data.init_args.image_size=8",
+    "expert_clustering.model.init_args.num_projection_experts=4",
+]
+
+
+def write_imagenet(checkpoint, folder):
+    """A pretrained timm ViT, and folders of images."""
+    save_file(TimmModel("vit_base_patch16_224", **TIMM_VIT).build(ANIMALS[:3]).state_dict(), checkpoint)
+    write_images(folder, {"train": 24, "validation": 6})
+
+
 def write_emotion(folder):
     """Texts whose label is their animal."""
     folder.mkdir()
@@ -77,13 +94,13 @@ def write_vit(folder):
     write_preprocessor_config(folder, 8, [0.5] * 3, [0.5] * 3, rescale_factor=1 / 255)
 
 
-def write_pets(folder):
-    """Folders of images, one colour a breed."""
-    for split, size in {"train": 30, "test": 6}.items():
+def write_images(folder, sizes):
+    """Folders of images by split, one colour a class."""
+    for split, size in sizes.items():
         for i in range(size):
-            breed = folder / split / ANIMALS[i % 3]
-            breed.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (12, 10), [(200, i, 0), (0, 200, i), (i, 0, 200)][i % 3]).save(breed / f"{i}.jpg")
+            of_class = folder / split / ANIMALS[i % 3]
+            of_class.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (12, 10), [(200, i, 0), (0, 200, i), (i, 0, 200)][i % 3]).save(of_class / f"{i}.jpg")
 
 
 def write_decoder(folder, kind):

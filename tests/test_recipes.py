@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import stand_ins
 import tiny
-from stand_ins import SMALL, SMALL_CLASSIFIER, SMALL_SELECTION, SMALL_SQUAD, SMALL_STREAM
+from stand_ins import SMALL, SMALL_CLASSIFIER, SMALL_IMAGENET, SMALL_SELECTION, SMALL_SQUAD, SMALL_STREAM
 
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
@@ -92,7 +92,7 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
 def test_classifiers_from_local_files(folder, recipe, method, last, points):
     stand_ins.write_emotion(folder / "emotion")
     stand_ins.write_vit(folder / "vit")
-    stand_ins.write_pets(folder / "pets")
+    stand_ins.write_images(folder / "pets", {"train": 30, "test": 6})
     small = [*SMALL_CLASSIFIER, *(SMALL_SELECTION if last == "expert_selection" else [])]
     mixed = ["data.init_args.augmentation.mixup=0.8"] if recipe == "vit_pets" else []
     main([*commands(f"{method}_{recipe}")[-1], *small, *mixed])
@@ -101,6 +101,16 @@ def test_classifiers_from_local_files(folder, recipe, method, last, points):
     assert all("test/accuracy" in record.metrics for record in artifact.history)
     assert {made["num_experts"] for made in artifact.layers.values()} == {8}
     assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * points
+
+
+def test_images_with_attention_projections(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    stand_ins.write_imagenet(tmp_path / "vit.safetensors", tmp_path / "imagenet")
+    main([*commands("d2dmoe_vit_imagenet")[-1], *SMALL_IMAGENET])
+    artifact = read_artifact(tmp_path / "runs" / "d2dmoe_vit_imagenet" / "router_regression" / "artifact")
+    assert artifact.stage == "routed"
+    assert len(artifact.layers) == 2 * (1 + 4)  # of each block, the FFN and four projections
 
 
 def test_squad_2(folder):
