@@ -85,18 +85,26 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
     assert len(rows) == 2 * 10
 
 
-@pytest.mark.parametrize("recipe", ["bert_emotion", "vit_pets"])
 @pytest.mark.parametrize(
-    ("method", "last", "points"), [("d2dmoe", "router_regression", 11), ("moefication", "expert_selection", 4)]
+    ("recipe", "last", "points"),
+    [
+        ("d2dmoe_bert_emotion", "router_regression", 11),
+        ("moefication_bert_emotion", "expert_selection", 4),
+        ("d2dmoe_vit_pets", "router_regression", 11),
+        ("moefication_vit_pets", "expert_selection", 4),
+        ("minilm_emotion", "recovery_tuning", 14),
+        ("cifar10_vit", "recovery_tuning", 11),
+    ],
 )
-def test_classifiers_from_local_files(folder, recipe, method, last, points):
+def test_classifiers_from_local_files(folder, recipe, last, points):
     stand_ins.write_emotion(folder / "emotion")
     stand_ins.write_vit(folder / "vit")
     stand_ins.write_images(folder / "pets", {"train": 30, "test": 6})
+    stand_ins.write_images(folder / "cifar10", {"train": 30, "test": 6})
     small = [*SMALL_CLASSIFIER, *(SMALL_SELECTION if last == "expert_selection" else [])]
-    mixed = ["data.init_args.augmentation.mixup=0.8"] if recipe == "vit_pets" else []
-    main([*commands(f"{method}_{recipe}")[-1], *small, *mixed])
-    artifact = read_artifact(folder / "runs" / f"{method}_{recipe}" / last / "artifact")
+    mixed = ["data.init_args.augmentation.mixup=0.8"] if recipe == "d2dmoe_vit_pets" else []
+    main([*commands(recipe)[-1], *small, *mixed])
+    artifact = read_artifact(folder / "runs" / recipe / last / "artifact")
     assert artifact.stage == "routed"
     assert all("test/accuracy" in record.metrics for record in artifact.history)
     assert {made["num_experts"] for made in artifact.layers.values()} == {8}
