@@ -131,7 +131,8 @@ def test_a_whole_chain_under_torchrun(one_process, tmp_path):
 
 def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
     recipe, _ = one_process
-    run([MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")])
+    cached = [f"router_regression.{setting}" for setting in ("data.init_args.augment=false", "trainer.max_epochs=2")]
+    run([MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1", *cached)])
     accuracies = [row["accuracy"] for row in sweep(tmp_path / "run" / "router_regression")]
     assert len(accuracies) == 6
 

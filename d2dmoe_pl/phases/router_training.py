@@ -30,7 +30,8 @@ class RouterTraining(OptimizedPhase):
         gate: Saved with the model.
         cache_memory: MiB a process for what the routers learn from. Since the model is frozen, it is computed in one
             epoch only and kept, what is beyond this in a file in the run's folder; the other epochs shuffle its tokens
-            and cost only the routers. Not done where epochs see different samples, or at 0.
+            and cost only the routers. Targets over a batch's largest stay those of the batch in that epoch. Not done
+            where epochs see different samples: augmented or streamed ones, or a part of the batches; nor at 0.
         kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
 
     Raises:
@@ -78,6 +79,7 @@ class RouterTraining(OptimizedPhase):
         self._layers = moe_layers(self.model)
 
     def on_train_start(self) -> None:
+        self._cache = None  # of a training that was broken off
         self._folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked on every process
         self._caches = self._is_trained() and self.cache_memory > 0 and not is_last_epoch(self.trainer)
         reason = why_not_cached(self.trainer) if self._caches else None
