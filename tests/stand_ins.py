@@ -52,6 +52,7 @@ SMALL_CLASSIFIER = [
     "trainer.devices=1",
     "trainer.precision=32-true",
     "trainer.max_epochs=1",
+    "trainer.check_val_every_n_epoch=1",
     "trainer.enable_progress_bar=false",
     "data.init_args.batch_size=8",
     "data.init_args.num_workers=0",
