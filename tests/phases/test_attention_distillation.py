@@ -40,7 +40,7 @@ def fit(trainer, phase, **kwargs):
     """The phase, and everything that it logged at each step."""
     logged = []
     phase.log_dict = lambda values, **kwargs: logged.append(
-        {key: float(torch.as_tensor(value).detach()) for key, value in values.items()}
+        {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
     )
     trainer(limit_train_batches=1.0, limit_val_batches=0, callbacks=[SaveArtifact()], **kwargs).fit(
         phase, datamodule=tiny.TextData(8)
