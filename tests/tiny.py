@@ -20,7 +20,7 @@ from d2dmoe_pl.moe.convert import (
 from d2dmoe_pl.moe.gate import GateConfig
 from d2dmoe_pl.moe.moebert import convert_to_moebert_
 from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
-from d2dmoe_pl.moe.projections import ProjectionConfig, replace_projections_
+from d2dmoe_pl.moe.projections import ProjectionConfig, projection_mlps, replace_projections_
 from d2dmoe_pl.moe.router import RouterConfig
 from d2dmoe_pl.moe.select import select_ffns
 
@@ -108,10 +108,8 @@ def labels_of(kind):
 def dense(kind="timm_vit", activation="relu"):
     """A dense model of one of ``SOURCES``, in evaluation mode."""
     model = SOURCES[kind]().build(labels_of(kind)).eval()
-    # freshly initialised timm heads and norms give tiny logits; spread them so that differences show
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    # freshly initialised timm heads and norms give tiny logits
+    _spread(model)
     if activation is not None:
         swap_activation_(model, ActivationConfig(activation))
     return model
@@ -122,10 +120,19 @@ def routed(kind="timm_vit", num_experts=8, tau=0.5, rule="dynk_max"):
     return route_(dense(kind), num_experts, tau, rule)
 
 
+@torch.no_grad()
+def _spread(module):
+    """Make parameters differ, so that differences show."""
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.2)
+
+
 def with_projections(kind="timm_vit", residual=False):
     """A dense model with MLPs in the place of its attention projections, which 4 experts divide."""
     model = dense(kind)
     replace_projections_(model, ProjectionConfig(multiple_of=4, residual=residual))
+    for mlp in projection_mlps(model).values():
+        _spread(mlp)
     return model
 
 

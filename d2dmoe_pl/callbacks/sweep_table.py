@@ -31,7 +31,8 @@ class SweepRow:
         in_percent: Whether it is.
         higher_is_better: Whether a larger score is better.
         experts_percent: Executed share of all (token, expert) pairs, over layers.
-        ffn_flops_percent: FLOPs of experts and routers, percent of the dense FFNs' FLOPs.
+        ffn_flops_percent: FLOPs of experts and routers, percent of the dense FFNs' FLOPs; MLPs in the place of
+            attention projections are FFNs.
         model_flops: FLOPs of the whole model for the average sample; a multiply-add is 2.
         model_flops_percent: The same, percent of the dense model's.
         layers: ``experts_percent`` of each layer by name.

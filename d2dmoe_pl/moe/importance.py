@@ -32,8 +32,13 @@ def weight_contributions(inner: Tensor, gradient: Tensor, counted: Tensor | None
 
 
 def check_scorable(ffns: Sequence[FFN]) -> None:
-    """Raise ``ConfigError`` for an FFN whose neurons have more than one input weight vector."""
+    """Raise ``ConfigError`` for an FFN that is gated, or stands in the place of an attention projection."""
     for ffn in ffns:
+        check(
+            not ffn.is_projection,
+            f"{ffn.name}: stands in the place of an attention projection; importance scores are defined for the "
+            "architecture's own FFNs",
+        )
         check(ffn.gate is None, f"{ffn.name}: a gated FFN; importance scores are defined for FFNs without a gate")
 
 

@@ -25,11 +25,11 @@ def saved(model, tmp_path, phase="RouterRegression"):
     return str(tmp_path / "artifact")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "make"), [*((kind, tiny.dense) for kind in KINDS), ("bert", tiny.with_projections)])
 @torch.no_grad()
-def test_the_dense_twin_is_the_model_at_tau_1_and_has_no_experts(kind, tmp_path):
-    dense = tiny.dense(kind)
-    model = tiny.routed(kind).eval()
+def test_the_dense_twin_is_the_model_at_tau_1_and_has_no_experts(kind, make, tmp_path):
+    dense = make(kind)
+    model = tiny.route_(make(kind))
     twin = dense_twin(read_artifact(saved(model, tmp_path)), model)
     inputs = tiny.batch(kind)
     set_tau_(model, 1.0)

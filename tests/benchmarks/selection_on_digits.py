@@ -14,6 +14,7 @@ import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -66,32 +67,36 @@ class Runs:
 
     def curve(self, variant: Variant) -> list[tuple[float, float]]:
         """Points (percent of FFN FLOPs, accuracy in percent) of a variant on the test split."""
-        dense = self._fit("fine_tuning", D2DMOE, "fine_tuning")
+        dense = self.fit("fine_tuning", D2DMOE, "fine_tuning")
         alpha = [] if variant.is_sparse else ["--model.init_args.alpha=0"]
         kind = "sparse" if variant.is_sparse else "dense"
-        dense = self._fit(kind, D2DMOE, "sparsity_enforcement", dense, *alpha)
+        dense = self.fit(kind, D2DMOE, "sparsity_enforcement", dense, *alpha)
         split = [f"--model.init_args.split={variant.split}", f"--model.init_args.seed={self.seed}"]
         name = f"{kind}-{variant.split}"
-        experts = self._fit(name, MOEFICATION, "expert_clustering", dense, *split)
+        experts = self.fit(name, MOEFICATION, "expert_clustering", dense, *split)
         name = f"{name}-{variant.router}"
         if variant.router == "regression":
             recipe, phase, settings, swept = D2DMOE, "router_regression", [], {"taus": TAUS}
         else:
             recipe, phase, settings = MOEFICATION, "expert_selection", [f"--model.init_args.router={variant.router}"]
             swept = {"gate": "topk", "ks": KS}
-        routed = self._fit(name, recipe, phase, experts, *settings)
-        sweep = self.folder / name / "test" / "tau_sweep.csv"
-        if not sweep.is_file():
-            callback = [{"class_path": "TauSweep", "init_args": swept}]
-            self._run(
-                "test", f"{name}/test", recipe, phase, routed, *settings, f"--trainer.callbacks={json.dumps(callback)}"
-            )
-        with sweep.open() as opened:
-            rows = list(csv.DictReader(opened))
+        self.fit(name, recipe, phase, experts, *settings)
         cost = "experts_percent" if variant.router == "ground_truth" else "ffn_flops_percent"
-        return sorted((float(row[cost]), float(row["accuracy"])) for row in rows)
+        return self.sweep(name, recipe, phase, cost, swept, *settings)
 
-    def _fit(self, name: str, recipe: str, phase: str, start: Path | None = None, *more: str) -> Path:
+    def sweep(
+        self, name: str, recipe: str, phase: str, cost: str, swept: dict[str, Any], *more: str
+    ) -> list[tuple[float, float]]:
+        """Points (the column ``cost``, accuracy in percent) on the test split, of what is trained already."""
+        file = self.folder / name / "test" / "tau_sweep.csv"
+        if not file.is_file():
+            callback = f"--trainer.callbacks={json.dumps([{'class_path': 'TauSweep', 'init_args': swept}])}"
+            self._run("test", f"{name}/test", recipe, phase, self.folder / name / "artifact", *more, callback)
+        with file.open() as opened:
+            return sorted((float(row[cost]), float(row["accuracy"])) for row in csv.DictReader(opened))
+
+    def fit(self, name: str, recipe: str, phase: str, start: Path | None = None, *more: str) -> Path:
+        """The artifact of a phase, trained if it is not yet."""
         artifact = self.folder / name / "artifact"
         if not artifact.is_dir():
             # nothing is chosen on the validation split

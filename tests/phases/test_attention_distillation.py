@@ -16,6 +16,7 @@ from d2dmoe_pl.moe.taps import tapped
 from d2dmoe_pl.phases import (
     AttentionDistillation,
     ExpertClustering,
+    ImportanceScoring,
     RecoveryTuning,
     RouterRegression,
     SparsityEnforcement,
@@ -40,7 +41,7 @@ def fit(trainer, phase, **kwargs):
     """The phase, and everything that it logged at each step."""
     logged = []
     phase.log_dict = lambda values, **kwargs: logged.append(
-        {key: float(torch.as_tensor(value).detach()) for key, value in values.items()}
+        {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
     )
     trainer(limit_train_batches=1.0, limit_val_batches=0, callbacks=[SaveArtifact()], **kwargs).fit(
         phase, datamodule=tiny.TextData(8)
@@ -188,6 +189,12 @@ def test_a_whole_chain_is_checked_on_shapes(dense):
     again = [AttentionDistillation(init_from=dense), AttentionDistillation()]
     with pytest.raises(ConfigError, match="no linear attention projection found that the filter admits"):
         preflight(again)
+
+
+def test_importance_is_not_defined_for_what_runs_side_by_side(tmp_path):
+    start = saved(tiny.with_projections("bert"), tmp_path / "mlps", "AttentionDistillation")
+    with pytest.raises(ConfigError, match=r"query.mlp: stands in the place of an attention projection;"):
+        preflight([ImportanceScoring(init_from=start)])
 
 
 def test_it_starts_from_a_dense_model(tmp_path):
