@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 COSTS = {"ffn_flops_percent": "FFN FLOPs", "model_flops_percent": "whole model's FLOPs"}
+TICKS = [2, 3, 4, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100]
 LABELS = {
     "d2dmoe_recovery": "D2DMoE, then recovery",
     "d2dmoe": "D2DMoE",
@@ -64,7 +65,7 @@ class Results:
 RESULTS = [
     Results(
         "minilm_emotion",
-        {"ffn_flops_percent": [9, 11, 14, 18, 24, 31, 54], "model_flops_percent": [40, 43, 46, 50, 60, 70]},
+        {"ffn_flops_percent": [3, 4, 5, 7, 9, 11, 14, 18, 25], "model_flops_percent": [37, 38, 40, 43, 46, 50]},
     ),
 ]
 
@@ -124,8 +125,16 @@ def speeds(results: Results) -> list[str]:
         return []
     method, runs = next(iter(results.runs().items()))
     swept = {float(row["tau"]): row for row in runs[0] if row["stage"] == "test"}
-    header = [f"{LABELS[method]}, seed 0", "accuracy, %", "whole model's FLOPs, %", "promised", "batch", "dense, ms"]
-    lines = [f"| {' | '.join(header)} | ms | speed-up |", "|---" * 8 + "|"]
+    header = [
+        f"{LABELS[method]}, seed 0",
+        "accuracy, %",
+        "whole model's FLOPs, %",
+        "promised",
+        "type",
+        "batch",
+        "dense, ms",
+    ]
+    lines = [f"| {' | '.join(header)} | ms | speed-up |", "|---" * 9 + "|"]
     for row in read(file):
         if row["scope"] != "model" or row["router"] != "True" or float(row["tau"]) not in swept:
             continue
@@ -134,7 +143,7 @@ def speeds(results: Results) -> list[str]:
         times = [f"{float(row[f'{way}_ms']):.1f} ± {float(row[f'{way}_spread_ms']):.1f}" for way in ("dense", "moe")]
         lines.append(
             f"| tau {float(row['tau']):g} | {float(at_tau['accuracy']):.2f} | {share:.1f} | {100 / share:.2f}x "
-            f"| {row['batch_size']} | {times[0]} | {times[1]} | {float(row['speed_up']):.2f}x |"
+            f"| {row['dtype']} | {row['batch_size']} | {times[0]} | {times[1]} | {float(row['speed_up']):.2f}x |"
         )
     return lines
 
@@ -143,7 +152,7 @@ def section(results: Results) -> str:
     """What the README says of one recipe: tables and picture."""
     dense = results.dense()
     parts = [
-        [f"Accuracy on the test split in percent, dense {spread(dense)} ({len(dense)} seeds)."],
+        [f"Accuracy on the test split in percent; dense, after `FineTuning`: {spread(dense)} ({_seeds(len(dense))})."],
         *(table(results, cost) for cost in results.budgets),
         [f"![Accuracy against cost](configs/{results.recipe}/results/results.png)"],
         speeds(results),
@@ -164,16 +173,23 @@ def picture(results: Results) -> Figure:
             pairs = [tuple(zip(*found, strict=True)) for found in points.values()]  # (costs, accuracies) of a setting
             curve = sorted((statistics.mean(x), statistics.mean(y), min(y), max(y)) for x, y in pairs)
             x, mean, low, high = zip(*curve, strict=True)
-            seeds = f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            axes.plot(x, mean, marker="o", markersize=3, color=f"C{i}", label=f"{LABELS[method]} ({seeds})")
+            label = f"{LABELS[method]} ({_seeds(len(runs))})"
+            axes.plot(x, mean, marker="o", markersize=3, color=f"C{i}", label=label)
             axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
         axes.set_xlabel(f"{name}, % of dense (router included)")
-        axes.set_xlim(0 if cost == "ffn_flops_percent" else None, 102)
+        axes.set_xscale("log")
+        ticks = [tick for tick in TICKS if tick >= min(line.get_xdata()[0] for line in axes.lines[1:])]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
         axes.set_ylim(dense - 12, dense + 1.5)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, %")
     figure.axes[1].legend(loc="lower right", fontsize="small")
     return figure
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def markers(results: Results) -> tuple[str, str]:
@@ -198,9 +214,14 @@ def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
     """Copy what a sweep left, and note the dense model's scores of that seed."""
     if method not in LABELS:
         raise ValueError(f"method={method!r}: must be one of {', '.join(LABELS)}")
+    sweep = Path(phase_folder) / "tau_sweep.csv"
+    if {row["stage"] for row in read(sweep)} != {"validation", "test"}:
+        raise ValueError(
+            f"phase_folder={phase_folder!r}: its sweep must be of validation and test; let the chain finish"
+        )
     folder = Results(recipe, {}).folder
     folder.mkdir(exist_ok=True)
-    shutil.copy(Path(phase_folder) / "tau_sweep.csv", folder / f"{method}-{seed}.csv")
+    shutil.copy(sweep, folder / f"{method}-{seed}.csv")
     config = json.loads((Path(phase_folder).parent / "fine_tuning" / "artifact" / "config.json").read_text())
     scores = config["d2dmoe"]["history"][0]["metrics"]
     file = folder / "dense.csv"
