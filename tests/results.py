@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 COSTS = {"ffn_flops_percent": "FFN FLOPs", "model_flops_percent": "whole model's FLOPs"}
-TICKS = [2, 3, 4, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100]
+TICKS = [3, 4, 5, 7, 10, 15, 20, 30, 50, 100]
 LABELS = {
     "d2dmoe_recovery": "D2DMoE, then recovery",
     "d2dmoe": "D2DMoE",
@@ -125,27 +125,24 @@ def speeds(results: Results) -> list[str]:
         return []
     method, runs = next(iter(results.runs().items()))
     swept = {float(row["tau"]): row for row in runs[0] if row["stage"] == "test"}
-    header = [
-        f"{LABELS[method]}, seed 0",
-        "accuracy, %",
-        "whole model's FLOPs, %",
-        "promised",
-        "type",
-        "batch",
-        "dense, ms",
-    ]
-    lines = [f"| {' | '.join(header)} | ms | speed-up |", "|---" * 9 + "|"]
-    for row in read(file):
-        if row["scope"] != "model" or row["router"] != "True" or float(row["tau"]) not in swept:
-            continue
-        at_tau = swept[float(row["tau"])]
-        share = float(at_tau["model_flops_percent"])
-        times = [f"{float(row[f'{way}_ms']):.1f} ± {float(row[f'{way}_spread_ms']):.1f}" for way in ("dense", "moe")]
-        lines.append(
-            f"| tau {float(row['tau']):g} | {float(at_tau['accuracy']):.2f} | {share:.1f} | {100 / share:.2f}x "
-            f"| {row['dtype']} | {row['batch_size']} | {times[0]} | {times[1]} | {float(row['speed_up']):.2f}x |"
-        )
+    timed = [row for row in read(file) if row["scope"] == "model" and row["router"] == "True"]
+    shapes = list(dict.fromkeys((row["dtype"], row["batch_size"]) for row in timed))
+    at = {(row["dtype"], row["batch_size"], float(row["tau"])): row for row in timed}
+    header = [f"{LABELS[method]}, seed 0", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
+    header += [f"{dtype}, batch of {batch_size}" for dtype, batch_size in shapes]
+    dense = [_milliseconds(next(at[key] for key in at if key[:2] == shape), "dense") for shape in shapes]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", f"| dense | | | | {' | '.join(dense)} |"]
+    for tau in dict.fromkeys(float(row["tau"]) for row in timed):
+        share = float(swept[tau]["model_flops_percent"])
+        cells = [f"tau {tau:g}", f"{float(swept[tau]['accuracy']):.2f}", f"{share:.1f}", f"{100 / share:.2f}x"]
+        rows = [at[*shape, tau] for shape in shapes]
+        cells += [f"{float(row['speed_up']):.2f}x: {_milliseconds(row, 'moe')}" for row in rows]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _milliseconds(row: Row, way: str) -> str:
+    return f"{float(row[f'{way}_ms']):.1f} ± {float(row[f'{way}_spread_ms']):.1f} ms"
 
 
 def section(results: Results) -> str:
@@ -177,10 +174,10 @@ def picture(results: Results) -> Figure:
             axes.plot(x, mean, marker="o", markersize=3, color=f"C{i}", label=label)
             axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
         axes.set_xlabel(f"{name}, % of dense (router included)")
-        axes.set_xscale("log")
-        ticks = [tick for tick in TICKS if tick >= min(line.get_xdata()[0] for line in axes.lines[1:])]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-        axes.minorticks_off()
+        if cost == "ffn_flops_percent":  # where the cheap settings lie close together
+            axes.set_xscale("log")
+            axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+            axes.minorticks_off()
         axes.set_ylim(dense - 12, dense + 1.5)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, %")
@@ -217,7 +214,7 @@ def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
     sweep = Path(phase_folder) / "tau_sweep.csv"
     if {row["stage"] for row in read(sweep)} != {"validation", "test"}:
         raise ValueError(
-            f"phase_folder={phase_folder!r}: its sweep must be of validation and test; let the chain finish"
+            f"phase_folder={phase_folder!r}: must have a sweep of validation and test; let the chain finish"
         )
     folder = Results(recipe, {}).folder
     folder.mkdir(exist_ok=True)
