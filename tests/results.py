@@ -135,7 +135,7 @@ def speeds(results: Results) -> list[str]:
     for tau in dict.fromkeys(float(row["tau"]) for row in timed):
         share = float(swept[tau]["model_flops_percent"])
         cells = [f"tau {tau:g}", f"{float(swept[tau]['accuracy']):.2f}", f"{share:.1f}", f"{100 / share:.2f}x"]
-        rows = [at[*shape, tau] for shape in shapes]
+        rows = [at[(*shape, tau)] for shape in shapes]
         cells += [f"{float(row['speed_up']):.2f}x: {_milliseconds(row, 'moe')}" for row in rows]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -213,9 +213,7 @@ def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
         raise ValueError(f"method={method!r}: must be one of {', '.join(LABELS)}")
     sweep = Path(phase_folder) / "tau_sweep.csv"
     if {row["stage"] for row in read(sweep)} != {"validation", "test"}:
-        raise ValueError(
-            f"phase_folder={phase_folder!r}: must have a sweep of validation and test; let the chain finish"
-        )
+        raise ValueError(f"phase_folder={phase_folder!r}: no sweep of validation and test; let the chain finish")
     folder = Results(recipe, {}).folder
     folder.mkdir(exist_ok=True)
     shutil.copy(sweep, folder / f"{method}-{seed}.csv")
