@@ -33,6 +33,12 @@ LABELS = {
     "moefication": "MoEfication",
     "moebert": "MoEBERT",
 }
+# each differs in one setting from D2DMoE without recovery
+ABLATIONS = {
+    "split_parameter": "experts split by weights",
+    "width_128": "routers of 128 neurons",
+    "penalty_l1": "L1 penalty",
+}
 Row = Mapping[str, str]
 
 
@@ -56,10 +62,10 @@ class Results:
         """Test accuracy of each seed's dense model, percent."""
         return [100 * float(row["test"]) for row in read(self.folder / "dense.csv")]
 
-    def runs(self) -> dict[str, list[list[Row]]]:
-        """By method, the rows of the sweep of each seed."""
-        found = {name: sorted(self.folder.glob(f"{name}-*.csv")) for name in LABELS}
-        return {name: [read(file) for file in files] for name, files in found.items() if files}
+    def runs(self, labels: Mapping[str, str] = LABELS) -> dict[str, list[list[Row]]]:
+        """By label, the rows of the sweep of each seed; ``labels`` are those of files."""
+        found = {label: sorted(self.folder.glob(f"{name}-*.csv")) for name, label in labels.items()}
+        return {label: [read(file) for file in files] for label, files in found.items() if files}
 
 
 RESULTS = [
@@ -105,17 +111,24 @@ def cell(runs: Sequence[Sequence[Row]], cost: str, budget: float) -> str:
     return "" if None in rows else spread([float(row["accuracy"]) for row in rows])
 
 
-def table(results: Results, cost: str) -> list[str]:
-    """Accuracy by method and budget, as lines of Markdown."""
-    budgets = results.budgets[cost]
+def table(runs: Mapping[str, Sequence[Sequence[Row]]], cost: str, budgets: Sequence[float]) -> list[str]:
+    """Accuracy by label and budget, as lines of Markdown."""
     lines = [
         f"| {COSTS[cost]}, at most | seeds | {' | '.join(f'{budget:g}%' for budget in budgets)} |",
         "|---" * (len(budgets) + 2) + "|",
     ]
-    for name, runs in results.runs().items():
-        cells = [cell(runs, cost, budget) for budget in budgets]
-        lines.append(f"| {LABELS[name]} | {len(runs)} | {' | '.join(cells)} |")
+    for label, seeds in runs.items():
+        cells = [cell(seeds, cost, budget) for budget in budgets]
+        lines.append(f"| {label} | {len(seeds)} | {' | '.join(cells)} |")
     return lines
+
+
+def ablations(results: Results) -> list[str]:
+    """What one other setting does to D2DMoE with seed 0, as lines of Markdown; nothing where none was tried."""
+    tried = results.runs(ABLATIONS)
+    cost = next(iter(results.budgets))
+    whole = {f"{LABELS['d2dmoe']}, seed 0": results.runs()[LABELS["d2dmoe"]][:1]}
+    return table(whole | tried, cost, results.budgets[cost]) if tried else []
 
 
 def speeds(results: Results) -> list[str]:
@@ -128,7 +141,7 @@ def speeds(results: Results) -> list[str]:
     timed = [row for row in read(file) if row["scope"] == "model" and row["router"] == "True"]
     shapes = list(dict.fromkeys((row["dtype"], row["batch_size"]) for row in timed))
     at = {(row["dtype"], row["batch_size"], float(row["tau"])): row for row in timed}
-    header = [f"{LABELS[method]}, seed 0", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
+    header = [f"{method}, seed 0", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
     header += [f"{dtype}, batch of {batch_size}" for dtype, batch_size in shapes]
     dense = [_milliseconds(next(at[key] for key in at if key[:2] == shape), "dense") for shape in shapes]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", f"| dense | | | | {' | '.join(dense)} |"]
@@ -150,8 +163,9 @@ def section(results: Results) -> str:
     dense = results.dense()
     parts = [
         [f"Accuracy on the test split in percent; dense, after `FineTuning`: {spread(dense)} ({_seeds(len(dense))})."],
-        *(table(results, cost) for cost in results.budgets),
+        *(table(results.runs(), cost, budgets) for cost, budgets in results.budgets.items()),
         [f"![Accuracy against cost](configs/{results.recipe}/results/results.png)"],
+        ablations(results),
         speeds(results),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -170,7 +184,7 @@ def picture(results: Results) -> Figure:
             pairs = [tuple(zip(*found, strict=True)) for found in points.values()]  # (costs, accuracies) of a setting
             curve = sorted((statistics.mean(x), statistics.mean(y), min(y), max(y)) for x, y in pairs)
             x, mean, low, high = zip(*curve, strict=True)
-            label = f"{LABELS[method]} ({_seeds(len(runs))})"
+            label = f"{method} ({_seeds(len(runs))})"
             axes.plot(x, mean, marker="o", markersize=3, color=f"C{i}", label=label)
             axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
         axes.set_xlabel(f"{name}, % of dense (router included)")
@@ -209,8 +223,8 @@ def placed(text: str) -> str:
 
 def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
     """Copy what a sweep left, and note the dense model's scores of that seed."""
-    if method not in LABELS:
-        raise ValueError(f"method={method!r}: must be one of {', '.join(LABELS)}")
+    if method not in LABELS | ABLATIONS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(LABELS | ABLATIONS)}")
     sweep = Path(phase_folder) / "tau_sweep.csv"
     if {row["stage"] for row in read(sweep)} != {"validation", "test"}:
         raise ValueError(f"phase_folder={phase_folder!r}: no sweep of validation and test; let the chain finish")
