@@ -17,7 +17,6 @@ from selection_on_digits import D2DMOE, TAUS, Runs, at_budget, shown
 
 PROJECTIONS = "digits_vit_projections"
 BUDGETS = [27.5, 30.0, 32.5, 35.0, 37.5, 40.0, 42.5, 45.0, 50.0, 60.0]  # percent of the dense model's FLOPs
-ACCURACIES = [97.5, 98.0, 98.5, 99.0]
 
 
 def ffns_alone(runs: Runs, width: int) -> list[tuple[float, float]]:
@@ -42,33 +41,25 @@ def curve(runs: Runs, name: str, recipe: str, experts: Path, *more: str) -> list
     return runs.sweep(name, recipe, "router_regression", "model_flops_percent", {"taus": TAUS}, *more)
 
 
-def cost_of(points: list[tuple[float, float]], accuracy: float) -> float | None:
-    """The lowest cost of a point that is as accurate; None if there is none."""
-    return min((cost for cost, reached in points if reached >= accuracy), default=None)
-
-
 def main() -> None:
-    """Train what is not trained yet, and print the tables."""
+    """Train what is not trained yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/projections_on_digits"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     runs = [Runs(arguments.output / f"seed_{seed}", seed) for seed in arguments.seeds]
     curves = {
-        "FFNs, router width 16": [ffns_alone(each, 16) for each in runs],
-        "FFNs, router width 8": [ffns_alone(each, 8) for each in runs],
-        "projections too, router width 8": [projections_too(each) for each in runs],
+        ("FFNs", 16): [ffns_alone(each, 16) for each in runs],
+        ("FFNs", 8): [ffns_alone(each, 8) for each in runs],
+        ("all", 8): [projections_too(each) for each in runs],
     }
-    seeds = f"seeds {arguments.seeds}, mean ± deviation"
-    accuracies = Table("converted", *(f"{budget:g}%" for budget in BUDGETS))
-    accuracies.title = f"Accuracy on the test digits by the whole model's FLOPs, routers in; {seeds}"
-    costs = Table("converted", *(f"{accuracy:g}%" for accuracy in ACCURACIES))
-    costs.title = f"Percent of the whole model's FLOPs that reach an accuracy; {seeds}"
-    for name, of_seeds in curves.items():
-        accuracies.add_row(name, *(shown([at_budget(points, budget) for points in of_seeds]) for budget in BUDGETS))
-        costs.add_row(name, *(shown([cost_of(points, accuracy) for points in of_seeds]) for accuracy in ACCURACIES))
-    for table in (accuracies, costs):
-        Console(width=180).print(table)
+    table = Table("experts", "router width", *(f"{budget:g}%" for budget in BUDGETS))
+    table.title = "Accuracy on the test digits by the whole model's FLOPs, routers in; "
+    table.title += f"seeds {arguments.seeds}, mean ± deviation"
+    for (converted, width), of_seeds in curves.items():
+        cells = [shown([at_budget(points, budget) for points in of_seeds]) for budget in BUDGETS]
+        table.add_row(converted, str(width), *cells)
+    Console(width=200).print(table)
 
 
 if __name__ == "__main__":
