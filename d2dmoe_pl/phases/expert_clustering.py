@@ -28,12 +28,12 @@ class ExpertClustering(OrderedPass):
         split: Name of a file in ``moe/split``: ``activation`` (neurons that fire for the same tokens, needs ReLU),
             ``coactivation`` (the co-activation graph of MoEfication, needs ReLU), ``parameter`` (neurons with similar
             weights, as in both papers) or ``random``.
-        num_projection_experts: ``E`` of MLPs that ``AttentionDistillation`` put in the place of attention projections;
-            ``num_experts`` if not given.
-        convert: ``ffns``, ``projections`` or ``all``: which of the two are split; the others stay dense.
         num_samples: Training samples that activations are gathered from; some 16k tokens are enough.
         profile_dim: Dimensions that the profile of ``activation`` is projected to.
         seed: Of the clustering and the projection.
+        num_projection_experts: ``E`` of MLPs that ``AttentionDistillation`` put in the place of attention projections;
+            ``num_experts`` if not given.
+        convert: ``ffns``, ``projections`` or ``all``: which of the two are split; the others stay dense.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
         source: A pretrained model, instead of ``init_from``.
 
@@ -47,11 +47,11 @@ class ExpertClustering(OrderedPass):
         self,
         num_experts: int,
         split: str = "activation",
-        num_projection_experts: int | None = None,
-        convert: Literal["all", "ffns", "projections"] = "all",
         num_samples: int = 1024,
         profile_dim: int = 768,
         seed: int = 0,
+        num_projection_experts: int | None = None,
+        convert: Literal["all", "ffns", "projections"] = "all",
         init_from: str | None = None,
         source: ModelSource | None = None,
     ) -> None:
