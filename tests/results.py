@@ -128,7 +128,8 @@ def ablations(results: Results) -> list[str]:
     tried = results.runs(ABLATIONS)
     cost = next(iter(results.budgets))
     whole = {f"{LABELS['d2dmoe']}, seed 0": results.runs()[LABELS["d2dmoe"]][:1]}
-    return table(whole | tried, cost, results.budgets[cost]) if tried else []
+    caption = ["One setting other than those of D2DMoE above:", ""]
+    return [*caption, *table(whole | tried, cost, results.budgets[cost])] if tried else []
 
 
 def speeds(results: Results) -> list[str]:
@@ -144,7 +145,8 @@ def speeds(results: Results) -> list[str]:
     header = [f"{method}, seed 0", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
     header += [f"{dtype}, batch of {batch_size}" for dtype, batch_size in shapes]
     dense = [_milliseconds(next(at[key] for key in at if key[:2] == shape), "dense") for shape in shapes]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", f"| dense | | | | {' | '.join(dense)} |"]
+    lines = ["And on the clock, routers in:", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines.append(f"| dense | | | | {' | '.join(dense)} |")
     for tau in dict.fromkeys(float(row["tau"]) for row in timed):
         share = float(swept[tau]["model_flops_percent"])
         cells = [f"tau {tau:g}", f"{float(swept[tau]['accuracy']):.2f}", f"{share:.1f}", f"{100 / share:.2f}x"]
