@@ -71,7 +71,7 @@ class Results:
 RESULTS = [
     Results(
         "minilm_emotion",
-        {"ffn_flops_percent": [3, 4, 5, 7, 9, 11, 14, 18, 25], "model_flops_percent": [37, 38, 40, 43, 46, 50]},
+        {"ffn_flops_percent": [3, 4, 5, 7, 9, 11, 14, 18, 25], "model_flops_percent": [37, 38, 40, 43, 46, 51]},
     ),
 ]
 
