@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -216,7 +217,8 @@ class OptimizedPhase(Phase):
         decay: How the learning rate falls to 0 after the warm-up: ``none``, ``linear`` or ``cosine``.
 
     Raises:
-        ConfigError: If ``warmup`` is outside [0, 1].
+        ConfigError: If ``warmup`` is outside [0, 1]; to fit, for gradients clipped with a fused optimizer in mixed
+            precision.
     """
 
     def __init__(
@@ -243,6 +245,11 @@ class OptimizedPhase(Phase):
             {"params": [parameter for name, parameter in trained if name in undecayed], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
+        clipped, mixed = self.trainer.gradient_clip_val, isinstance(self.trainer.precision_plugin, MixedPrecision)
+        check(
+            not (clipped and mixed and optimizer.defaults.get("fused")),
+            f"gradient_clip_val={clipped}: must be null with fused=True in mixed precision, or fused false",
+        )
         total = self.trainer.estimated_stepping_batches
 
         def factor(step: int) -> float:
