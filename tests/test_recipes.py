@@ -94,6 +94,7 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
         ("moefication_vit_pets", "expert_selection", 4),
         ("minilm_emotion", "recovery_tuning", 14),
         ("cifar10_vit", "recovery_tuning", 11),
+        ("cifar10_vit_projections", "recovery_tuning", 11),
     ],
 )
 def test_classifiers_from_local_files(folder, recipe, last, points):
