@@ -1,10 +1,12 @@
 """The README's results: tables and pictures of the recipes that were run on real data, from the CSV files beside them.
 
     python tests/results.py keep minilm_emotion d2dmoe 0 runs/minilm_emotion/router_regression
+    python tests/results.py control minilm_emotion 0 runs/minilm_emotion_control/sparsity_enforcement
     python tests/results.py speed minilm_emotion runs/benchmark/benchmark.csv
     python tests/results.py draw
 
-``keep`` copies what the sweep of one method and seed left, with the dense model's scores; ``speed`` a benchmark of the
+``keep`` copies what the sweep of one method and seed left, with the dense model's scores; ``control`` notes those of a
+dense model trained on for as long as D2DMoE and its recovery, without a penalty; ``speed`` copies a benchmark of the
 model that the first method in the table left with seed 0; ``draw`` writes README and pictures. How many experts a token
 runs is chosen on the validation split, for each budget anew: the setting with the best score among those that cost no
 more. What is shown is that setting's score on the test split.
@@ -58,9 +60,10 @@ class Results:
     def folder(self) -> Path:
         return ROOT / "configs" / self.recipe / "results"
 
-    def dense(self) -> list[float]:
-        """Test accuracy of each seed's dense model, percent."""
-        return [100 * float(row["test"]) for row in read(self.folder / "dense.csv")]
+    def scores(self, name: str) -> list[float]:
+        """Test accuracy in percent of each seed's ``dense`` model or ``control``; none if not measured."""
+        file = self.folder / f"{name}.csv"
+        return [100 * float(row["test"]) for row in read(file)] if file.is_file() else []
 
     def runs(self, labels: Mapping[str, str] = LABELS) -> dict[str, list[list[Row]]]:
         """By label, the rows of the sweep of each seed; ``labels`` are those of files."""
@@ -162,9 +165,13 @@ def _milliseconds(row: Row, way: str) -> str:
 
 def section(results: Results) -> str:
     """What the README says of one recipe: tables and picture."""
-    dense = results.dense()
+    dense, control = results.scores("dense"), results.scores("control")
+    trained_on = "trained on for as many epochs as D2DMoE and its recovery, without a penalty"
     parts = [
-        [f"Accuracy on the test split in percent; dense, after `FineTuning`: {spread(dense)} ({_seeds(len(dense))})."],
+        [
+            f"Accuracy on the test split in percent; dense, after `FineTuning`: {spread(dense)} ({_seeds(len(dense))})"
+            + (f"; {trained_on}: {spread(control)} ({_seeds(len(control))})." if control else ".")
+        ],
         *(table(results.runs(), cost, budgets) for cost, budgets in results.budgets.items()),
         [f"![Accuracy against cost](configs/{results.recipe}/results/results.png)"],
         ablations(results),
@@ -176,9 +183,13 @@ def section(results: Results) -> str:
 def picture(results: Results) -> Figure:
     """Accuracy against both costs on the test split, all methods in one plot, with a band from worst to best seed."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    dense = statistics.mean(results.dense())
+    dense, control = statistics.mean(results.scores("dense")), results.scores("control")
     for axes, (cost, name) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label=f"dense: {dense:.2f}%")
+        if control:
+            level = statistics.mean(control)
+            axes.axhline(level, color="grey", linestyle=":", linewidth=1, label=f"dense, trained on: {level:.2f}%")
+        best = max([dense, *control])
         for i, (method, runs) in enumerate(results.runs().items()):
             points: dict[str, list[tuple[float, float]]] = {}
             for row in (row for rows in runs for row in rows if row["stage"] == "test"):
@@ -189,12 +200,13 @@ def picture(results: Results) -> Figure:
             label = f"{method} ({_seeds(len(runs))})"
             axes.plot(x, mean, marker="o", markersize=3, color=f"C{i}", label=label)
             axes.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+            best = max(best, *high)
         axes.set_xlabel(f"{name}, % of dense (router included)")
         if cost == "ffn_flops_percent":  # where the cheap settings lie close together
             axes.set_xscale("log")
             axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
             axes.minorticks_off()
-        axes.set_ylim(dense - 12, dense + 1.5)
+        axes.set_ylim(dense - 12, best + 1)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, %")
     figure.axes[1].legend(loc="lower right", fontsize="small")
@@ -233,9 +245,19 @@ def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
     folder = Results(recipe, {}).folder
     folder.mkdir(exist_ok=True)
     shutil.copy(sweep, folder / f"{method}-{seed}.csv")
-    config = json.loads((Path(phase_folder).parent / "fine_tuning" / "artifact" / "config.json").read_text())
-    scores = config["d2dmoe"]["history"][0]["metrics"]
-    file = folder / "dense.csv"
+    _note(recipe, "dense", seed, Path(phase_folder).parent / "fine_tuning")
+
+
+def control(recipe: str, seed: str, phase_folder: str) -> None:
+    """Note the scores of a dense model that was trained on."""
+    _note(recipe, "control", seed, Path(phase_folder))
+
+
+def _note(recipe: str, name: str, seed: str, phase_folder: Path) -> None:
+    """The scores that a phase ended with, into a file of such models' scores by seed."""
+    config = json.loads((phase_folder / "artifact" / "config.json").read_text())
+    scores = config["d2dmoe"]["history"][-1]["metrics"]
+    file = Results(recipe, {}).folder / f"{name}.csv"
     known = {row["seed"]: row for row in read(file)} if file.is_file() else {}
     known[seed] = {"seed": seed, **{split: scores[f"{split}/accuracy"] for split in ("validation", "test")}}
     with file.open("w", newline="") as opened:
@@ -257,4 +279,4 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    {"keep": keep, "speed": speed, "draw": draw}[sys.argv[1]](*sys.argv[2:])
+    {"keep": keep, "control": control, "speed": speed, "draw": draw}[sys.argv[1]](*sys.argv[2:])
