@@ -235,16 +235,20 @@ class OptimizedPhase(Phase):
         self.warmup = warmup
         self.decay = decay
 
+    def learning_rate(self, name: str) -> float | None:
+        """What the learning rate of the parameter ``name`` rises to; None for the optimizer's own."""
+        return None
+
     def configure_optimizers(self) -> dict:
-        trained = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        # experts keep vectors of their own as the rows of a matrix
-        vectors = ("bias", "norm_weight")
-        undecayed = {name for name, parameter in trained if parameter.dim() < 2 or name.endswith(vectors)}
-        groups = [
-            {"params": [parameter for name, parameter in trained if name not in undecayed]},
-            {"params": [parameter for name, parameter in trained if name in undecayed], "weight_decay": 0.0},
-        ]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
+        vectors = ("bias", "norm_weight")  # experts keep vectors of their own as the rows of a matrix
+        groups: dict[tuple, list[nn.Parameter]] = {}  # by what they have of their own
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.dim() >= 2 and not name.endswith(vectors)
+                own = {"weight_decay": None if decayed else 0.0, "lr": self.learning_rate(name)}
+                given = tuple((key, value) for key, value in own.items() if value is not None)
+                groups.setdefault(given, []).append(parameter)
+        optimizer = self.optimizer([{"params": trained, **dict(given)} for given, trained in groups.items()])
         clipped, mixed = self.trainer.gradient_clip_val, isinstance(self.trainer.precision_plugin, MixedPrecision)
         check(
             not (clipped and mixed and optimizer.defaults.get("fused")),

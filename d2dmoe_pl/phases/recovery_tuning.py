@@ -30,12 +30,15 @@ class RecoveryTuning(OptimizedPhase):
         tau_max: Upper end.
         beta: Weight of the distillation; with 0 there is no teacher.
         router_weight: Weight of the routers' loss; with 0 they stay as they are.
+        router_lr: Learning rate of the routers; the optimizer's own if not given. They are small and have to keep up
+            with experts that move, so that a larger one than the model's can pay.
         teacher: Artifact folder of another model to learn from, run with every expert on; that of ``init_from`` if not
             given.
         kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
 
     Raises:
-        ConfigError: For a range that is none or leaves [0, 1], or negative weights.
+        ConfigError: For a range that is none or leaves [0, 1], negative weights, or a ``router_lr`` that is not
+            positive.
     """
 
     starts_from = "routed"
@@ -47,6 +50,7 @@ class RecoveryTuning(OptimizedPhase):
         tau_max: float = 0.9,
         beta: float = 1.0,
         router_weight: float = 1.0,
+        router_lr: float | None = None,
         teacher: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -56,10 +60,12 @@ class RecoveryTuning(OptimizedPhase):
         check(tau_min <= tau_max, f"tau_min={tau_min}: must be at most tau_max={tau_max}")
         check(beta >= 0, f"beta={beta}: must not be negative")
         check(router_weight >= 0, f"router_weight={router_weight}: must not be negative")
+        check(router_lr is None or router_lr > 0, f"router_lr={router_lr}: must be positive")
         self.tau_min = tau_min
         self.tau_max = tau_max
         self.beta = beta
         self.router_weight = router_weight
+        self.router_lr = router_lr
         self.teacher = teacher
         self._teacher: tuple[nn.Module, ...] = ()  # a tuple: the teacher is no part of this module or its checkpoints
 
@@ -80,6 +86,9 @@ class RecoveryTuning(OptimizedPhase):
         model.requires_grad_(True)
         for layer in layers.values():
             layer.router.requires_grad_(self.router_weight > 0)
+
+    def learning_rate(self, name: str) -> float | None:
+        return self.router_lr if ".router." in name else None
 
     def configure_model(self) -> None:
         if self.model is not None:

@@ -83,6 +83,22 @@ def test_routers_learn_the_norms_at_the_gate_and_nothing_else_learns_from_that(t
         torch.testing.assert_close(losses[name], F.mse_loss(layer.router(inputs[name]), norms))
 
 
+def test_routers_have_their_own_learning_rate(trainer, routed, tmp_path):
+    """With the model's at 0, routers alone move, and end nearer to the norms; both rates are warmed up alike."""
+    before = load_model(routed).state_dict()
+    phase = RecoveryTuning(router_lr=0.01, init_from=routed, optimizer=partial(torch.optim.Adam, lr=0.0), warmup=0.5)
+    rates, log = [], phase.on_before_optimizer_step
+    phase.on_before_optimizer_step = lambda optimizer: (
+        rates.append({group["lr"] for group in optimizer.param_groups}) or log(optimizer)
+    )
+    fit(trainer, phase, max_epochs=2)
+    after = load_model(tmp_path / "run" / "artifact").state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".router." in name}
+    assert rates[0] == {0.0}
+    assert rates[4] == {0.0, 0.01}  # of 8 steps
+
+
 def test_the_teacher_is_the_dense_model_that_it_was(trainer, routed):
     phase = attached(trainer, RecoveryTuning(init_from=routed))
     expected = load_model(routed)
@@ -132,6 +148,7 @@ def test_the_curve_gets_better(trainer, routed, tmp_path):
         ({"tau_min": 0.9, "tau_max": 0.3}, "tau_min=0.9: must be at most tau_max=0.3"),
         ({"beta": -1}, "beta=-1: must not be negative"),
         ({"router_weight": -1}, "router_weight=-1: must not be negative"),
+        ({"router_lr": 0.0}, "router_lr=0.0: must be positive"),
     ],
 )
 def test_bad_arguments(arguments, message):
