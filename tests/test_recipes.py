@@ -93,8 +93,9 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
         ("d2dmoe_vit_pets", "router_regression", 11),
         ("moefication_vit_pets", "expert_selection", 4),
         ("minilm_emotion", "recovery_tuning", 14),
-        ("cifar10_vit", "recovery_tuning", 11),
-        ("cifar10_vit_projections", "recovery_tuning", 11),
+        ("cifar10_vit", "recovery_tuning", 15),
+        ("cifar10_vit_projections", "recovery_tuning", 15),
+        ("cifar10_vit_moefication", "expert_selection", 4),
     ],
 )
 def test_classifiers_from_local_files(folder, recipe, last, points):
@@ -110,6 +111,17 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
     assert all("test/accuracy" in record.metrics for record in artifact.history)
     assert {made["num_experts"] for made in artifact.layers.values()} == {8}
     assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * points
+
+
+@pytest.mark.parametrize("recipe", ["minilm_emotion_dense", "cifar10_vit_dense"])
+def test_dense_models_that_are_trained_on(folder, recipe):
+    stand_ins.write_emotion(folder / "emotion")
+    stand_ins.write_images(folder / "cifar10", {"train": 30, "test": 6})
+    main([*commands(recipe)[-1], *(setting for setting in SMALL_CLASSIFIER if "clustering" not in setting)])
+    artifact = read_artifact(folder / "runs" / recipe / "further_training" / "artifact")
+    assert artifact.stage == "dense"
+    assert [record.phase for record in artifact.history] == ["FineTuning", "FineTuning"]
+    assert all("test/accuracy" in record.metrics for record in artifact.history)
 
 
 def test_images_with_attention_projections(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import results
+import yaml
 
 
 def row(stage, tau, cost, accuracy):
@@ -40,3 +41,12 @@ def test_readme_is_what_the_files_give():
         assert (each.folder / "results.png").is_file()
         assert len(results.picture(each).axes) == 2
     assert results.placed(text) == text, "run python tests/results.py draw"
+
+
+@pytest.mark.parametrize("recipe", [each.recipe for each in results.RESULTS])
+def test_the_control_is_trained_for_as_long_as_d2dmoe_and_its_recovery(recipe):
+    def epochs(phase):
+        return yaml.safe_load((results.ROOT / "configs" / f"{phase}.yaml").read_text())["trainer"]["max_epochs"]
+
+    phases = [f"{recipe}/sparsity_enforcement", f"{recipe}/recovery_tuning"]
+    assert epochs(f"{recipe}_dense/further_training") == sum(map(epochs, phases))
