@@ -1,15 +1,15 @@
 """The README's results: tables and pictures of the recipes that were run on real data, from the CSV files beside them.
 
     python tests/results.py keep minilm_emotion d2dmoe 0 runs/minilm_emotion/router_regression
-    python tests/results.py control minilm_emotion 0 runs/minilm_emotion_control/sparsity_enforcement
-    python tests/results.py speed minilm_emotion runs/benchmark/benchmark.csv
+    python tests/results.py control minilm_emotion 0 runs/minilm_emotion_dense/further_training
+    python tests/results.py speed minilm_emotion 0 runs/benchmark/benchmark.csv
     python tests/results.py draw
 
 ``keep`` copies what the sweep of one method and seed left, with the dense model's scores; ``control`` notes those of a
 dense model trained on for as long as D2DMoE and its recovery, without a penalty; ``speed`` copies a benchmark of the
-model that the first method in the table left with seed 0; ``draw`` writes README and pictures. How many experts a token
-runs is chosen on the validation split, for each budget anew: the setting with the best score among those that cost no
-more. What is shown is that setting's score on the test split.
+model that the first method in the table left with one seed; ``draw`` writes README and pictures. How many experts a
+token runs is chosen on the validation split, for each budget anew: the setting with the best score among those that
+cost no more. What is shown is that setting's score on the test split.
 """
 
 import csv
@@ -35,12 +35,19 @@ LABELS = {
     "moefication": "MoEfication",
     "moebert": "MoEBERT",
 }
-# each differs in one setting from D2DMoE without recovery
+# by the method that each differs from in one setting
 ABLATIONS = {
-    "split_parameter": "experts split by weights",
-    "width_128": "routers of 128 neurons",
-    "penalty_l1": "L1 penalty",
+    "d2dmoe": {
+        "split_parameter": "experts split by weights",
+        "width_128": "routers of 128 neurons",
+        "penalty_l1": "L1 penalty",
+    },
+    "d2dmoe_recovery": {
+        "router_lr_1e-3": "routers at a learning rate of 1e-3, not the model's 1e-4",
+        "router_lr_3e-4": "routers at the model's learning rate, 3e-4, not 2e-3",
+    },
 }
+METHODS = [*LABELS, *(name for settings in ABLATIONS.values() for name in settings)]
 Row = Mapping[str, str]
 
 
@@ -65,16 +72,24 @@ class Results:
         file = self.folder / f"{name}.csv"
         return [100 * float(row["test"]) for row in read(file)] if file.is_file() else []
 
-    def runs(self, labels: Mapping[str, str] = LABELS) -> dict[str, list[list[Row]]]:
-        """By label, the rows of the sweep of each seed; ``labels`` are those of files."""
-        found = {label: sorted(self.folder.glob(f"{name}-*.csv")) for name, label in labels.items()}
+    def runs(self) -> dict[str, list[list[Row]]]:
+        """By method, the rows of the sweep of each seed."""
+        found = {label: sorted(self.folder.glob(f"{name}-?.csv")) for name, label in LABELS.items()}
         return {label: [read(file) for file in files] for label, files in found.items() if files}
+
+    def run(self, name: str, seed: str) -> list[Row]:
+        """The rows of the sweep of one seed."""
+        return read(self.folder / f"{name}-{seed}.csv")
 
 
 RESULTS = [
     Results(
         "minilm_emotion",
         {"ffn_flops_percent": [3, 4, 5, 7, 9, 11, 14, 18, 25], "model_flops_percent": [37, 38, 40, 43, 46, 51]},
+    ),
+    Results(
+        "cifar10_vit",
+        {"ffn_flops_percent": [6, 8, 10, 12, 15, 20, 25, 35], "model_flops_percent": [25, 30, 35, 40, 44, 46, 50, 60]},
     ),
 ]
 
@@ -127,25 +142,31 @@ def table(runs: Mapping[str, Sequence[Sequence[Row]]], cost: str, budgets: Seque
 
 
 def ablations(results: Results) -> list[str]:
-    """What one other setting does to D2DMoE with seed 0, as lines of Markdown; nothing where none was tried."""
-    tried = results.runs(ABLATIONS)
+    """What one other setting does, as lines of Markdown; nothing where none was tried."""
+    runs: dict[str, list[list[Row]]] = {}
+    for method, settings in ABLATIONS.items():
+        for name, label in settings.items():
+            for file in sorted(results.folder.glob(f"{name}-?.csv")):
+                seed = file.stem[-1]
+                runs.setdefault(f"{LABELS[method]}, seed {seed}", [results.run(method, seed)])
+                runs[f"- {label}"] = [read(file)]
     cost = next(iter(results.budgets))
-    whole = {f"{LABELS['d2dmoe']}, seed 0": results.runs()[LABELS["d2dmoe"]][:1]}
-    caption = ["One setting other than those of D2DMoE above:", ""]
-    return [*caption, *table(whole | tried, cost, results.budgets[cost])] if tried else []
+    return ["With one other setting:", "", *table(runs, cost, results.budgets[cost])] if runs else []
 
 
 def speeds(results: Results) -> list[str]:
     """What the clock says beside what the FLOPs promise, as lines of Markdown; nothing where it was not measured."""
-    file = results.folder / "speed.csv"
-    if not file.is_file():
+    file = next(results.folder.glob("speed-*.csv"), None)
+    if file is None:
         return []
-    method, runs = next(iter(results.runs().items()))
-    swept = {float(row["tau"]): row for row in runs[0] if row["stage"] == "test"}
+    seed = file.stem.removeprefix("speed-")
+    name = next(name for name in LABELS if (results.folder / f"{name}-{seed}.csv").is_file())
+    rows = results.run(name, seed)
+    swept = {float(row["tau"]): row for row in rows if row["stage"] == "test"}
     timed = [row for row in read(file) if row["scope"] == "model" and row["router"] == "True"]
     shapes = list(dict.fromkeys((row["dtype"], row["batch_size"]) for row in timed))
     at = {(row["dtype"], row["batch_size"], float(row["tau"])): row for row in timed}
-    header = [f"{method}, seed 0", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
+    header = [f"{LABELS[name]}, seed {seed}", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
     header += [f"{dtype}, batch of {batch_size}" for dtype, batch_size in shapes]
     dense = [_milliseconds(next(at[key] for key in at if key[:2] == shape), "dense") for shape in shapes]
     lines = ["And on the clock, routers in:", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
@@ -204,7 +225,9 @@ def picture(results: Results) -> Figure:
         axes.set_xlabel(f"{name}, % of dense (router included)")
         if cost == "ffn_flops_percent":  # where the cheap settings lie close together
             axes.set_xscale("log")
+            left, right = axes.get_xlim()
             axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+            axes.set_xlim(left, right)
             axes.minorticks_off()
         axes.set_ylim(dense - 12, best + 1)
         axes.grid(alpha=0.3)
@@ -237,8 +260,8 @@ def placed(text: str) -> str:
 
 def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
     """Copy what a sweep left, and note the dense model's scores of that seed."""
-    if method not in LABELS | ABLATIONS:
-        raise ValueError(f"method={method!r}: must be one of {', '.join(LABELS | ABLATIONS)}")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
     sweep = Path(phase_folder) / "tau_sweep.csv"
     if {row["stage"] for row in read(sweep)} != {"validation", "test"}:
         raise ValueError(f"phase_folder={phase_folder!r}: no sweep of validation and test; let the chain finish")
@@ -266,9 +289,9 @@ def _note(recipe: str, name: str, seed: str, phase_folder: Path) -> None:
         writer.writerows(known[seed] for seed in sorted(known))
 
 
-def speed(recipe: str, benchmark: str) -> None:
-    """Copy what a benchmark left."""
-    shutil.copy(benchmark, Results(recipe, {}).folder / "speed.csv")
+def speed(recipe: str, seed: str, benchmark: str) -> None:
+    """Copy what a benchmark left, of the model that the first method in the table left with ``seed``."""
+    shutil.copy(benchmark, Results(recipe, {}).folder / f"speed-{seed}.csv")
 
 
 def draw() -> None:
