@@ -181,7 +181,9 @@ def speeds(results: Results) -> list[str]:
 
 
 def _milliseconds(row: Row, way: str) -> str:
-    return f"{float(row[f'{way}_ms']):.1f} ± {float(row[f'{way}_spread_ms']):.1f} ms"
+    median, deviation = float(row[f"{way}_ms"]), float(row[f"{way}_spread_ms"])
+    digits = 1 if median >= 10 else 2
+    return f"{median:.{digits}f} ± {deviation:.{digits}f} ms"
 
 
 def section(results: Results) -> str:
@@ -203,7 +205,7 @@ def section(results: Results) -> str:
 
 def picture(results: Results) -> Figure:
     """Accuracy against both costs on the test split, all methods in one plot, with a band from worst to best seed."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     dense, control = statistics.mean(results.scores("dense")), results.scores("control")
     for axes, (cost, name) in zip(figure.subplots(1, 2, sharey=True), COSTS.items(), strict=True):
         axes.axhline(dense, color="grey", linestyle="--", linewidth=1, label=f"dense: {dense:.2f}%")
@@ -232,7 +234,7 @@ def picture(results: Results) -> Figure:
         axes.set_ylim(dense - 12, best + 1)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, %")
-    figure.axes[1].legend(loc="lower right", fontsize="small")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     return figure
 
 
