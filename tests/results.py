@@ -40,9 +40,13 @@ ABLATIONS = {
     "d2dmoe": {
         "split_parameter": "experts split by weights",
         "width_128": "routers of 128 neurons",
+        "width_64": "routers of 64 neurons",
+        "width_8": "routers of 8 neurons",
         "penalty_l1": "L1 penalty",
+        "alpha_1e-3": "half the penalty, alpha 1e-3",
     },
     "d2dmoe_recovery": {
+        "alpha_1e-3_recovery": "half the penalty before it",
         "router_lr_1e-3": "routers at a learning rate of 1e-3, not the model's 1e-4",
         "router_lr_3e-4": "routers at the model's learning rate, 3e-4, not 2e-3",
     },
