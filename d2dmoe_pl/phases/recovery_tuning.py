@@ -38,7 +38,7 @@ class RecoveryTuning(OptimizedPhase):
 
     Raises:
         ConfigError: For a range that is none or leaves [0, 1], negative weights, or a ``router_lr`` that is not
-            positive.
+            positive or has no routers to train.
     """
 
     starts_from = "routed"
@@ -61,6 +61,10 @@ class RecoveryTuning(OptimizedPhase):
         check(beta >= 0, f"beta={beta}: must not be negative")
         check(router_weight >= 0, f"router_weight={router_weight}: must not be negative")
         check(router_lr is None or router_lr > 0, f"router_lr={router_lr}: must be positive")
+        check(
+            router_lr is None or router_weight > 0,
+            f"router_lr={router_lr}: allowed only with a router_weight above 0; without, routers do not learn",
+        )
         self.tau_min = tau_min
         self.tau_max = tau_max
         self.beta = beta

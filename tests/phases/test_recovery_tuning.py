@@ -84,7 +84,7 @@ def test_routers_learn_the_norms_at_the_gate_and_nothing_else_learns_from_that(t
 
 
 def test_routers_have_their_own_learning_rate(trainer, routed, tmp_path):
-    """With the model's at 0, routers alone move, and end nearer to the norms; both rates are warmed up alike."""
+    """With the model's at 0, routers alone move; both rates are warmed up alike."""
     before = load_model(routed).state_dict()
     phase = RecoveryTuning(router_lr=0.01, init_from=routed, optimizer=partial(torch.optim.Adam, lr=0.0), warmup=0.5)
     rates, log = [], phase.on_before_optimizer_step
@@ -149,6 +149,7 @@ def test_the_curve_gets_better(trainer, routed, tmp_path):
         ({"beta": -1}, "beta=-1: must not be negative"),
         ({"router_weight": -1}, "router_weight=-1: must not be negative"),
         ({"router_lr": 0.0}, "router_lr=0.0: must be positive"),
+        ({"router_lr": 0.1, "router_weight": 0}, "router_lr=0.1: allowed only with a router_weight above 0"),
     ],
 )
 def test_bad_arguments(arguments, message):
