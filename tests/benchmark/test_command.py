@@ -245,7 +245,11 @@ def test_help_and_yaml(capsys, tmp_path):
 def test_the_readmes_commands_can_be_run(monkeypatch):
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    commands = re.findall(r"^python main.py (benchmark --.+)$", (root / "README.md").read_text(), flags=re.MULTILINE)
-    on_data, on_shapes = (command.benchmark_parser().parse_args(shlex.split(line)[1:]) for line in commands)
-    assert on_data.data.class_path.endswith("Digits")
+    text = (root / "README.md").read_text().replace("\\\n", "")  # lines that go on made whole
+    commands = re.findall(r"^python main.py (benchmark --.+)$", text, flags=re.MULTILINE)
+    parsed = [command.benchmark_parser().parse_args(shlex.split(line)[1:]) for line in commands]
+    on_texts, on_digits, on_shapes = parsed
+    assert on_texts.data.class_path.endswith("TextClassification")
+    assert (on_texts.scope, on_texts.batch_size) == (["model"], [1, 32])
+    assert on_digits.data.class_path.endswith("Digits")
     assert on_shapes.num_experts == [96, 128]
