@@ -1,4 +1,4 @@
-"""The README's results: tables and pictures of the recipes that were run on real data, from the CSV files beside them.
+"""The README's results: tables and pictures of the recipes that were run on real data, from the files in docs/results.
 
     python tests/results.py keep minilm_emotion d2dmoe 0 runs/minilm_emotion/router_regression
     python tests/results.py control minilm_emotion 0 runs/minilm_emotion_dense/further_training
@@ -60,7 +60,7 @@ class Results:
     """What was measured with one recipe and its twins.
 
     Attributes:
-        recipe: Its folder in ``configs``.
+        recipe: Its name, and that of its folder in ``docs/results``.
         budgets: Of each cost in percent of dense, the most that a model may cost in a column of the table.
     """
 
@@ -69,7 +69,7 @@ class Results:
 
     @property
     def folder(self) -> Path:
-        return ROOT / "configs" / self.recipe / "results"
+        return ROOT / "docs" / "results" / self.recipe
 
     def scores(self, name: str) -> list[float]:
         """Test accuracy in percent of each seed's ``dense`` model or ``control``; none if not measured."""
@@ -200,7 +200,7 @@ def section(results: Results) -> str:
             + (f"; {trained_on}: {spread(control)} ({_seeds(len(control))})." if control else ".")
         ],
         *(table(results.runs(), cost, budgets) for cost, budgets in results.budgets.items()),
-        [f"![Accuracy against cost](configs/{results.recipe}/results/results.png)"],
+        [f"![Accuracy against cost](docs/results/{results.recipe}/results.png)"],
         ablations(results),
         speeds(results),
     ]
@@ -272,7 +272,7 @@ def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
     if {row["stage"] for row in read(sweep)} != {"validation", "test"}:
         raise ValueError(f"phase_folder={phase_folder!r}: no sweep of validation and test; let the chain finish")
     folder = Results(recipe, {}).folder
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(sweep, folder / f"{method}-{seed}.csv")
     _note(recipe, "dense", seed, Path(phase_folder).parent / "fine_tuning")
 

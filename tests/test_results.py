@@ -1,4 +1,4 @@
-"""The README's results are those of the CSV files beside the recipes, with settings chosen on the validation split."""
+"""The README's results are those of the CSV files in docs/results, with settings chosen on the validation split."""
 
 import pytest
 import results
