@@ -18,6 +18,7 @@ PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
     ["errors", "plugins"],
+    ["recipe"],
     ["data"],
     ["adapters"],
     ["moe", "metrics"],

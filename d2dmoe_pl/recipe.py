@@ -1,0 +1,150 @@
+"""Recipes: a chain in one YAML file, what its phases share said once; a twin says what differs from its original."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from d2dmoe_pl.errors import ConfigError, check
+
+# `from` and `set` are of one run rather than of a recipe, but `chain --print_config` prints them where they are given
+KEYS = ("extends", "output_dir", "seed", "shared", "phases", "from", "set")
+SHAPE = "a recipe is one file: shared, what every phase takes, and phases, from each phase's name to what else it takes"
+
+
+def merged(base: Any, overlay: Any) -> Any:
+    """One setting over another: mappings key by key, other values in the place of what was there.
+
+    Settings of one class mean nothing to another, so a mapping with another ``class_path`` (as it is written) replaces
+    the one below it whole.
+
+    Args:
+        base: What holds where ``overlay`` says nothing.
+        overlay: What is said anew.
+
+    Returns:
+        A new mapping, or ``overlay`` itself where either is none.
+    """
+    if not isinstance(base, Mapping) or not isinstance(overlay, Mapping):
+        return overlay
+    if "class_path" in base and overlay.get("class_path", base["class_path"]) != base["class_path"]:
+        return overlay
+    return {**base, **{key: merged(base[key], value) if key in base else value for key, value in overlay.items()}}
+
+
+def is_recipe(path: str | os.PathLike) -> bool:
+    """Whether a file holds a recipe, and not the YAML that ``fit`` takes; False where there is no such file."""
+    if not os.path.isfile(path):  # unlike pathlib, at ease with a whole config in the place of a path
+        return False
+    try:
+        content = _load(Path(path).read_text())
+    except yaml.YAMLError:  # for the parser to report
+        return False
+    return isinstance(content, dict) and any(key in content for key in ("extends", "shared", "phases"))
+
+
+def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
+    """A recipe with all that it takes from those that it extends.
+
+    A twin's ``phases`` are in its own order and leave out those that it does not name; each is merged over the
+    original's of that name, and an empty one is as in the original.
+
+    Args:
+        path: YAML file; what it ``extends`` is relative to it.
+
+    Returns:
+        The recipe without ``extends``, ``phases`` from each one's name to a mapping.
+
+    Raises:
+        ConfigError: For a file that is not there or holds no recipe, and for recipes that extend one another in a ring.
+    """
+    return _read(Path(path), ())
+
+
+def phase_config(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What ``fit`` takes for one phase of a recipe.
+
+    Args:
+        recipe: As :func:`read_recipe` returns it.
+        name: Of the phase.
+
+    Returns:
+        The seed, and what all phases share with the phase's own settings merged over it.
+
+    Raises:
+        ConfigError: If the recipe has no such phase.
+    """
+    phases = recipe["phases"]
+    check(name in phases, f"phase={name!r}: allowed are {', '.join(phases)}")
+    return merged({"seed_everything": recipe.get("seed", 0), **recipe.get("shared", {})}, phases[name])
+
+
+def _read(file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
+    """The recipe in ``file``, which ``twins`` extend, each the one after it."""
+    check(file.is_file(), f"{file}: no such file; must be a recipe")
+    recipe = _content(file)
+    _check_shape(recipe, file)
+    if "extends" not in recipe:
+        check("phases" in recipe, f"{file}: phases is missing; {SHAPE}")
+        return _over({"phases": {}}, recipe)
+    extends = recipe.pop("extends")
+    original, files = file.parent / extends, (*twins, file)
+    check(original.is_file(), f"{file}: extends={extends!r}: no such file")
+    ring = " -> ".join(map(str, (*files, original)))
+    known = [each.resolve() for each in files]
+    check(original.resolve() not in known, f"{file}: extends={extends!r}: goes round in a ring, {ring}")
+    return _over(_read(original, files), recipe)
+
+
+def _over(original: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, Any]:
+    recipe = merged(original, twin)
+    if "phases" in twin:
+        before = original["phases"]
+        recipe["phases"] = {name: merged(before.get(name, {}), phase or {}) for name, phase in twin["phases"].items()}
+    return recipe
+
+
+def _content(file: Path) -> Any:
+    text = file.read_text()
+    try:
+        _check_keys(yaml.compose(text), file)
+        return _load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_keys(node: yaml.Node | None, file: Path) -> None:
+    """Refuse a key that stands twice in a mapping; YAML would drop the first without a word."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            check(key.value not in lines, f"{file}: {key.value}: is in line {lines.get(key.value)} and in line {line}")
+            lines[key.value] = line
+            _check_keys(value, file)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value, file)
+
+
+def _check_shape(recipe: Any, file: Path) -> None:
+    check(isinstance(recipe, dict), f"{file}: must be a mapping; {SHAPE}")
+    old = "base" in recipe or isinstance(recipe.get("phases"), list)
+    check(not old, f"{file}: recipes are no longer a list of phases with a file each; {SHAPE}")
+    for key in recipe:
+        check(key in KEYS, f"{file}: {key}: no key of a recipe; allowed are {', '.join(KEYS)}")
+    extends = recipe.get("extends", "")
+    check(isinstance(extends, str), f"{file}: extends={extends!r}: must be the file of another recipe")
+    for key in ("shared", "phases"):
+        part = recipe.get(key, {})
+        check(isinstance(part, dict), f"{file}: {key}={part!r}: must be a mapping")
+    for name, phase in recipe.get("phases", {}).items():
+        check(phase is None or isinstance(phase, dict), f"{file}: phases.{name}={phase!r}: must be a mapping or empty")
+
+
+def _load(text: str) -> Any:
+    """YAML as the command line reads it, e.g. 1e-3 as a number."""
+    return get_loader("yaml")(text)
