@@ -4,15 +4,14 @@ import json
 import logging
 import os
 import shutil
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from jsonargparse.typing import Path_fr
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
@@ -21,6 +20,7 @@ from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phase_cli import CHECKPOINT, PhaseCLI
 from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.recipe import phase_config, read_recipe
 
 STATUS = "phase.json"
 # settings of where and how a phase runs rather than of what it computes
@@ -37,17 +37,12 @@ INCIDENTAL = {
 }
 
 
-@dataclass
-class ChainPhase:
-    """One phase of a chain.
+class RecipeFile(ActionConfigFile):
+    """``--config`` of a chain: a recipe."""
 
-    Attributes:
-        name: Of the phase's folder, and its prefix in ``--set``.
-        config: YAML as for ``fit``, merged over the chain's ``base``.
-    """
-
-    name: str
-    config: Path_fr
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        """Take the recipe with all that it takes from others as if it had been written on the command line."""
+        super().__call__(parser, cfg, json.dumps(read_recipe(values)), option_string)
 
 
 class Todo(Enum):
@@ -63,16 +58,20 @@ def chain_parser() -> ArgumentParser:
     parser = ArgumentParser(
         description="Run phases in order; run again after an interruption, it goes on.", allow_abbrev=False
     )
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML with the settings below.")
-    parser.add_argument("--phases", type=list[ChainPhase], help="Phases, first to last: name and config of each.")
-    parser.add_argument("--base", type=Path_fr | None, default=None, help="YAML that all phases share, e.g. the data.")
+    parser.add_argument(
+        "-c", "--config", action=RecipeFile, help="A recipe: YAML with shared and phases; configs/ has some."
+    )
+    parser.add_argument("--shared", type=dict, default={}, help="What every phase takes of fit, e.g. the data.")
+    parser.add_argument(
+        "--phases", type=dict[str, dict], default={}, help="From the name of each, first to last, to the rest it takes."
+    )
     parser.add_argument("--output_dir", type=str, default="runs/chain", help="Gets one folder a phase.")
     parser.add_argument("--seed", type=int, default=0, help="Of every phase.")
-    parser.add_argument("--from", type=str | None, default=None, help="Redo from this phase on.")
+    parser.add_argument("--from", type=str, default=SUPPRESS, help="Redo from this phase on.")
     parser.add_argument(
         "--set",
         type=str,
-        default=[],
+        default=SUPPRESS,
         nargs="*",
         help="KEY=VALUE as in fit, for all phases (trainer.devices=2) or for one (PHASE.trainer.max_epochs=1).",
     )
@@ -91,11 +90,11 @@ def run_chain(config: Namespace) -> None:
     Raises:
         ConfigError: For a wrong setting of the chain or of any phase.
     """
-    names = [phase.name for phase in config.phases]
-    check(len(set(names)) == len(names) > 0, f"phases={names}: must be at least one, with different names")
-    start_over = config["from"]
+    names = list(config.phases)
+    check(len(names) > 0, "phases={}: must be at least one")
+    start_over = config.get("from")
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
-    settings = _split_settings(config.set, names)
+    settings = _split_settings(config.get("set", []), names)
     output_dir = Path(config.output_dir)
 
     # what Lightning says of itself at every start would bury what the chain says
@@ -143,20 +142,19 @@ def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str |
 
 def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], index: int) -> list[str]:
     """The arguments of one phase, as ``fit`` takes them."""
-    phase = config.phases[index]
+    names = list(config.phases)
     logger = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": config.output_dir, "name": phase.name, "version": ""},
+        "init_args": {"save_dir": config.output_dir, "name": names[index], "version": ""},
     }
-    previous = Path(config.output_dir) / config.phases[index - 1].name / FOLDER
+    previous = Path(config.output_dir) / names[index - 1] / FOLDER
     return [
-        *(["--config", str(config.base.absolute)] if config.base is not None else []),
-        *["--config", str(phase.config.absolute)],
+        *["--config", json.dumps(phase_config(config.as_dict(), names[index]))],
         f"--seed_everything={config.seed}",
         f"--trainer.default_root_dir={config.output_dir}",
         f"--trainer.logger={json.dumps(logger)}",
         *settings[None],
-        *settings[phase.name],
+        *settings[names[index]],
         *([f"--model.init_args.init_from={previous}"] if index > 0 else []),
     ]
 
@@ -258,7 +256,7 @@ def default_recipe() -> Path:
     Raises:
         ConfigError: If the package was installed without the project's ``configs`` folder.
     """
-    recipe = Path(__file__).parents[1] / "configs" / "digits_vit" / "chain.yaml"
+    recipe = Path(__file__).parents[1] / "configs" / "digits_vit.yaml"
     if not recipe.is_file():
         raise ConfigError(f"config=None: {recipe} is not there; give --config, or run from a checkout of the project")
     return recipe

@@ -1,9 +1,11 @@
 """How one phase is put together from the command line: phase, data, trainer, and what every run keeps."""
 
+import json
 import warnings
 from typing import Any
 
 import lightning as L
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -12,8 +14,10 @@ import d2dmoe_pl.data
 import d2dmoe_pl.phases  # noqa: F401 (classes are then found by their bare names)
 from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite
 from d2dmoe_pl.data import TaskData
+from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases.base import Phase
 from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 
 CHECKPOINT = "last"
 
@@ -22,6 +26,20 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 warnings.filterwarnings("ignore", message="`LightningModule.configure_optimizers` returned `None`")
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training")
+
+
+class PhaseConfigFile(ActionConfigFile):
+    """``--config`` of a phase: YAML with its settings, or RECIPE:PHASE."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        """Take what the recipe says of the phase as if it had been written on the command line."""
+        recipe, _, phase = values.rpartition(":")
+        if is_recipe(values):
+            phases = ", ".join(read_recipe(values)["phases"])
+            raise ConfigError(f"config={values!r}: is a recipe; add :PHASE, one of {phases}")
+        if is_recipe(recipe):
+            values = json.dumps(phase_config(read_recipe(recipe), phase))
+        super().__call__(parser, cfg, values, option_string)
 
 
 class PhaseCLI(LightningCLI):
@@ -44,8 +62,18 @@ class PhaseCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Take no abbreviations, so that a misspelt option is an error."""
-        return super().init_parser(allow_abbrev=False, **kwargs)
+        """Take no abbreviations, so that a misspelt option is an error, and phases of recipes in ``--config``."""
+        parser = LightningArgumentParser(
+            allow_abbrev=False, dump_header=[f"lightning.pytorch=={L.__version__}"], **kwargs
+        )
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=PhaseConfigFile,
+            help="YAML as --print_config prints it, or a phase of a recipe, RECIPE:PHASE, such as "
+            "configs/digits_vit.yaml:fine_tuning. Of several, later ones change what earlier ones say.",
+        )
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI warns when it gets arguments while the process has others; a chain does so on purpose

@@ -1,4 +1,4 @@
-"""A chain of four short phases on digits, as YAML files in a folder."""
+"""A recipe of four short phases on digits."""
 
 from pathlib import Path
 
@@ -7,9 +7,8 @@ import yaml
 PHASES = ["fine_tuning", "sparsity_enforcement", "expert_clustering", "router_regression"]
 
 
-def write_recipe(folder, epochs=2, **models):
+def write_recipe(file, epochs=2, **models):
     """Write the recipe; keyword arguments are merged into the ``init_args`` of the phase of that name."""
-    folder.mkdir(parents=True, exist_ok=True)
     shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
     source = {"class_path": "TimmModel", "init_args": {"architecture": "vit_tiny_patch16_224", **shape}}
     classes = {
@@ -19,11 +18,12 @@ def write_recipe(folder, epochs=2, **models):
         "router_regression": ("RouterRegression", {"width": 8}),
     }
     sweep = {"callbacks": [{"class_path": "TauSweep", "init_args": {"taus": [0.5, 0.9, 1.0]}}]}
+    phases = {}
     for name, (class_path, init_args) in classes.items():
         trainer = {"max_epochs": epochs, **(sweep if name == "router_regression" else {})}
         model = {"class_path": class_path, "init_args": {**init_args, **models.get(name, {})}}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"model": model, "trainer": trainer}))
-    base = {
+        phases[name] = {"model": model, "trainer": trainer}
+    shared = {
         "data": {"class_path": "Digits", "init_args": {"batch_size": 64}},
         "trainer": {
             "accelerator": "cpu",
@@ -33,10 +33,8 @@ def write_recipe(folder, epochs=2, **models):
             "enable_model_summary": False,
         },
     }
-    (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    chain = {"base": "base.yaml", "phases": [{"name": name, "config": f"{name}.yaml"} for name in PHASES]}
-    (folder / "chain.yaml").write_text(yaml.safe_dump(chain))
-    return str(folder / "chain.yaml")
+    file.write_text(yaml.safe_dump({"shared": shared, "phases": phases}, sort_keys=False))
+    return str(file)
 
 
 def arguments(recipe, output: Path, *more):

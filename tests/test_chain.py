@@ -15,13 +15,14 @@ from d2dmoe_pl import chain as chains
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.phases import FineTuning, RouterRegression
+from d2dmoe_pl.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A recipe and the output of its chain."""
     folder = tmp_path_factory.mktemp("finished")
-    recipe = write_recipe(folder / "recipe")
+    recipe = write_recipe(folder / "recipe.yaml")
     main(arguments(recipe, folder / "run"))
     return recipe, folder / "run"
 
@@ -114,7 +115,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", list(MOMENTS))
 def test_interrupted_at_any_moment_it_goes_on(tmp_path, monkeypatch, capsys, moment):
-    recipe, output = write_recipe(tmp_path / "recipe"), tmp_path / "run"
+    recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     owner, name, call = MOMENTS[moment]
     if name is None:
         from d2dmoe_pl.callbacks import save_artifact as owner  # noqa: PLC0415
@@ -149,7 +150,7 @@ def statuses_of(output, name):
 
 
 def test_an_interrupted_phase_continues_from_its_last_checkpoint(tmp_path, monkeypatch):
-    recipe, output = write_recipe(tmp_path / "recipe", epochs=3), tmp_path / "run"
+    recipe, output = write_recipe(tmp_path / "recipe.yaml", epochs=3), tmp_path / "run"
     original, epochs = FineTuning.training_step, []
 
     def training_step(self, batch, batch_idx):
@@ -166,7 +167,7 @@ def test_an_interrupted_phase_continues_from_its_last_checkpoint(tmp_path, monke
 
 
 def test_an_interrupted_phase_whose_config_has_changed_starts_over(tmp_path, monkeypatch, capsys):
-    recipe, output = write_recipe(tmp_path / "recipe", epochs=3), tmp_path / "run"
+    recipe, output = write_recipe(tmp_path / "recipe.yaml", epochs=3), tmp_path / "run"
     original, epochs = FineTuning.training_step, []
 
     def training_step(self, batch, batch_idx):
@@ -185,7 +186,7 @@ def test_an_interrupted_phase_whose_config_has_changed_starts_over(tmp_path, mon
 
 def test_killed_outright_it_goes_on(tmp_path):
     """SIGKILL of the real command, once its first checkpoint is there."""
-    recipe, output = write_recipe(tmp_path / "recipe"), tmp_path / "run"
+    recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     chain = arguments(recipe, output, "--set", "fine_tuning.trainer.max_epochs=40")
     command = [sys.executable, "-m", "d2dmoe_pl.cli", *chain]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -236,7 +237,7 @@ def test_a_finished_phase_whose_artifact_is_broken(copy, capsys):
     ],
 )
 def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(tmp_path, capsys, models, more, message):
-    recipe = write_recipe(tmp_path / "recipe", **models)
+    recipe = write_recipe(tmp_path / "recipe.yaml", **models)
     with pytest.raises(SystemExit) as exit_info:
         main(arguments(recipe, tmp_path / "run", *more))
     assert exit_info.value.code == 2
@@ -247,7 +248,7 @@ def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(tmp_path, capsys, m
 
 
 def test_a_nan_loss_stops_the_chain_and_keeps_what_is_good(tmp_path, monkeypatch, capsys):
-    recipe, output = write_recipe(tmp_path / "recipe"), tmp_path / "run"
+    recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     original = FineTuning.task_loss
 
     def task_loss(self, logits, batch):
@@ -265,11 +266,36 @@ def test_a_nan_loss_stops_the_chain_and_keeps_what_is_good(tmp_path, monkeypatch
 
 
 def test_two_phases_of_one_name(tmp_path, capsys):
-    recipe = write_recipe(tmp_path / "recipe")
-    phases = json.dumps([{"name": "a", "config": str(tmp_path / "recipe" / "fine_tuning.yaml")}] * 2)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("phases:\n  a: {}\n  b: {}\n  a: {}\n")
     with pytest.raises(SystemExit):
-        main(arguments(recipe, tmp_path / "run", "--phases", phases))
-    assert "phases=['a', 'a']: must be at least one, with different names" in capsys.readouterr().err
+        main(arguments(str(recipe), tmp_path / "run"))
+    assert capsys.readouterr().err == f"error: {recipe}: a: is in line 2 and in line 4\n"
+
+
+def test_no_phases(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["chain", "--output_dir", str(tmp_path / "run"), "--phases", "{}"])
+    assert capsys.readouterr().err == "error: phases={}: must be at least one\n"
+
+
+def test_print_config_gives_a_whole_recipe_that_can_be_run(finished, tmp_path, capsys):
+    recipe, output = finished
+    twin = {"extends": recipe, "seed": 3, "phases": {**dict.fromkeys(PHASES), "expert_clustering": {"trainer": {}}}}
+    (tmp_path / "twin.yaml").write_text(json.dumps(twin))
+    printed = []
+    for given in (tmp_path / "twin.yaml", tmp_path / "printed.yaml"):
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(str(given), output, "--print_config"))
+        assert exit_info.value.code == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+    assert read_recipe(tmp_path / "printed.yaml") == {**read_recipe(recipe), "seed": 3, "output_dir": str(output)}
+    main(arguments(str(tmp_path / "printed.yaml"), output, "--seed", "0"))
+    said = capsys.readouterr().err
+    assert "Nothing to do." in said
+    assert "config has changed" not in said
 
 
 def test_environment_is_left_alone(finished):

@@ -10,17 +10,16 @@ from recipe import arguments, write_recipe
 
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.cli import main
+from d2dmoe_pl.recipe import SHAPE
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    write_recipe(tmp_path / "recipe")
-    return tmp_path / "recipe"
+    return write_recipe(tmp_path / "recipe.yaml")
 
 
 def fit(recipe, phase, tmp_path, *more):
-    configs = ["--config", str(recipe / "base.yaml"), "--config", str(recipe / f"{phase}.yaml")]
-    return [*configs, f"--trainer.default_root_dir={tmp_path}", *more]
+    return ["--config", f"{recipe}:{phase}", f"--trainer.default_root_dir={tmp_path}", *more]
 
 
 def out(capsys, *args):
@@ -43,6 +42,9 @@ def test_help_of_a_phase_shows_its_docstring(capsys):
     said = " ".join(said.split())
     assert "Hidden neurons of a router" in said
     assert "Share of the training over which the learning rate rises linearly from 0" in said  # inherited
+    assert "or a phase of a recipe, RECIPE:PHASE, such as configs/digits_vit.yaml:fine_tuning" in " ".join(
+        out(capsys, "fit", "--help")[1].split()
+    )
     code, said, _ = out(capsys, "chain", "--help")
     assert "Redo from this phase on" in said
 
@@ -55,6 +57,34 @@ def test_print_config_can_be_run(capsys, recipe, tmp_path):
     assert config["data"]["init_args"]["batch_size"] == 64
     (tmp_path / "whole.yaml").write_text(said)
     main(["fit", "--config", str(tmp_path / "whole.yaml"), "--trainer.max_epochs=1"])
+
+
+def test_a_phase_of_a_recipe_and_plain_yaml_together(capsys, recipe, tmp_path):
+    (tmp_path / "more.yaml").write_text("data: {init_args: {batch_size: 8}}\ntrainer: {max_epochs: 7}\n")
+    given = ["--config", str(tmp_path / "more.yaml"), "--trainer.max_epochs=5"]
+    for subcommand in ("fit", "validate", "test", "predict"):
+        code, said, _ = out(capsys, subcommand, *fit(recipe, "router_regression", tmp_path, *given), "--print_config")
+        config = yaml.safe_load(said)
+        assert code == 0
+        assert config["model"]["init_args"]["width"] == 8
+        assert config["data"]["init_args"]["batch_size"] == 8
+        assert (config["trainer"]["max_epochs"], config["trainer"]["limit_train_batches"]) == (5, 6)
+        (tmp_path / "printed.yaml").write_text(said)
+        assert out(capsys, subcommand, "--config", str(tmp_path / "printed.yaml"), "--print_config")[1] == said
+
+
+def test_a_recipe_without_one_of_its_phases_ends_in_one_line(capsys, recipe, tmp_path):
+    phases = "fine_tuning, sparsity_enforcement, expert_clustering, router_regression"
+    (tmp_path / "old.yaml").write_text("base: base.yaml\nphases: [{name: fine_tuning, config: fine_tuning.yaml}]\n")
+    old = f"{tmp_path / 'old.yaml'}: recipes are no longer a list of phases with a file each; {SHAPE}"
+    for given, message in (
+        (recipe, f"config='{recipe}': is a recipe; add :PHASE, one of {phases}"),
+        (f"{recipe}:fine_tunning", f"phase='fine_tunning': allowed are {phases}"),
+        (str(tmp_path / "old.yaml"), old),
+        (f"{tmp_path / 'old.yaml'}:fine_tuning", old),
+    ):
+        assert out(capsys, "fit", "--config", given) == (2, "", f"error: {message}\n")
+    assert out(capsys, "chain", "--config", str(tmp_path / "old.yaml")) == (2, "", f"error: {old}\n")
 
 
 def test_fit_validate_test_predict_of_every_phase(recipe, tmp_path, capsys):
@@ -194,6 +224,6 @@ def test_chain_without_config_is_the_embedded_default(capsys):
 
 def test_set_reaches_one_phase_or_all(recipe, tmp_path):
     more = ["--set", "trainer.max_epochs=1", "router_regression.model.init_args.width=4"]
-    main(arguments(str(recipe / "chain.yaml"), tmp_path / "run", *more))
+    main(arguments(recipe, tmp_path / "run", *more))
     layers = read_artifact(tmp_path / "run" / "router_regression" / "artifact").layers
     assert {made["router"]["width"] for made in layers.values()} == {4}

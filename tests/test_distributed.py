@@ -38,7 +38,7 @@ def sweep(folder):
 def one_process(tmp_path_factory):
     """A recipe and its chain, run by one process."""
     folder = tmp_path_factory.mktemp("distributed")
-    recipe = write_recipe(folder / "recipe", epochs=3)
+    recipe = write_recipe(folder / "recipe.yaml", epochs=3)
     main(arguments(recipe, folder / "one"))
     return recipe, folder / "one"
 
@@ -70,9 +70,8 @@ def test_clustering_gives_the_numbers_of_one_process(one_process, two_processes)
 
 def test_coactivation_split_gives_that_of_one_process(one_process, tmp_path):
     recipe, one = one_process
-    folder = Path(recipe).parent
     common = [
-        *("--config", str(folder / "base.yaml"), "--config", str(folder / "expert_clustering.yaml")),
+        f"--config={recipe}:expert_clustering",
         "--model.init_args.split=coactivation",
         f"--model.init_args.init_from={one / 'sparsity_enforcement' / 'artifact'}",
     ]
@@ -94,9 +93,9 @@ def test_phases_are_run_once_and_said_once(two_processes):
 def test_sweep_gives_the_numbers_of_one_process_on_the_same_model(two_processes, tmp_path):
     """400 test samples over 2 processes and batches of 48: the last batches are uneven."""
     artifact = two_processes[0] / "router_regression" / "artifact"
-    folder = Path(one_recipe(two_processes[0], tmp_path))
+    recipe = write_recipe(tmp_path / "recipe.yaml", epochs=3)
     common = [
-        *("--config", str(folder / "base.yaml"), "--config", str(folder / "router_regression.yaml")),
+        f"--config={recipe}:router_regression",
         f"--model.init_args.init_from={artifact}",
         "--data.init_args.batch_size=48",
     ]
@@ -110,11 +109,6 @@ def test_sweep_gives_the_numbers_of_one_process_on_the_same_model(two_processes,
                 assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-5)
             else:
                 assert one[key] == two[key]
-
-
-def one_recipe(output, folder):
-    write_recipe(folder / "recipe", epochs=3)
-    return folder / "recipe"
 
 
 def test_a_whole_chain_under_torchrun(one_process, tmp_path):
@@ -144,10 +138,11 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     tiny.dense("bert", "gelu").save_pretrained(tmp_path / "bert")  # with a head
     pretrained = {"task": "text-classification", "name": str(tmp_path / "bert")}
     source = {"class_path": "HuggingFaceModel", "init_args": pretrained}
-    recipe = Path(__file__).parents[1] / "configs" / "moebert_mnli"
+    original = Path(__file__).parents[1] / "configs" / "moebert_mnli.yaml"
     steps = ("importance_scoring", "moebert_distillation")
-    phases = [{"name": name, "config": str(recipe / f"{name}.yaml")} for name in steps]
-    chain = ["chain", "--base", str(recipe / "base.yaml"), "--phases", json.dumps(phases), "--output_dir"]
+    recipe = tmp_path / "without_fine_tuning.yaml"
+    recipe.write_text(json.dumps({"extends": str(original), "phases": dict.fromkeys(steps)}))
+    chain = ["chain", "--config", str(recipe), "--output_dir"]
     settings = [
         f"importance_scoring.model.init_args.source={json.dumps(source)}",
         "moebert_distillation.model.init_args.routing=hash_balance",

@@ -19,16 +19,17 @@ PHASES = ["FineTuning", "ImportanceScoring", "MoEBERTDistillation"]
 DISTILLATION = "moebert_distillation.model.init_args"
 
 
-def commented(file):
-    """The words of what a YAML's comments say to type."""
-    lines = [line[1:].strip() for line in (CONFIGS / file).read_text().splitlines() if line.startswith("#   ")]
-    return shlex.split(" ".join(lines).replace("\\", ""))
+def commented(recipe, indent=""):
+    """The words of what a recipe's comments say to type, those on top or those indented so far."""
+    lines, begin = (CONFIGS / f"{recipe}.yaml").read_text().splitlines(), f"{indent}#   "
+    typed = [line.removeprefix(begin) for line in lines if line.startswith(begin)]
+    return shlex.split(" ".join(typed).replace("\\", ""))
 
 
 def commands(recipe):
-    """The arguments of every command in the comment of a recipe."""
+    """The arguments of every command in the comment on top of a recipe."""
     found = []
-    for word in commented(f"{recipe}/chain.yaml"):
+    for word in commented(recipe):
         if word == "python":
             found.append([])
         elif word != "main.py":
@@ -137,7 +138,7 @@ def test_images_with_attention_projections(tmp_path, monkeypatch):
 def test_squad_2(folder):
     stand_ins.write_squad(folder / "squad", answerless=lambda i: i % 4 == 1)
     _, version_2, local = commands("moebert_squad")
-    table_7 = commented("moebert_squad/moebert_distillation.yaml")[1:]
+    table_7 = commented("moebert_squad", indent="  ")[1:]
     main([*version_2, *local[local.index("--set") + 1 :], *table_7, *SMALL_SQUAD])
     artifact = read_artifact(folder / "runs" / "moebert_squad_v2" / "moebert_distillation" / "artifact")
     assert {"test/best_f1", "test/no_answer_accuracy"} <= set(artifact.history[-1].metrics)

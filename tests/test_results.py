@@ -2,7 +2,8 @@
 
 import pytest
 import results
-import yaml
+
+from d2dmoe_pl.recipe import read_recipe
 
 
 def row(stage, tau, cost, accuracy):
@@ -45,8 +46,8 @@ def test_readme_is_what_the_files_give():
 
 @pytest.mark.parametrize("recipe", [each.recipe for each in results.RESULTS])
 def test_the_control_is_trained_for_as_long_as_d2dmoe_and_its_recovery(recipe):
-    def epochs(phase):
-        return yaml.safe_load((results.ROOT / "configs" / f"{phase}.yaml").read_text())["trainer"]["max_epochs"]
+    def epochs(name, phase):
+        return read_recipe(results.ROOT / "configs" / f"{name}.yaml")["phases"][phase]["trainer"]["max_epochs"]
 
-    phases = [f"{recipe}/sparsity_enforcement", f"{recipe}/recovery_tuning"]
-    assert epochs(f"{recipe}_dense/further_training") == sum(map(epochs, phases))
+    longest = epochs(recipe, "sparsity_enforcement") + epochs(recipe, "recovery_tuning")
+    assert epochs(f"{recipe}_dense", "further_training") == longest

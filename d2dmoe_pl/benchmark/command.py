@@ -1,5 +1,6 @@
 """``main.py benchmark``: measure, show, and keep what is measured."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe import kernels
 from d2dmoe_pl.moe.gate import check_tau
+from d2dmoe_pl.recipe import is_recipe, read_recipe
 
 DEFAULT_BACKEND = "auto"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,6 +46,18 @@ class CommaSeparated:
         return self.__name__
 
 
+class DataConfigFile(ActionConfigFile):
+    """``--config`` of a benchmark: YAML with its settings, or a recipe for its data."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        """Take what the recipe's phases share for data as if it had been written on the command line."""
+        if is_recipe(values):
+            shared = read_recipe(values).get("shared", {})
+            check("data" in shared, f"config={values!r}: is a recipe whose phases share no data")
+            values = json.dumps({"data": shared["data"]})
+        super().__call__(parser, cfg, values, option_string)
+
+
 def benchmark_parser() -> ArgumentParser:
     """The arguments of the ``benchmark`` subcommand."""
     parser = ArgumentParser(
@@ -52,7 +66,7 @@ def benchmark_parser() -> ArgumentParser:
     )
     numbers, shares, words = CommaSeparated(int), CommaSeparated(float), CommaSeparated(str)
     parser.add_argument(
-        "-c", "--config", action=ActionConfigFile, help="YAML with the settings below, e.g. a recipe's base.yaml."
+        "-c", "--config", action=DataConfigFile, help="YAML with the settings below, or a recipe, for its data."
     )
     parser.add_argument("--output_dir", type=str, default="runs/benchmark", help="Gets benchmark.csv, benchmark.png.")
     parser.add_argument("--scope", type=words, default=list(SCOPES), help="layer: FFNs alone; model: whole models.")
@@ -79,7 +93,6 @@ def benchmark_parser() -> ArgumentParser:
         required=False,
         help="Whose test samples are run. Noise otherwise, of which routers make what they will.",
     )
-    parser.add_argument("--trainer", type=dict, default={}, help="Not used; a recipe's base.yaml may have it.")
 
     shape = parser.add_argument_group("a shape of random weights and forced random choices, without an artifact")
     shape.add_argument("--d_model", type=int, default=768, help="Width of the tokens.")

@@ -59,9 +59,10 @@ def test_a_shape(tmp_path, capsys):
 
 
 def test_an_artifact_on_the_data_of_a_recipe(artifact, tmp_path, capsys):
-    base = {"data": {"class_path": "Digits"}, "trainer": {"max_epochs": 3}}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, "tau": [0.2, 1.0], "rounds": 2}))
-    config = ["--config", str(tmp_path / "base.yaml"), "--artifact", artifact]
+    shared = {"data": {"class_path": "Digits"}, "trainer": {"max_epochs": 3}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"shared": shared, "phases": {"fine_tuning": {}}}))
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"tau": [0.2, 1.0], "rounds": 2}))
+    config = [f"--config={tmp_path / name}.yaml" for name in ("recipe", "plain")] + ["--artifact", artifact]
     records = benchmark(tmp_path / "out", *config, "--batch_size", "4")
     assert [(r["scope"], r["name"], r["batch_size"], r["tokens"], r["tau"]) for r in records] == [
         (scope, name, batch, "20", tau)
@@ -74,6 +75,14 @@ def test_an_artifact_on_the_data_of_a_recipe(artifact, tmp_path, capsys):
     ]
     assert [float(r["share_percent"]) == 100 for r in records] == [False, True] * 3
     assert "VisionTransformer, E=8, float32, batch of 4" in capsys.readouterr().out
+
+
+def test_a_recipe_without_data(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("phases: {fine_tuning: {data: {class_path: Digits}}}")
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--config", str(tmp_path / "recipe.yaml")])
+    said = capsys.readouterr().err
+    assert said == f"error: config='{tmp_path / 'recipe.yaml'}': is a recipe whose phases share no data\n"
 
 
 def test_the_same_artifact_on_noise_runs_other_experts(artifact, tmp_path):

@@ -21,7 +21,7 @@ from d2dmoe_pl.data.task import symmetric_kl
 from d2dmoe_pl.moe.moebert import convert_to_moebert_
 from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
 
-RECIPE = Path(__file__).parents[2] / "configs" / "docstrings_bert" / "chain.yaml"
+RECIPE = Path(__file__).parents[2] / "configs" / "docstrings_bert.yaml"
 SHARED = ("fine_tuning", "importance_scoring")
 DISTILLATION = "moebert_distillation"
 VARIANTS = {

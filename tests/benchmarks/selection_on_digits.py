@@ -108,11 +108,11 @@ class Runs:
             "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
             "init_args": {"save_dir": str(self.folder), "name": name, "version": ""},
         }
-        configs = [f"--config={CONFIGS / file}.yaml" for file in (f"{D2DMOE}/base", f"{recipe}/{phase}")]
         quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
         begin = [] if start is None else [f"--model.init_args.init_from={start}"]
         seed = f"--seed_everything={self.seed}"
-        run([subcommand, *configs, seed, f"--trainer.logger={json.dumps(logger)}", *quiet, *begin, *more])
+        config = f"--config={CONFIGS / recipe}.yaml:{phase}"
+        run([subcommand, config, seed, f"--trainer.logger={json.dumps(logger)}", *quiet, *begin, *more])
 
 
 def at_budget(curve: list[tuple[float, float]], budget: float) -> float | None:
