@@ -1,6 +1,14 @@
-"""Turn a trained dense Transformer into a Mixture-of-Experts with less compute per token."""
+"""Turn a trained dense Transformer into a Mixture-of-Experts with less compute per token.
 
-from d2dmoe_pl.artifact import load_model, save_artifact
-from d2dmoe_pl.moe.convert import set_backend_, set_gate_, set_tau_
+The names of this package, in ``__init__.pyi``, are imported when they are first used.
+"""
 
-__all__ = ["load_model", "save_artifact", "set_backend_", "set_gate_", "set_tau_"]
+from importlib import metadata
+
+import lazy_loader
+
+_lazily, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    return metadata.version(__name__) if name == "__version__" else _lazily(name)

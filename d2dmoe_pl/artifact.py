@@ -6,8 +6,6 @@ about the model in safetensors files of its own. Nothing is pickled.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +17,15 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for, adapter_named
 from d2dmoe_pl.errors import ConfigError, check
-from d2dmoe_pl.moe.convert import describe, restore_, stage_of
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
+from d2dmoe_pl.structure import describe, restore_, stage_of
+from d2dmoe_pl.whole_files import replaced_file, replaced_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 KEY = "d2dmoe"
+IN_CODE = "code"  # stands for the phase where there was none
+FORMAT = 1  # of what is under that key; artifacts from before there were formats have none
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Artifact:
     Attributes:
         path: The folder.
         family: Name of its adapter.
-        layers: What :func:`d2dmoe_pl.moe.convert.describe` gave.
+        layers: What :func:`d2dmoe_pl.structure.describe` gave.
         history: The phases it went through, first to last.
         tensors: Names of the tensor files beside the weights, without their ending.
         projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
@@ -73,7 +74,7 @@ class Artifact:
 def save_artifact(
     model: nn.Module,
     path: str | Path,
-    history: Sequence[PhaseRecord],
+    history: Sequence[PhaseRecord] = (),
     save_processor: Callable[[Path], None] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
@@ -82,7 +83,7 @@ def save_artifact(
     Args:
         model: A model at any stage.
         path: The folder; one that is there is replaced.
-        history: The phases it went through, at least one.
+        history: The phases it went through; a model converted in code has gone through none.
         save_processor: Writes a tokenizer or image processor into the folder it is given.
         tensors: What else a phase found out about the model: by the name of a file, tensors by name.
     """
@@ -90,32 +91,31 @@ def save_artifact(
     tensors = tensors or {}
     adapter = adapter_for(model)
     made = {
+        "format": FORMAT,
         "family": adapter.family,
         "projections": describe_projections(model),
         "layers": describe(model),
-        "history": [asdict(record) for record in history],
+        "history": [asdict(record) for record in history or [PhaseRecord(IN_CODE)]],
         "tensors": sorted(tensors),
     }
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if save_processor is not None:
-        save_processor(aside)
-    adapter.save_beside(model, aside)
-    _write_json(aside / CONFIG, {**adapter.config(model), KEY: made})
-    # safetensors keeps one copy of tensors that are shared
-    safetensors.torch.save_model(model, str(aside / WEIGHTS), metadata={"format": "pt"})
-    for name, values in tensors.items():
-        contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
-        safetensors.torch.save_file(contiguous, str(aside / _tensor_file(name)))
-    _publish(aside, path)
+    with replaced_folder(path) as aside:
+        if save_processor is not None:
+            save_processor(aside)
+        adapter.save_beside(model, aside)
+        _write_json(aside / CONFIG, {**adapter.config(model), KEY: made})
+        # safetensors keeps one copy of tensors that are shared
+        safetensors.torch.save_model(model, str(aside / WEIGHTS), metadata={"format": "pt"})
+        for name, values in tensors.items():
+            contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
+            safetensors.torch.save_file(contiguous, str(aside / _tensor_file(name)))
 
 
 def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     """The description of the artifact in ``path``, after checking that it is whole.
 
     Raises:
-        ConfigError: If there is no artifact, or a file of tensors in it is missing or truncated.
+        ConfigError: If there is no artifact, a file of tensors in it is missing or truncated, or it was written
+            by a newer version of this package.
     """
     path = Path(path)
     check(path.is_dir(), f"{argument}={str(path)!r}: no such folder; must be the artifact that a phase wrote")
@@ -125,6 +125,12 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
         raise ConfigError(f"{argument}={str(path)!r}: no artifact, {CONFIG} cannot be read ({error})") from None
     check(KEY in config, f"{argument}={str(path)!r}: no artifact, {CONFIG} has no key {KEY!r}")
     made = config[KEY]
+    written = made.get("format", 0)
+    check(
+        written <= FORMAT,
+        f"{argument}={str(path)!r}: has format {written}, that of a newer d2dmoe_pl; this one reads formats up to "
+        f"{FORMAT}",
+    )
     tensors = made.get("tensors", [])
     for file in (WEIGHTS, *map(_tensor_file, tensors)):
         try:
@@ -139,29 +145,65 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
 def build_structure(artifact: Artifact) -> nn.Module:
     """The artifact's model on the meta device: shapes without weights."""
     with torch.device("meta"):
-        model = build_dense(artifact)
+        model = adapter_named(artifact.family).build(artifact.path)
+        restore_projections_(model, artifact.projections)
         restore_(model, artifact.layers)
         return model
 
 
-def build_dense(artifact: Artifact) -> nn.Module:
-    """The artifact's model as it is before its FFNs become experts, weights not loaded."""
-    model = adapter_named(artifact.family).build(artifact.path)
-    restore_projections_(model, artifact.projections)
-    return model
-
-
 def load_model(path: str | Path) -> nn.Module:
-    """The model saved in ``path``, at whatever stage, ready to run: ``load_model("runs/digits_vit/routers/artifact")``.
+    """The model saved in ``path``, at whatever stage, ready to run, on the CPU.
 
     Raises:
-        ConfigError: If ``path`` is no whole artifact.
+        ConfigError: If ``path`` is no whole artifact, or that of a newer version of this package.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from d2dmoe_pl import ExpertsConfig, convert_to_moe_, load_model, save_artifact
+        >>> model = timm.create_model("vit_tiny_patch16_224", embed_dim=12, depth=1, num_heads=1)
+        >>> model.model_args = {"embed_dim": 12, "depth": 1, "num_heads": 1}
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> folder = tempfile.mkdtemp() + "/artifact"
+        >>> save_artifact(model, folder)
+        >>> load_model(folder).blocks[0].mlp.experts
+        Experts(
+          num_experts=4, expert_dim=12, d_model=12
+          (activation): GELU(approximate='none')
+          (hidden_dropout): Dropout(p=0.0, inplace=False)
+        )
     """
     artifact = read_artifact(path, "path")
-    model = build_dense(artifact)
-    restore_(model, artifact.layers)
-    safetensors.torch.load_model(model, str(artifact.path / WEIGHTS))
+    model = build_structure(artifact)
+    _read_weights_(model, artifact.path / WEIGHTS)
+    adapter_named(artifact.family).fill_buffers_(model)
     return model.eval()
+
+
+def _read_weights_(model: nn.Module, file: Path) -> None:
+    """Give a model on the meta device the tensors in ``file`` as its own."""
+    with safetensors.safe_open(str(file), framework="pt") as opened:
+        # a copy: pages of the file stay no part of the model, whatever becomes of the file
+        read = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        kept = {name: other for name, other in (opened.metadata() or {}).items() if other in read}
+    names: dict[int, list[str]] = {}  # of each tensor, those that it has in the model: tied ones have several
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    tensors: dict[str, Tensor] = {}
+    for same in names.values():
+        source = next((name for name in same if name in read), kept.get(same[0]))
+        if source is None:
+            continue  # for load_state_dict to report
+        original = model.get_parameter(same[0]) if _is_parameter(model, same[0]) else None
+        tensor = read.pop(source) if source in read else tensors[source]
+        if original is not None and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=original.requires_grad)
+        tensors.update(dict.fromkeys(same, tensor))
+    model.load_state_dict({**tensors, **read}, strict=True, assign=True)
+
+
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    return attribute in model.get_submodule(module)._parameters
 
 
 def record_metrics(path: str | Path, metrics: dict[str, float]) -> None:
@@ -169,9 +211,8 @@ def record_metrics(path: str | Path, metrics: dict[str, float]) -> None:
     file = Path(path) / CONFIG
     config = json.loads(file.read_text())
     config[KEY]["history"][-1]["metrics"].update(metrics)
-    aside = file.with_name(f".{CONFIG}.partial")
-    _write_json(aside, config)
-    aside.replace(file)
+    with replaced_file(file) as aside:
+        _write_json(aside, config)
 
 
 def _tensor_file(name: str) -> str:
@@ -180,19 +221,3 @@ def _tensor_file(name: str) -> str:
 
 def _write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _publish(aside: Path, path: Path) -> None:
-    """Put the finished folder in place: a rename, after everything in it has reached the disk."""
-    for file in aside.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    if path.exists():
-        previous = path.with_name(f".{path.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        path.rename(previous)
-        aside.rename(path)
-        shutil.rmtree(previous)
-    else:
-        aside.rename(path)

@@ -2,10 +2,10 @@
 
 import json
 import logging
-import os
 import shutil
 from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from d2dmoe_pl.artifact import read_artifact, record_metrics
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phase_cli import CHECKPOINT, PhaseCLI
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import phase_config, read_recipe
+from d2dmoe_pl.whole_files import replaced_file
 
 STATUS = "phase.json"
 # settings of where and how a phase runs rather than of what it computes
@@ -97,10 +98,11 @@ def run_chain(config: Namespace) -> None:
     settings = _split_settings(config.get("set", []), names)
     output_dir = Path(config.output_dir)
 
-    # what Lightning says of itself at every start would bury what the chain says
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    arguments = [_arguments(config, settings, index) for index in range(len(names))]
+    with _quiet_lightning():
+        _run_phases(names, [_arguments(config, settings, index) for index in range(len(names))], output_dir, start_over)
+
+
+def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir: Path, start_over: str | None) -> None:
     openings = [PhaseCLI(args=arguments_of_one, run=False) for arguments_of_one in arguments]
     computed = [_computed_config(opening) for opening in openings]
     plan = _plan(output_dir, names, computed, start_over)
@@ -122,6 +124,20 @@ def run_chain(config: Namespace) -> None:
             _say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
             raise
     _say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Let Lightning only warn: what it says of itself at every start would bury what the chain says."""
+    loggers = [logging.getLogger(library) for library in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str | None, list[str]]:
@@ -213,10 +229,8 @@ def _read_status(folder: Path) -> dict[str, Any] | None:
 
 @rank_zero_only
 def _write_status(folder: Path, config: dict[str, Any], finished: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{STATUS}.partial"
-    aside.write_text(json.dumps({"finished": finished, "config": config}, indent=2, sort_keys=True) + "\n")
-    os.replace(aside, folder / STATUS)
+    with replaced_file(folder / STATUS) as aside:
+        aside.write_text(json.dumps({"finished": finished, "config": config}, indent=2, sort_keys=True) + "\n")
 
 
 @rank_zero_only

@@ -8,7 +8,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
 from d2dmoe_pl.chain import chain_parser, default_recipe, run_chain
 from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
-from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.phase_cli import PhaseCLI, without_needless_warnings
 
 CHAIN = "chain"
 # subcommands that are no phase's run: what parses their arguments, and what runs them
@@ -54,7 +54,8 @@ def main(args: Sequence[str] | None = None) -> None:
     ):
         arguments[1:1] = ["--config", str(default_recipe())]
     try:
-        D2DMoECLI(args=arguments)
+        with without_needless_warnings():
+            D2DMoECLI(args=arguments)
     except Exception as error:
         mendable = _mendable(error)
         if mendable is None:

@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -9,23 +11,23 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import d2dmoe_pl.adapters
-import d2dmoe_pl.data
-import d2dmoe_pl.phases  # noqa: F401 (classes are then found by their bare names)
+from d2dmoe_pl import adapters, data
 from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.phases.base import Phase
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases import Phase
+from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 
 CHECKPOINT = "last"
 
 # Lightning's own affair, or true and meant so; said at every start or resumption of a phase
-warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-warnings.filterwarnings("ignore", message="`LightningModule.configure_optimizers` returned `None`")
-warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training")
+SAID_FOR_NOTHING = (
+    ".*LeafSpec.* is deprecated",
+    "`LightningModule.configure_optimizers` returned `None`",
+    "Checkpoint directory .* exists and is not empty",
+    "Found .* module\\(s\\) in eval mode at the start of training",
+)
 
 
 class PhaseConfigFile(ActionConfigFile):
@@ -46,6 +48,9 @@ class PhaseCLI(LightningCLI):
     """LightningCLI over phases and data modules, by class name."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        for package in (data, adapters):  # classes that have been imported are found by their bare names
+            for name in package.__all__:
+                getattr(package, name)
         super().__init__(
             Phase,
             TaskData,
@@ -82,6 +87,15 @@ class PhaseCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check the phase against its model before any data is loaded or file written."""
         preflight([self.model], [self.datamodule])
+
+
+@contextmanager
+def without_needless_warnings() -> Iterator[None]:
+    """Leave out, while the body runs, what Lightning warns of at every start of a phase."""
+    with warnings.catch_warnings():
+        for message in SAID_FOR_NOTHING:
+            warnings.filterwarnings("ignore", message=message)
+        yield
 
 
 def _default_callbacks() -> list[L.Callback]:

@@ -14,8 +14,8 @@ import tiny
 
 from d2dmoe_pl import adapters
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.projections import select_projections
-from d2dmoe_pl.moe.select import select_ffns
 from d2dmoe_pl.phases import (
     AttentionDistillation,
     ExpertClustering,
@@ -28,7 +28,7 @@ from d2dmoe_pl.phases import (
     RouterRegression,
     SparsityEnforcement,
 )
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- the table of models: python tests/models_table.py writes it -->"
@@ -73,10 +73,10 @@ def rows() -> list[list[str]]:
     """Cells of each row; models that differ in their task alone share one."""
     tasks: dict[tuple[str, ...], list[str]] = {}
     for kind, source in tiny.SOURCES.items():
-        adapter = adapters.ADAPTERS[tiny.family_of(kind)]
+        adapter = adapters.adapter_named(tiny.family_of(kind))
         file = f"`{adapter.__module__.replace('.', '/')}.py`"
         model = source().build_structure(tiny.labels_of(kind))
-        form = "gated" if any(ffn.gate is not None for ffn in select_ffns(model)) else "plain"
+        form = "gated" if any(ffn.gate_proj is not None for ffn in select_ffns(model)) else "plain"
         is_fused = any(projection.place != projection.name for projection in select_projections(model))
         form += ", fused" if is_fused else ", separate"
         cells = [cell(accepted(source(), method), method) for method in METHODS.values()]

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from d2dmoe_pl.adapters import TimmModel
-from d2dmoe_pl.data.preprocessor import write_preprocessor_config
+from d2dmoe_pl.data.preprocessor_config import write_preprocessor_config
 
 WORDS = ["who", "is", "it", "?", "red", "green", "blue", "cat", "dog", "eel", "fox", "gnu"]
 ANIMALS, COLOURS = WORDS[7:], WORDS[4:7]
@@ -61,7 +61,7 @@ SMALL_CLASSIFIER = [
 SMALL_SELECTION = [
     "expert_selection.model.init_args.k=2",
     "expert_selection.trainer.callbacks="
-    '[{"class_path": "TauSweep", "init_args": {"gate": "topk", "ks": [1, 2, 4, 8]}}]',
+    '[{"class_path": "TauSweep", "init_args": {"rule": "topk", "ks": [1, 2, 4, 8]}}]',
 ]
 
 

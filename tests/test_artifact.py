@@ -73,7 +73,7 @@ def test_a_replaced_artifact_is_the_new_one(saved):
     assert [entry.name for entry in saved.parent.iterdir()] == ["artifact"]
 
 
-@pytest.mark.parametrize("moment", ["save_processor", "_write_json", "safetensors", "_publish"])
+@pytest.mark.parametrize("moment", ["save_processor", "_write_json", "safetensors"])
 def test_killed_while_saving_leaves_the_old_artifact_or_none(tmp_path, monkeypatch, moment):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt

@@ -123,8 +123,8 @@ def test_fit_resumes_from_a_checkpoint(recipe, tmp_path):
         ("router_regression", ["--model.init_args.init_from=nowhere"], "init_from='nowhere': no such folder"),
         (
             "router_regression",
-            ["--model.init_args.gate=best"],
-            "gate='best': allowed are dynk_cumulative, dynk_max",
+            ["--model.init_args.rule=best"],
+            "rule='best': allowed are dynk_cumulative, dynk_max",
         ),
         ("router_regression", [], "init_from=None: RouterRegression needs the artifact of an earlier phase"),
         (

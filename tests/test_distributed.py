@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.cli import main
-from d2dmoe_pl.moe.hash_table import random_table
+from d2dmoe_pl.moebert.routing import random_table
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 

@@ -10,7 +10,7 @@ import transformers
 import d2dmoe_pl
 from d2dmoe_pl.chain import _arguments, chain_parser
 from d2dmoe_pl.phase_cli import PhaseCLI
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "d2dmoe_pl"

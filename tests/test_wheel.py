@@ -15,7 +15,7 @@ import torch
 from torch import nn
 import d2dmoe_pl
 from d2dmoe_pl.adapters import FFN
-from d2dmoe_pl.moe.experts import Experts
+from d2dmoe_pl.moe.experts.experts import Experts
 
 experts = Experts(FFN("ffn", nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)), 4).eval()
 tokens = torch.randn(5, 16)
@@ -48,7 +48,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
     here = {path.relative_to(source).as_posix() for path in (source / "d2dmoe_pl").rglob("*") if path.is_file()}
     with zipfile.ZipFile(file) as archive:
         packed = {name for name in archive.namelist() if name.startswith("d2dmoe_pl/")}
-    assert {"d2dmoe_pl/moe/kernels/csrc/test_only.cpp", "d2dmoe_pl/moe/kernels/csrc/test_only.h"} < packed
+    assert {"d2dmoe_pl/moe/execution/csrc/test_only.cpp", "d2dmoe_pl/moe/execution/csrc/test_only.h"} < packed
     assert packed == here
 
 

@@ -7,9 +7,9 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2dmoe_pl.adapters import ADAPTERS, HuggingFaceModel, TimmModel, adapter_for
+from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for, adapter_named
 from d2dmoe_pl.data import Classification, TaskData
-from d2dmoe_pl.moe.convert import (
+from d2dmoe_pl.moe.conversion import (
     ActivationConfig,
     ExpertsConfig,
     add_routers_,
@@ -17,12 +17,12 @@ from d2dmoe_pl.moe.convert import (
     set_gate_,
     swap_activation_,
 )
-from d2dmoe_pl.moe.gate import GateConfig
-from d2dmoe_pl.moe.moebert import convert_to_moebert_
-from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.projections import ProjectionConfig, projection_mlps, replace_projections_
-from d2dmoe_pl.moe.router import RouterConfig
-from d2dmoe_pl.moe.select import select_ffns
+from d2dmoe_pl.moe.routers import RouterConfig
+from d2dmoe_pl.moebert.conversion import convert_to_moebert_
+from d2dmoe_pl.moebert.layer import MoEBERTConfig
 
 LABELS = ["cat", "dog", "eel"]
 WIDTH = 48
@@ -80,7 +80,7 @@ def family_of(kind):
 def _kinds():
     """Name, task and source of a model of every architecture and task; the first task goes without saying."""
     for name, make in CONFIGS.items():
-        for task in ADAPTERS[family_of(name)].tasks:
+        for task in adapter_named(family_of(name)).tasks:
             suffix = "" if task.endswith("-classification") else f"-{task.removeprefix('text-')}"
             yield name + suffix, task, lambda make=make, task=task: HuggingFaceModel(task, config=make())
     for suffix, architecture, kwargs in [

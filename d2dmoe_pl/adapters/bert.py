@@ -5,10 +5,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertLayer
 
-from d2dmoe_pl.adapters.attention import AttentionParts
-from d2dmoe_pl.adapters.base import module_at
-from d2dmoe_pl.adapters.ffn import FFN
-from d2dmoe_pl.adapters.hugging_face import HuggingFaceAdapter, check_not_chunked
+from d2dmoe_pl.adapters._adapter import module_at
+from d2dmoe_pl.adapters._attention import AttentionParts
+from d2dmoe_pl.adapters._ffn import FFN
+from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, check_not_chunked
 
 
 class _First(nn.Module):

@@ -2,8 +2,8 @@
 
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTMLP
 
-from d2dmoe_pl.adapters.attention import AttentionParts
-from d2dmoe_pl.adapters.ffn_module import FFNModuleAdapter, PartNames
+from d2dmoe_pl.adapters._attention import AttentionParts
+from d2dmoe_pl.adapters._ffn_module import FFNModuleAdapter, PartNames
 
 
 class DeiTAdapter(FFNModuleAdapter):

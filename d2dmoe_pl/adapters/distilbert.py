@@ -5,10 +5,10 @@ import dataclasses
 from torch import Tensor, nn
 from transformers.models.distilbert import modeling_distilbert
 
-from d2dmoe_pl.adapters.attention import AttentionParts
-from d2dmoe_pl.adapters.base import module_at
-from d2dmoe_pl.adapters.ffn import FFN
-from d2dmoe_pl.adapters.ffn_module import FFNModuleAdapter, PartNames
+from d2dmoe_pl.adapters._adapter import module_at
+from d2dmoe_pl.adapters._attention import AttentionParts
+from d2dmoe_pl.adapters._ffn import FFN
+from d2dmoe_pl.adapters._ffn_module import FFNModuleAdapter, PartNames
 
 
 class DistilBertAdapter(FFNModuleAdapter):

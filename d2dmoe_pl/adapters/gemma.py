@@ -4,9 +4,9 @@ from transformers.models.gemma.modeling_gemma import GemmaAttention, GemmaMLP
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3MLP
 
-from d2dmoe_pl.adapters.attention import AttentionParts
-from d2dmoe_pl.adapters.decoder import DecoderAdapter
-from d2dmoe_pl.adapters.ffn_module import PartNames
+from d2dmoe_pl.adapters._attention import AttentionParts
+from d2dmoe_pl.adapters._decoder import DecoderAdapter
+from d2dmoe_pl.adapters._ffn_module import PartNames
 
 
 class GemmaAdapter(DecoderAdapter):
@@ -17,7 +17,7 @@ class GemmaAdapter(DecoderAdapter):
     tasks = ("text-classification", "text-regression", "causal-language-modeling")
     model_types = ("gemma", "gemma2", "gemma3_text")
     ffn_classes = (GemmaMLP, Gemma2MLP, Gemma3MLP)
-    parts = PartNames(gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
+    parts = PartNames(gate_proj="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
     attention = AttentionParts(
         (GemmaAttention, Gemma2Attention, Gemma3Attention),
         query="q_proj",

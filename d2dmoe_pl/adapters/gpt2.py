@@ -2,9 +2,9 @@
 
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
-from d2dmoe_pl.adapters.attention import AttentionParts
-from d2dmoe_pl.adapters.decoder import DecoderAdapter
-from d2dmoe_pl.adapters.ffn_module import PartNames
+from d2dmoe_pl.adapters._attention import AttentionParts
+from d2dmoe_pl.adapters._decoder import DecoderAdapter
+from d2dmoe_pl.adapters._ffn_module import PartNames
 
 
 class GPT2Adapter(DecoderAdapter):

@@ -1,22 +1,23 @@
 """timm Vision Transformers, DeiT among them: the FFN is the ``mlp`` of each block."""
 
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.layers import Attention, Mlp, get_act_layer
 from timm.models import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.adapters.attention import AttentionParts, Projection
-from d2dmoe_pl.adapters.base import Adapter, ModelSource, module_at
-from d2dmoe_pl.adapters.ffn import FFN
-from d2dmoe_pl.data.task import Head
+from d2dmoe_pl.adapters._adapter import Adapter, module_at, place_meta_buffers_
+from d2dmoe_pl.adapters._attention import AttentionParts, Projection
+from d2dmoe_pl.adapters._ffn import FFN
+from d2dmoe_pl.adapters._timm_model import create_timm_model
+from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.hooks import hooked
 
 
 class TimmViTAdapter(Adapter):
@@ -71,15 +72,14 @@ class TimmViTAdapter(Adapter):
         self, model: nn.Module, batch: Mapping[str, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         states: list[Tensor] = []
-        handles = [model.blocks[0].register_forward_pre_hook(lambda block, args: states.append(args[0]))]
-        handles += [
-            block.register_forward_hook(lambda block, args, output: states.append(output)) for block in model.blocks
-        ]
-        try:
+
+        def handles() -> Iterator[RemovableHandle]:
+            yield model.blocks[0].register_forward_pre_hook(lambda block, args: states.append(args[0]))
+            for block in model.blocks:
+                yield block.register_forward_hook(lambda block, args, output: states.append(output))
+
+        with hooked(handles()):
             logits = self.logits(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         return logits, tuple(states)
 
     def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
@@ -103,8 +103,20 @@ class TimmViTAdapter(Adapter):
         }
 
     def build(self, folder: Path) -> nn.Module:
-        config = json.loads((folder / "config.json").read_text())
-        return _create(config["architecture"], config["num_classes"], config["model_args"], config["label_names"])
+        return self._create(json.loads((folder / "config.json").read_text()))
+
+    def rebuild(self, model: nn.Module) -> nn.Module:
+        return self._create(self.config(model))
+
+    def fill_buffers_(self, model: nn.Module) -> None:
+        for module in place_meta_buffers_(model):
+            module.init_non_persistent_buffers()
+
+    @staticmethod
+    def _create(config: dict[str, Any]) -> nn.Module:
+        return create_timm_model(
+            config["architecture"], config["num_classes"], config["model_args"], config["label_names"]
+        )
 
     @staticmethod
     def _model_args(model: nn.Module) -> dict[str, Any]:
@@ -115,87 +127,6 @@ class TimmViTAdapter(Adapter):
                 "(an empty dict if there were none), so that the model can be rebuilt"
             )
         return model.model_args
-
-
-def _create(
-    architecture: str, num_classes: int, model_args: dict[str, Any], label_names: Sequence[str] | None, **kwargs: Any
-) -> nn.Module:
-    model = timm.create_model(architecture, num_classes=num_classes, **model_args, **kwargs)
-    model.model_args = dict(model_args)
-    model.label_names = None if label_names is None else list(label_names)
-    return model
-
-
-class TimmModel(ModelSource):
-    """A timm Vision Transformer, pretrained or from scratch. Arguments left out keep the architecture's own value.
-
-    Args:
-        architecture: As in ``timm.list_models()``, e.g. ``vit_base_patch16_224`` or ``deit_small_patch16_224``.
-        pretrained: Download the architecture's pretrained weights.
-        checkpoint_path: Local file with pretrained weights.
-        img_size: Height and width of the input, pixels.
-        patch_size: Height and width of a patch, pixels.
-        in_chans: Channels of the input.
-        embed_dim: ``d_model``.
-        depth: Number of blocks.
-        num_heads: Attention heads.
-        mlp_ratio: ``d_ff / d_model``.
-        drop_path_rate: Stochastic depth.
-        proj_drop_rate: Dropout after projections and inside FFNs.
-
-    Raises:
-        ConfigError: If timm has no such architecture.
-    """
-
-    def __init__(
-        self,
-        architecture: str,
-        pretrained: bool = False,
-        checkpoint_path: str = "",
-        img_size: int | None = None,
-        patch_size: int | None = None,
-        in_chans: int | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        mlp_ratio: float | None = None,
-        drop_path_rate: float | None = None,
-        proj_drop_rate: float | None = None,
-    ) -> None:
-        check(
-            timm.is_model(architecture),
-            f"architecture={architecture!r}: timm has no such model; allowed are e.g. "
-            + ", ".join(difflib.get_close_matches(architecture, timm.list_models(["vit_*", "deit*"]), cutoff=0.1)),
-        )
-        self.architecture = architecture
-        self.pretrained = pretrained
-        self.checkpoint_path = checkpoint_path
-        given = {
-            "img_size": img_size,
-            "patch_size": patch_size,
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "drop_path_rate": drop_path_rate,
-            "proj_drop_rate": proj_drop_rate,
-        }
-        self.model_args = {key: value for key, value in given.items() if value is not None}
-
-    def build(self, label_names: Sequence[str]) -> nn.Module:
-        return _create(
-            self.architecture,
-            len(label_names),
-            self.model_args,
-            label_names,
-            pretrained=self.pretrained,
-            checkpoint_path=self.checkpoint_path,
-        )
-
-    def build_structure(self, label_names: Sequence[str]) -> nn.Module:
-        with torch.device("meta"):
-            return _create(self.architecture, len(label_names), self.model_args, label_names)
 
 
 ADAPTER = TimmViTAdapter()

@@ -10,18 +10,17 @@ import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from rich.console import Console
 
-from d2dmoe_pl import plugins
-from d2dmoe_pl.benchmark.converted import converted_rotations
+from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
+from d2dmoe_pl.benchmark.compared_modules import find_way
+from d2dmoe_pl.benchmark.comparison import Comparison, Settings, measure
 from d2dmoe_pl.benchmark.machine import Machine, this_machine
-from d2dmoe_pl.benchmark.rotation import Rotation, Settings, measure
-from d2dmoe_pl.benchmark.rows import BenchmarkRow, as_table, draw_speed_up, write_csv
-from d2dmoe_pl.benchmark.shape import Shape, shape_rotations
-from d2dmoe_pl.benchmark.subject import find_way
+from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_up, write_csv
+from d2dmoe_pl.benchmark.shape_comparisons import Shape, shape_comparisons
 from d2dmoe_pl.benchmark.timing import NOISE_BOUND
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe import kernels
-from d2dmoe_pl.moe.gate import check_tau
+from d2dmoe_pl.moe.execution import BACKENDS
+from d2dmoe_pl.moe.gating import check_tau
 from d2dmoe_pl.recipe import is_recipe, read_recipe
 
 DEFAULT_BACKEND = "auto"
@@ -72,12 +71,12 @@ def benchmark_parser() -> ArgumentParser:
     parser.add_argument("--scope", type=words, default=list(SCOPES), help="layer: FFNs alone; model: whole models.")
     parser.add_argument("--dtype", type=words, default=["float32"], help=f"Some of {', '.join(DTYPES)}.")
     parser.add_argument("--batch_size", type=numbers, default=[1, 8], help="Samples a call of a whole model.")
-    parser.add_argument("--backend", type=str, default=DEFAULT_BACKEND, help="Name of a file in moe/kernels.")
+    parser.add_argument("--backend", type=str, default=DEFAULT_BACKEND, help="Name of a file in moe/execution.")
     parser.add_argument(
         "--compare",
         type=words,
         default=[],
-        help="Other ways to run the experts of layers: loop, grouped_mm, or files in moe/kernels.",
+        help="Other ways to run the experts of layers: loop, grouped_mm, or files in moe/execution.",
     )
     parser.add_argument("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu or cuda.")
     parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; PyTorch's choice if not given.")
@@ -125,12 +124,12 @@ def run_benchmark(config: Namespace) -> None:
     """
     given = benchmark_parser().instantiate(config)
     settings = _settings(given)
-    rotations = _rotations(given, settings)
+    comparisons = _comparisons(given, settings)
     threads = torch.get_num_threads()
     try:
         if given.threads is not None:
             torch.set_num_threads(given.threads)
-        _run(rotations, settings, Path(given.output_dir))
+        _run(comparisons, settings, Path(given.output_dir))
     finally:
         torch.set_num_threads(threads)
 
@@ -142,7 +141,7 @@ def _settings(given: Namespace) -> Settings:
         check(dtype in DTYPES, f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     for batch_size in given.batch_size:
         check(batch_size > 0, f"batch_size={batch_size}: must be positive")
-    plugins.find(kernels, given.backend, "backend")
+    BACKENDS.find(given.backend, "backend")
     for name in given.compare:
         find_way(name)
     check(given.rounds > 1, f"rounds={given.rounds}: must be at least 2")
@@ -161,28 +160,28 @@ def _settings(given: Namespace) -> Settings:
     )
 
 
-def _rotations(given: Namespace, settings: Settings) -> Iterator[Rotation]:
+def _comparisons(given: Namespace, settings: Settings) -> Iterator[Comparison]:
     if given.artifact is not None:
         for tau in given.tau:
             check_tau(tau)
         check(given.length > 0, f"length={given.length}: must be positive")
-        return converted_rotations(given.artifact, given.tau, given.get("data"), given.length, settings)
+        return artifact_comparisons(given.artifact, given.tau, given.get("data"), given.length, settings)
     check(
         given.get("data") is None,
         f"data={type(given.get('data')).__name__}: only with --artifact; a shape is measured on noise",
     )
     shape = Shape(**{name: given[name] for name in Shape.__dataclass_fields__})
-    return shape_rotations(shape, settings)
+    return shape_comparisons(shape, settings)
 
 
-def _run(rotations: Iterator[Rotation], settings: Settings, folder: Path) -> None:
+def _run(comparisons: Iterator[Comparison], settings: Settings, folder: Path) -> None:
     machine = this_machine(settings.device)
     console = _console()
     console.print(f"Measured on {machine}", highlight=False, soft_wrap=True)
     rows: list[BenchmarkRow] = []
     try:
-        for rotation in rotations:
-            measured = measure(rotation, settings.rounds, settings.device)
+        for comparison in comparisons:
+            measured = measure(comparison, settings.rounds, settings.device)
             rows += measured
             write_csv(rows, machine, folder / "benchmark.csv")
             console.print(as_table(measured), highlight=False)

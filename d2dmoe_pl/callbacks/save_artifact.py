@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning as L
 
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
-from d2dmoe_pl.phases.base import Phase
+from d2dmoe_pl.phases import Phase
 
 FOLDER = "artifact"
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.metrics.expert_load import executed_pairs
-from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops, routing_flops
-from d2dmoe_pl.moe.layer import MoELayer
-from d2dmoe_pl.moe.moebert_layer import MoEBERTLayer
+from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
+from d2dmoe_pl.moe.layer import ExpertLayer
+from d2dmoe_pl.whole_files import replaced_file
 
 LAYER_PREFIX = "experts_percent/"
 
@@ -84,7 +84,7 @@ def sweep_row(
     loss: float,
     task: Task,
     score: float,
-    layers: Mapping[str, MoELayer | MoEBERTLayer],
+    layers: Mapping[str, ExpertLayer],
     histograms: Sequence[Tensor],
     samples: int,
     flops_outside: int,
@@ -107,12 +107,12 @@ def sweep_row(
     pairs = [executed_pairs(histogram) for histogram in histograms]
     tokens = [int(histogram.sum()) for histogram in histograms]
     moe = list(layers.values())
-    possible = [n * layer.experts.num_experts for n, layer in zip(tokens, moe, strict=True)]
+    possible = [n * layer.sizes.num_experts for n, layer in zip(tokens, moe, strict=True)]
     executed_flops = sum(
-        p * pair_flops(layer.experts) + routing_flops(layer, n, samples)
+        p * pair_flops(layer.sizes) + layer.routing_flops(n, samples)
         for p, n, layer in zip(pairs, tokens, moe, strict=True)
     )
-    dense_flops = sum(n * dense_ffn_flops(layer.experts) for n, layer in zip(tokens, moe, strict=True))
+    dense_flops = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, moe, strict=True))
     return SweepRow(
         stage=stage,
         tau=tau,
@@ -138,8 +138,7 @@ def shown(score: float, task: Task) -> float:
 def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
     """Write one line a row, with a column a layer."""
     records = [row.as_record() for row in rows]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="") as opened:
+    with replaced_file(file) as aside, aside.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, list(records[0]))
         writer.writeheader()
         writer.writerows(records)

@@ -1,7 +1,6 @@
 """The curve of the task's main metric against cost."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,16 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, shown, sweep_row, write_csv
+from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.expert_load import ExpertLoad
 from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
 from d2dmoe_pl.metrics.model_cost import ModelCost
-from d2dmoe_pl.moe.convert import gated
-from d2dmoe_pl.moe.gate import GateConfig
-from d2dmoe_pl.moe.select import expert_layers, moe_layers
-from d2dmoe_pl.phases.base import Batch, Phase
+from d2dmoe_pl.moe.conversion import temporary_gate
+from d2dmoe_pl.moe.find_layers import expert_layers, moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.phases import Phase
 
 DEFAULT_TAUS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0]
 
@@ -48,18 +49,18 @@ class TauSweep(L.Callback):
 
     Args:
         taus: Values in [0, 1]; larger runs more experts, 1 is the dense layer.
-        gate: Gating rule, the name of a file in ``moe/gating``.
-        ks: With gate ``topk``, numbers of experts that each token runs, swept instead of ``taus``.
+        rule: Gating rule, e.g. the name of a file in ``moe/gating``.
+        ks: With rule ``topk``, numbers of experts that each token runs, swept instead of ``taus``.
 
     Raises:
-        ConfigError: If there is no ``tau`` or ``k``, one out of range, ``ks`` with another gate, or an unknown rule.
+        ConfigError: If there is no ``tau`` or ``k``, one out of range, ``ks`` with another rule, or an unknown rule.
     """
 
-    def __init__(self, taus: list[float] = DEFAULT_TAUS, gate: str = "dynk_max", ks: list[int] | None = None) -> None:
+    def __init__(self, taus: list[float] = DEFAULT_TAUS, rule: str = "dynk_max", ks: list[int] | None = None) -> None:
         check(len(taus) > 0, "taus=[]: must hold at least one value in [0, 1]")
         check(ks != [], "ks=[]: must hold at least one number of experts")
         check(ks is None or taus == DEFAULT_TAUS, f"ks={ks}: allowed only without taus")
-        self.gates = [GateConfig(gate, tau) for tau in taus] if ks is None else [GateConfig(gate, k=k) for k in ks]
+        self.gates = [GateConfig(rule, tau) for tau in taus] if ks is None else [GateConfig(rule, k=k) for k in ks]
         self.rows: dict[str, list[SweepRow]] = {}
         self._flops_outside: dict[int | None, int] = {}
 
@@ -102,7 +103,7 @@ class TauSweep(L.Callback):
     def _start(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         self._layers = expert_layers(phase.model)
         self._settings = self.gates if moe_layers(phase.model) else [None]
-        num_experts = [layer.experts.num_experts for layer in self._layers.values()]
+        num_experts = [layer.sizes.num_experts for layer in self._layers.values()]
         self._splits = [
             _SplitMetrics(
                 name,
@@ -116,7 +117,7 @@ class TauSweep(L.Callback):
     @torch.no_grad()
     def _sweep_batch(self, phase: Phase, batch: Batch, split: _SplitMetrics) -> None:
         for gate, metrics, load in zip(self._settings, split.metrics, split.loads, strict=True):
-            at_gate = nullcontext() if gate is None else gated(phase.model, gate)
+            at_gate = nullcontext() if gate is None else temporary_gate(phase.model, gate)
             with at_gate, self._watched(load):
                 logits = phase.logits(batch)
             metrics.update(logits, batch)
@@ -125,15 +126,9 @@ class TauSweep(L.Callback):
             self._flops_outside[length] = flops_outside_ffns(phase.model, sample_inputs(batch, length))
         split.cost.update([self._flops_outside[length] for length in lengths])
 
-    @contextmanager
-    def _watched(self, load: ExpertLoad) -> Iterator[None]:
+    def _watched(self, load: ExpertLoad) -> AbstractContextManager[None]:
         """Count the experts that run in the body."""
-        handles = [layer.watch(partial(load.update, index)) for index, layer in enumerate(self._layers.values())]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hooked(layer.watch(partial(load.update, index)) for index, layer in enumerate(self._layers.values()))
 
     def _report_all(self, trainer: L.Trainer, phase: Phase, final: bool) -> None:
         for split in self._splits:
@@ -180,7 +175,7 @@ class TauSweep(L.Callback):
         if gate is None:
             return split
         routers = {layer.router.config.kind for layer in moe_layers(phase.model).values()}
-        return f"{split}, gate {gate.rule}, router {' and '.join(sorted(routers))}"
+        return f"{split}, rule {gate.rule}, router {' and '.join(sorted(routers))}"
 
     def _log(self, trainer: L.Trainer, split: str, histograms: list[list[Tensor]], figure: Any) -> None:
         for logger in trainer.loggers:

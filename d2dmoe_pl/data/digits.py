@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from d2dmoe_pl.data.base import TaskData
-from d2dmoe_pl.data.preprocessor import write_preprocessor_config
+from d2dmoe_pl.data.preprocessor_config import write_preprocessor_config
 from d2dmoe_pl.data.task import Classification, Task
+from d2dmoe_pl.data.task_data import TaskData
 
 SPLIT_SEED = 0
 NUM_VALIDATION = 150

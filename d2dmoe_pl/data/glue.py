@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from datasets import Dataset
 
-from d2dmoe_pl.data.source import DatasetSource, check_columns
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.task import Classification, Regression, Task
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import ConfigError, check

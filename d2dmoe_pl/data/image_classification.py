@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from d2dmoe_pl.data.augmentation import STANDARD, Augmentation
-from d2dmoe_pl.data.base import TaskData
-from d2dmoe_pl.data.preprocessor import write_preprocessor_config
-from d2dmoe_pl.data.pretrained import load_pretrained
-from d2dmoe_pl.data.source import DatasetSource, check_columns, encode_labels
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns, encode_labels
+from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.preprocessor_config import write_preprocessor_config
 from d2dmoe_pl.data.task import Classification, Task
+from d2dmoe_pl.data.task_data import TaskData
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,14 +10,10 @@ from torchmetrics import MeanMetric, Metric, MetricCollection, PearsonCorrCoef, 
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 from torchmetrics.wrappers import LambdaInputTransformer
 
+from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.errors import check
 
 Batch = Mapping[str, Tensor]
-Head = Literal[
-    "classification", "regression", "question-answering", "causal-language-modeling", "masked-language-modeling"
-]
-# their outputs are the vocabulary, which the model brings; labels name those of the others
-VOCABULARY_HEADS: tuple[Head, ...] = ("causal-language-modeling", "masked-language-modeling")
 
 
 class Task(ABC):

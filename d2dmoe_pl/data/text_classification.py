@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
-from d2dmoe_pl.data.source import DatasetSource, check_columns, encode_labels
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns, encode_labels
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check

@@ -11,8 +11,8 @@ from torch.utils.data import Sampler
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
-from d2dmoe_pl.data.base import TaskData
-from d2dmoe_pl.data.pretrained import load_pretrained
+from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 
 

@@ -13,37 +13,22 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.moe.experts import Experts
-from d2dmoe_pl.moe.importance_experts import ImportanceExperts
-from d2dmoe_pl.moe.layer import MoELayer
-from d2dmoe_pl.moe.moebert_layer import MoEBERTLayer
-from d2dmoe_pl.moe.select import expert_layers
+from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
 
 
-def pair_flops(experts: Experts | ImportanceExperts) -> int:
+def pair_flops(experts: ExpertSizes) -> int:
     """FLOPs of one executed (token, expert) pair."""
     return experts.expert_dim * _neuron_flops(experts)
 
 
-def dense_ffn_flops(experts: Experts | ImportanceExperts) -> int:
+def dense_ffn_flops(experts: ExpertSizes) -> int:
     """FLOPs for one token of the dense FFN that the experts were made from."""
     return experts.dense_dim * _neuron_flops(experts)
 
 
-def _neuron_flops(experts: Experts | ImportanceExperts) -> int:
+def _neuron_flops(experts: ExpertSizes) -> int:
     return 2 * ((2 if experts.is_gated else 1) * experts.d_model + experts.d_out)
-
-
-def router_flops(layer: MoELayer) -> int:
-    """FLOPs of the router for one token; 0 where there is none."""
-    return 0 if layer.router is None else layer.router.flops()
-
-
-def routing_flops(layer: MoELayer | MoEBERTLayer, tokens: int, samples: int) -> int:
-    """FLOPs of choosing experts for ``tokens`` of ``samples``."""
-    if isinstance(layer, MoEBERTLayer):
-        return layer.routing.flops(tokens, samples)
-    return tokens * router_flops(layer)
 
 
 def sample_lengths(batch: Mapping[str, Tensor]) -> list[int] | None:
@@ -85,14 +70,14 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
 
 
 @contextmanager
-def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+def skipped(layers: Iterable[ExpertLayer]) -> Iterator[None]:
     """Let ``layers`` with experts hand through what they are given while the body runs.
 
     One whose output is of another width than its input gives nothing in particular, of the right shape.
     """
     layers = list(layers)
     for layer in layers:
-        d_out = layer.experts.d_out
+        d_out = layer.sizes.d_out
         layer.forward = lambda x, d_out=d_out: x if x.shape[-1] == d_out else x.new_empty(*x.shape[:-1], d_out)
     try:
         yield

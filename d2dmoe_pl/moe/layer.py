@@ -1,54 +1,138 @@
 """The layer that stands where a dense FFN stood."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.moe.context import TokenContext, real_tokens
-from d2dmoe_pl.moe.experts import Experts
-from d2dmoe_pl.moe.gate import Gate
-from d2dmoe_pl.moe.router import Router
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.gating import Gate
+from d2dmoe_pl.moe.routers import Router
+from d2dmoe_pl.moe.token_context import TokenContext, run_on_real_tokens
 
 
-class MoELayer(nn.Module):
+class ExpertSizes(Protocol):
+    """The sizes of experts, whatever they are made of.
+
+    Attributes:
+        num_experts: ``E``.
+        expert_dim: ``s``, the neurons of one expert.
+        dense_dim: Neurons of the dense FFN that they were made from.
+        d_model: Width of what they take.
+        d_out: Width of what they give.
+        is_gated: Whether a neuron has a weight vector in ``gate_proj`` as well.
+    """
+
+    num_experts: int
+    is_gated: bool
+
+    @property
+    def expert_dim(self) -> int: ...
+
+    @property
+    def dense_dim(self) -> int: ...
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def d_out(self) -> int: ...
+
+
+class ExpertLayer(nn.Module, ABC):
+    """What stands where a dense FFN stood and has experts, of whatever method.
+
+    Attributes:
+        experts: The experts.
+        context: Of the model.
+    """
+
+    context: TokenContext
+
+    @property
+    @abstractmethod
+    def sizes(self) -> ExpertSizes:
+        """The sizes of the experts."""
+
+    @abstractmethod
+    def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
+        """Call ``observer`` with the boolean mask ``(N, E)`` of every decision, until the handle is removed."""
+
+    @abstractmethod
+    def routing_flops(self, tokens: int, samples: int) -> int:
+        """FLOPs of choosing experts for ``tokens`` of ``samples``; a multiply-add is 2."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What an artifact says of this layer, as plain JSON; what restores it can be made from that alone."""
+
+
+class MoELayer(ExpertLayer):
     """Experts, and once there are a router and a gate, a per-token choice among them.
 
     Without a router or a gate every expert runs and the layer is the dense FFN it was made from.
 
+    Args:
+        experts: The dense FFN's neurons.
+        context: Of the model; says which tokens are padding.
+        output_dropout: What the dense FFN applied to its output.
+
     Attributes:
+        router: Scores the experts of each token; None until there is one.
+        gate: Turns scores into a choice; None to run every expert.
         observer: Called with ``(tokens (N, d_model), hidden (N, E, s))``, the activations of all experts, whichever of
             them the gate admits. How routers get inputs and targets from the pass that the model makes anyway.
     """
 
+    experts: Experts
+    router: Router | None
+    gate: Gate | None
+    output_dropout: nn.Module
+
     def __init__(self, experts: Experts, context: TokenContext, output_dropout: nn.Module) -> None:
         super().__init__()
         self.experts = experts
-        self.router: Router | None = None
-        self.gate: Gate | None = None
+        self.router = None
+        self.gate = None
         self.output_dropout = output_dropout
         self.context = context
         self.observer: Callable[[Tensor, Tensor], None] | None = None
 
+    @property
+    def sizes(self) -> ExpertSizes:
+        return self.experts
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros."""
-        positions = x.reshape(-1, x.shape[-1])  # (B * L, d)
-        index = self.context.token_index
-        tokens = real_tokens(positions, index)  # (N, d)
-        output = self._run(tokens)  # (N, d_out)
-        if index is not None:
-            output = output.new_zeros(len(positions), output.shape[1]).index_copy(0, index, output)
-        return self.output_dropout(output.view(*x.shape[:-1], -1))
+        return self.output_dropout(run_on_real_tokens(self._run, x, self.context.token_index))
 
-    def watch(self, observer: Callable[[Tensor], None]) -> RemovableHandle:
-        """Call ``observer`` with the boolean mask ``(N, E)`` of every routing decision, until the handle is removed."""
-        return self.gate.register_forward_hook(lambda gate, args, mask: observer(mask))
+    def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
+        assert self.gate is not None
+
+        def hook(gate: nn.Module, args: tuple[Tensor], mask: Tensor) -> None:  # a hook's value would replace the mask
+            observer(mask)
+
+        return self.gate.register_forward_hook(hook)
+
+    def routing_flops(self, tokens: int, samples: int) -> int:
+        return 0 if self.router is None else tokens * self.router.flops()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.experts.num_experts,
+            "backend": self.experts.backend,
+            "router": None if self.router is None else asdict(self.router.config),
+            "gate": None if self.gate is None else asdict(self.gate.config),
+        }
 
     def _run(self, tokens: Tensor) -> Tensor:
-        is_routed = self.router is not None and self.gate is not None
-        mask = self.gate(self.router(tokens)) if is_routed else None  # (N, E)
+        """Tokens without padding, ``(N, d_model)`` to ``(N, d_out)``."""
+        mask = None if self.router is None or self.gate is None else self.gate(self.router(tokens))  # (N, E)
         if self.observer is None:
             return self.experts(tokens, mask)
         hidden = self.experts.hidden(tokens)  # (N, E, s)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import FFN, Projection, adapter_for
-from d2dmoe_pl.adapters.attention import put_projection_
+from d2dmoe_pl.adapters import FFN, Projection, adapter_for, put_projection_
 from d2dmoe_pl.errors import ConfigError, check
 
 
@@ -70,12 +69,25 @@ class ProjectionMLP(nn.Module):
         super().__init__()
         self.width = width
         self.residual = residual
-        layers = {"up": nn.Linear(d_in, width), "activation": nn.ReLU(), "down": nn.Linear(width, d_out)}
-        self.mlp: nn.Module = nn.Sequential(OrderedDict(layers))
+        self.mlp: nn.Module = two_layers(d_in, width, d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_in)`` to ``(..., d_out)``."""
         return x + self.mlp(x) if self.residual else self.mlp(x)
+
+
+def two_layers(d_in: int, width: int, d_out: int) -> nn.Sequential:
+    """``down(relu(up(x)))``, freshly initialised."""
+    layers = {"up": nn.Linear(d_in, width), "activation": nn.ReLU(), "down": nn.Linear(width, d_out)}
+    return nn.Sequential(OrderedDict(layers))
+
+
+def mlp_ffn(name: str, mlp: nn.Sequential) -> FFN:
+    """What :func:`two_layers` gives as an FFN, called ``name``."""
+    up, activation, down = mlp
+    assert isinstance(up, nn.Linear)
+    assert isinstance(down, nn.Linear)
+    return FFN(name, up, activation, down, is_projection=True)
 
 
 def select_projections(
@@ -132,7 +144,7 @@ def projection_mlps(model: nn.Module) -> dict[str, ProjectionMLP]:
 def projection_ffns(model: nn.Module) -> list[FFN]:
     """The MLPs in the place of projections that are not split into experts yet, as FFNs, first to last."""
     return [
-        FFN(f"{name}.mlp", module.mlp.up, module.mlp.activation, module.mlp.down, is_projection=True)
+        mlp_ffn(f"{name}.mlp", module.mlp)
         for name, module in projection_mlps(model).items()
         if isinstance(module.mlp, nn.Sequential)
     ]

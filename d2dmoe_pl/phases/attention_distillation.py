@@ -1,18 +1,20 @@
 """Between phases 1 and 2, where projections are to become experts too: MLPs in their place that learn to be them."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.adapters import Projection, adapter_for
-from d2dmoe_pl.adapters.attention import ROLES, Role
+from d2dmoe_pl.adapters import ROLES, Projection, Role
+from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe.context import real_tokens, token_index
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.moe.experts.activation_watching import watched_activations
 from d2dmoe_pl.moe.projections import (
     ProjectionConfig,
     projection_ffns,
@@ -20,9 +22,10 @@ from d2dmoe_pl.moe.projections import (
     replace_projections_,
     select_projections,
 )
-from d2dmoe_pl.moe.sparsity import PENALTIES, Penalty, Schedule, alpha_at
-from d2dmoe_pl.moe.taps import tapped
-from d2dmoe_pl.phases.base import Batch, OptimizedPhase, freeze_
+from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty, Schedule, alpha_at
+from d2dmoe_pl.moe.token_context import real_tokens, token_index
+from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
+from d2dmoe_pl.phases._teacher import Teacher
 
 DEFAULT_PROJECTIONS: list[Role] = list(ROLES)
 
@@ -44,7 +47,7 @@ class AttentionDistillation(OptimizedPhase):
         penalty: ``l1``, the sum of magnitudes; ``hoyer``, its square over the sum of squares.
         alpha: Weight of the penalty at its largest.
         schedule: How the weight grows: ``constant``; ``linear`` to the end; ``warmup``, linear to half-way.
-        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
 
     Raises:
         ConfigError: For no or unknown ``projections``, numbers that are not positive, or a negative ``alpha``.
@@ -72,17 +75,16 @@ class AttentionDistillation(OptimizedPhase):
         self.penalty = penalty
         self.alpha = alpha
         self.schedule = schedule
-        self._original: tuple[nn.Module, ...] = ()  # a tuple: it is no part of this module or its checkpoints
+        self._original: Teacher | None = None
 
     def transform_(self, model: nn.Module) -> None:
-        self._original = (_same_tensors(model).eval(),)
+        self._original = Teacher(_same_tensors(model))
         replace_projections_(model, self.config, self._is_replaced)
         freeze_(model, trained=list(projection_mlps(model).values()))
 
     def on_fit_start(self) -> None:
-        for original in self._original:
-            original.to(self.device)
-            self._projections = select_projections(original, self._is_replaced)
+        self._original.to(self.device)
+        self._projections = select_projections(self._original.model, self._is_replaced)
         self._mlps = projection_mlps(self.model)
         self._ffns = projection_ffns(self.model)
 
@@ -119,9 +121,9 @@ class AttentionDistillation(OptimizedPhase):
                 errors[name] = F.mse_loss(self._mlps[name](tokens).float(), goal.float())
             relative[name] = (errors[name].detach() / goal.float().square().mean()).sqrt()
 
-        [original] = self._original
-        with torch.no_grad(), tapped(self._ffns, penalise), _watched(original, self._projections, learn):
-            adapter_for(original).logits(original, batch)
+        watched = _watched(self._original.model, self._projections, learn)
+        with watched_activations(self._ffns, penalise), watched:
+            self._original.logits(batch)
         return errors, relative, penalties
 
 
@@ -130,23 +132,15 @@ def _same_tensors(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
-@contextmanager
 def _watched(
     model: nn.Module, projections: Sequence[Projection], observer: Callable[[str, Tensor, Tensor], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Call ``observer(name, input, output)`` for each of ``projections`` that runs in the body."""
 
-    def hook(projection: Projection) -> Callable:
-        def forward_hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    def register(projection: Projection) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             observer(projection.name, args[0], output[..., projection.rows])
 
-        return forward_hook
+        return model.get_submodule(projection.place).register_forward_hook(hook)
 
-    handles = [
-        model.get_submodule(projection.place).register_forward_hook(hook(projection)) for projection in projections
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(register(projection) for projection in projections)

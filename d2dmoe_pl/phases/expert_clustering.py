@@ -1,20 +1,20 @@
 """Phase 3: split each FFN's neurons into experts. Trains nothing."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from d2dmoe_pl import plugins
 from d2dmoe_pl.adapters import FFN, ModelSource
+from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe import split as splits
-from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, select_ffns
-from d2dmoe_pl.moe.firing import CountedTokens
-from d2dmoe_pl.moe.taps import tapped
-from d2dmoe_pl.phases.base import Batch
-from d2dmoe_pl.phases.ordered_pass import OrderedPass
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.moe.experts.activation_watching import watched_activations
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.splitting import SPLITS, CountedTokens
+from d2dmoe_pl.phases._ordered_pass import OrderedPass
 
 
 class ExpertClustering(OrderedPass):
@@ -25,9 +25,9 @@ class ExpertClustering(OrderedPass):
 
     Args:
         num_experts: ``E``; must divide the width of every FFN.
-        split: Name of a file in ``moe/split``: ``activation`` (neurons that fire for the same tokens, needs ReLU),
-            ``coactivation`` (the co-activation graph of MoEfication, needs ReLU), ``parameter`` (neurons with similar
-            weights, as in both papers) or ``random``.
+        split: Name of a split, e.g. of a file in ``moe/splitting``: ``activation`` (neurons that fire for the same
+            tokens, needs ReLU), ``coactivation`` (the co-activation graph of MoEfication, needs ReLU), ``parameter``
+            (neurons with similar weights, as in both papers) or ``random``.
         num_samples: Training samples that activations are gathered from; some 16k tokens are enough.
         profile_dim: Dimensions that the profile of ``activation`` is projected to.
         seed: Of the clustering and the projection.
@@ -61,22 +61,23 @@ class ExpertClustering(OrderedPass):
         check(num_samples > 0, f"num_samples={num_samples}: must be positive")
         check(profile_dim > 0, f"profile_dim={profile_dim}: must be positive")
         self.split_name = split
-        self.split = plugins.find(splits, split, "split")
+        self.split = SPLITS.find(split, "split")
         self.num_samples = num_samples
         self.profile_dim = profile_dim
         self.seed = seed
+        self._assignments: Mapping[str, Tensor] | None = None  # of neurons to experts, once they are known
 
     def transform_(self, model: nn.Module) -> None:
         for ffn in select_ffns(model, self._is_converted):
             self.config.num_for(ffn)
             check(
-                self.split.statistic is None or ffn.is_sparse,
+                not self.split.needs_activations or ffn.is_sparse,
                 f"split={self.split_name!r}: needs exact zeros, but {ffn.name} has {ffn.activation_name}; allowed are "
                 f"parameter and random, or {self.split_name} with a model fine-tuned to relu first",
             )
 
     def finish_(self, model: nn.Module) -> None:
-        convert_to_moe_(model, self.config, self._is_converted)
+        convert_to_moe_(model, self.config, self._is_converted, assignments=self._assignments)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -85,18 +86,18 @@ class ExpertClustering(OrderedPass):
         self._sums = {
             ffn.name: self.split.statistic(torch.zeros(0, ffn.d_ff, device=self.device), nothing)
             for ffn in self._ffns
-            if self.split.statistic is not None
+            if self.split.needs_activations
         }
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
-        enough = self.split.statistic is None or self.seen * self.trainer.world_size >= self.num_samples
+        enough = not self.split.needs_activations or self.seen * self.trainer.world_size >= self.num_samples
         return -1 if enough else None  # -1 ends the epoch
 
     @torch.no_grad()
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         counted: dict[torch.Size, tuple[CountedTokens, Tensor]] = {}
 
-        def tap(name: str, pre: Tensor, post: Tensor) -> None:
+        def watch(name: str, pre: Tensor, post: Tensor) -> None:
             positions = post.shape[:-1]  # (B, L)
             if positions not in counted:
                 counted[positions] = self._counted(batch.get("attention_mask"), positions)
@@ -104,12 +105,12 @@ class ExpertClustering(OrderedPass):
             with torch.autocast(post.device.type, enabled=False):  # sums of integers stay exact
                 self._sums[name] += self.split.statistic(post.flatten(0, -2)[index], tokens)  # of (N, d_ff)
 
-        with tapped(self._ffns, tap):
+        with watched_activations(self._ffns, watch):
             self.logits(batch)
         self.advance(len(batch["labels"]))
 
-    def on_train_end(self) -> None:
-        convert_to_moe_(self.model, self.config, self._is_converted, assignments=self._assign())
+    def conclude(self) -> None:
+        self._assignments = self._assign()
 
     def _is_converted(self, ffn: FFN, name: str) -> bool:
         return self.convert == "all" or ffn.is_projection == (self.convert == "projections")

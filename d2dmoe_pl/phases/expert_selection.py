@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from d2dmoe_pl.moe.gate import GateConfig
-from d2dmoe_pl.moe.router import RouterConfig
-from d2dmoe_pl.moe.router_targets import positive_sums, share_of_largest
-from d2dmoe_pl.phases.router_training import RouterTraining
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.routers import RouterConfig, positive_sums, share_of_largest
+from d2dmoe_pl.phases._router_training import RouterTraining
 
 
 class ExpertSelection(RouterTraining):
@@ -22,7 +21,7 @@ class ExpertSelection(RouterTraining):
             trained; ``similarity`` of the token and the expert's weights; ``ground_truth``, an oracle that computes all
             activations first, and is charged for it; ``random``; or ``regression``, D2DMoE's.
         width: Hidden neurons of ``regression``.
-        kwargs: As for :class:`d2dmoe_pl.phases.router_training.RouterTraining`.
+        kwargs: As for :class:`d2dmoe_pl.phases._router_training.RouterTraining`.
 
     Raises:
         ConfigError: For an unknown router, or a ``k`` below 1 or above the number of experts.

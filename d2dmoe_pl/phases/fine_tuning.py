@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from d2dmoe_pl.moe.convert import ActivationConfig, swap_activation_
-from d2dmoe_pl.phases.base import Batch, OptimizedPhase
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.moe.conversion import ActivationConfig, swap_activation_
+from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 
 
 class FineTuning(OptimizedPhase):
@@ -13,7 +14,7 @@ class FineTuning(OptimizedPhase):
 
     Args:
         activation: Activation to put into every FFN first, e.g. ``relu``; the model's own if not given.
-        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
     """
 
     def __init__(self, activation: str | None = None, **kwargs: Any) -> None:

@@ -8,10 +8,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from d2dmoe_pl.moe.convert import select_ffns
-from d2dmoe_pl.moe.importance import Importance, check_scorable
-from d2dmoe_pl.phases.base import Batch
-from d2dmoe_pl.phases.ordered_pass import OrderedPass
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moebert.importance import Importance, check_scorable
+from d2dmoe_pl.phases._ordered_pass import OrderedPass
+from d2dmoe_pl.phases._phase import Batch
 
 IMPORTANCE = "importance"
 
@@ -21,7 +21,7 @@ class ImportanceScoring(OrderedPass):
 
     The artifact is the model as it came, and beside it ``importance.safetensors``, with one tensor ``(d_ff,)`` for each
     FFN by its name. Scores are exact, from one backward pass a batch; they are summed over processes, and depend
-    neither on the batch size nor on the number of processes. One epoch is enough.
+    neither on the batch size nor on the number of processes.
 
     Args:
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
@@ -48,7 +48,7 @@ class ImportanceScoring(OrderedPass):
         )
         self.advance(size)
 
-    def on_train_end(self) -> None:
+    def conclude(self) -> None:
         scores = self.importance.scores
         summed = self.trainer.strategy.reduce(torch.cat(list(scores.values())), reduce_op="sum")
         parts = summed.split([len(score) for score in scores.values()])

@@ -5,24 +5,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from d2dmoe_pl import plugins
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import build_structure, load_model, read_artifact
+from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe import routing as routings
-from d2dmoe_pl.moe.chosen import Chosen
-from d2dmoe_pl.moe.context import token_index
-from d2dmoe_pl.moe.distillation import hidden_state_loss, share_fixed_
-from d2dmoe_pl.moe.hash_table import balanced_table
-from d2dmoe_pl.moe.moebert import convert_to_moebert_, set_hash_table_
-from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
-from d2dmoe_pl.moe.published import read_hash_list, read_importance
-from d2dmoe_pl.moe.select import moebert_layers, select_ffns
-from d2dmoe_pl.phases.base import Batch, OptimizedPhase, freeze_
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.token_context import token_index
+from d2dmoe_pl.moebert.conversion import convert_to_moebert_, set_hash_table_
+from d2dmoe_pl.moebert.distillation import hidden_state_loss, share_fixed_
+from d2dmoe_pl.moebert.layer import MoEBERTConfig, moebert_layers
+from d2dmoe_pl.moebert.published_files import read_hash_list, read_importance
+from d2dmoe_pl.moebert.routing import ROUTINGS, Decision, balanced_table
+from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
+from d2dmoe_pl.phases._teacher import Teacher
 from d2dmoe_pl.phases.importance_scoring import IMPORTANCE
 
 
@@ -37,7 +36,7 @@ class MoEBERTDistillation(OptimizedPhase):
         num_experts: ``E``.
         expert_dim: Neurons of an expert.
         num_shared: How many of them, the most important ones, every expert has.
-        routing: ``hash_random``, ``hash_balance``, ``gate_token`` or ``gate_sentence``, a file in ``moe/routing``.
+        routing: ``hash_random``, ``hash_balance``, ``gate_token`` or ``gate_sentence``, a file in ``moebert/routing``.
         beta: Weight of the distillation.
         gamma: Weight of the load-balancing loss, for the routings with a gate.
         expert_dropout: On each expert's output.
@@ -45,7 +44,7 @@ class MoEBERTDistillation(OptimizedPhase):
         teacher: Artifact folder of a dense model; that of ``init_from`` if not given.
         importance_file: Published ``importance_*.pkl``, instead of the scores in the artifact of ``init_from``.
         hash_list_file: Published hash list, a pickle, instead of a table made here.
-        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
 
     Raises:
         ConfigError: For numbers out of range, more shared neurons than an expert holds, or an unknown routing.
@@ -78,7 +77,7 @@ class MoEBERTDistillation(OptimizedPhase):
         self.importance_file = importance_file
         self.hash_list_file = hash_list_file
         self._importance: dict[str, Tensor] | None = None  # by FFN, once the artifact to start from is there
-        self._teacher: tuple[nn.Module, ...] = ()  # a tuple: the teacher is no part of this module or its checkpoints
+        self._teacher: Teacher | None = None
 
     def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
         super().check_start(stage, came_from, beside)
@@ -101,19 +100,17 @@ class MoEBERTDistillation(OptimizedPhase):
         if self.model is not None:
             return
         artifact = self.read_start()
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and artifact is not None and IMPORTANCE in artifact.tensors:
+        if self.is_fitting and artifact is not None and IMPORTANCE in artifact.tensors:
             self._importance = artifact.read_tensors(IMPORTANCE)
         super().configure_model()
-        if fitting and self.beta > 0:
-            teacher = load_model(self.teacher or self.init_from)
-            freeze_(teacher)
-            self._teacher = (teacher,)
+        if self.is_fitting and self.beta > 0:
+            self._teacher = Teacher(load_model(self.teacher or self.init_from))
 
     def on_fit_start(self) -> None:
-        for teacher in self._teacher:
-            share_fixed_(teacher.to(self.device), self.model)
-        routing = plugins.find(routings, self.config.routing, "routing")
+        if self._teacher is not None:
+            self._teacher.to(self.device)
+            share_fixed_(self._teacher.model, self.model)
+        routing = ROUTINGS.find(self.config.routing, "routing")
         if routing.needs_counts and self.hash_list_file is None:
             set_hash_table_(self.model, balanced_table(self._token_counts(), self.config.num_experts, self.config.seed))
 
@@ -122,9 +119,8 @@ class MoEBERTDistillation(OptimizedPhase):
             logits, states = adapter_for(self.model).logits_and_hidden_states(self.model, batch)
         loss = task_loss = self.task_loss(logits, batch)
         parts = {"task_loss": task_loss}
-        for teacher in self._teacher:
-            with torch.no_grad():
-                teacher_logits, teacher_states = adapter_for(teacher).logits_and_hidden_states(teacher, batch)
+        if self._teacher is not None:
+            teacher_logits, teacher_states = self._teacher.logits_and_hidden_states(batch)
             check(
                 teacher_logits.shape == logits.shape,
                 f"teacher={self.teacher!r}: gives predictions of shape {tuple(teacher_logits.shape)}; must be "
@@ -146,16 +142,12 @@ class MoEBERTDistillation(OptimizedPhase):
         """The load-balancing losses of the layers that run in the body, of those that have one."""
         losses: list[Tensor] = []
 
-        def hook(routing: nn.Module, args: tuple, chosen: Chosen) -> None:
-            if chosen.balance_loss is not None:
-                losses.append(chosen.balance_loss)
+        def hook(routing: nn.Module, args: tuple, decision: Decision) -> None:
+            if decision.balance_loss is not None:
+                losses.append(decision.balance_loss)
 
-        handles = [layer.routing.register_forward_hook(hook) for layer in moebert_layers(self.model).values()]
-        try:
+        with hooked(layer.routing.register_forward_hook(hook) for layer in moebert_layers(self.model).values()):
             yield losses
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check_teacher(self, student: nn.Module) -> None:
         """Raise ``ConfigError`` unless teacher and student have hidden states of the same number and width."""
@@ -189,9 +181,8 @@ class MoEBERTDistillation(OptimizedPhase):
     def _token_counts(self) -> Tensor:
         """How often each token id occurs in the training split, ``(vocabulary,)`` int64; the same on all processes."""
         data = self.trainer.datamodule
-        data.ordered = True
-        loader = data.train_dataloader()
-        data.ordered = False
+        with data.in_order():
+            loader = data.train_dataloader()
         share = Subset(loader.dataset, range(self.global_rank, len(loader.dataset), self.trainer.world_size))
         batches = DataLoader(share, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
         vocabulary_size = adapter_for(self.model).vocabulary_size(self.model)

@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe.convert import gated, moe_layers, set_gate_
-from d2dmoe_pl.moe.gate import GateConfig, check_tau
+from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig, check_tau
 from d2dmoe_pl.moe.layer import observed
-from d2dmoe_pl.moe.router_targets import gram_matrices, output_norms
-from d2dmoe_pl.phases.base import Batch, OptimizedPhase, freeze_
+from d2dmoe_pl.moe.routers import gram_matrices, output_norms
+from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
+from d2dmoe_pl.phases._teacher import Teacher
 
 
 class RecoveryTuning(OptimizedPhase):
@@ -34,7 +35,7 @@ class RecoveryTuning(OptimizedPhase):
             with experts that move, so that a larger one than the model's can pay.
         teacher: Artifact folder of another model to learn from, run with every expert on; that of ``init_from`` if not
             given.
-        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
 
     Raises:
         ConfigError: For a range that is none or leaves [0, 1], negative weights, or a ``router_lr`` that is not
@@ -71,7 +72,7 @@ class RecoveryTuning(OptimizedPhase):
         self.router_weight = router_weight
         self.router_lr = router_lr
         self.teacher = teacher
-        self._teacher: tuple[nn.Module, ...] = ()  # a tuple: the teacher is no part of this module or its checkpoints
+        self._teacher: Teacher | None = None
 
     def transform_(self, model: nn.Module) -> None:
         layers = moe_layers(model)
@@ -98,27 +99,24 @@ class RecoveryTuning(OptimizedPhase):
         if self.model is not None:
             return
         super().configure_model()
-        if self.trainer.state.fn == TrainerFn.FITTING and self.beta > 0:
+        if self.is_fitting and self.beta > 0:
             teacher = load_model(self.teacher or self.init_from)
             if moe_layers(teacher):
                 set_gate_(teacher, None)
-            freeze_(teacher)
-            self._teacher = (teacher,)
+            self._teacher = Teacher(teacher)
 
     def on_fit_start(self) -> None:
         self._layers = moe_layers(self.model)
-        for teacher in self._teacher:
-            teacher.to(self.device)
+        if self._teacher is not None:
+            self._teacher.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         tau = torch.empty(()).uniform_(self.tau_min, self.tau_max).item()
         logits, router_losses = self._forward(batch, tau)
         loss = task_loss = self.task_loss(logits, batch)
         parts = {"task_loss": task_loss}
-        for teacher in self._teacher:
-            with torch.no_grad():
-                teacher_logits = adapter_for(teacher).logits(teacher, batch)
-            parts["prediction_loss"] = self.task.prediction_loss(logits, teacher_logits, batch)
+        if self._teacher is not None:
+            parts["prediction_loss"] = self.task.prediction_loss(logits, self._teacher.logits(batch), batch)
             loss = loss + self.beta * parts["prediction_loss"]
         if router_losses:
             parts["router_loss"] = torch.stack(list(router_losses.values())).mean()
@@ -140,5 +138,5 @@ class RecoveryTuning(OptimizedPhase):
                 losses[name] = layer.router.loss(tokens.detach(), target)
 
         rule = next(iter(self._layers.values())).gate.config.rule
-        with gated(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
+        with temporary_gate(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
             return self.logits(batch), losses

@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from d2dmoe_pl.moe.gate import GateConfig
-from d2dmoe_pl.moe.router import RouterConfig
-from d2dmoe_pl.moe.router_targets import Target, activation_sums, gram_matrices, output_norms
-from d2dmoe_pl.phases.router_training import RouterTraining
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.routers import RouterConfig, Target, activation_sums, gram_matrices, output_norms
+from d2dmoe_pl.phases._router_training import RouterTraining
 
 
 class RouterRegression(RouterTraining):
@@ -17,9 +16,9 @@ class RouterRegression(RouterTraining):
         width: Hidden neurons of a router.
         target: ``norm`` of each expert's output, as in the paper; or ``activation_sum``, the sum of its activations
             over the batch's largest.
-        gate: Gating rule saved with the model, the name of a file in ``moe/gating``.
+        rule: Gating rule saved with the model, e.g. the name of a file in ``moe/gating``.
         tau: In [0, 1]; the setting saved with the model. It can be changed at any time without training.
-        kwargs: As for :class:`d2dmoe_pl.phases.router_training.RouterTraining`.
+        kwargs: As for :class:`d2dmoe_pl.phases._router_training.RouterTraining`.
 
     Raises:
         ConfigError: For a ``tau`` outside [0, 1], an unknown rule, or a width that is not positive.
@@ -29,11 +28,11 @@ class RouterRegression(RouterTraining):
         self,
         width: int = 128,
         target: Target = "norm",
-        gate: str = "dynk_max",
+        rule: str = "dynk_max",
         tau: float = 0.9,
         **kwargs: Any,
     ) -> None:
-        super().__init__(RouterConfig(width), GateConfig(gate, tau), **kwargs)
+        super().__init__(RouterConfig(width), GateConfig(rule, tau), **kwargs)
         self.target = target
 
     def on_fit_start(self) -> None:

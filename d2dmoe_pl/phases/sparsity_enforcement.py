@@ -2,16 +2,16 @@
 
 from typing import Any
 
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.metrics.activation_sparsity import ActivationSparsity
-from d2dmoe_pl.moe.context import token_index
-from d2dmoe_pl.moe.convert import select_ffns
-from d2dmoe_pl.moe.sparsity import PENALTIES, Penalty, Schedule, alpha_at, clamped
-from d2dmoe_pl.moe.taps import tapped
-from d2dmoe_pl.phases.base import Batch, OptimizedPhase
+from d2dmoe_pl.moe.experts.activation_watching import watched_activations
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty, Schedule, alpha_at, clamped
+from d2dmoe_pl.moe.token_context import token_index
+from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 
 
 class SparsityEnforcement(OptimizedPhase):
@@ -23,7 +23,7 @@ class SparsityEnforcement(OptimizedPhase):
         schedule: How the weight grows: ``constant``; ``linear`` to the end; ``warmup``, linear to half-way.
         displacement: Penalise ``max(z - displacement, 0)`` of the pre-activation ``z`` instead of the activation.
             Needed for GELU and SiLU, which give no exact zeros: about -10 for vision, about 0 for fine-grained tasks.
-        kwargs: As for :class:`d2dmoe_pl.phases.base.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
 
     Raises:
         ConfigError: If ``alpha`` is negative.
@@ -62,11 +62,11 @@ class SparsityEnforcement(OptimizedPhase):
         index = token_index(batch.get("attention_mask"))
         penalties = []
 
-        def tap(name: str, pre: Tensor, post: Tensor) -> None:
+        def watch(name: str, pre: Tensor, post: Tensor) -> None:
             per_token = PENALTIES[self.penalty](self._watched(pre, post)).flatten()  # (B * L,)
             penalties.append((per_token if index is None else per_token[index]).mean())
 
-        with tapped(self._ffns, tap):
+        with watched_activations(self._ffns, watch):
             logits = self.logits(batch)
         task_loss = self.task_loss(logits, batch)
         penalty = sum(penalties) / len(penalties)
@@ -77,20 +77,20 @@ class SparsityEnforcement(OptimizedPhase):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:  # a finished model: nothing to watch
+        if not self.is_fitting:  # a finished model: nothing to watch
             return super().validation_step(batch, batch_idx, dataloader_idx)
         index = token_index(batch.get("attention_mask"))
 
-        def tap(name: str, pre: Tensor, post: Tensor) -> None:
+        def watch(name: str, pre: Tensor, post: Tensor) -> None:
             tokens = self._watched(pre, post).flatten(0, -2)  # (B * L, d_ff)
             self.sparsity.update(name, tokens if index is None else tokens[index])
 
-        with tapped(self._ffns, tap):
+        with watched_activations(self._ffns, watch):
             return super().validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if self.is_fitting:
             shares = {f"sparsity_{key}": value for key, value in self.sparsity.compute().items()}
             self.log_dict(shares, sync_dist=True)  # the same on all processes by now; Lightning cannot know
             self.sparsity.reset()

@@ -10,26 +10,19 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters import ADAPTERS, HuggingFaceModel, adapter_for
-from d2dmoe_pl.adapters.hugging_face import HEADS
+from d2dmoe_pl.adapters import ADAPTERS, HEADS, HuggingFaceModel, adapter_for, adapter_named
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import (
-    ActivationConfig,
-    ExpertsConfig,
-    convert_to_moe_,
-    describe,
-    moe_layers,
-    select_ffns,
-    swap_activation_,
-)
+from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, swap_activation_
+from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
+from d2dmoe_pl.structure import describe
 
 KINDS = list(tiny.SOURCES)
 
 
 def test_every_family_is_under_contract():
     assert {(tiny.family_of(kind), tiny.TASKS[kind]) for kind in KINDS} == {
-        (family, task) for family, adapter in ADAPTERS.items() for task in adapter.tasks
+        (family, task) for family in ADAPTERS.names() for task in adapter_named(family).tasks
     }
 
 
@@ -37,7 +30,7 @@ def test_every_family_is_under_contract():
 class TestContract:
     def test_knows_its_own_model_only(self, kind):
         model = tiny.dense(kind)
-        matching = [family for family, adapter in ADAPTERS.items() if adapter.matches(model)]
+        matching = [family for family in ADAPTERS.names() if adapter_named(family).matches(model)]
         assert matching == [tiny.family_of(kind)]
 
     def test_finds_all_ffns_that_the_model_has(self, kind):
@@ -46,7 +39,7 @@ class TestContract:
         wide = {id(m) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and tiny.WIDTH in m.weight.shape}
         # 3 * d_model of a fused qkv is the same number; it is no FFN
         wide -= {id(m) for name, m in model.named_modules() if name.endswith("qkv")}
-        parts = [part for ffn in ffns for part in (ffn.up, ffn.down, ffn.gate) if part is not None]
+        parts = [part for ffn in ffns for part in (ffn.up, ffn.down, ffn.gate_proj) if part is not None]
         assert {id(getattr(part, "module", part)) for part in parts} == wide
         assert len(ffns) == 2
         assert len({id(ffn.activation) for ffn in ffns}) == 2
@@ -117,7 +110,7 @@ class TestContract:
         assert [torch.equal(*pair) for pair in zip(states, changed, strict=True)] == [True, True, False]
 
     def test_says_what_head_it_has(self, kind, tmp_path):
-        model, adapter = tiny.dense(kind), ADAPTERS[tiny.family_of(kind)]
+        model, adapter = tiny.dense(kind), adapter_named(tiny.family_of(kind))
         task = tiny.TASKS[kind]
         head = "classification" if task.endswith("-classification") else task.removeprefix("text-")
         save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])

@@ -7,7 +7,8 @@ import tiny
 import torch
 
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
-from d2dmoe_pl.moe.convert import moe_layers, set_backend_, set_tau_
+from d2dmoe_pl.moe.conversion import set_backend_, set_tau_
+from d2dmoe_pl.moe.find_layers import moe_layers
 
 KINDS = [kind for kind, task in tiny.TASKS.items() if task == "causal-language-modeling"]
 NEW = 8

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters import ADAPTERS, HuggingFaceModel, adapter_for
-from d2dmoe_pl.adapters.attention import ROLES, put_projection_
+from d2dmoe_pl.adapters import ADAPTERS, ROLES, HuggingFaceModel, adapter_for, adapter_named, put_projection_
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, flops_outside_ffns, sample_inputs
-from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, describe, moe_layers, select_ffns
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 from d2dmoe_pl.moe.projections import (
     ProjectionConfig,
     describe_projections,
@@ -23,6 +23,7 @@ from d2dmoe_pl.moe.projections import (
     replace_projections_,
     select_projections,
 )
+from d2dmoe_pl.structure import describe
 
 # one of each architecture: what a task adds lies outside the attention
 KINDS = [kind for kind, task in tiny.TASKS.items() if task in ("text-classification", "image-classification")]
@@ -37,7 +38,7 @@ def as_linear(projection):
 
 
 def test_every_family_is_under_contract():
-    assert {tiny.family_of(kind) for kind in KINDS} == set(ADAPTERS)
+    assert {tiny.family_of(kind) for kind in KINDS} == set(ADAPTERS.names())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,7 +184,7 @@ class TestRefused:
         self.refused(model, "blocks.0: its attention is gated or no plain one")
 
     def test_a_family_that_does_not_name_them(self, monkeypatch):
-        monkeypatch.setattr(type(ADAPTERS["vit"]), "attention", None)
+        monkeypatch.setattr(type(adapter_named("vit")), "attention", None)
         self.refused(
             tiny.dense("vit"),
             "vit: its adapter names no attention projections; to name them, set attention in d2dmoe_pl.adapters.vit",

@@ -9,7 +9,7 @@ from torch import nn
 from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import FineTuning
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
 
 
 def test_a_model_that_no_adapter_knows():

@@ -15,7 +15,7 @@ import yaml
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.benchmark import command
 from d2dmoe_pl.benchmark.machine import Machine
-from d2dmoe_pl.benchmark.rows import BenchmarkRow, as_table, draw_speed_up
+from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_up
 from d2dmoe_pl.cli import main
 
 SHAPE = ["--d_model", "24", "--d_ff", "96", "--num_experts", "8", "--tokens", "2,5", "--share", "0.5,1"]

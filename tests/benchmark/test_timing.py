@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2dmoe_pl.benchmark import timing
-from d2dmoe_pl.benchmark.rotation import ideal_speed_up
+from d2dmoe_pl.benchmark.comparison import ideal_speed_up
 from d2dmoe_pl.benchmark.timing import Contender, Timing, alternate, peak_memory, summarise
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from d2dmoe_pl.artifact import load_model, read_artifact
 from d2dmoe_pl.cli import main as run
 from d2dmoe_pl.data import Docstrings
 from d2dmoe_pl.data.task import symmetric_kl
-from d2dmoe_pl.moe.moebert import convert_to_moebert_
-from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
+from d2dmoe_pl.moebert.conversion import convert_to_moebert_
+from d2dmoe_pl.moebert.layer import MoEBERTConfig
 
 RECIPE = Path(__file__).parents[2] / "configs" / "docstrings_bert.yaml"
 SHARED = ("fine_tuning", "importance_scoring")

@@ -13,8 +13,8 @@ import transformers
 from training_steps import attach, compare, report
 
 from d2dmoe_pl.adapters import HuggingFaceModel
-from d2dmoe_pl.moe.convert import select_ffns
-from d2dmoe_pl.moe.importance import Importance
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moebert.importance import Importance
 from d2dmoe_pl.phases import FineTuning
 
 

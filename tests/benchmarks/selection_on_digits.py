@@ -79,7 +79,7 @@ class Runs:
             recipe, phase, settings, swept = D2DMOE, "router_regression", [], {"taus": TAUS}
         else:
             recipe, phase, settings = MOEFICATION, "expert_selection", [f"--model.init_args.router={variant.router}"]
-            swept = {"gate": "topk", "ks": KS}
+            swept = {"rule": "topk", "ks": KS}
         self.fit(name, recipe, phase, experts, *settings)
         cost = "experts_percent" if variant.router == "ground_truth" else "ffn_flops_percent"
         return self.sweep(name, recipe, phase, cost, swept, *settings)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2dmoe_pl.adapters import FFN
-from d2dmoe_pl.moe.experts import Experts
+from d2dmoe_pl.moe.experts.experts import Experts
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 THRESHOLD = {"scatter": 0, "dense": sys.maxsize}
@@ -133,7 +133,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("No CUDA device: nothing was measured.")
         return
-    scatter_from = importlib.import_module("d2dmoe_pl.moe.kernels.triton").SCATTER_FROM
+    scatter_from = importlib.import_module("d2dmoe_pl.moe.execution.triton").SCATTER_FROM
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; outputs against the plain twin:")
     chosen = dict(scatter_from)
     with torch.no_grad():

@@ -14,10 +14,10 @@ from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite, TauSweep
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, shown
 from d2dmoe_pl.callbacks.tau_sweep import raw_histogram
 from d2dmoe_pl.data import Digits
-from d2dmoe_pl.data.token_prediction import TokenPrediction
+from d2dmoe_pl.data.language_modeling.token_prediction import TokenPrediction
 from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
-from d2dmoe_pl.moe.convert import describe
 from d2dmoe_pl.phases import FineTuning, RouterRegression
+from d2dmoe_pl.structure import describe
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ class TestTauSweep:
             )
 
     def test_csv_picture_table_and_tensorboard(self, trainer, routed_text, tmp_path, capsys):
-        self.sweep(trainer, routed_text, [0.25, 1.0], gate="topk")
+        self.sweep(trainer, routed_text, [0.25, 1.0], rule="topk")
         records = read(tmp_path / "run" / "tau_sweep.csv")
         assert [(record["stage"], record["tau"]) for record in records] == [("test", "0.25"), ("test", "1.0")]
         assert float(records[0]["experts_percent/bert.encoder.layer.0.intermediate"]) == 25

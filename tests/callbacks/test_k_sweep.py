@@ -11,9 +11,10 @@ from d2dmoe_pl.callbacks import TauSweep
 from d2dmoe_pl.callbacks.sweep_table import as_table, draw_curve
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
-from d2dmoe_pl.moe.convert import ExpertsConfig, add_routers_, convert_to_moe_, moe_layers, set_gate_
-from d2dmoe_pl.moe.gate import GateConfig
-from d2dmoe_pl.moe.router import RouterConfig
+from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe_, set_gate_
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.routers import RouterConfig
 from d2dmoe_pl.phases import ExpertSelection
 
 KS = [1, 3, 8]
@@ -31,7 +32,7 @@ def routed(request, tmp_path):
 
 
 def sweep(trainer, kind, path, **kwargs):
-    callback = TauSweep(gate="topk", **kwargs)
+    callback = TauSweep(rule="topk", **kwargs)
     phase = ExpertSelection(2, kind, init_from=path)
     trainer(callbacks=[callback]).test(phase, datamodule=tiny.TextData(5), verbose=False)
     return callback.rows["test"], phase
@@ -84,9 +85,9 @@ def test_settings_that_cannot_be(trainer, routed):
     with pytest.raises(ConfigError, match="k=1: allowed only with gate topk, not dynk_max"):
         TauSweep(ks=[1])
     with pytest.raises(ConfigError, match="k=0: must be at least 1"):
-        TauSweep(gate="topk", ks=[0, 1])
+        TauSweep(rule="topk", ks=[0, 1])
     with pytest.raises(ConfigError, match=r"ks=\[\]: must hold at least one number of experts"):
-        TauSweep(gate="topk", ks=[])
+        TauSweep(rule="topk", ks=[])
     with pytest.raises(ConfigError, match=r"ks=\[1\]: allowed only without taus"):
         TauSweep([0.5], "topk", [1])
     with pytest.raises(ConfigError, match=r"k=9: must be at most the number of experts, 8 in bert.encoder.layer.0"):

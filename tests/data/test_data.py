@@ -294,7 +294,7 @@ def test_string_value_features_are_not_needed():
     """Labels may be any hashable values; their names are what ``str`` makes of them."""
     features = Features({"text": Value("string"), "label": Value("bool")})
     splits = {"train": Dataset.from_dict({"text": ["a", "b"], "label": [True, False]}, features=features)}
-    from d2dmoe_pl.data.source import encode_labels  # noqa: PLC0415
+    from d2dmoe_pl.data.dataset_source import encode_labels  # noqa: PLC0415
 
     encoded, names = encode_labels(splits, "label")
     assert names == ["False", "True"]

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.data import Docstrings
-from d2dmoe_pl.data.docstring_sentences import collect, deal, docstrings_in, sentences_in, source_files
-from d2dmoe_pl.data.trained_tokenizer import train_tokenizer
+from d2dmoe_pl.data.docstrings.docstring_sentences import collect, deal, docstrings_in, sentences_in, source_files
+from d2dmoe_pl.data.docstrings.trained_tokenizer import train_tokenizer
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import FineTuning
 

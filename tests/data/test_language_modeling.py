@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from d2dmoe_pl.data import DatasetSource, DocstringText, LanguageModeling
-from d2dmoe_pl.data.packing import Packer
+from d2dmoe_pl.data.language_modeling.packing import Packer
+from d2dmoe_pl.data.language_modeling.token_labels import generator_of, masked_tokens, next_tokens
+from d2dmoe_pl.data.language_modeling.token_prediction import TokenPrediction
 from d2dmoe_pl.data.task import symmetric_kl
-from d2dmoe_pl.data.token_labels import generator_of, masked_tokens, next_tokens
-from d2dmoe_pl.data.token_prediction import TokenPrediction
 from d2dmoe_pl.errors import ConfigError
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"

@@ -14,10 +14,10 @@ from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import DatasetSource, QuestionAnswering, SQuAD
-from d2dmoe_pl.data.spans import best_spans, merge_windows
-from d2dmoe_pl.data.squad_score import SQuADScore, against_all, best_threshold, exact_match, f1
+from d2dmoe_pl.data.squad.answer_spans import best_spans, merge_windows
+from d2dmoe_pl.data.squad.question_windows import OUTSIDE, answer_tokens, cut_questions, question_windows
+from d2dmoe_pl.data.squad.squad_score import SQuADScore, against_all, best_threshold, exact_match, f1
 from d2dmoe_pl.data.task import symmetric_kl
-from d2dmoe_pl.data.windows import OUTSIDE, answer_tokens, cut_questions, question_windows
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2dmoe_pl.data import DatasetSource, StreamedLanguageModeling
-from d2dmoe_pl.data.streaming import PackedStream, deal, documents, head
+from d2dmoe_pl.data.language_modeling.streaming import PackedStream, deal, documents, head
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import ExpertClustering, FineTuning
 

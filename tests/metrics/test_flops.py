@@ -14,12 +14,12 @@ from d2dmoe_pl.metrics.flops import (
     dense_ffn_flops,
     flops_outside_ffns,
     pair_flops,
-    router_flops,
     sample_inputs,
     sample_lengths,
 )
-from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, moe_layers, set_backend_
-from d2dmoe_pl.moe.select import moebert_layers
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_, set_backend_
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moebert.layer import moebert_layers
 
 
 def counted(function):
@@ -32,7 +32,7 @@ def test_formulas_by_hand():
     layer = next(iter(moe_layers(tiny.routed()).values()))  # d_model 16, d_ff 48, E 8, router width 8
     assert pair_flops(layer.experts) == 2 * 2 * 16 * 6
     assert dense_ffn_flops(layer.experts) == 2 * 2 * 16 * 48
-    assert router_flops(layer) == 2 * (16 * 8 + 8 * 8)
+    assert layer.routing_flops(1, 1) == 2 * (16 * 8 + 8 * 8)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import moe_layers, select_ffns
+from d2dmoe_pl.moe.experts.activation_watching import watched_activations
+from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 from d2dmoe_pl.moe.projections import projection_mlps
-from d2dmoe_pl.moe.taps import tapped
 from d2dmoe_pl.phases import (
     AttentionDistillation,
     ExpertClustering,
@@ -21,7 +21,7 @@ from d2dmoe_pl.phases import (
     RouterRegression,
     SparsityEnforcement,
 )
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
 
 FAST = partial(torch.optim.Adam, lr=1e-2)
 
@@ -116,7 +116,7 @@ def test_the_original_is_the_model_that_came_and_takes_no_memory_of_its_own(dens
     expected = tiny.logits(model, inputs)
     tensors = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     phase.transform_(model)
-    [original] = phase._original
+    original = phase._original.model
     assert torch.equal(tiny.logits(original, inputs), expected)
     assert {id(tensor) for tensor in (*original.parameters(), *original.buffers())} == tensors
 
@@ -130,7 +130,10 @@ def test_the_penalty_makes_hidden_activations_sparse(trainer, dense, tmp_path):
         seen = []
         model = phase.model.eval()
         ffns = [ffn for ffn in select_ffns(model) if ffn.is_projection]
-        with tapped(ffns, lambda name, pre, post, seen=seen: seen.append((post == 0).float().mean())), torch.no_grad():
+        with (
+            watched_activations(ffns, lambda name, pre, post, seen=seen: seen.append((post == 0).float().mean())),
+            torch.no_grad(),
+        ):
             tiny.logits(model, tiny.batch("bert"))
         zeros.append(float(torch.stack(seen).mean()))
     assert zeros[1] > zeros[0] + 0.2

@@ -6,12 +6,12 @@ import torch
 
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe import firing
-from d2dmoe_pl.moe.graph_partition import balanced_partition
-from d2dmoe_pl.moe.select import select_ffns
-from d2dmoe_pl.moe.taps import tapped
+from d2dmoe_pl.moe.experts.activation_watching import watched_activations
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.splitting import _firing_statistics as firing
+from d2dmoe_pl.moe.splitting._graph_partition import balanced_partition
 from d2dmoe_pl.phases import ExpertClustering
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
 
 SAMPLES = 20
 
@@ -35,7 +35,7 @@ def naive_graphs(path):
     def tap(name, pre, post):
         graphs[name] += firing.coactivation(post[0], None)
 
-    with torch.no_grad(), tapped(ffns, tap):
+    with torch.no_grad(), watched_activations(ffns, tap):
         for batch in list(data.train_dataloader())[:SAMPLES]:
             tiny.logits(model, batch)
     return graphs

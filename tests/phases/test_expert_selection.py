@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_, describe, moe_layers
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases import ExpertSelection
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
+from d2dmoe_pl.structure import describe
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import torch
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import DatasetSource, LanguageModeling
-from d2dmoe_pl.data.token_prediction import TokenPrediction
+from d2dmoe_pl.data.language_modeling.token_prediction import TokenPrediction
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import moe_layers, select_ffns
+from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
-from d2dmoe_pl.phases.base import check_outputs
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._model_checks import check_outputs
+from d2dmoe_pl.phases._preflight import preflight
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

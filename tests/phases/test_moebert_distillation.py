@@ -14,16 +14,15 @@ from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_arti
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data.task import symmetric_kl
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.context import token_index
-from d2dmoe_pl.moe.convert import select_ffns
-from d2dmoe_pl.moe.distillation import hidden_state_loss
-from d2dmoe_pl.moe.hash_table import balanced_table
-from d2dmoe_pl.moe.importance import Importance
-from d2dmoe_pl.moe.moebert import convert_to_moebert_
-from d2dmoe_pl.moe.moebert_layer import MoEBERTConfig
-from d2dmoe_pl.moe.select import moebert_layers
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.token_context import token_index
+from d2dmoe_pl.moebert.conversion import convert_to_moebert_
+from d2dmoe_pl.moebert.distillation import hidden_state_loss
+from d2dmoe_pl.moebert.importance import Importance
+from d2dmoe_pl.moebert.layer import MoEBERTConfig, moebert_layers
+from d2dmoe_pl.moebert.routing import balanced_table
 from d2dmoe_pl.phases import FineTuning, ImportanceScoring, MoEBERTDistillation
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
 
 SIZES = {"num_experts": 4, "expert_dim": 12, "num_shared": 5}
 ROUTINGS = ["gate_sentence", "gate_token", "hash_balance", "hash_random"]
@@ -112,7 +111,7 @@ def test_beta_zero_is_the_task_loss_alone_and_has_no_teacher(trainer, scored):
     run.fit(phase, datamodule=tiny.TextData(8))
     assert run.callback_metrics["train/loss"] == run.callback_metrics["train/task_loss"]
     assert "train/prediction_loss" not in run.callback_metrics
-    assert phase._teacher == ()
+    assert phase._teacher is None
 
 
 def test_the_student_starts_with_its_most_important_neurons(trainer, scored):
@@ -128,7 +127,7 @@ def test_the_student_starts_with_its_most_important_neurons(trainer, scored):
 def test_the_teacher_is_frozen_and_not_part_of_checkpoints(trainer, scored):
     phase = distillation(scored)
     trainer().fit(phase, datamodule=tiny.TextData(8))
-    (teacher,) = phase._teacher
+    teacher = phase._teacher.model
     before = load_model(scored).state_dict()
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
     assert not teacher.training
@@ -194,7 +193,7 @@ class TestPublishedFiles:
         with pytest.raises(ConfigError, match=r"hash_list_file='.*': has 39 entries; must have one for each of the 40"):
             preflight([distillation(scored, hash_list_file=short)])
         evil = self.write(tmp_path / "h.pkl", MoEBERTConfig)
-        with pytest.raises(ConfigError, match=r"the pickle asks for d2dmoe_pl.moe.moebert_layer.MoEBERTConfig"):
+        with pytest.raises(ConfigError, match=r"the pickle asks for d2dmoe_pl.moebert.layer.MoEBERTConfig"):
             preflight([distillation(scored, hash_list_file=evil)])
 
 
@@ -259,7 +258,7 @@ def test_another_teacher(trainer, scored, tmp_path):
     save_artifact(tiny.dense("bert"), tmp_path / "teacher", [PhaseRecord("FineTuning")])
     phase = distillation(scored, teacher=str(tmp_path / "teacher"))
     trainer(limit_train_batches=1).fit(phase, datamodule=tiny.TextData(8))
-    assert torch.equal(phase._teacher[0].classifier.weight, load_model(tmp_path / "teacher").classifier.weight)
+    assert torch.equal(phase._teacher.model.classifier.weight, load_model(tmp_path / "teacher").classifier.weight)
 
 
 def test_important_neurons_make_better_experts_than_random_ones():

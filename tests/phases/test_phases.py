@@ -13,11 +13,12 @@ from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_arti
 from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.data import Classification
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import describe, moe_layers, select_ffns
-from d2dmoe_pl.moe.importance import Importance
+from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
+from d2dmoe_pl.moebert.importance import Importance
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, ImportanceScoring, RouterRegression, SparsityEnforcement
-from d2dmoe_pl.phases.base import learning_rate_factor
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._optimized_phase import learning_rate_factor
+from d2dmoe_pl.phases._preflight import preflight
+from d2dmoe_pl.structure import describe
 
 DIGIT_LABELS = [str(digit) for digit in range(10)]
 
@@ -255,7 +256,7 @@ class TestRouterRegression:
         assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
     def test_leaves_a_gated_model(self, trainer, digits, artifact):
-        phase = RouterRegression(8, tau=0.6, gate="dynk_cumulative", init_from=artifact("experts"))
+        phase = RouterRegression(8, tau=0.6, rule="dynk_cumulative", init_from=artifact("experts"))
         trainer().fit(phase, datamodule=digits)
         assert {str(made["gate"]) for made in describe(phase.model).values()} == {
             "{'rule': 'dynk_cumulative', 'tau': 0.6, 'k': None}"
@@ -320,8 +321,8 @@ class TestRouterRegression:
             RouterRegression(tau=1.2)
         with pytest.raises(ConfigError, match="width=0: a router needs at least one hidden neuron"):
             RouterRegression(width=0)
-        with pytest.raises(ConfigError, match="gate='best': allowed are dynk_cumulative, dynk_max, topk"):
-            RouterRegression(gate="best")
+        with pytest.raises(ConfigError, match="rule='best': allowed are dynk_cumulative, dynk_max, topk"):
+            RouterRegression(rule="best")
 
 
 class TestPreflight:

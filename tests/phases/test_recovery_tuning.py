@@ -10,10 +10,13 @@ from torch.nn import functional as F
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import GateConfig, describe, moe_layers, set_gate_, set_tau_
-from d2dmoe_pl.moe.router_targets import gram_matrices, output_norms
+from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.routers import gram_matrices, output_norms
 from d2dmoe_pl.phases import RecoveryTuning
-from d2dmoe_pl.phases.preflight import preflight
+from d2dmoe_pl.phases._preflight import preflight
+from d2dmoe_pl.structure import describe
 
 
 def saved(model, folder, stage="RouterRegression"):
@@ -104,7 +107,7 @@ def test_the_teacher_is_the_dense_model_that_it_was(trainer, routed):
     expected = load_model(routed)
     set_gate_(expected, None)
     batch = tiny.batch("bert")
-    [teacher] = phase._teacher
+    teacher = phase._teacher.model
     assert torch.equal(tiny.logits(teacher, batch), tiny.logits(expected.eval(), batch))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not any("teacher" in name for name in phase.state_dict())

@@ -11,8 +11,8 @@ import torch
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.data import Classification, Digits
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.convert import ExpertsConfig, convert_to_moe_
-from d2dmoe_pl.phases import ExpertSelection, RouterRegression, router_training
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.phases import ExpertSelection, RouterRegression, _router_training
 
 EPOCHS = 3
 BATCHES = 4
@@ -47,7 +47,7 @@ def experts(tmp_path_factory):
 def said(monkeypatch):
     """Lines that the phase says."""
     lines = []
-    monkeypatch.setattr(router_training, "rank_zero_info", lines.append)
+    monkeypatch.setattr(_router_training, "rank_zero_info", lines.append)
     return lines
 
 
@@ -92,7 +92,7 @@ def test_gives_the_routers_of_the_whole_computation(fit, monkeypatch, make, prec
     assert passes == [epoch for epoch in range(EPOCHS) for _ in range(BATCHES)]
     steps = run.global_step
     if on_disk:
-        monkeypatch.setattr(router_training, "MIB", 20_000)  # less than two batches
+        monkeypatch.setattr(_router_training, "MIB", 20_000)  # less than two batches
     cached, run, passes = fit(partial(make, cache_memory=1), FixedOrder(8), **settings)
     assert passes == [0] * BATCHES
     assert run.global_step == steps == 2 * EPOCHS
@@ -121,7 +121,7 @@ def test_shuffles_tokens_in_batches_of_all_samples(fit):
     assert not torch.equal(second, third)
     assert sorted(second.tolist()) == sorted(third.tolist())
     assert phase._cache is None  # nothing is kept when the training is over
-    assert run.train_dataloader.replay is None
+    assert run.train_dataloader.cached is None
 
 
 @pytest.mark.parametrize(
@@ -156,12 +156,12 @@ def test_off_in_a_training_of_one_epoch(fit, said):
 
 
 def test_goes_on_without_where_the_disk_has_no_room(fit, monkeypatch, caplog):
-    monkeypatch.setattr(router_training, "MIB", 20_000)
+    monkeypatch.setattr(_router_training, "MIB", 20_000)
     usage = namedtuple("usage", "free")(20_000)
-    monkeypatch.setattr("d2dmoe_pl.data.row_cache.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("d2dmoe_pl.phases._row_cache.shutil.disk_usage", lambda folder: usage)
     _, _, passes = fit(partial(RouterRegression, 8, cache_memory=1), FixedOrder(8))
     assert passes == [epoch for epoch in range(EPOCHS) for _ in range(BATCHES)]
-    lines = [record.message for record in caplog.records if record.name == router_training.__name__]
+    lines = [record.message for record in caplog.records if record.name == _router_training.__name__]
     assert len(lines) == 1
     assert lines[0].startswith("router inputs are not cached: [Errno 28] about 0 MiB are needed, and half of the 0 MiB")
 

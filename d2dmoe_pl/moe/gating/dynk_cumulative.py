@@ -21,3 +21,6 @@ def dynk_cumulative(scores: Tensor, tau: float) -> Tensor:
     ordered_mask = torch.logical_not(reached_before >= tau * scores.sum(dim=-1, keepdim=True))
     ordered_mask[:, 0] = True
     return torch.zeros_like(ordered_mask).scatter(-1, order, ordered_mask)
+
+
+RULE = dynk_cumulative

@@ -17,3 +17,6 @@ def dynk_max(scores: Tensor, tau: float) -> Tensor:
     largest = scores.amax(dim=-1, keepdim=True)  # (N, 1)
     # "not below" rather than "at least": a NaN score then runs its expert and shows up in the output
     return torch.logical_not(scores < (1.0 - tau) * largest)
+
+
+RULE = dynk_max

@@ -6,18 +6,26 @@ import torch
 from torch import Tensor
 
 
-def topk(scores: Tensor, tau: float) -> Tensor:
-    """Run the ``k = max(1, ceil(tau * E))`` experts with the largest scores.
+def topk(scores: Tensor, tau: float, k: int | None = None) -> Tensor:
+    """Run the ``k`` experts with the largest scores.
 
     Args:
         scores: Predicted scores, ``(N, E)``.
-        tau: In [0, 1]; the share of experts to run.
+        tau: In [0, 1]; the share of experts to run where ``k`` is not given: ``k = max(1, ceil(tau * E))``.
+        k: How many experts to run, at most ``E``.
 
     Returns:
         Boolean mask ``(N, E)`` with exactly ``k`` true entries a row.
+
+    Example:
+        >>> topk(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), tau=1.0, k=2)
+        tensor([[ True, False,  True, False]])
     """
-    num_experts = scores.shape[-1]
-    # the small step back keeps tau = 3/10 of 10 experts at 3, whatever binary fractions say
-    k = max(1, math.ceil(tau * num_experts - 1e-9))
+    if k is None:
+        # the small step back keeps tau = 3/10 of 10 experts at 3, whatever binary fractions say
+        k = max(1, math.ceil(tau * scores.shape[-1] - 1e-9))
     best = scores.topk(k, dim=-1).indices  # (N, k)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+
+
+RULE = topk

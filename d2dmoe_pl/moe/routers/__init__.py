@@ -1,11 +1,33 @@
-"""Ways to score experts, one file each: ``router(experts, config) -> module``.
+"""Ways to score experts, one file each, whose ``ROUTER`` is a subclass of :class:`Router`.
 
-``experts`` is the layer's :class:`d2dmoe_pl.moe.experts.Experts`, ``config`` a
-:class:`d2dmoe_pl.moe.router.RouterConfig`, the module a :class:`d2dmoe_pl.moe.router.Router`. The contract, held by one
-test over this package:
+The contract, held by one test over all routers:
 
 - scores ``(N, E)`` are not negative, and a token's row depends on that token alone;
 - ``flops()`` is what torch counts on the products that are run for one token;
 - an artifact keeps the router: what it goes by is in its parameters, its buffers or the experts' weights;
 - a router with parameters has a ``loss`` that training lowers.
 """
+
+from d2dmoe_pl.moe.routers._router import ROUTERS, Router, RouterConfig, make_router, register_router
+from d2dmoe_pl.moe.routers._targets import (
+    Target,
+    activation_sums,
+    gram_matrices,
+    output_norms,
+    positive_sums,
+    share_of_largest,
+)
+
+__all__ = [
+    "ROUTERS",
+    "Router",
+    "RouterConfig",
+    "Target",
+    "activation_sums",
+    "gram_matrices",
+    "make_router",
+    "output_norms",
+    "positive_sums",
+    "register_router",
+    "share_of_largest",
+]

@@ -6,16 +6,15 @@ how good a choice of experts could be.
 
 from torch import Tensor
 
-from d2dmoe_pl.moe.experts import Experts
-from d2dmoe_pl.moe.router import Router, RouterConfig
-from d2dmoe_pl.moe.router_targets import positive_sums
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.routers import Router, RouterConfig, positive_sums
 
 
 class GroundTruthRouter(Router):
     """The sum of each expert's positive activations."""
 
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
+    def __init__(self, experts: Experts, config: RouterConfig) -> None:
+        super().__init__(experts, config)
         self.hidden = experts.hidden  # a method, so that the layer's experts are no part of its router
         products = 2 if experts.is_gated else 1
         self._flops = 2 * products * experts.d_model * experts.dense_dim
@@ -27,6 +26,4 @@ class GroundTruthRouter(Router):
         return self._flops
 
 
-def ground_truth(experts: Experts, config: RouterConfig) -> GroundTruthRouter:
-    """See :mod:`d2dmoe_pl.moe.routers`."""
-    return GroundTruthRouter(experts)
+ROUTER = GroundTruthRouter

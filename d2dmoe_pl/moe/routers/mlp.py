@@ -3,17 +3,17 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2dmoe_pl.moe.experts import Experts
-from d2dmoe_pl.moe.router import Router, RouterConfig
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.routers import Router, RouterConfig
 
 
 class MLPRouter(Router):
     """``d -> E -> E``, tanh inside; trained by cross-entropy on targets in [0, 1], which the scores then lie in too."""
 
-    def __init__(self, d_model: int, num_experts: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, num_experts)
-        self.down = nn.Linear(num_experts, num_experts)
+    def __init__(self, experts: Experts, config: RouterConfig) -> None:
+        super().__init__(experts, config)
+        self.up = nn.Linear(experts.d_model, experts.num_experts)
+        self.down = nn.Linear(experts.num_experts, experts.num_experts)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """``(N, d_model)`` to ``(N, E)``."""
@@ -29,6 +29,4 @@ class MLPRouter(Router):
         return F.binary_cross_entropy_with_logits(self.logits(tokens), target)
 
 
-def mlp(experts: Experts, config: RouterConfig) -> MLPRouter:
-    """See :mod:`d2dmoe_pl.moe.routers`."""
-    return MLPRouter(experts.d_model, experts.num_experts)
+ROUTER = MLPRouter

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2dmoe_pl.moe.experts import Experts
-from d2dmoe_pl.moe.router import Router, RouterConfig
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.routers import Router, RouterConfig
 
 FREQUENCIES = (50.0, 150.0)  # so many periods that tokens a few per cent apart are scored independently
 
@@ -16,11 +16,11 @@ class RandomRouter(Router):
     The token's direction is projected to one number, and each expert has a wave of its own over that number.
     """
 
-    def __init__(self, d_model: int, num_experts: int) -> None:
-        super().__init__()
-        self.register_buffer("projection", torch.randn(d_model))
-        self.register_buffer("frequency", torch.empty(num_experts).uniform_(*FREQUENCIES))
-        self.register_buffer("phase", 2 * torch.pi * torch.rand(num_experts))
+    def __init__(self, experts: Experts, config: RouterConfig) -> None:
+        super().__init__(experts, config)
+        self.register_buffer("projection", torch.randn(experts.d_model))
+        self.register_buffer("frequency", torch.empty(experts.num_experts).uniform_(*FREQUENCIES))
+        self.register_buffer("phase", 2 * torch.pi * torch.rand(experts.num_experts))
 
     def forward(self, tokens: Tensor) -> Tensor:
         place = F.normalize(tokens, dim=-1) @ self.projection.unsqueeze(1)  # (N, 1)
@@ -30,6 +30,4 @@ class RandomRouter(Router):
         return 2 * self.projection.numel()
 
 
-def random(experts: Experts, config: RouterConfig) -> RandomRouter:
-    """See :mod:`d2dmoe_pl.moe.routers`."""
-    return RandomRouter(experts.d_model, experts.num_experts)
+ROUTER = RandomRouter

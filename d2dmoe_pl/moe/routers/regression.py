@@ -3,17 +3,17 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2dmoe_pl.moe.experts import Experts
-from d2dmoe_pl.moe.router import Router, RouterConfig
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.routers import Router, RouterConfig
 
 
 class RegressionRouter(Router):
     """Linear, ReLU, Linear, absolute value; trained by mean squared error."""
 
-    def __init__(self, d_model: int, width: int, num_experts: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(d_model, width)
-        self.down = nn.Linear(width, num_experts)
+    def __init__(self, experts: Experts, config: RouterConfig) -> None:
+        super().__init__(experts, config)
+        self.up = nn.Linear(experts.d_model, config.width)
+        self.down = nn.Linear(config.width, experts.num_experts)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.down(self.up(tokens).relu()).abs()
@@ -25,6 +25,4 @@ class RegressionRouter(Router):
         return F.mse_loss(self(tokens), target)
 
 
-def regression(experts: Experts, config: RouterConfig) -> RegressionRouter:
-    """See :mod:`d2dmoe_pl.moe.routers`."""
-    return RegressionRouter(experts.d_model, config.width, experts.num_experts)
+ROUTER = RegressionRouter

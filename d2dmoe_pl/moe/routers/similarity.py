@@ -3,17 +3,16 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2dmoe_pl.moe.experts import Experts
-from d2dmoe_pl.moe.router import Router, RouterConfig
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.routers import Router, RouterConfig
 
 
 class SimilarityRouter(Router):
     """One more than the cosine of the token and the mean of the expert's weight columns."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """Take ``weight``, ``(E, s, d_model)``: what decides whether a neuron fires."""
-        super().__init__()
-        self.register_buffer("mean", F.normalize(weight.detach().mean(dim=1), dim=-1))  # (E, d)
+    def __init__(self, experts: Experts, config: RouterConfig) -> None:
+        super().__init__(experts, config)
+        self.register_buffer("mean", F.normalize(experts.input_weight.detach().mean(dim=1), dim=-1))  # (E, d)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return (1 + F.linear(F.normalize(tokens, dim=-1), self.mean)).clamp(min=0)
@@ -22,6 +21,4 @@ class SimilarityRouter(Router):
         return 2 * self.mean.numel()
 
 
-def similarity(experts: Experts, config: RouterConfig) -> SimilarityRouter:
-    """See :mod:`d2dmoe_pl.moe.routers`."""
-    return SimilarityRouter(experts.input_weight)
+ROUTER = SimilarityRouter

@@ -1,0 +1,31 @@
+from .adapters import HuggingFaceModel as HuggingFaceModel
+from .adapters import TimmModel as TimmModel
+from .adapters import register_adapter as register_adapter
+from .artifact import PhaseRecord as PhaseRecord
+from .artifact import load_model as load_model
+from .artifact import save_artifact as save_artifact
+from .errors import ConfigError as ConfigError
+from .errors import NonFiniteLossError as NonFiniteLossError
+from .moe.conversion import ActivationConfig as ActivationConfig
+from .moe.conversion import ExpertsConfig as ExpertsConfig
+from .moe.conversion import add_routers_ as add_routers_
+from .moe.conversion import convert_to_moe_ as convert_to_moe_
+from .moe.conversion import set_backend_ as set_backend_
+from .moe.conversion import set_gate_ as set_gate_
+from .moe.conversion import set_tau_ as set_tau_
+from .moe.conversion import swap_activation_ as swap_activation_
+from .moe.execution import register_backend as register_backend
+from .moe.experts.merging import merge_to_dense_ as merge_to_dense_
+from .moe.gating import GateConfig as GateConfig
+from .moe.gating import register_gate as register_gate
+from .moe.projections import ProjectionConfig as ProjectionConfig
+from .moe.projections import replace_projections_ as replace_projections_
+from .moe.routers import RouterConfig as RouterConfig
+from .moe.routers import register_router as register_router
+from .moe.splitting import register_split as register_split
+from .moebert.conversion import convert_to_moebert_ as convert_to_moebert_
+from .moebert.conversion import set_hash_table_ as set_hash_table_
+from .moebert.layer import MoEBERTConfig as MoEBERTConfig
+from .moebert.routing import register_routing as register_routing
+
+__version__: str

@@ -1,0 +1,182 @@
+"""What the rest of the package asks of a model family."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters._attention import AttentionParts, Projection, find_projections, plain_linear
+from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
+from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.errors import ConfigError
+
+TaskName = Literal[
+    "text-classification",
+    "text-regression",
+    "question-answering",
+    "causal-language-modeling",
+    "masked-language-modeling",
+    "image-classification",
+]
+
+
+class Adapter(ABC):
+    """One model family: where its FFNs and attention projections are, how it is called, described and rebuilt.
+
+    Attributes:
+        family: Its name, in artifacts and errors.
+        title: What its models are called.
+        tasks: What they have heads for.
+        attention: What its attention's projections are called; None for a family that does not name them.
+    """
+
+    family: ClassVar[str]
+    title: ClassVar[str]
+    tasks: ClassVar[tuple[TaskName, ...]]
+    attention: ClassVar[AttentionParts | None] = None
+
+    @abstractmethod
+    def matches(self, model: nn.Module) -> bool:
+        """Whether ``model`` is of this family."""
+
+    @abstractmethod
+    def ffns(self, model: nn.Module) -> list[FFN]:
+        """Every dense FFN, first to last. FFNs that were replaced are no longer among them."""
+
+    @abstractmethod
+    def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+        """Let ``module``, ``(..., d_model)`` to the same shape, compute what ``ffn`` computed."""
+
+    def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+        """Let ``module``, ``(..., d_model)`` to the same shape, compute ``norm(x + dropout(ffn(x)))`` as well.
+
+        Families whose FFNs have a ``residual_norm`` define it; the others are never asked to.
+        """
+        raise TypeError(f"{ffn.name}: a {self.family} has no LayerNorm after the FFN's residual")
+
+    def projections(self, model: nn.Module) -> list[Projection]:
+        """Every linear projection of self-attention, first to last. Those that were replaced are no longer among them.
+
+        Raises:
+            ConfigError: If the family does not name them, or a fused one cannot be taken apart.
+        """
+        if self.attention is None:
+            raise ConfigError(
+                f"{self.family}: its adapter names no attention projections; to name them, set attention in "
+                f"{type(self).__module__}"
+            )
+        return find_projections(model, self.attention, self.as_linear)
+
+    def as_linear(self, module: nn.Module) -> nn.Linear | TransposedLinear | None:
+        """``module`` as an ``nn.Linear``; None if it is no linear projection."""
+        return plain_linear(module)
+
+    def vocabulary_size(self, model: nn.Module) -> int | None:
+        """How many token ids there are; None for models of anything but text."""
+        return None
+
+    def num_positions(self, model: nn.Module) -> int | None:
+        """How many tokens a text may have; None for models of anything but text."""
+        return None
+
+    @abstractmethod
+    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
+        """Give ``ffns`` the activation ``name`` and record it in the model's own config.
+
+        Raises:
+            ConfigError: If the family knows no such activation.
+        """
+
+    @abstractmethod
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Call ``model`` with what it needs of ``batch``; labels are left out.
+
+        Returns:
+            By head: classification ``(B, C)``; regression ``(B, 1)``; question answering, of a token as the answer's
+            first and last, ``(B, 2, L)``; language modelling, over a vocabulary of ``V``, ``(B, L, V)``.
+        """
+
+    @abstractmethod
+    def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+        """A batch of noise, as :meth:`logits` takes it, without padding.
+
+        Args:
+            model: Of this family.
+            batch_size: ``B``.
+            length: Tokens of each text, for models of text.
+
+        Raises:
+            ConfigError: If the model has not so many positions.
+        """
+
+    @abstractmethod
+    def head(self, model: nn.Module) -> Head:
+        """What ``model`` has at its end."""
+
+    @abstractmethod
+    def num_outputs(self, model: nn.Module) -> int:
+        """Number of the head's outputs: classes, 1 for regression; of a token, 2 to answer questions, ``V`` of text."""
+
+    @abstractmethod
+    def logits_and_hidden_states(
+        self, model: nn.Module, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What :meth:`logits` gives, and what the embeddings and each layer give, ``(B, L, d_model)``; one call.
+
+        Where a norm follows the last layer, its output may stand for the layer's.
+        """
+
+    @abstractmethod
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        """The ``config.json`` from which :meth:`build` makes the dense model again."""
+
+    def save_beside(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 (most libraries keep nothing)
+        """Write into ``folder`` what the model's library keeps beside configuration and weights."""
+
+    @abstractmethod
+    def build(self, folder: Path) -> nn.Module:
+        """The dense model that ``folder/config.json`` and what lies beside it describe, weights not loaded."""
+
+    @abstractmethod
+    def rebuild(self, model: nn.Module) -> nn.Module:
+        """A new dense model like the one that ``model``, converted or not, was at first; weights are not copied."""
+
+    @abstractmethod
+    def fill_buffers_(self, model: nn.Module) -> None:
+        """Compute the buffers of ``model`` that no file of weights holds; they are on the meta device.
+
+        Parameters and other buffers have their values already, and keep them.
+        """
+
+
+class ModelSource(ABC):
+    """Where a run's first model comes from: a hub, a folder, or random initialisation."""
+
+    @abstractmethod
+    def build(self, label_names: Sequence[str]) -> nn.Module:
+        """The model with one output a label, weights loaded."""
+
+    @abstractmethod
+    def build_structure(self, label_names: Sequence[str]) -> nn.Module:
+        """The same model on the meta device: shapes without weights, for checks before anything long runs."""
+
+
+def module_at(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The parent of the module with dotted path ``name``, and its attribute name there."""
+    parent, _, attribute = name.rpartition(".")
+    return model.get_submodule(parent), attribute
+
+
+def place_meta_buffers_(model: nn.Module) -> list[nn.Module]:
+    """Give buffers on the meta device memory on the CPU, without values; the modules that have such buffers."""
+    found = []
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in names:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
+        if names:
+            found.append(module)
+    return found

@@ -1,0 +1,173 @@
+"""The canonical view of an attention's linear projections, and how a module is put in the place of one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters._ffn import TransposedLinear
+from d2dmoe_pl.errors import ConfigError
+
+Role = Literal["query", "key", "value", "output"]
+FUSED: tuple[Role, ...] = ("query", "key", "value")
+ROLES: tuple[Role, ...] = (*FUSED, "output")
+
+
+@dataclass(frozen=True)
+class AttentionParts:
+    """What a family calls the projections of its attention.
+
+    Attributes:
+        classes: Of the modules that hold them.
+        output: Path of each projection from such a module.
+        query: None, as are ``key`` and ``value``, where one module computes all three.
+        key: See ``query``.
+        value: See ``query``.
+        fused: Path of that module, whose output holds queries, keys and values in this order.
+    """
+
+    classes: tuple[type[nn.Module], ...]
+    output: str
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    fused: str | None = None
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear map ``d_in -> d_out`` of an attention.
+
+    Attributes:
+        name: Dotted path of the module that computes it, once a fused one is taken apart; its name everywhere.
+        role: What it gives.
+        place: Dotted path of the module that computes it now.
+        linear: That module.
+        rows: Which of the module's outputs are the projection's.
+    """
+
+    name: str
+    role: Role
+    place: str
+    linear: nn.Linear | TransposedLinear
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def weight(self) -> Tensor:
+        """A view, ``(d_out, d_in)``."""
+        return self.linear.weight[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """A view, ``(d_out,)``."""
+        return None if self.linear.bias is None else self.linear.bias[self.rows]
+
+    @property
+    def d_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.weight.shape[0]
+
+
+class SeparateProjections(nn.Module):
+    """What stands in the place of a fused module: one module a projection, their outputs side by side."""
+
+    def __init__(self, projections: dict[Role, nn.Module]) -> None:
+        super().__init__()
+        for role, module in projections.items():
+            self.add_module(role, module)
+
+    def parts(self) -> dict[Role, nn.Module]:
+        """The modules by what they give."""
+        return {role: self.get_submodule(role) for role in FUSED}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., d_in)`` to ``(..., 3 * d_out)``."""
+        return torch.cat([module(x) for module in self.children()], dim=-1)
+
+
+AsLinear = Callable[[nn.Module], nn.Linear | TransposedLinear | None]
+
+
+def plain_linear(module: nn.Module) -> nn.Linear | TransposedLinear | None:
+    """``module``, if it is an ``nn.Linear``."""
+    return module if isinstance(module, nn.Linear) else None
+
+
+def find_projections(model: nn.Module, parts: AttentionParts, as_linear: AsLinear = plain_linear) -> list[Projection]:
+    """The linear projections of every self-attention, first to last; those that were replaced are not among them.
+
+    Cross-attention is left out: what it attends to is no part of the batch that padding is told by.
+
+    Args:
+        model: The model.
+        parts: What its family calls the projections.
+        as_linear: A module as an ``nn.Linear``; None if it is no linear projection.
+
+    Raises:
+        ConfigError: If a fused module cannot be taken apart.
+    """
+    found = []
+    for name, attention in model.named_modules():
+        if not isinstance(attention, parts.classes) or getattr(attention, "is_cross_attention", False):
+            continue
+        if parts.fused is not None:
+            found += _of_fused(attention.get_submodule(parts.fused), f"{name}.{parts.fused}", as_linear)
+        for role in ROLES:
+            path = getattr(parts, role)
+            if path is not None and (linear := as_linear(attention.get_submodule(path))) is not None:
+                found.append(Projection(f"{name}.{path}", role, f"{name}.{path}", linear))
+    return found
+
+
+def put_projection_(model: nn.Module, projection: Projection, module: nn.Module) -> None:
+    """Let ``module``, ``(..., d_in)`` to ``(..., d_out)``, compute what ``projection`` computed."""
+    if projection.name != projection.place and not isinstance(
+        model.get_submodule(projection.place), SeparateProjections
+    ):
+        parts = _taken_apart(projection.linear, projection.place)
+        model.set_submodule(projection.place, SeparateProjections({part.role: _alone(part) for part in parts}))
+    model.set_submodule(projection.name, module)
+
+
+def _of_fused(module: nn.Module, name: str, as_linear: AsLinear) -> list[Projection]:
+    if isinstance(module, SeparateProjections):
+        parts = {role: as_linear(part) for role, part in module.parts().items()}
+        return [
+            Projection(f"{name}.{role}", role, f"{name}.{role}", linear)
+            for role, linear in parts.items()
+            if linear is not None
+        ]
+    linear = as_linear(module)
+    outputs = 0 if linear is None else linear.weight.shape[0]
+    if linear is None or outputs % len(FUSED) != 0:
+        raise ConfigError(
+            f"{name}: a {type(module).__name__} of {outputs} outputs, which cannot be taken apart into the projections "
+            "query, key and value; must be one linear module with as many outputs for each"
+        )
+    return _taken_apart(linear, name)
+
+
+def _taken_apart(linear: nn.Linear | TransposedLinear, name: str) -> list[Projection]:
+    size = linear.weight.shape[0] // len(FUSED)
+    return [
+        Projection(f"{name}.{role}", role, name, linear, slice(i * size, (i + 1) * size))
+        for i, role in enumerate(FUSED)
+    ]
+
+
+@torch.no_grad()
+def _alone(projection: Projection) -> nn.Linear:
+    """A module of its own for one of several in a fused module."""
+    weight, bias = projection.weight, projection.bias
+    linear = nn.Linear(
+        projection.d_in, projection.d_out, bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    linear.weight.copy_(weight)
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return linear.requires_grad_(projection.linear.weight.requires_grad)

@@ -1,0 +1,74 @@
+"""The adapters of all model families, and which of them a model needs."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from d2dmoe_pl.adapters._adapter import Adapter
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.plugins import Plugins
+
+ADAPTERS: Plugins[Adapter] = Plugins(
+    "d2dmoe_pl.adapters",
+    "ADAPTER",
+    "an instance of a subclass of d2dmoe_pl.adapters.Adapter, under its family's name",
+    lambda plugin: isinstance(plugin, Adapter),
+)
+
+
+def register_adapter(adapter: Adapter) -> None:
+    """Make a model family known, under its ``family``; for this process. It is asked before those of the package.
+
+    Raises:
+        ConfigError: If there is another adapter for a family of that name.
+
+    Example:
+        >>> from d2dmoe_pl.adapters import adapter_named
+        >>> llama = adapter_named("llama")
+        >>> class MistralAdapter(type(llama)):
+        ...     family, title, model_types = "mistral", "Hugging Face Mistral", ("mistral",)
+        >>> register_adapter(MistralAdapter())
+        >>> adapter_named("mistral").title
+        'Hugging Face Mistral'
+    """
+    ADAPTERS.register(adapter.family, adapter)
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of the model's family.
+
+    Raises:
+        ConfigError: If there is none.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> adapter_for(transformers.GPT2LMHeadModel(config)).family
+        'gpt2'
+    """
+    for adapter in _by_likelihood(model):
+        if adapter.matches(model):
+            return adapter
+    raise ConfigError(
+        f"{type(model).__name__}: no adapter knows this model; known families are {', '.join(ADAPTERS.names())} "
+        "(to add one, write a file that defines ADAPTER, or register_adapter; docs/extending.md shows how)"
+    )
+
+
+def adapter_named(family: str) -> Adapter:
+    """The adapter of ``family``, as an artifact records it.
+
+    Raises:
+        ConfigError: If there is none.
+
+    Example:
+        >>> adapter_named("bert").title
+        'Hugging Face BERT'
+    """
+    return ADAPTERS.find(family, "family")
+
+
+def _by_likelihood(model: nn.Module) -> Iterator[Adapter]:
+    """All adapters: those from outside first, then those that need not be imported any more."""
+    names = sorted(ADAPTERS.names(), key=lambda name: (ADAPTERS.is_own(name), not ADAPTERS.is_imported(name), name))
+    return (ADAPTERS.find(name, "family") for name in names)

@@ -1,0 +1,155 @@
+"""What all Hugging Face families share; each family's own file says where its FFNs are."""
+
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from d2dmoe_pl.adapters._adapter import Adapter, TaskName, module_at, place_meta_buffers_
+from d2dmoe_pl.adapters._attention import plain_linear
+from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
+from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
+from d2dmoe_pl.errors import ConfigError, check
+
+GENERATION_CONFIG = "generation_config.json"
+
+# the head for each task, and what of transformers knows the class that has it, by the type of a model
+HEADS: dict[TaskName, tuple[Head, type]] = {
+    "text-classification": ("classification", transformers.AutoModelForSequenceClassification),
+    "text-regression": ("regression", transformers.AutoModelForSequenceClassification),
+    "question-answering": ("question-answering", transformers.AutoModelForQuestionAnswering),
+    "causal-language-modeling": ("causal-language-modeling", transformers.AutoModelForCausalLM),
+    "masked-language-modeling": ("masked-language-modeling", transformers.AutoModelForMaskedLM),
+    "image-classification": ("classification", transformers.AutoModelForImageClassification),
+}
+
+
+class HuggingFaceAdapter(Adapter):
+    """A family of ``transformers`` models, told by ``config.model_type``.
+
+    Attributes:
+        model_types: The types of its models.
+        inputs: What a batch may hold for the model; everything else in it is for losses and metrics.
+        activation_keys: What the models' configs call the FFNs' activation.
+        head_activation: Where a head for language modelling has, by the same setting, the same activation.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    inputs: ClassVar[tuple[str, ...]]
+    activation_keys: ClassVar[tuple[str, ...]] = ("hidden_act",)
+    head_activation: ClassVar[str | None] = None
+
+    def as_linear(self, module: nn.Module) -> nn.Linear | TransposedLinear | None:
+        return TransposedLinear(module) if isinstance(module, Conv1D) else plain_linear(module)
+
+    def matches(self, model: nn.Module) -> bool:
+        return isinstance(model, transformers.PreTrainedModel) and model.config.model_type in self.model_types
+
+    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
+        check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
+        for ffn in ffns:
+            self.put_activation_(model, ffn, ACT2FN[name])
+        if self.head_activation in dict(model.named_modules()):
+            parent, attribute = module_at(model, self.head_activation)
+            setattr(parent, attribute, ACT2FN[name])
+        for key in self.activation_keys:
+            setattr(model.config, key, name)
+
+    @abstractmethod
+    def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
+        """Replace the activation module of one FFN."""
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._logits(self._call(model, batch))
+
+    def logits_and_hidden_states(
+        self, model: nn.Module, batch: Mapping[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        output = self._call(model, batch, output_hidden_states=True)
+        return self._logits(output), output.hidden_states
+
+    def _call(self, model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
+        return model(**{key: batch[key] for key in self.inputs if key in batch}, **kwargs)
+
+    @staticmethod
+    def _logits(output: Any) -> Tensor:
+        if "start_logits" in output:
+            return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, L)
+        return output.logits
+
+    def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+        config = model.config
+        if model.main_input_name == "pixel_values":
+            size = config.image_size
+            height, width = (size, size) if isinstance(size, int) else size
+            return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width)}
+        positions = getattr(config, "max_position_embeddings", length)
+        check(length <= positions, f"length={length}: must be at most {positions}, the positions of the model")
+        return {"input_ids": torch.randint(config.vocab_size, (batch_size, length))}
+
+    def head(self, model: nn.Module) -> Head:
+        """See :meth:`Adapter.head`.
+
+        Raises:
+            ConfigError: If it is none of those that the family's tasks need.
+        """
+        is_regression = model.config.problem_type == "regression"
+        for task in self.tasks:
+            head, auto = HEADS[task]
+            classes = auto._model_mapping.get(type(model.config), ())
+            if isinstance(model, classes) and (head == "regression") == is_regression:
+                return head
+        raise ConfigError(
+            f"{type(model).__name__}: its head is for none of the tasks that {self.title} models are used for here, "
+            f"which are {', '.join(self.tasks)}"
+        )
+
+    def num_outputs(self, model: nn.Module) -> int:
+        return model.config.vocab_size if self.head(model) in VOCABULARY_HEADS else model.config.num_labels
+
+    def vocabulary_size(self, model: nn.Module) -> int | None:
+        return getattr(model.config, "vocab_size", None)
+
+    def num_positions(self, model: nn.Module) -> int | None:
+        return getattr(model.config, "max_position_embeddings", None)
+
+    def config(self, model: nn.Module) -> dict[str, Any]:
+        config = json.loads(model.config.to_json_string(use_diff=True))
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {**config, "architectures": [type(model).__name__], "dtype": dtype}
+
+    def save_beside(self, model: nn.Module, folder: Path) -> None:
+        """Write how the model generates text by default, where it can."""
+        if model.can_generate():
+            model.generation_config.to_json_file(folder / GENERATION_CONFIG)
+
+    def rebuild(self, model: nn.Module) -> nn.Module:
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+
+    def fill_buffers_(self, model: nn.Module) -> None:
+        # transformers' own way with models whose weights come from a file: what it thinks has been read is left alone
+        if place_meta_buffers_(model):
+            for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values()):
+                tensor._is_hf_initialized = True
+            model.initialize_weights()
+
+    def build(self, folder: Path) -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = getattr(transformers, config.architectures[0])._from_config(config)
+        if (folder / GENERATION_CONFIG).exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        return model
+
+
+def check_not_chunked(module: nn.Module, name: str) -> None:
+    """Raise ``ConfigError`` if ``module``, called ``name``, runs its FFN on a part of the sequence at a time."""
+    size = getattr(module, "chunk_size_feed_forward", 0)
+    check(size == 0, f"chunk_size_feed_forward={size} in {name}: must be 0 to have experts")

@@ -1,0 +1,39 @@
+"""PyTorch's own product of groups of rows, each with a matrix of its own."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.experts.ffn_math import output_of_no_expert
+
+
+def grouped_mm(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+    """All experts in one call a product; as :mod:`d2dmoe_pl.moe.execution`.
+
+    Raises:
+        ConfigError: If this version of PyTorch has no ``torch.nn.functional.grouped_mm``.
+    """
+    check(
+        hasattr(F, "grouped_mm"),
+        f"compare='grouped_mm': torch {torch.__version__} has no torch.nn.functional.grouped_mm",
+    )
+    expert, token = mask.t().nonzero().unbind(1)  # (P,) each, sorted by expert
+    ends = mask.sum(dim=0).cumsum(0).to(torch.int32)  # (E,): where each expert's rows end
+    rows = tokens.index_select(0, token)  # (P, d)
+
+    def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+        product = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)  # (P, d) @ (E, d, s) -> (P, s)
+        return product if bias is None else product + bias[expert]
+
+    hidden = project(experts.up_weight, experts.up_bias)
+    if experts.is_gated:
+        hidden = experts.activation(project(experts.gate_weight, experts.gate_bias)) * hidden
+    else:
+        hidden = experts.activation(hidden)
+    output = output_of_no_expert(tokens, experts.down_bias, experts.d_out)  # (N, d_out)
+    return output.index_add_(0, token, F.grouped_mm(hidden, experts.down_weight, offs=ends))
+
+
+BACKEND = grouped_mm

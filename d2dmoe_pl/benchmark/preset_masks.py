@@ -1,0 +1,58 @@
+"""Choices among experts that are made beforehand, so that exactly a given share of them runs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.moe.gating import Gate
+from d2dmoe_pl.moe.layer import MoELayer
+
+
+def random_mask(tokens: int, num_experts: int, share: float, device: torch.device) -> Tensor:
+    """A boolean mask ``(N, E)``, a ``share`` of it true (at least one pair, rounded to whole ones), drawn at random."""
+    pairs = max(1, round(share * tokens * num_experts))
+    mask = torch.zeros(tokens * num_experts, dtype=torch.bool)
+    mask[torch.randperm(len(mask))[:pairs]] = True
+    return mask.view(tokens, num_experts).to(device)  # (N, E)
+
+
+class PresetGate(nn.Module):
+    """Gives the same mask whatever the scores.
+
+    Args:
+        mask: Boolean ``(N, E)``.
+        gate: Run for what it costs, its choice not used; None where routing is not to count.
+    """
+
+    def __init__(self, mask: Tensor, gate: Gate | None) -> None:
+        super().__init__()
+        self.mask = mask
+        self.gate = gate
+
+    def forward(self, scores: Tensor) -> Tensor:
+        if self.gate is not None:
+            self.gate(scores)
+        return self.mask
+
+
+@contextmanager
+def preset_masks(layers: Mapping[str, MoELayer], masks: Mapping[str, Tensor], routed: bool) -> Iterator[None]:
+    """Run the body with these masks in these layers, then put routers and gates back.
+
+    Args:
+        layers: MoE layers by name.
+        masks: Boolean ``(N, E)`` of each.
+        routed: Whether their routers and gates run as well, for what they cost.
+    """
+    before = {name: (layer.router, layer.gate) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.gate = PresetGate(masks[name], layer.gate if routed else None)
+        if not routed:
+            layer.router = nn.Identity()
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.router, layer.gate = before[name]

@@ -1,0 +1,195 @@
+"""The rows of a benchmark, and the ways to show them: a CSV, tables, a picture."""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich.box import SIMPLE
+from rich.table import Table
+
+from d2dmoe_pl.benchmark.machine import Machine
+from d2dmoe_pl.whole_files import replaced_file
+
+TITLES = {"layer": "FFN alone", "model": "whole model"}
+
+
+@dataclass
+class BenchmarkRow:
+    """One way to run the experts, against the dense computation that was timed in turn with it.
+
+    Attributes:
+        scope: ``layer`` for an FFN alone, ``model`` for a whole model.
+        name: Of the layer or model.
+        backend: What ran the experts.
+        router: Whether routers and gates ran as well.
+        dtype: Of weights and inputs.
+        num_experts: ``E``.
+        batch_size: Samples a call of a whole model.
+        tokens: That each FFN got in one call, without padding.
+        tau: The gates' setting; None for preset masks.
+        share_percent: Executed share of all (token, expert) pairs.
+        dense_ms: Median time of a dense call, milliseconds.
+        dense_spread_ms: Half the interquartile range of the same.
+        moe_ms: Median time of a call with experts.
+        moe_spread_ms: Half the interquartile range of the same.
+        dense_throughput: Samples a second of a whole model, tokens a second of a layer.
+        moe_throughput: The same with experts.
+        speed_up: ``dense_ms / moe_ms``.
+        ideal: The speed-up if an FFN's time were in proportion to its FLOPs, routers in, and the rest stayed as it is.
+        rest_percent: Share of the dense model's time outside its FFNs; None for a layer.
+        dense_memory_mib: What a dense call holds at its peak beyond weights and input.
+        moe_memory_mib: The same with experts.
+        noisy: Whether the spread of the dense calls is too wide to tell.
+    """
+
+    scope: str
+    name: str
+    backend: str
+    router: bool
+    dtype: str
+    num_experts: int
+    batch_size: int | None
+    tokens: int
+    tau: float | None
+    share_percent: float
+    dense_ms: float
+    dense_spread_ms: float
+    moe_ms: float
+    moe_spread_ms: float
+    dense_throughput: float
+    moe_throughput: float
+    speed_up: float
+    ideal: float
+    rest_percent: float | None
+    dense_memory_mib: float
+    moe_memory_mib: float
+    noisy: bool
+
+    @property
+    def way(self) -> str:
+        """The backend, and whether routers are in."""
+        return f"{self.backend} + router" if self.router else self.backend
+
+    @property
+    def amount(self) -> str:
+        """How much one call is given."""
+        if self.batch_size is not None:
+            return f"batch of {self.batch_size}"
+        return "1 token" if self.tokens == 1 else f"{self.tokens:,} tokens"
+
+
+def write_csv(rows: Sequence[BenchmarkRow], machine: Machine, file: Path) -> None:
+    """Write one line a row; the last columns say on what it was measured."""
+    records = [{**asdict(row), **asdict(machine)} for row in rows]
+    with replaced_file(file) as aside, aside.open("w", newline="") as opened:  # Ctrl-C may come meanwhile
+        writer = csv.DictWriter(opened, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def as_table(rows: Sequence[BenchmarkRow]) -> Table:
+    """The ways that were timed in turn with one dense computation, for the terminal."""
+    first = rows[0]
+    title = f"{first.name}, E={first.num_experts}, {first.dtype}, {first.amount}"
+    table = Table("way", title=title, title_justify="left", caption=_caption(first), caption_justify="left", box=SIMPLE)
+    unit = "tokens/s" if first.batch_size is None else "samples/s"
+    for header in ("tau", "experts run %", "ms", unit, "speed-up", "ideal", "peak MiB"):
+        table.add_column(header, justify="right")
+    table.add_row(
+        "dense",
+        "",
+        "",
+        _milliseconds(first.dense_ms, first.dense_spread_ms),
+        f"{first.dense_throughput:,.0f}",
+        "1.00x",
+        "",
+        f"{first.dense_memory_mib:.1f}",
+    )
+    for row in rows:
+        table.add_row(
+            row.way,
+            "" if row.tau is None else f"{row.tau:g}",
+            f"{row.share_percent:.1f}",
+            _milliseconds(row.moe_ms, row.moe_spread_ms),
+            f"{row.moe_throughput:,.0f}",
+            f"{row.speed_up:.2f}x",
+            f"{row.ideal:.2f}x",
+            f"{row.moe_memory_mib:.1f}",
+        )
+    return table
+
+
+def _milliseconds(median_ms: float, spread_ms: float) -> str:
+    decimals = 3 if median_ms < 10 else 1
+    return f"{median_ms:.{decimals}f} ± {spread_ms:.{decimals}f}"
+
+
+def _caption(row: BenchmarkRow) -> str | None:
+    said = []
+    if row.rest_percent is not None:
+        said.append(f"Attention and all else outside the FFNs take {row.rest_percent:.0f}% of the dense model's time.")
+    if row.noisy:
+        said.append("Too noisy to tell.")
+    return "\n".join(said) or None
+
+
+def draw_speed_up(rows: Sequence[BenchmarkRow], machine: Machine) -> Figure:
+    """Speed-up against ``tau``, or against the share executed where choices are preset.
+
+    A panel for each scope, dtype and number of experts. A colour is an amount of tokens or samples, a marker a way to
+    run the experts: its median over layers, in a band from the slowest layer to the fastest. Dashed is the ideal.
+    """
+    panels: dict[tuple, list[BenchmarkRow]] = {}
+    for row in rows:
+        panels.setdefault((row.scope, row.dtype, row.num_experts), []).append(row)
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(7 * columns, 4.5 * lines), layout="constrained")
+    figure.suptitle(str(machine), fontsize="small")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, ((scope, dtype, num_experts), drawn) in zip(grid, panels.items(), strict=False):
+        _draw_panel(axes, drawn)
+        axes.set_title(f"{TITLES[scope]}, E={num_experts}, {dtype}")
+    return figure
+
+
+def _draw_panel(axes: Axes, rows: Sequence[BenchmarkRow]) -> None:
+    by_tau = rows[0].tau is not None
+    colors = {amount: f"C{i % 10}" for i, amount in enumerate(dict.fromkeys(row.amount for row in rows))}
+    markers = dict(zip(dict.fromkeys(row.way for row in rows), cycle("osD^vPX*")))
+    curves: dict[tuple[str, str], dict[float, list[BenchmarkRow]]] = {}
+    for row in rows:
+        x = row.tau if by_tau else row.share_percent
+        curves.setdefault((row.amount, row.way), {}).setdefault(x, []).append(row)
+    for (amount, way), points in curves.items():
+        xs = sorted(points)
+        speed_ups = [[row.speed_up for row in points[x]] for x in xs]
+        ideals = [median(row.ideal for row in points[x]) for x in xs]
+        color = colors[amount]
+        axes.plot(xs, [median(values) for values in speed_ups], color=color, marker=markers[way], markersize=5)
+        axes.plot(xs, ideals, color=color, marker="_", linestyle="--", linewidth=1, alpha=0.6)
+        lowest, highest = [min(values) for values in speed_ups], [max(values) for values in speed_ups]
+        axes.fill_between(xs, lowest, highest, color=color, alpha=0.15, linewidth=0)
+    axes.axhline(1.0, linewidth=1, color="black")
+    axes.set_xlabel("tau" if by_tau else "experts run, %")
+    axes.set_ylabel("speed-up over dense")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, 1.05 if by_tau else 105)
+    axes.grid(alpha=0.3)
+    axes.legend(
+        handles=[
+            *(Line2D([], [], color=color, label=amount) for amount, color in colors.items()),
+            *(Line2D([], [], color="grey", marker=marker, label=way) for way, marker in markers.items()),
+            Line2D([], [], color="grey", marker="_", linestyle="--", linewidth=1, label="ideal"),
+        ],
+        fontsize="small",
+    )

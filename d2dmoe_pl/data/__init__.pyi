@@ -1,0 +1,16 @@
+from .augmentation import Augmentation as Augmentation
+from .dataset_source import DatasetSource as DatasetSource
+from .digits import Digits as Digits
+from .docstrings.docstring_text import DocstringText as DocstringText
+from .docstrings.docstrings import Docstrings as Docstrings
+from .glue import GLUE as GLUE
+from .image_classification import ImageClassification as ImageClassification
+from .language_modeling.language_modeling import LanguageModeling as LanguageModeling
+from .language_modeling.streamed_language_modeling import StreamedLanguageModeling as StreamedLanguageModeling
+from .squad.question_answering import QuestionAnswering as QuestionAnswering
+from .squad.squad_data import SQuAD as SQuAD
+from .task import Classification as Classification
+from .task import Regression as Regression
+from .task import Task as Task
+from .task_data import TaskData as TaskData
+from .text_classification import TextClassification as TextClassification

@@ -1,0 +1,1 @@
+"""Text that needs no download: the docstrings of installed packages."""

@@ -1,0 +1,9 @@
+"""The heads that a model can have, by what the data asks of it."""
+
+from typing import Literal
+
+Head = Literal[
+    "classification", "regression", "question-answering", "causal-language-modeling", "masked-language-modeling"
+]
+# their outputs are the vocabulary, which the model brings; labels name those of the others
+VOCABULARY_HEADS: tuple[Head, ...] = ("causal-language-modeling", "masked-language-modeling")

@@ -1,0 +1,1 @@
+"""Text packed into blocks of tokens, for models that tell the next token or a masked one."""

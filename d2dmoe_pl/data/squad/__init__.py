@@ -1,0 +1,1 @@
+"""SQuAD: questions about a text, whose answers are spans of it."""

@@ -1,0 +1,73 @@
+"""The task of finding the answer to a question in a text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+from d2dmoe_pl.data.squad.answer_spans import best_spans, null_scores
+from d2dmoe_pl.data.squad.squad_score import SQuADScore
+from d2dmoe_pl.data.task import Batch, Task, symmetric_kl
+
+
+class QuestionAnswering(Task):
+    """An answer's first and last token in each window.
+
+    Logits are ``(B, 2, L)``, ``labels`` ``(B, 2)``; batches hold ``attention_mask`` ``(B, L)``, ``offsets``
+    ``(B, L, 2)`` and ``question`` ``(B,)`` too. Padding takes no part in losses.
+
+    Args:
+        examples: By question index: ``context``, and ``answers`` with ``text``, a list of references.
+        answerless: Whether contexts may hold no answer.
+        n_best: Spans of each window among the predictions.
+        max_answer_length: Longest answer, tokens.
+        null_threshold: No answer is predicted where it beats the best span by more than this.
+    """
+
+    head = "question-answering"
+    main_metric = "f1"
+
+    def __init__(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        answerless: bool,
+        n_best: int = 20,
+        max_answer_length: int = 30,
+        null_threshold: float = 0.0,
+    ) -> None:
+        self.label_names = ["start", "end"]
+        self.examples = examples
+        self.answerless = answerless
+        self.n_best = n_best
+        self.max_answer_length = max_answer_length
+        self.null_threshold = null_threshold
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        # (B, 2, L) -> (2B, L): the mean of the start's and the end's cross-entropy
+        return F.cross_entropy(_unpadded(logits, batch).flatten(0, 1), batch["labels"].flatten())
+
+    def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        return symmetric_kl(_unpadded(student_logits, batch), _unpadded(teacher_logits, batch)).mean()
+
+    def scores(self) -> dict[str, Metric]:
+        score = SQuADScore(self.examples, self.answerless, self.null_threshold, self.max_answer_length)
+        return {"squad": score}
+
+    def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Of each window its question, its best spans and the score of no answer.
+
+        Returns:
+            ``questions`` ``(B,)``; ``spans`` ``(B, n, 2)``, characters, best first, and their ``scores`` ``(B, n)``;
+            ``null_scores`` ``(B,)``.
+        """
+        scores, spans = best_spans(logits, batch["offsets"], self.n_best, self.max_answer_length)
+        return {"questions": batch["question"], "spans": spans, "scores": scores, "null_scores": null_scores(logits)}
+
+
+def _unpadded(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits ``(B, 2, L)`` that give padding no probability; finite, so that their differences are."""
+    padding = batch["attention_mask"].unsqueeze(1) == 0  # (B, 1, L)
+    return logits.float().masked_fill(padding, torch.finfo(torch.float32).min)

@@ -1,0 +1,179 @@
+"""What every phase asks of its data: dict batches, a task, and a way to see the data as it is."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.task import Task
+from d2dmoe_pl.errors import check
+
+SPLITS = ("train", "validation", "test")
+
+
+class CacheableLoader(DataLoader):
+    """Batches of a dataset; once ``cached`` is set, the batches of that, with no work on the dataset.
+
+    Attributes:
+        cached: As many batches as the trainer takes of this loader.
+    """
+
+    cached: Iterable[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return super().__iter__() if self.cached is None else iter(self.cached)
+
+
+class TaskData(L.LightningDataModule):
+    """Train, validation and test splits of labelled samples, as dict batches with a key ``labels`` ``(B, ...)``.
+
+    There can be further validation and test splits, named ``validation_...`` and ``test_...``; each is a loader.
+
+    Attributes:
+        head: The head that a model needs for this data.
+        task: What is to be learnt, once set up.
+        ordered: Phases that only gather statistics set this: training samples then come in order and unaugmented.
+        sample_length: Tokens that every sample has; None where they differ, and for data of anything but text.
+
+    Args:
+        batch_size: Samples a batch and process.
+        num_workers: Loader processes.
+
+    Raises:
+        ConfigError: If ``batch_size`` is not positive or ``num_workers`` is negative.
+    """
+
+    head: Head = "classification"
+    sample_length: int | None = None
+
+    def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
+        super().__init__()
+        check(batch_size > 0, f"batch_size={batch_size}: must be positive")
+        check(num_workers >= 0, f"num_workers={num_workers}: must not be negative")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.ordered = False
+        self.task: Task | None = None
+        self._splits: Mapping[str, Dataset] = {}
+
+    @abstractmethod
+    def load(self) -> tuple[Mapping[str, Dataset], Task]:
+        """The splits by name, ``train``, ``validation`` and ``test`` among them, and the task."""
+
+    @abstractmethod
+    def collate(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
+        """A batch of samples of one split."""
+
+    def training_sampler(self, dataset: Dataset) -> Sampler | None:
+        """The order of training samples, this process's share of them; None for an order by chance."""
+        return None
+
+    def rearranged(self, dataset: Dataset) -> Dataset:
+        """A split to evaluate on, in the order that costs least; predictions and statistics keep the split's own."""
+        return dataset
+
+    def load_processor(self) -> None:
+        """Load what :meth:`save_processor` writes, where it has to come from a folder or the hub, and check it.
+
+        Not done in ``__init__``, so that a config can be read without a network; but before anything long runs. Doing
+        it again does nothing.
+        """
+
+    @property
+    def augmented(self) -> bool:
+        """Whether each epoch sees other training samples, e.g. since they are changed at random."""
+        return False
+
+    @property
+    def num_token_ids(self) -> int | None:
+        """How many token ids the batches may hold, once set up; None for data of anything but text."""
+        return None
+
+    @property
+    def num_training_samples(self) -> int:
+        """Samples of an epoch, over all processes, once set up."""
+        return len(self._splits["train"])
+
+    def save_processor(self, folder: Path) -> None:
+        """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""
+
+    def prepare_data(self) -> None:
+        """Download and preprocess once, so that the other processes find it cached."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load all splits.
+
+        Raises:
+            ConfigError: If a split is empty.
+        """
+        if self._splits:
+            return
+        self.load_processor()
+        splits, self.task = self.load()
+        for name, split in splits.items():
+            check(len(split) > 0, f"{name}: the split is empty; must have at least one sample")
+        self._splits = splits
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Let training loaders that are made in the body give samples in order and unaugmented."""
+        before, self.ordered = self.ordered, True
+        try:
+            yield
+        finally:
+            self.ordered = before
+
+    def split_names(self, stage: str) -> list[str]:
+        """The splits that ``stage``, ``validation`` or ``test``, runs over, the one of that name first."""
+        return [name for name in sorted(self._splits) if name == stage or name.startswith(f"{stage}_")]
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", train=not self.ordered)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation_loaders("validation")
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._evaluation_loaders("test", in_order=True)
+
+    def _evaluation_loaders(self, stage: str, in_order: bool = False) -> DataLoader | list[DataLoader]:
+        loaders = [self._loader(name, False, in_order) for name in self.split_names(stage)]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
+        dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
+        sampler = self.training_sampler(dataset) if train else _ordered_sampler(dataset, repeat=split == "train")
+        return CacheableLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=train and sampler is None,
+            sampler=sampler,
+            collate_fn=partial(self.collate, augment=train),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None:
+    """This process's share of ``dataset`` in order, dealt out in turn; None without other processes.
+
+    Lightning's own choice would shuffle training data, and repeat samples in evaluation until processes have equally
+    many (``repeat``), which falsifies metrics.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return (DistributedSampler if repeat else UnrepeatedDistributedSampler)(dataset, shuffle=False)

@@ -1,0 +1,206 @@
+"""In-place conversion of a model, one stage after the other: activation, experts, routers, gate.
+
+Each function takes ``(model, config, filter_fn)``, checks every place it will touch before it touches the first, and
+raises ``ConfigError`` if it finds none.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import FFN, adapter_for
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
+from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, moe_layers, select_ffns
+from d2dmoe_pl.moe.gating import Gate, GateConfig
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.routers import RouterConfig, make_router
+from d2dmoe_pl.moe.token_context import shared_context_
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """The activation function to put into every FFN.
+
+    Attributes:
+        name: As ``transformers`` and ``timm`` both spell it, e.g. ``relu``.
+    """
+
+    name: str = "relu"
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """How an FFN is split.
+
+    Attributes:
+        num_experts: ``E``; divides the width of every FFN that is split.
+        num_projection_experts: The same for MLPs in the place of attention projections, which are narrower;
+            ``num_experts`` if not given.
+
+    Raises:
+        ConfigError: If a number is not positive.
+    """
+
+    num_experts: int
+    num_projection_experts: int | None = None
+
+    def __post_init__(self) -> None:
+        for argument, value in asdict(self).items():
+            check(value is None or value > 0, f"{argument}={value}: must be positive")
+
+    def num_for(self, ffn: FFN) -> int:
+        """How many experts ``ffn`` is split into.
+
+        Raises:
+            ConfigError: If its width is not divisible by them.
+        """
+        own = ffn.is_projection and self.num_projection_experts is not None
+        argument, number = (
+            ("num_projection_experts", self.num_projection_experts) if own else ("num_experts", self.num_experts)
+        )
+        hint = "; num_projection_experts is for these alone" if ffn.is_projection and not own else ""
+        check(
+            ffn.d_ff % number == 0,
+            f"{argument}={number}: must divide the FFN width, which is {ffn.d_ff} in {ffn.name}{hint}",
+        )
+        return number
+
+
+def select_moe_layers(model: nn.Module, filter_fn: LayerFilterFn | None) -> dict[str, MoELayer]:
+    """The MoE layers of ``model`` by name, first to last.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    layers = moe_layers(model, filter_fn)
+    if not layers:
+        raise ConfigError(
+            f"{type(model).__name__}: no MoE layer found" + (" that the filter admits" if filter_fn else "")
+        )
+    return layers
+
+
+def swap_activation_(model: nn.Module, config: ActivationConfig, filter_fn: FilterFn | None = None) -> None:
+    """Replace the activation function of every FFN ("relufication", D2DMoE section 4).
+
+    Raises:
+        ConfigError: If the architecture does not know the activation, or no FFN is found.
+    """
+    # MLPs in the place of projections have theirs from the start
+    ffns = select_ffns(model, lambda ffn, name: not ffn.is_projection and (filter_fn is None or filter_fn(ffn, name)))
+    adapter_for(model).set_activation_(model, ffns, config.name)
+
+
+def convert_to_moe_(
+    model: nn.Module,
+    config: ExpertsConfig,
+    filter_fn: FilterFn | None = None,
+    *,
+    assignments: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Replace dense FFNs by MoE layers that compute the same function.
+
+    Args:
+        model: A model that an adapter knows.
+        config: Number of experts.
+        filter_fn: ``(ffn, name) -> bool``; which FFNs to convert, all if not given.
+        assignments: Expert of each neuron, ``(d_ff,)``, by the FFN's name; neurons in order if not given.
+
+    Raises:
+        ConfigError: If a width is not divisible by the number of experts, an assignment is unbalanced, or no FFN is
+            found. The model is then as it was.
+    """
+    adapter = adapter_for(model)
+    ffns = select_ffns(model, filter_fn)
+    numbers = [config.num_for(ffn) for ffn in ffns]
+    if assignments is not None:
+        for ffn, num_experts in zip(ffns, numbers, strict=True):
+            check_assignment(assignments[ffn.name], ffn.d_ff, num_experts, ffn.name)
+    context = shared_context_(model)
+    for ffn, num_experts in zip(ffns, numbers, strict=True):
+        experts = Experts(ffn, num_experts, None if assignments is None else assignments[ffn.name])
+        layer = MoELayer(experts, context, ffn.output_dropout)
+        if ffn.is_projection:
+            model.set_submodule(ffn.name, layer)
+        else:
+            adapter.put_(model, ffn, layer)
+
+
+def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterFn | None = None) -> None:
+    """Give every MoE layer a freshly initialised router.
+
+    Raises:
+        ConfigError: If there is no MoE layer.
+    """
+    for layer in select_moe_layers(model, filter_fn).values():
+        layer.router = make_router(layer.experts, config)
+
+
+def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilterFn | None = None) -> None:
+    """Set the gating rule, and ``tau`` or ``k``, of every MoE layer; ``None`` runs every expert without routing.
+
+    Raises:
+        ConfigError: If there is no MoE layer, one without a router, or one with fewer than ``k`` experts.
+    """
+    layers = select_moe_layers(model, filter_fn)
+    for name, layer in layers.items():
+        check(
+            config is None or layer.router is not None,
+            f"{name}: has no router yet; run RouterRegression or ExpertSelection first",
+        )
+        check(
+            config is None or config.k is None or config.k <= layer.experts.num_experts,
+            f"k={config and config.k}: must be at most the number of experts, {layer.experts.num_experts} in {name}",
+        )
+    for layer in layers.values():
+        layer.gate = None if config is None else Gate(config)
+
+
+@contextmanager
+def temporary_gate(model: nn.Module, config: GateConfig | None) -> Iterator[None]:
+    """Run the body with another gate in every MoE layer, then put the previous ones back."""
+    before = {layer: layer.gate for layer in select_moe_layers(model, None).values()}
+    set_gate_(model, config)
+    try:
+        yield
+    finally:
+        for layer, gate in before.items():
+            layer.gate = gate
+
+
+def set_tau_(model: nn.Module, tau: float, filter_fn: LayerFilterFn | None = None) -> None:
+    """Set ``tau`` of every MoE layer, keeping its rule; no retraining is needed to move along the curve.
+
+    Raises:
+        ConfigError: If ``tau`` is outside [0, 1], or a layer has no gate.
+    """
+    layers = select_moe_layers(model, filter_fn)
+    for name, layer in layers.items():
+        check(layer.gate is not None, f"{name}: has no gate; use set_gate_")
+    gates = {layer: Gate(GateConfig(layer.gate.config.rule, tau)) for layer in layers.values()}
+    for layer, gate in gates.items():
+        layer.gate = gate
+
+
+def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None = None) -> None:
+    """Choose how every MoE layer runs its experts, by the name of a file in ``moe/execution``."""
+    for layer in select_moe_layers(model, filter_fn).values():
+        layer.experts.set_backend(backend)
+
+
+def restore_moe_(model: nn.Module, name: str, made: Mapping[str, Any]) -> None:
+    """Give the dense FFN ``name`` the structure that :meth:`MoELayer.describe` recorded."""
+
+    def this(_: object, candidate: str) -> bool:
+        return candidate == name
+
+    convert_to_moe_(model, ExpertsConfig(made["num_experts"]), this)
+    set_backend_(model, made["backend"], this)
+    if made["router"] is not None:
+        add_routers_(model, RouterConfig(**made["router"]), this)
+    if made["gate"] is not None:
+        set_gate_(model, GateConfig(**made["gate"]), this)

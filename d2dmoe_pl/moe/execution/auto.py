@@ -1,0 +1,77 @@
+"""The kernel for the call at hand: a compiled one for inference where there is one, ``reference`` for training."""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.execution import cpu as on_cpu
+from d2dmoe_pl.moe.execution._backend import BACKENDS, Backend
+from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, needs_gradients, obstacle
+from d2dmoe_pl.moe.execution.grouped import grouped
+from d2dmoe_pl.moe.execution.reference import reference
+from d2dmoe_pl.moe.experts.experts import Experts
+
+_CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def auto(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+    """See :mod:`d2dmoe_pl.moe.execution`; differentiable."""
+    return choose(experts, tokens)(experts, tokens, mask)
+
+
+def choose(experts: Experts, tokens: Tensor) -> Backend:
+    """The kernel for these tokens.
+
+    With gradients, which have to pass through every expert that runs, computing all and masking is about as fast as
+    anything in PyTorch. Without, computing executed pairs only is faster, and compiled kernels are far faster still.
+    """
+    device = tokens.device.type
+    if needs_gradients(experts, tokens) or has_active_dropout(experts) or device not in ("cpu", "cuda"):
+        return reference
+    if device == "cuda":
+        if obstacle(experts, tokens, _CUDA_TYPES):
+            return grouped
+        triton = _triton()
+        if triton is None:
+            _warn_once("backend='auto': Triton is not installed, and experts run by 'grouped', one after the other")
+        return triton or grouped
+    if obstacle(experts, tokens, on_cpu.TYPES):
+        return grouped
+    failure = on_cpu.compile_failure()
+    if failure is None:
+        return on_cpu.cpu
+    _warn_once(
+        "backend='auto': the CPU kernel cannot be compiled here, and experts run by 'grouped', which takes about "
+        f"three times as long; the compiler says: {failure}"
+    )
+    return grouped
+
+
+@torch.compiler.assume_constant_result
+def _triton() -> Backend | None:
+    return _find_triton()
+
+
+@functools.cache
+def _find_triton() -> Backend | None:
+    """The backend for GPUs, looked for once a process, where there is a GPU; None without Triton."""
+    try:
+        return BACKENDS.find("triton", "backend") if torch.cuda.is_available() else None
+    except ConfigError:
+        return None
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    _warn(message)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+BACKEND = auto

@@ -1,0 +1,63 @@
+"""Executed (token, expert) pairs on the CPU, in C++ (``csrc``), compiled on first use.
+
+Tokens are bucketed by expert, block by block. For each expert, the rows of its tokens are multiplied where they lie,
+and the second product is added to the rows of the output, so that nothing of the size of the pairs is ever stored.
+In fp32 the weights are read as they are. In bf16 the products are ATen's ``brgemm`` (AMX where there is any) on weights
+packed for it, a copy that costs as much memory again as the experts' weights; it is made in the first call, and again
+after the weights were written to (writes through ``.data`` go unnoticed, as autograd would not notice them either).
+Without ``brgemm`` for bf16, that copy is in fp32, and so are the products.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.execution._cpp_build import CompileError, load_extension
+from d2dmoe_pl.moe.execution._eligibility import obstacle, run_type
+from d2dmoe_pl.moe.experts.experts import Experts
+
+TYPES = (torch.float32, torch.bfloat16)
+SOURCE = Path(__file__).parent / "csrc" / "moe_cpu.cpp"
+
+
+@torch.compiler.assume_constant_result
+def compile_failure() -> str | None:
+    """Load the operator ``torch.ops.d2dmoe_pl.moe_cpu``, once a process; the compiler's message if that fails."""
+    return _load()
+
+
+@functools.cache
+def _load() -> str | None:
+    try:
+        load_extension("d2dmoe_pl_moe_cpu", SOURCE)
+    except CompileError as error:
+        return str(error)
+    # override: loaded anew, it is the same
+    torch.library.register_fake(
+        "d2dmoe_pl::moe_cpu",
+        lambda tokens, *weights: tokens.new_empty(tokens.shape[0], weights[5].shape[2]),
+        allow_override=True,
+    )
+    return None
+
+
+def cpu(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+    """See :mod:`d2dmoe_pl.moe.execution`; for inference.
+
+    Raises:
+        ConfigError: If gradients or an active dropout would be needed, the device, type or activation is not one that
+            the kernel has, or it cannot be compiled.
+    """
+    why_not = obstacle(experts, tokens, TYPES) if tokens.device.type == "cpu" else f"tokens are on {tokens.device}"
+    if why_not is None and (failure := compile_failure()) is not None:
+        why_not = f"the compiler says: {failure}"
+    if why_not is not None:
+        raise ConfigError(f"backend='cpu': {why_not}")
+    tokens = tokens.to(run_type(experts, tokens))
+    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, *experts.weights, experts.activation_kind)
+
+
+BACKEND = cpu

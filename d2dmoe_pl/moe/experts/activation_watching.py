@@ -1,0 +1,29 @@
+"""Watching the activations of a dense model as it runs."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.hooks import hooked
+
+Watcher = Callable[[str, Tensor, Tensor], object]
+
+
+def watched_activations(ffns: Sequence[FFN], watcher: Watcher) -> AbstractContextManager[None]:
+    """Call ``watcher(name, pre, post)`` for every FFN that runs in the body.
+
+    Args:
+        ffns: The FFNs to watch.
+        watcher: Gets the FFN's name, and what its activation function takes and gives, both ``(..., d_ff)``.
+    """
+
+    def register(ffn: FFN) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            watcher(ffn.name, args[0], output)
+
+        return ffn.activation.register_forward_hook(hook)
+
+    return hooked(register(ffn) for ffn in ffns)

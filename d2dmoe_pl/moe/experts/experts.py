@@ -1,0 +1,135 @@
+"""The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.execution import BACKENDS
+from d2dmoe_pl.moe.experts.activation_kinds import activation_kind
+from d2dmoe_pl.moe.experts.ffn_math import hidden_activations
+
+
+def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str) -> None:
+    """Raise ``ConfigError`` unless ``assignment``, ``(d_ff,)``, gives every expert exactly ``d_ff / E`` neurons."""
+    check(
+        num_experts > 0 and d_ff % num_experts == 0,
+        f"num_experts={num_experts}: must divide the FFN width, which is {d_ff} in {name}",
+    )
+    check(
+        assignment.shape == (d_ff,)
+        and torch.bincount(assignment, minlength=num_experts).tolist() == [d_ff // num_experts] * num_experts,
+        f"assignment of {name}: must give each of the {num_experts} experts exactly {d_ff // num_experts} neurons",
+    )
+
+
+class Experts(nn.Module):
+    """``E`` experts that together are one dense FFN: ``y = b2 + sum_e expert_e(x)``.
+
+    Neurons are stored expert by expert, so that views of the weights with ``E`` and ``s`` merged are the dense FFN
+    with its neurons permuted.
+
+    Args:
+        ffn: The dense FFN to take weights, activation and inner dropout from.
+        num_experts: ``E``; divides ``d_ff``.
+        assignment: Expert of each neuron, ``(d_ff,)`` integers in ``[0, E)``, every expert ``s`` times; in order of
+            the neurons if not given.
+        backend: Name of a file in ``moe/execution``.
+
+    Attributes:
+        activation_kind: What :func:`activation_kind` says of the activation function.
+
+    Shapes: ``up_weight`` and ``gate_weight`` are ``(E, s, d_model)``, ``down_weight`` is ``(E, s, d_out)``, ``up_bias``
+    and ``gate_bias`` ``(E, s)``, ``down_bias`` ``(d_out,)``. Only in the place of an attention projection can ``d_out``
+    be another width than ``d_model``.
+    """
+
+    def __init__(self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "auto") -> None:
+        super().__init__()
+        if assignment is None:
+            assignment = torch.arange(ffn.d_ff, device="cpu") * num_experts // ffn.d_ff
+        check_assignment(assignment, ffn.d_ff, num_experts, ffn.name)
+        order = assignment.argsort(stable=True).to(ffn.up.weight.device)  # (d_ff,): neurons, expert by expert
+        self.num_experts = num_experts
+        self.set_backend(backend)
+
+        def grouped(rows: Tensor | None) -> nn.Parameter | None:
+            if rows is None:
+                return None
+            return nn.Parameter(rows.detach()[order].unflatten(0, (num_experts, -1)).contiguous())  # (E, s[, d])
+
+        self.up_weight = grouped(ffn.up.weight)
+        self.up_bias = grouped(ffn.up.bias)
+        self.gate_weight = grouped(None if ffn.gate_proj is None else ffn.gate_proj.weight)
+        self.gate_bias = grouped(None if ffn.gate_proj is None else ffn.gate_proj.bias)
+        self.down_weight = grouped(ffn.down.weight.t())
+        self.down_bias = None if ffn.down.bias is None else nn.Parameter(ffn.down.bias.detach().clone())
+        self.activation = ffn.activation
+        self.activation_kind = activation_kind(ffn.activation)
+        self.hidden_dropout = ffn.hidden_dropout
+
+    @property
+    def expert_dim(self) -> int:
+        """``s``, the neurons of one expert."""
+        return self.up_weight.shape[1]
+
+    @property
+    def dense_dim(self) -> int:
+        """Neurons of the dense FFN."""
+        return self.num_experts * self.expert_dim
+
+    @property
+    def d_model(self) -> int:
+        return self.up_weight.shape[2]
+
+    @property
+    def d_out(self) -> int:
+        return self.down_weight.shape[2]
+
+    @property
+    def is_gated(self) -> bool:
+        return self.gate_weight is not None
+
+    @property
+    def input_weight(self) -> Tensor:
+        """What decides whether neurons fire, ``(E, s, d_model)``."""
+        return self.gate_weight if self.is_gated else self.up_weight
+
+    @property
+    def weights(self) -> tuple[Tensor | None, ...]:
+        """All parameters, in the order that kernels registered with ``torch.library`` take them."""
+        return self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.down_weight, self.down_bias
+
+    def set_backend(self, backend: str) -> None:
+        """Choose how the experts run, by the name of a file in ``moe/execution``."""
+        self.backend = backend
+        self._run = BACKENDS.find(backend, "backend")
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the activation (times the gated product) gives: ``(N, E, s)``."""
+        parameters = (self.up_weight, self.up_bias, self.gate_weight, self.gate_bias)
+        flat = (None if rows is None else rows.flatten(0, 1) for rows in parameters)  # (E * s[, d])
+        hidden = self.hidden_dropout(hidden_activations(self.activation, tokens, *flat))  # (N, E * s)
+        return hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
+
+    def combine(self, hidden: Tensor) -> Tensor:
+        """The output of the experts from their activations ``(N, E, s)``: ``(N, d_out)``."""
+        output = hidden.flatten(1) @ self.down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
+        return output if self.down_bias is None else output + self.down_bias
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Run the experts that ``mask`` selects, all of them if there is none.
+
+        Args:
+            tokens: ``(N, d_model)``.
+            mask: Boolean ``(N, E)``.
+
+        Returns:
+            ``(N, d_out)``.
+        """
+        if mask is None:
+            return self.combine(self.hidden(tokens))
+        return self._run(self, tokens, mask)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, expert_dim={self.expert_dim}, d_model={self.d_model}"

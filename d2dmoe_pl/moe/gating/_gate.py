@@ -1,0 +1,112 @@
+"""The gate of a MoE layer: a gating rule, found by name, at a ``tau`` or a ``k``."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.plugins import Plugins
+
+
+class GatingRule(Protocol):
+    """Which experts run, by their scores. See :mod:`d2dmoe_pl.moe.gating` for what a rule has to hold.
+
+    A rule that can run a given number of experts has a further argument, ``k: int | None = None``, which then counts
+    instead of ``tau``.
+    """
+
+    def __call__(self, scores: Tensor, tau: float) -> Tensor:
+        """Scores ``(N, E)``, not negative, to a boolean mask ``(N, E)``."""
+
+
+GATING_RULES: Plugins[GatingRule] = Plugins(
+    "d2dmoe_pl.moe.gating", "RULE", "a function (scores, tau) that gives a mask", callable
+)
+
+
+def register_gate(name: str, rule: GatingRule) -> None:
+    """Make ``rule`` known as ``name``, wherever a gating rule can be named; for this process.
+
+    Args:
+        name: What configs and artifacts call it.
+        rule: Scores ``(N, E)`` and ``tau`` to a boolean mask ``(N, E)``.
+
+    Raises:
+        ConfigError: If the name is taken.
+
+    Example:
+        >>> import torch
+        >>> def above_mean(scores, tau):
+        ...     return scores >= (1 - tau) * scores.mean(dim=-1, keepdim=True)
+        >>> register_gate("above_mean", above_mean)
+        >>> Gate(GateConfig("above_mean", tau=0.0))(torch.tensor([[1.0, 2.0, 6.0]]))
+        tensor([[False, False,  True]])
+    """
+    GATING_RULES.register(name, rule)
+
+
+def check_tau(tau: float, argument: str = "tau") -> None:
+    """Raise ``ConfigError`` unless ``tau`` lies in [0, 1]."""
+    check(0.0 <= tau <= 1.0, f"{argument}={tau}: must lie in [0, 1] (1 runs every expert, the dense layer)")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Which experts run.
+
+    Attributes:
+        rule: Name of a gating rule, e.g. of a file in ``moe/gating``: ``dynk_max``, ``dynk_cumulative`` or ``topk``.
+        tau: In [0, 1]; larger runs more experts, 1 runs all.
+        k: Of ``topk``, how many experts each token runs, instead of the share ``tau``.
+
+    Raises:
+        ConfigError: For an unknown rule, a ``tau`` outside [0, 1], a ``k`` below 1, or one for a rule that takes none.
+
+    Example:
+        >>> GateConfig("topk", k=4)
+        GateConfig(rule='topk', tau=1.0, k=4)
+    """
+
+    rule: str = "dynk_max"
+    tau: float = 1.0
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        rule = GATING_RULES.find(self.rule, "rule")
+        check_tau(self.tau)
+        if self.k is not None:
+            check(takes_k(rule), f"k={self.k}: allowed only with a rule that takes it, such as topk, not {self.rule}")
+            check(self.k >= 1, f"k={self.k}: must be at least 1, the number of experts that each token runs")
+
+
+def takes_k(rule: GatingRule) -> bool:
+    """Whether ``rule`` can be told how many experts to run."""
+    return "k" in inspect.signature(rule).parameters
+
+
+class Gate(nn.Module):
+    """Scores ``(N, E)`` to a boolean mask ``(N, E)``. Forward hooks on it see every decision.
+
+    Args:
+        config: The rule and its setting.
+
+    Example:
+        >>> import torch
+        >>> Gate(GateConfig("dynk_max", tau=0.5))(torch.tensor([[4.0, 1.0, 3.0, 2.0]]))
+        tensor([[ True, False,  True,  True]])
+    """
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._rule = GATING_RULES.find(config.rule, "rule")
+        self._count: dict[str, Any] = {} if config.k is None else {"k": config.k}
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return self._rule(scores, self.config.tau, **self._count)
+
+    def extra_repr(self) -> str:
+        how_many = f"tau={self.config.tau}" if self.config.k is None else f"k={self.config.k}"
+        return f"rule={self.config.rule}, {how_many}"

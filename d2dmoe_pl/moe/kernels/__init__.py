@@ -1,7 +1,0 @@
-"""Ways to run the experts that a mask selects, one file each: ``kernel(experts, tokens, mask) -> output``.
-
-``tokens`` is ``(N, d)``, ``mask`` is boolean ``(N, E)``, the output is ``(N, d_out)`` and includes the output bias. All
-kernels compute the same function; ``reference`` is the plain twin that the others are tested against. Compiled ones
-are for inference: operators ``torch.ops.d2dmoe_pl.moe_<name>(tokens, mask, *experts.weights, activation)`` of
-``torch.library``, which ``torch.compile`` and ``torch.export`` take as they are. ``auto`` chooses call by call.
-"""

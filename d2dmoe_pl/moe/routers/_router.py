@@ -1,0 +1,110 @@
+"""What scores the experts of a MoE layer: a router, found by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.plugins import Plugins
+
+if TYPE_CHECKING:
+    from d2dmoe_pl.moe.experts.experts import Experts
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """The router of a MoE layer.
+
+    Attributes:
+        width: Hidden neurons of ``regression``; the other kinds have no choice of theirs.
+        kind: Name of a router, e.g. of a file in ``moe/routers``: ``regression`` (D2DMoE's), ``mlp``, ``similarity``,
+            ``ground_truth`` or ``random`` (MoEfication's).
+
+    Raises:
+        ConfigError: If ``width`` is not positive, or for an unknown kind.
+
+    Example:
+        >>> RouterConfig(width=32)
+        RouterConfig(width=32, kind='regression')
+    """
+
+    width: int = 128
+    kind: str = "regression"
+
+    def __post_init__(self) -> None:
+        check(self.width > 0, f"width={self.width}: a router needs at least one hidden neuron")
+        ROUTERS.find(self.kind, "router")
+
+
+class Router(nn.Module, ABC):
+    """Tokens ``(N, d_model)`` to scores ``(N, E)``, not negative: experts with larger scores run first.
+
+    Args:
+        experts: Of the layer, to take sizes or weights from.
+        config: What the router is made from.
+    """
+
+    def __init__(self, experts: Experts, config: RouterConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def flops(self) -> int:
+        """FLOPs for one token; a multiply-add is 2."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything to train."""
+        return next(self.parameters(), None) is not None
+
+    def loss(self, tokens: Tensor, target: Tensor) -> Tensor:
+        """How far the scores are from ``target``, ``(N, E)``: a scalar. Routers with parameters define it."""
+        raise TypeError(f"router {self.config.kind}: has nothing to train")
+
+
+ROUTERS: Plugins[type[Router]] = Plugins(
+    "d2dmoe_pl.moe.routers",
+    "ROUTER",
+    "a subclass of d2dmoe_pl.moe.routers.Router",
+    lambda plugin: isinstance(plugin, type) and issubclass(plugin, Router),
+)
+
+
+def register_router(name: str, router: type[Router]) -> None:
+    """Make ``router`` known as ``name``, wherever a router can be named; for this process.
+
+    Args:
+        name: What configs and artifacts call it.
+        router: Its class.
+
+    Raises:
+        ConfigError: If the name is taken.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> class LinearRouter(Router):
+        ...     def __init__(self, experts, config):
+        ...         super().__init__(experts, config)
+        ...         self.linear = nn.Linear(experts.d_model, experts.num_experts)
+        ...     def forward(self, tokens):
+        ...         return self.linear(tokens).abs()
+        ...     def flops(self):
+        ...         return 2 * self.linear.weight.numel()
+        ...     def loss(self, tokens, target):
+        ...         return nn.functional.mse_loss(self(tokens), target)
+        >>> register_router("linear", LinearRouter)
+        >>> RouterConfig(kind="linear")
+        RouterConfig(width=128, kind='linear')
+    """
+    ROUTERS.register(name, router)
+
+
+def make_router(experts: Experts, config: RouterConfig) -> Router:
+    """A new router for ``experts``, where they are and of their type."""
+    router = ROUTERS.find(config.kind, "router")(experts, config)
+    return router.to(experts.up_weight.device, experts.up_weight.dtype)

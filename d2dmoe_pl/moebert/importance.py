@@ -1,0 +1,91 @@
+"""How much each neuron of an FFN matters to the loss: MoEBERT (arXiv 2204.07675), section 3.1."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.experts.activation_watching import watched_activations
+
+
+def weight_contributions(inner: Tensor, gradient: Tensor, counted: Tensor | None) -> Tensor:
+    """``w_j · dL/dw_j`` of every neuron ``j``, sample by sample, without any per-sample gradient.
+
+    The gradient of a weight is a sum over tokens of what the weight is multiplied by, times what comes back; its inner
+    product with the weight is then the sum over tokens of the product, times what comes back. That is known as it is.
+
+    Args:
+        inner: What the weights contribute to the forward pass, ``(B, L, d_ff)``.
+        gradient: Of the loss, summed over samples, by ``inner``; ``(B, L, d_ff)``.
+        counted: Which positions hold real tokens, ``(B, L)``; all if not given.
+
+    Returns:
+        ``(B, d_ff)`` float32.
+    """
+    product = inner.float() * gradient.float()
+    if counted is not None:
+        product = product * counted.unsqueeze(-1)
+    return product.sum(dim=1)  # (B, L, d_ff) -> (B, d_ff)
+
+
+def check_scorable(ffns: Sequence[FFN]) -> None:
+    """Raise ``ConfigError`` for an FFN that is gated, or stands in the place of an attention projection."""
+    for ffn in ffns:
+        check(
+            not ffn.is_projection,
+            f"{ffn.name}: stands in the place of an attention projection; importance scores are defined for the "
+            "architecture's own FFNs",
+        )
+        check(ffn.gate_proj is None, f"{ffn.name}: a gated FFN; importance scores are defined for FFNs without a gate")
+
+
+class Importance:
+    """Scores ``sum over samples of |w1_j · dL/dw1_j + w2_j · dL/dw2_j|`` of neurons, from one backward pass a batch.
+
+    ``w1_j`` is row ``j`` of the first weight matrix and ``w2_j`` column ``j`` of the second; biases are left out. With
+    ``z`` the pre-activation and ``a`` the activation, the two products are ``sum_t (z_tj - b1_j) · dL/dz_tj`` and
+    ``sum_t a_tj · dL/da_tj`` over the sample's tokens ``t``.
+
+    Args:
+        ffns: The FFNs to score; without inner dropout, or in evaluation mode.
+        device: Where the scores are summed.
+    """
+
+    def __init__(self, ffns: Sequence[FFN], device: torch.device) -> None:
+        check_scorable(ffns)
+        self._ffns = {ffn.name: ffn for ffn in ffns}
+        self.scores = {ffn.name: torch.zeros(ffn.d_ff, dtype=torch.float64, device=device) for ffn in ffns}
+
+    def add(self, loss: Callable[[], Tensor], mask: Tensor | None, samples: Tensor | None = None) -> None:
+        """Add the samples of one batch.
+
+        Args:
+            loss: Runs the model and gives the loss summed over the samples; called once, with gradients on.
+            mask: ``(B, L)``, nonzero for real tokens; None where every position holds one.
+            samples: Boolean ``(B,)``, the samples that count; all if not given.
+        """
+        counted = None if mask is None else mask != 0
+        first: list[Tensor] = []  # on the way back to it, every gradient that is needed is met
+        down: dict[str, Tensor] = {}  # (B, d_ff) of the FFNs that the backward pass is in
+
+        def meet_post(name: str, post: Tensor, gradient: Tensor) -> None:
+            down[name] = weight_contributions(post, gradient, counted)
+
+        def meet_pre(name: str, pre: Tensor, gradient: Tensor) -> None:
+            bias = self._ffns[name].up.bias
+            inner = pre if bias is None else pre - bias.detach()
+            score = (weight_contributions(inner, gradient, counted) + down.pop(name)).abs()  # (B, d_ff)
+            self.scores[name] += (score if samples is None else score[samples]).double().sum(dim=0)
+
+        def watch(name: str, pre: Tensor, post: Tensor) -> None:
+            pre.register_hook(partial(meet_pre, name, pre.detach()))
+            post.register_hook(partial(meet_post, name, post.detach()))
+            if not first:
+                first.append(pre)
+
+        with torch.enable_grad(), watched_activations(list(self._ffns.values()), watch):
+            total = loss()
+        torch.autograd.grad(total, first)  # of activations alone: no gradient of a weight is computed

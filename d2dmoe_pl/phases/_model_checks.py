@@ -1,0 +1,49 @@
+"""Whether a model and the data that it is to work on fit together."""
+
+from torch import nn
+
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
+from d2dmoe_pl.data.task import Task
+from d2dmoe_pl.errors import check
+
+
+def check_head(model: nn.Module, head: Head) -> None:
+    """Raise ``ConfigError`` unless ``model`` has the head that the data needs."""
+    has = adapter_for(model).head(model)
+    check(
+        has == head,
+        f"head={has!r} of {type(model).__name__}: the data needs a model with head {head!r} "
+        "(the source decides it, e.g. HuggingFaceModel by its task)",
+    )
+
+
+def check_outputs(model: nn.Module, task: Task) -> None:
+    """Raise ``ConfigError`` unless ``model`` has an output for each label of the task, or each token id at least."""
+    has, needed = adapter_for(model).num_outputs(model), task.num_outputs
+    name = type(model).__name__
+    if task.head in VOCABULARY_HEADS:  # many a model's is rounded up
+        check(has >= needed, f"vocabulary={has} of {name}: must be at least {needed}, which the data's tokenizer has")
+        return
+    check(
+        has == needed,
+        f"outputs={has} of {name}: must be {needed}, since the data has the labels {', '.join(task.label_names[:20])}",
+    )
+
+
+def check_token_ids(model: nn.Module, num_token_ids: int | None) -> None:
+    """Raise ``ConfigError`` unless ``model`` has an embedding for each token id of the data."""
+    has = adapter_for(model).vocabulary_size(model)
+    check(
+        num_token_ids is None or has is None or num_token_ids <= has,
+        f"tokenizer: gives {num_token_ids} token ids; must be at most the {has} that {type(model).__name__} embeds",
+    )
+
+
+def check_length(model: nn.Module, length: int | None) -> None:
+    """Raise ``ConfigError`` unless ``model`` has a position for each of the ``length`` tokens of a sample."""
+    has = adapter_for(model).num_positions(model)
+    check(
+        length is None or has is None or length <= has,
+        f"length={length}: must be at most {has}, the positions that {type(model).__name__} has",
+    )

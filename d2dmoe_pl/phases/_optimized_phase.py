@@ -1,0 +1,94 @@
+"""What phases share that train parameters: an optimizer, and how its learning rate rises and falls."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+
+from d2dmoe_pl.adapters import ModelSource
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.phases._phase import Phase
+
+OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
+
+
+class OptimizedPhase(Phase):
+    """A phase that trains parameters.
+
+    Args:
+        init_from: Artifact folder of an earlier phase. To evaluate: of this one.
+        source: A pretrained or new model, instead of ``init_from``.
+        optimizer: Any class of ``torch.optim``, with its arguments; biases and norms are not decayed.
+        warmup: Share of the training over which the learning rate rises linearly from 0.
+        decay: How the learning rate falls to 0 after the warm-up: ``none``, ``linear`` or ``cosine``.
+
+    Raises:
+        ConfigError: If ``warmup`` is outside [0, 1]; to fit, for gradients clipped with a fused optimizer in mixed
+            precision.
+    """
+
+    def __init__(
+        self,
+        init_from: str | None = None,
+        source: ModelSource | None = None,
+        optimizer: OptimizerFactory = torch.optim.AdamW,
+        warmup: float = 0.1,
+        decay: Literal["none", "linear", "cosine"] = "linear",
+    ) -> None:
+        super().__init__(init_from, source)
+        check(0.0 <= warmup <= 1.0, f"warmup={warmup}: must lie in [0, 1], a share of the training")
+        self.optimizer = optimizer
+        self.warmup = warmup
+        self.decay = decay
+
+    def learning_rate(self, name: str) -> float | None:
+        """What the learning rate of the parameter ``name`` rises to; None for the optimizer's own."""
+        return None
+
+    def configure_optimizers(self) -> dict:
+        vectors = ("bias", "norm_weight")  # experts keep vectors of their own as the rows of a matrix
+        groups: dict[tuple, list[nn.Parameter]] = {}  # by what they have of their own
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.dim() >= 2 and not name.endswith(vectors)
+                own = {"weight_decay": None if decayed else 0.0, "lr": self.learning_rate(name)}
+                given = tuple((key, value) for key, value in own.items() if value is not None)
+                groups.setdefault(given, []).append(parameter)
+        optimizer = self.optimizer([{"params": trained, **dict(given)} for given, trained in groups.items()])
+        clipped, mixed = self.trainer.gradient_clip_val, isinstance(self.trainer.precision_plugin, MixedPrecision)
+        check(
+            not (clipped and mixed and optimizer.defaults.get("fused")),
+            f"gradient_clip_val={clipped}: must be null with fused=True in mixed precision, or fused false",
+        )
+        total = self.trainer.estimated_stepping_batches
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(step / max(1, total), self.warmup, self.decay)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+
+def learning_rate_factor(progress: float, warmup: float, decay: str) -> float:
+    """What the learning rate is multiplied by after a share ``progress`` of the training, in [0, 1]."""
+    if progress < warmup:
+        return progress / warmup
+    rest = (progress - warmup) / max(1.0 - warmup, 1e-12)  # share of the decay that is done
+    if decay == "linear":
+        return max(0.0, 1.0 - rest)
+    if decay == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
+    return 1.0
+
+
+def freeze_(module: nn.Module, trained: Sequence[nn.Module] = ()) -> None:
+    """Put ``module`` into evaluation mode without gradients, all but the modules in ``trained``."""
+    module.eval().requires_grad_(False)
+    for part in trained:
+        part.train().requires_grad_(True)

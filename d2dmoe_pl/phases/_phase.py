@@ -1,0 +1,182 @@
+"""What every phase shares: where its model comes from, the course of its life, how it is evaluated."""
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import ModelSource, adapter_for
+from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
+from d2dmoe_pl.data.task import Batch, Task
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.phases._model_checks import check_head, check_length, check_outputs, check_token_ids
+
+
+class Phase(L.LightningModule):
+    """One step from a dense model to a dynamic-k one: takes a model, changes it, leaves an artifact.
+
+    The course of a phase, in which subclasses define what they need of 1, 2, 4, 5 and 6:
+
+    1. :meth:`check_start` refuses a model that this phase cannot start from;
+    2. :meth:`transform_` gives the model the structure that the phase works on;
+    3. it is fitted, in the usual Lightning hooks;
+    4. :meth:`conclude` gathers what was found out, once, on every process;
+    5. :meth:`finish_` gives the model the structure that it leaves with;
+    6. :meth:`tensors` are saved beside it.
+
+    The checks that come before a chain starts go through 1, 2 and 5 on the meta device. To evaluate, a phase takes the
+    model that it left itself, and only :meth:`prepare_evaluation_` is called.
+
+    Attributes:
+        starts_from: The stage, ``dense``, ``experts`` or ``routed``, that a model must have to be fitted.
+        ends_at: The stage that it has afterwards.
+        leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
+        model: The network, once made.
+        task: What it is to do: the data's.
+        metrics: The task's metrics by split, ``validation`` and ``test`` among them.
+        history: The phases that it went through before this one.
+
+    Args:
+        init_from: Artifact folder of an earlier phase. To evaluate: of this one.
+        source: A pretrained or new model, instead of ``init_from``.
+
+    Raises:
+        ConfigError: If both ``init_from`` and ``source`` are given.
+    """
+
+    starts_from: ClassVar[str] = "dense"
+    ends_at: ClassVar[str] = "dense"
+    leaves: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, init_from: str | None = None, source: ModelSource | None = None) -> None:
+        super().__init__()
+        check(
+            init_from is None or source is None,
+            f"init_from={init_from!r}: allowed only without source, since both say where the model comes from",
+        )
+        self.init_from = init_from
+        self.source = source
+        self.model: nn.Module | None = None
+        self.task: Task | None = None
+        self.history: list[PhaseRecord] = []
+
+    def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
+        """Raise ``ConfigError`` unless this phase can be fitted from what another left.
+
+        Args:
+            stage: The model's.
+            came_from: The phase that it is the work of.
+            beside: Names of the tensor files that this phase left beside the weights.
+        """
+        check(
+            stage == self.starts_from,
+            f"init_from={self.init_from!r}: is the work of {came_from}, at stage {stage!r}; "
+            f"{type(self).__name__} starts from stage {self.starts_from!r}",
+        )
+
+    def transform_(self, model: nn.Module) -> None:
+        """Check that ``model`` can go through this phase, and give it the structure that the phase works on.
+
+        Uses shapes only, so that a whole chain can be checked on the meta device before any of it runs.
+
+        Raises:
+            ConfigError: If the model does not fit.
+        """
+
+    def conclude(self) -> None:
+        """Gather, on every process, what :meth:`finish_` and :meth:`tensors` need; called once, after training."""
+
+    def finish_(self, model: nn.Module) -> None:
+        """Give ``model`` the structure that it has when the phase is done, after :meth:`transform_`."""
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """What the fitted phase leaves beside the weights: for each name in ``leaves``, tensors by name."""
+        return {}
+
+    def prepare_evaluation_(self, model: nn.Module) -> None:
+        """Set up a model that is loaded to be evaluated, not fitted."""
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether the phase is fitted, and not only evaluated."""
+        return self.trainer.state.fn == TrainerFn.FITTING
+
+    def read_start(self) -> Artifact | None:
+        """The artifact to start from, checked to be whole; None if there is a ``source`` instead.
+
+        Raises:
+            ConfigError: If there is neither, or the artifact is broken.
+        """
+        check(
+            self.init_from is not None or self.source is not None,
+            f"init_from={self.init_from}: {type(self).__name__} needs the artifact of an earlier phase, or a source",
+        )
+        return None if self.init_from is None else read_artifact(self.init_from)
+
+    def configure_model(self) -> None:
+        """Make the model; Lightning calls this once the data is set up, possibly more than once."""
+        if self.model is not None:
+            return
+        artifact = self.read_start()
+        data = self.trainer.datamodule
+        self.task = data.task
+        if artifact is None:
+            self.model = self.source.build(self.task.label_names)
+        else:
+            self.model = load_model(artifact.path)
+            self.history = artifact.history
+        check_head(self.model, self.task.head)
+        check_outputs(self.model, self.task)
+        check_token_ids(self.model, data.num_token_ids)
+        check_length(self.model, data.sample_length)
+        if self.is_fitting:
+            if artifact is None:
+                self.check_start("dense", "a source", ())
+            else:
+                self.check_start(artifact.stage, artifact.phase, artifact.tensors)
+            self.model.train()
+            self.transform_(self.model)
+        else:
+            self.prepare_evaluation_(self.model)
+        splits = [split for stage in ("validation", "test") for split in data.split_names(stage)]
+        self.metrics = nn.ModuleDict({split: self.task.metrics() for split in splits})
+
+    def on_train_end(self) -> None:
+        self.conclude()
+        self.finish_(self.model)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's logits for a batch, ``(B, ...)``."""
+        return adapter_for(self.model).logits(self.model, batch)
+
+    def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The task's loss, a scalar."""
+        return self.task.loss(logits, batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step("validation", batch, dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step("test", batch, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """What the task makes of the logits, one row a sample."""
+        return self.task.predictions(self.logits(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("validation")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _evaluation_step(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
+        split = self.trainer.datamodule.split_names(stage)[dataloader_idx]
+        self.metrics[split].update(self.logits(batch), batch)
+
+    def _log_metrics(self, stage: str) -> None:
+        for split in self.trainer.datamodule.split_names(stage):
+            values = {f"{split}/{name}": value for name, value in self.metrics[split].compute().items()}
+            self.log_dict(values, prog_bar=True, sync_dist=True)  # the same on all processes by now
+            self.metrics[split].reset()

@@ -1,0 +1,43 @@
+"""Will these phases work on this model? Answered from shapes, before anything long runs."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from d2dmoe_pl.artifact import build_structure
+from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.phases._model_checks import check_head, check_length
+from d2dmoe_pl.phases._phase import Phase
+from d2dmoe_pl.structure import describe, stage_of
+
+
+def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
+    """Take the first phase's model through all ``phases`` on the meta device.
+
+    Of what is on the hub, only descriptions are fetched: a model's configuration, and tokenizers or image processors.
+
+    Args:
+        phases: In order; each after the first starts from what the one before leaves.
+        data: The phases' data; not checked if left out.
+
+    Raises:
+        ConfigError: If a phase does not fit what it would start from, the model has not the head or the positions that
+            the data needs, or one of the descriptions is not there.
+    """
+    model, came_from, beside = _start(phases[0])
+    for each in data:
+        check_head(model, each.head)
+        check_length(model, each.sample_length)
+        each.load_processor()
+    for phase in phases:
+        phase.check_start(stage_of(describe(model)), came_from, beside)
+        phase.transform_(model)
+        phase.finish_(model)
+        came_from, beside = type(phase).__name__, phase.leaves
+
+
+def _start(phase: Phase) -> tuple[nn.Module, str, Sequence[str]]:
+    artifact = phase.read_start()
+    if artifact is None:
+        return phase.source.build_structure(["0", "1"]), "a source", ()  # the data, and with it the labels, come later
+    return build_structure(artifact), artifact.phase, artifact.tensors

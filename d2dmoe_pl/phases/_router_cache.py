@@ -1,0 +1,71 @@
+"""What routers learn from, kept from the one epoch in which the frozen model computes it."""
+
+import math
+from collections.abc import Iterator
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from d2dmoe_pl.data.task_data import CacheableLoader
+from d2dmoe_pl.phases._row_cache import RowCache
+
+MIB = 2**20
+
+
+class RouterCache:
+    """The tokens that reach the routers and what these are to give: a row a token, with the columns of every layer.
+
+    Tokens are kept in the type in which products are computed, under autocast the lower one, which loses nothing that
+    a router's first product would not; targets as they are. Iterating gives batches ``(n, columns)``, for
+    :meth:`examples`.
+
+    Args:
+        rows: Where they are kept.
+    """
+
+    def __init__(self, rows: RowCache) -> None:
+        self.rows = rows
+        self._batch: dict[str, tuple[Tensor, Tensor]] = {}
+        self._widths: dict[str, tuple[int, int]] = {}
+
+    def add(self, name: str, tokens: Tensor, target: Tensor) -> None:
+        """Take in what the router of the layer ``name`` learns from a batch: ``(N, d_model)`` and ``(N, E)``."""
+        kind = tokens.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+        self._batch[name] = tokens.to("cpu", dtype), target.cpu()
+
+    def end_batch(self) -> None:
+        """Go on to the next batch, after all layers of one are added.
+
+        Raises:
+            OSError: As :meth:`RowCache.add` does.
+        """
+        self._widths = {name: (tokens.shape[1], target.shape[1]) for name, (tokens, target) in self._batch.items()}
+        rows = torch.cat([part for pair in self._batch.values() for part in pair], dim=1)  # (N, columns)
+        self._batch.clear()
+        self.rows.add(rows)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.rows)
+
+    def examples(self, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Tokens ``(n, d_model)`` and targets ``(n, E)`` of rows ``(n, columns)``, by layer."""
+        parts = iter(rows.split([width for pair in self._widths.values() for width in pair], dim=1))
+        return {name: (next(parts), next(parts)) for name in self._widths}
+
+
+def why_not_cached(trainer: L.Trainer) -> str | None:
+    """Why what the routers learn from differs between the epochs; None if it does not."""
+    loader = trainer.train_dataloader
+    if trainer.datamodule.augmented or not isinstance(loader, CacheableLoader):
+        return "each epoch sees other samples, since the data is augmented or goes on"
+    if trainer.num_training_batches < len(loader):
+        return f"each epoch sees another {trainer.num_training_batches} of the {len(loader)} batches"
+    return None
+
+
+def is_last_epoch(trainer: L.Trainer) -> bool:
+    """Whether the training ends with the epoch that begins now, or in it."""
+    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    return trainer.global_step + steps >= trainer.estimated_stepping_batches

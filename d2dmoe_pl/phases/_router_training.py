@@ -1,0 +1,154 @@
+"""What phases share that give a model routers: the frozen model runs all its experts, and routers learn from that."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.conversion import add_routers_, set_gate_
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.layer import observed
+from d2dmoe_pl.moe.routers import RouterConfig
+from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
+from d2dmoe_pl.phases._router_cache import MIB, RouterCache, is_last_epoch, why_not_cached
+from d2dmoe_pl.phases._row_cache import RowCache
+
+_LOG = logging.getLogger(__name__)
+
+
+class RouterTraining(OptimizedPhase):
+    """A phase that adds a router to every MoE layer and trains it, if there is anything in it to train.
+
+    Args:
+        router: Of every layer.
+        gate: Saved with the model.
+        cache_memory: MiB a process for what the routers learn from. Since the model is frozen, it is computed in one
+            epoch only and kept, what is beyond this in a file in the run's folder; the other epochs shuffle its tokens
+            and cost only the routers. Targets over a batch's largest stay those of the batch in that epoch. Not done
+            where epochs see different samples: augmented or streamed ones, or a part of the batches; nor at 0.
+        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
+
+    Raises:
+        ConfigError: If ``cache_memory`` is negative.
+    """
+
+    starts_from = "experts"
+    ends_at = "routed"
+
+    def __init__(self, router: RouterConfig, gate: GateConfig, cache_memory: int = 2048, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check(cache_memory >= 0, f"cache_memory={cache_memory}: must not be negative; MiB, 0 for no cache")
+        self.router_config = router
+        self.gate_config = gate
+        self.cache_memory = cache_memory
+        self._caches = False
+        self._cache: RouterCache | None = None
+
+    @abstractmethod
+    def targets(self, name: str, hidden: Tensor) -> Tensor:
+        """What the router of the layer ``name`` is to give where its experts' activations are ``hidden``.
+
+        Args:
+            name: Of the layer.
+            hidden: ``(N, E, s)``.
+
+        Returns:
+            ``(N, E)``.
+        """
+
+    def transform_(self, model: nn.Module) -> None:
+        add_routers_(model, self.router_config)
+        freeze_(model, trained=[layer.router for layer in moe_layers(model).values()])
+
+    def finish_(self, model: nn.Module) -> None:
+        set_gate_(model, self.gate_config)  # fitting ran all experts
+
+    def prepare_evaluation_(self, model: nn.Module) -> None:
+        set_gate_(model, self.gate_config)
+
+    def configure_optimizers(self) -> dict | None:
+        return super().configure_optimizers() if self._is_trained() else None
+
+    def on_fit_start(self) -> None:
+        self._layers = moe_layers(self.model)
+
+    def on_train_start(self) -> None:
+        self._cache = None  # of a training that was broken off
+        self._folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked on every process
+        self._caches = self._is_trained() and self.cache_memory > 0 and not is_last_epoch(self.trainer)
+        reason = why_not_cached(self.trainer) if self._caches else None
+        if reason is not None:
+            rank_zero_info(f"Router inputs are not cached: {reason}.")
+            self._caches = False
+
+    def on_train_batch_start(self, batch: Batch | Tensor, batch_idx: int) -> int | None:
+        begins = batch_idx == 0  # not so where a resumed run goes on in mid-epoch
+        if begins and self._caches and self._cache is None and not is_last_epoch(self.trainer):
+            rows = RowCache(self.trainer.num_training_batches, self.cache_memory * MIB, self._folder)
+            self._cache = RouterCache(rows)
+        return None if self._is_trained() else -1  # -1 ends the epoch
+
+    def training_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        losses = self._cached_losses(batch) if isinstance(batch, Tensor) else self._router_losses(batch)
+        loss = torch.stack(list(losses.values())).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({f"train/router_loss/{name}": value.detach() for name, value in losses.items()})
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        loader = self.trainer.train_dataloader
+        if self._cache is None or loader.cached is not None:
+            return
+        if self._cache.rows.added < self.trainer.num_training_batches:
+            self._cache = None
+            return
+        with self._cache_can_fail():
+            self._cache.rows.complete()
+            loader.cached = self._cache
+
+    def conclude(self) -> None:
+        if self._cache is not None:
+            self.trainer.train_dataloader.cached = self._cache = None
+
+    def _is_trained(self) -> bool:
+        return any(layer.router.is_trained for layer in moe_layers(self.model).values())
+
+    def _router_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss of each router, by layer, from one pass of the frozen model."""
+        losses: dict[str, Tensor] = {}
+
+        def learn(name: str, tokens: Tensor, hidden: Tensor) -> None:
+            target = self.targets(name, hidden)  # (N, E)
+            if self._cache is not None:
+                self._cache.add(name, tokens, target)
+            with torch.enable_grad():
+                losses[name] = self._layers[name].router.loss(tokens, target)
+
+        with observed(self._layers, learn), torch.no_grad():
+            self.logits(batch)
+        if self._cache is not None:
+            with self._cache_can_fail():
+                self._cache.end_batch()
+        return losses
+
+    @contextmanager
+    def _cache_can_fail(self) -> Iterator[None]:
+        """Go on without a cache where there is no disk for it."""
+        try:
+            yield
+        except OSError as error:
+            _LOG.warning("router inputs are not cached: %s", error)
+            self._cache, self._caches = None, False
+
+    def _cached_losses(self, rows: Tensor) -> dict[str, Tensor]:
+        """The loss of each router, by layer, on rows ``(n, columns)`` of the cache."""
+        examples = self._cache.examples(rows)
+        return {name: self._layers[name].router.loss(*example) for name, example in examples.items()}

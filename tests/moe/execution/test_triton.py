@@ -1,0 +1,262 @@
+"""The Triton kernel against its plain twin: in Triton's interpreter, or on the GPU where there is one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.experts.experts import Experts
+
+pytest.importorskip("triton")
+
+from d2dmoe_pl.moe.execution import triton as kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+DENSE, SCATTER = 5, 70
+"""Expert widths that go by one way and by the other, in every type."""
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.no_grad():
+        yield
+
+
+def make_experts(d_model, num_experts, expert_dim, gated=False, bias=True, activation="relu", d_out=None, **kwargs):
+    d_ff = num_experts * expert_dim
+    ffn = FFN(
+        name="ffn",
+        up=nn.Linear(d_model, d_ff, bias=bias),
+        activation=ACTIVATIONS[activation](),
+        down=nn.Linear(d_ff, d_out or d_model, bias=bias),
+        gate_proj=nn.Linear(d_model, d_ff, bias=bias) if gated else None,
+        **kwargs,
+    )
+    return Experts(ffn, num_experts, None, "triton").to(DEVICE)
+
+
+def twin(experts, tokens, mask):
+    """The plain twin, in float64."""
+    experts.set_backend("reference")
+    output = experts.double()(tokens.double(), mask)
+    experts.set_backend("triton")
+    return output
+
+
+def assert_equals_twin(experts, tokens, mask, relative=1e-5):
+    """The largest error, relative to the largest output."""
+    got = experts(tokens, mask)
+    expected = twin(experts, tokens, mask)
+    assert got.shape == expected.shape
+    assert got.dtype == tokens.dtype
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=relative * max(scale, 1e-30))
+
+
+@st.composite
+def cases(draw):
+    return {
+        "tokens": draw(st.integers(0, 40)),
+        "num_experts": draw(st.integers(1, 20)),
+        "expert_dim": draw(st.integers(1, 40)),
+        "d_model": draw(st.integers(1, 80)),
+        "d_out": draw(st.none() | st.integers(1, 80)),
+        "gated": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "activation": draw(st.sampled_from(list(ACTIVATIONS))),
+        "density": draw(st.sampled_from([0.0, 0.2, 1.0])),
+    }
+
+
+@given(cases())
+@settings(deadline=None, max_examples=40)
+def test_equals_the_plain_twin_at_any_shape(case):
+    torch.seed()
+    tokens, density = case.pop("tokens"), case.pop("density")
+    experts = make_experts(**case)
+    mask = torch.rand(tokens, case["num_experts"], device=DEVICE) < density
+    assert_equals_twin(experts, torch.randn(tokens, case["d_model"], device=DEVICE), mask)
+
+
+@pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gated", [False, True])
+def test_narrow_types(expert_dim, dtype, gated):
+    torch.seed()
+    experts = make_experts(40, 3, expert_dim, gated, activation="gelu").to(dtype)
+    tokens = torch.randn(50, 40, dtype=dtype, device=DEVICE)
+    assert_equals_twin(experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, relative=1e-2)
+
+
+@pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
+@pytest.mark.parametrize("tokens", [kernel.CHUNK, 2 * kernel.CHUNK + 3])
+def test_more_tokens_than_one_chunk_and_block(expert_dim, tokens):
+    torch.seed()
+    experts = make_experts(20, 3, expert_dim)
+    mask = torch.rand(tokens, 3, device=DEVICE) < 0.3
+    mask[:, 2] = True  # several blocks of one list
+    assert_equals_twin(experts, torch.randn(tokens, 20, device=DEVICE), mask)
+
+
+@pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
+class TestBothWays:
+    @pytest.mark.parametrize("chosen", [[1], [0, 2], [0, 1, 2]])
+    def test_all_tokens_on_the_same_experts(self, expert_dim, chosen):
+        torch.seed()
+        mask = torch.zeros(9, 3, dtype=torch.bool, device=DEVICE)
+        mask[:, chosen] = True
+        assert_equals_twin(make_experts(12, 3, expert_dim), torch.randn(9, 12, device=DEVICE), mask)
+
+    def test_no_expert_leaves_the_output_bias(self, expert_dim):
+        experts = make_experts(12, 3, expert_dim)
+        got = experts(torch.randn(4, 12, device=DEVICE), torch.zeros(4, 3, dtype=torch.bool, device=DEVICE))
+        torch.testing.assert_close(got, experts.down_bias.expand(4, -1))
+
+    def test_non_contiguous_input(self, expert_dim):
+        torch.seed()
+        tokens = torch.randn(12, 2, 9, device=DEVICE)[:, 0].t()
+        mask = (torch.rand(3, 9, device=DEVICE) < 0.5).t()
+        assert not tokens.is_contiguous()
+        assert not mask.is_contiguous()
+        assert_equals_twin(make_experts(12, 3, expert_dim), tokens, mask)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_nan_stays_in_its_row(self, expert_dim, activation):
+        tokens = torch.randn(4, 12, device=DEVICE)
+        tokens[1, 5] = torch.nan
+        mask = torch.ones(4, 3, dtype=torch.bool, device=DEVICE)
+        got = make_experts(12, 3, expert_dim, activation=activation)(tokens, mask)
+        assert got.isnan().any(dim=1).tolist() == [False, True, False, False]
+
+    @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # from the interpreter; its result is right
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_large_activations(self, expert_dim, activation):
+        torch.seed()
+        tokens = 1e4 * torch.randn(4, 12, device=DEVICE)
+        mask = torch.ones(4, 3, dtype=torch.bool, device=DEVICE)
+        assert_equals_twin(make_experts(12, 3, expert_dim, activation=activation), tokens, mask)
+
+    def test_autocast(self, expert_dim):
+        torch.seed()
+        experts = make_experts(12, 3, expert_dim, gated=True)
+        tokens, mask = torch.randn(4, 12, device=DEVICE), torch.rand(4, 3, device=DEVICE) < 0.5
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got = experts(tokens, mask)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), twin(experts, tokens, mask), rtol=0.05, atol=0.05)
+
+
+class TestOperator:
+    @pytest.fixture
+    def arguments(self):
+        experts = make_experts(12, 3, SCATTER, gated=True, activation="silu")
+        return experts, torch.randn(6, 12, device=DEVICE), torch.rand(6, 3, device=DEVICE) < 0.5
+
+    def test_compiles_without_a_graph_break(self, arguments):
+        experts, tokens, mask = arguments
+        torch._dynamo.reset()
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(tokens, mask), experts(tokens, mask))
+
+    def test_exports_as_one_operator(self, arguments):
+        experts, tokens, mask = arguments
+        rows = {0: torch.export.Dim("rows")}
+        program = torch.export.export(experts, (tokens, mask), dynamic_shapes={"tokens": rows, "mask": rows})
+        calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+        assert calls.count(torch.ops.d2dmoe_pl.moe_triton.default) == 1
+        torch.testing.assert_close(program.module()(tokens[:5], mask[:5]), experts(tokens[:5], mask[:5]))
+
+    @pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
+    def test_fake_kernel_agrees(self, expert_dim):
+        experts = make_experts(12, 3, expert_dim, bias=False)
+        weights = (experts.up_weight.detach(), None, None, None, experts.down_weight.detach()[..., :7], None)
+        tokens, mask = torch.randn(12, 6, device=DEVICE).t(), torch.rand(6, 3, device=DEVICE) < 0.5
+        torch.library.opcheck(kernel.moe_triton, (tokens, mask, *weights, "relu"))
+
+
+class TestRefusals:
+    def run(self, message, tokens=None, **kwargs):
+        experts = make_experts(4, 2, 3, **kwargs)
+        with pytest.raises(ConfigError, match=f"^backend='triton': {message}$"):
+            experts(
+                torch.randn(5, 4, device=DEVICE) if tokens is None else tokens,
+                torch.ones(5, 2, dtype=torch.bool, device=DEVICE),
+            )
+
+    def test_gradients(self):
+        with torch.enable_grad():
+            self.run(r"has no gradients; run under torch.no_grad\(\), or train with 'auto', 'reference' or 'grouped'")
+
+    def test_frozen_experts_need_no_context(self):
+        experts = make_experts(4, 2, 3).requires_grad_(False)
+        with torch.enable_grad():
+            experts(torch.randn(5, 4, device=DEVICE), torch.ones(5, 2, dtype=torch.bool, device=DEVICE))
+
+    def test_active_dropout(self):
+        message = r"has no dropout, and p=0.1 is active; call model.eval\(\) first"
+        self.run(message, hidden_dropout=nn.Dropout(0.1))
+
+    def test_unknown_activation(self, monkeypatch):
+        monkeypatch.setitem(ACTIVATIONS, "selu", nn.SELU)
+        self.run("the activation SELU is not one of relu, gelu, gelu_tanh, silu, tanh", activation="selu")
+
+    def test_types(self):
+        message = "tokens are torch.float64 and weights torch.float32; both must be torch.float32 or "
+        tokens = torch.randn(5, 4, dtype=torch.float64, device=DEVICE)
+        self.run(message + "torch.bfloat16 or torch.float16", tokens)
+
+    def test_no_gpu(self, monkeypatch):
+        monkeypatch.setattr(kernel, "INTERPRETED", kernel.tl.constexpr(False))
+        experts = make_experts(4, 2, 3).cpu()
+        with pytest.raises(ConfigError, match=r"^backend='triton': needs tokens on a CUDA device, they are on cpu$"):
+            experts(torch.randn(5, 4), torch.ones(5, 2, dtype=torch.bool))
+
+    def test_no_triton(self, monkeypatch):
+        monkeypatch.delitem(sys.modules, kernel.__name__)
+        monkeypatch.setitem(sys.modules, "triton", None)
+        with pytest.raises(ConfigError, match=r"^backend='triton': the package triton is not installed; it comes with"):
+            make_experts(4, 2, 3)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from d2dmoe_pl.moe.execution import triton as kernel
+
+def shared_memory(function, constants, **types):
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    source = ASTSource(function, signature, {(function.arg_names.index(name),): v for name, v in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_stages": 3}).metadata.shared
+
+lists = dict(rows="*i16", counts="*i32", num_experts="i32")
+weights = {name: "*bf16" for name in ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "hidden")}
+blocks = dict(D=768, CHUNK=512, BLOCK_M=128, BLOCK_K=64)
+print(shared_memory(kernel._list_tokens, dict(CHUNK=512, BLOCK_E=16), mask="*u8", num_tokens="i32", **lists))
+up = dict(S=24, BLOCK_N=32, **blocks)
+print(shared_memory(kernel._up, up | dict(ACTIVATION="gelu"), tokens="*bf16", **lists, **weights))
+print(shared_memory(kernel._down, dict(S=128, BLOCK_N=128, **blocks), sums="*fp32", **lists, **weights))
+"""
+
+
+def test_compiles_for_a_gpu(tmp_path):
+    """The interpreter takes what the compiler would not; the compiler needs no GPU."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(int(size) <= 101_376 for size in done.stdout.split())  # bytes a block may have on Ada and later

@@ -1,0 +1,83 @@
+"""Importance scores against per-sample autograd."""
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from d2dmoe_pl.adapters import TransposedLinear
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moebert.importance import Importance
+
+
+def gradient(projection):
+    """Of the weight, ``(out, in)``."""
+    transposed = isinstance(projection, TransposedLinear)
+    return projection.module.weight.grad.t() if transposed else projection.weight.grad
+
+
+def naive(model, inputs):
+    """One backward pass a sample, padding cut off, gradients of the weights themselves."""
+    ffns = select_ffns(model)
+    scores = {ffn.name: torch.zeros(ffn.d_ff) for ffn in ffns}
+    mask = inputs.get("attention_mask")
+    for row in range(len(inputs["labels"])):
+        length = None if mask is None else int(mask[row].sum())
+        one = {
+            key: value[row : row + 1, :length] if key in ("input_ids", "attention_mask") else value[row : row + 1]
+            for key, value in inputs.items()
+        }
+        model.zero_grad()
+        F.cross_entropy(tiny.logits(model, one), one["labels"]).backward()
+        for ffn in ffns:
+            up = (ffn.up.weight * gradient(ffn.up)).sum(dim=1)
+            down = (ffn.down.weight * gradient(ffn.down)).sum(dim=0)
+            scores[ffn.name] += (up + down).abs()
+    return {name: score.detach() for name, score in scores.items()}
+
+
+def scored(model, inputs, batch_size=None, samples=None):
+    importance = Importance(select_ffns(model), torch.device("cpu"))
+    size = batch_size or len(inputs["labels"])
+    for start in range(0, len(inputs["labels"]), size):
+        part = {key: value[start : start + size] for key, value in inputs.items()}
+        importance.add(
+            lambda part=part: F.cross_entropy(tiny.logits(model, part), part["labels"], reduction="sum"),
+            part.get("attention_mask"),
+            samples,
+        )
+    return importance.scores
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "vit", "timm_vit"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_equals_one_backward_pass_a_sample(kind, activation):
+    model = tiny.dense(kind, activation)
+    inputs = tiny.batch(kind, size=6)
+    scores, expected = scored(model, inputs), naive(model, inputs)
+    assert list(scores) == list(expected)
+    for name, score in scores.items():
+        assert score.max() > 0
+        torch.testing.assert_close(score.float(), expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].max()))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_same_at_any_batch_size(batch_size):
+    model, inputs = tiny.dense("bert", "gelu"), tiny.batch("bert", size=6)
+    whole, parts = scored(model, inputs), scored(model, inputs, batch_size)
+    for name, score in whole.items():
+        torch.testing.assert_close(parts[name], score, rtol=1e-5, atol=1e-6 * float(score.max()))
+
+
+def test_samples_that_do_not_count():
+    model, inputs = tiny.dense("bert"), tiny.batch("bert", size=4)
+    first = {key: value[:2] for key, value in inputs.items()}
+    got = scored(model, inputs, samples=torch.tensor([True, True, False, False]))
+    for name, score in scored(model, first).items():
+        torch.testing.assert_close(got[name], score, rtol=1e-5, atol=1e-6 * float(score.max()))
+
+
+def test_no_gradient_of_a_weight_is_computed():
+    model, inputs = tiny.dense("bert"), tiny.batch("bert")
+    scored(model, inputs)
+    assert all(parameter.grad is None for parameter in model.parameters())
