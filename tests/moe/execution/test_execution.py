@@ -4,6 +4,7 @@ import pytest
 import torch
 from ffns import ACTIVATIONS, TOLERANCE, assert_close, cases, experts_of, ffn_of, make_ffn
 from hypothesis import given, settings
+from torch import nn
 
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.execution import BACKENDS
