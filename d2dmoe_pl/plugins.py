@@ -100,6 +100,7 @@ def _modules(package: str) -> frozenset[str]:
     return frozenset(module.name for module in pkgutil.iter_modules(folder.__path__) if module.name[0] != "_")
 
 
+@functools.cache
 def _entry_points(group: str) -> dict[str, list[EntryPoint]]:
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=group):

@@ -51,7 +51,7 @@ def adapter_for(model: nn.Module) -> Adapter:
             return adapter
     raise ConfigError(
         f"{type(model).__name__}: no adapter knows this model; known families are {', '.join(ADAPTERS.names())} "
-        "(to add one, write a file that defines ADAPTER, or register_adapter; docs/extending.md shows how)"
+        "(to add one, write a file in d2dmoe_pl/adapters that defines ADAPTER)"
     )
 
 

@@ -77,7 +77,7 @@ class GateConfig:
         rule = GATING_RULES.find(self.rule, "rule")
         check_tau(self.tau)
         if self.k is not None:
-            check(takes_k(rule), f"k={self.k}: allowed only with a rule that takes it, such as topk, not {self.rule}")
+            check(takes_k(rule), f"k={self.k}: allowed only with rule topk, not {self.rule}")
             check(self.k >= 1, f"k={self.k}: must be at least 1, the number of experts that each token runs")
 
 

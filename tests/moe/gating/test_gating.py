@@ -102,7 +102,7 @@ def test_topk_runs_exactly_k(values, data):
 def test_k_that_cannot_be():
     with pytest.raises(ConfigError, match="k=0: must be at least 1, the number of experts that each token runs"):
         GateConfig("topk", k=0)
-    with pytest.raises(ConfigError, match="k=3: allowed only with gate topk, not dynk_max"):
+    with pytest.raises(ConfigError, match="k=3: allowed only with rule topk, not dynk_max"):
         GateConfig(k=3)
 
 
