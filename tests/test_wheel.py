@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
     shutil.copytree(ROOT / "d2dmoe_pl", source / "d2dmoe_pl", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    csrc = source / "d2dmoe_pl" / "moe" / "kernels" / "csrc"
+    csrc = source / "d2dmoe_pl" / "moe" / "execution" / "csrc"
     csrc.mkdir(exist_ok=True)
     for name in ("test_only.cpp", "test_only.h"):
         (csrc / name).write_text("// what a kernel is compiled from\n")

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.phases._optimized_phase import freeze_
 
 
 class Teacher:
@@ -13,11 +14,12 @@ class Teacher:
     Being no module itself, it is neither among that module's parameters nor in its checkpoints, and is not moved along.
 
     Args:
-        model: The model.
+        model: The model, which is frozen.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
+        freeze_(model)
+        self.model = model
 
     def to(self, device: torch.device) -> None:
         """Move the model."""

@@ -81,7 +81,7 @@ class TestTauSweep:
         assert [(record["stage"], record["tau"]) for record in records] == [("test", "0.25"), ("test", "1.0")]
         assert float(records[0]["experts_percent/bert.encoder.layer.0.intermediate"]) == 25
         assert (tmp_path / "run" / "tau_sweep.png").read_bytes().startswith(b"\x89PNG")
-        assert "test, gate topk" in capsys.readouterr().out
+        assert "test, rule topk" in capsys.readouterr().out
         events = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
         events.Reload()
         tags = events.Tags()

@@ -68,7 +68,7 @@ def test_the_oracle_is_charged_for_looking(trainer, tmp_path):
 def test_table_csv_curve_and_tensorboard_name_k(trainer, routed, tmp_path, capsys):
     kind, path = routed
     rows, _ = sweep(trainer, kind, path, ks=KS)
-    assert f"test, gate topk, router {kind}" in capsys.readouterr().out
+    assert f"test, rule topk, router {kind}" in capsys.readouterr().out
     with (tmp_path / "run" / "tau_sweep.csv").open() as opened:
         records = list(csv.DictReader(opened))
     assert [record["k"] for record in records] == ["1", "3", "8"]
@@ -82,7 +82,7 @@ def test_table_csv_curve_and_tensorboard_name_k(trainer, routed, tmp_path, capsy
 
 
 def test_settings_that_cannot_be(trainer, routed):
-    with pytest.raises(ConfigError, match="k=1: allowed only with gate topk, not dynk_max"):
+    with pytest.raises(ConfigError, match="k=1: allowed only with rule topk, not dynk_max"):
         TauSweep(ks=[1])
     with pytest.raises(ConfigError, match="k=0: must be at least 1"):
         TauSweep(rule="topk", ks=[0, 1])
