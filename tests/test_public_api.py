@@ -1,4 +1,4 @@
-"""The package's own names: imported when they are used, with nothing that they do not need, and without side effects."""
+"""The package's own names: imported when used, with nothing that they do not need, and without side effects."""
 
 import json
 import subprocess
