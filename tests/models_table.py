@@ -1,4 +1,4 @@
-"""The README's table of models: what the contract tests run over, and which phases take it.
+"""The table of models in docs/own_data_and_models.md: what the contract tests run over, and which phases take it.
 
     python tests/models_table.py
 
@@ -30,7 +30,7 @@ from d2dmoe_pl.phases import (
 )
 from d2dmoe_pl.phases._preflight import preflight
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "own_data_and_models.md"
 BEGIN = "<!-- the table of models: python tests/models_table.py writes it -->"
 END = "<!-- end of the table of models -->"
 # by method, its phases in order; all start with FineTuning
@@ -101,4 +101,4 @@ def placed(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(placed(README.read_text()))
+    PAGE.write_text(placed(PAGE.read_text()))

@@ -1,4 +1,4 @@
-"""The README's results: tables and pictures of the recipes that were run on real data, from the files in docs/results.
+"""The pages' results: tables and pictures of the recipes that were run on real data, from the files in docs/results.
 
     python tests/results.py keep minilm_emotion d2dmoe 0 runs/minilm_emotion/router_regression
     python tests/results.py control minilm_emotion 0 runs/minilm_emotion_dense/further_training
@@ -7,85 +7,27 @@
 
 ``keep`` copies what the sweep of one method and seed left, with the dense model's scores; ``control`` notes those of a
 dense model trained on for as long as D2DMoE and its recovery, without a penalty; ``speed`` copies a benchmark of the
-model that the first method in the table left with one seed; ``draw`` writes README and pictures. How many experts a
-token runs is chosen on the validation split, for each budget anew: the setting with the best score among those that
-cost no more. What is shown is that setting's score on the test split.
+model that the first method in the table left with one seed; ``draw`` writes docs/results.md, the README's table and the
+pictures. How many experts a token runs is chosen on the validation split, for each budget anew: the setting with the
+best score among those that cost no more. What is shown is that setting's score on the test split.
 """
 
-import csv
-import json
-import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
+from result_files import ABLATIONS, LABELS, ROOT, Results, Row, control, keep, read, speed
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 COSTS = {"ffn_flops_percent": "FFN FLOPs", "model_flops_percent": "whole model's FLOPs"}
 TICKS = [3, 4, 5, 7, 10, 15, 20, 30, 50, 100]
-LABELS = {
-    "d2dmoe_recovery": "D2DMoE, then recovery",
-    "d2dmoe": "D2DMoE",
-    "d2dmoe_projections_recovery": "D2DMoE with projections, then recovery",
-    "d2dmoe_projections": "D2DMoE with projections",
-    "moefication": "MoEfication",
-    "moebert": "MoEBERT",
-}
-# by the method that each differs from in one setting
-ABLATIONS = {
-    "d2dmoe": {
-        "split_parameter": "experts split by weights",
-        "width_128": "routers of 128 neurons",
-        "width_64": "routers of 64 neurons",
-        "width_8": "routers of 8 neurons",
-        "penalty_l1": "L1 penalty",
-        "alpha_1e-3": "half the penalty, alpha 1e-3",
-    },
-    "d2dmoe_recovery": {
-        "alpha_1e-3_recovery": "half the penalty before it",
-        "router_lr_1e-3": "routers at a learning rate of 1e-3, not the model's 1e-4",
-        "router_lr_3e-4": "routers at the model's learning rate, 3e-4, not 2e-3",
-    },
-}
-METHODS = [*LABELS, *(name for settings in ABLATIONS.values() for name in settings)]
-Row = Mapping[str, str]
-
-
-@dataclass
-class Results:
-    """What was measured with one recipe and its twins.
-
-    Attributes:
-        recipe: Its name, and that of its folder in ``docs/results``.
-        budgets: Of each cost in percent of dense, the most that a model may cost in a column of the table.
-    """
-
-    recipe: str
-    budgets: Mapping[str, Sequence[float]]
-
-    @property
-    def folder(self) -> Path:
-        return ROOT / "docs" / "results" / self.recipe
-
-    def scores(self, name: str) -> list[float]:
-        """Test accuracy in percent of each seed's ``dense`` model or ``control``; none if not measured."""
-        file = self.folder / f"{name}.csv"
-        return [100 * float(row["test"]) for row in read(file)] if file.is_file() else []
-
-    def runs(self) -> dict[str, list[list[Row]]]:
-        """By method, the rows of the sweep of each seed."""
-        found = {label: sorted(self.folder.glob(f"{name}-?.csv")) for name, label in LABELS.items()}
-        return {label: [read(file) for file in files] for label, files in found.items() if files}
-
-    def run(self, name: str, seed: str) -> list[Row]:
-        """The rows of the sweep of one seed."""
-        return read(self.folder / f"{name}-{seed}.csv")
-
-
+HEADLINE = [3, 5, 9, 18, 25]  # budgets of the README's table, which is of the first of RESULTS
+HEADLINE_MARKERS = (
+    "<!-- the headline: python tests/results.py draw writes it -->",
+    "<!-- end of the headline -->",
+)
 RESULTS = [
     Results(
         "minilm_emotion",
@@ -96,12 +38,6 @@ RESULTS = [
         {"ffn_flops_percent": [6, 8, 10, 12, 15, 20, 25, 35], "model_flops_percent": [25, 30, 35, 40, 44, 46, 50, 60]},
     ),
 ]
-
-
-def read(file: Path) -> list[Row]:
-    """The records of a CSV file."""
-    with file.open(newline="") as opened:
-        return list(csv.DictReader(opened))
 
 
 def setting(row: Row) -> str:
@@ -191,7 +127,7 @@ def _milliseconds(row: Row, way: str) -> str:
 
 
 def section(results: Results) -> str:
-    """What the README says of one recipe: tables and picture."""
+    """What docs/results.md says of one recipe: tables and picture."""
     dense, control = results.scores("dense"), results.scores("control")
     trained_on = "trained on for as many epochs as D2DMoE and its recovery, without a penalty"
     parts = [
@@ -200,11 +136,18 @@ def section(results: Results) -> str:
             + (f"; {trained_on}: {spread(control)} ({_seeds(len(control))})." if control else ".")
         ],
         *(table(results.runs(), cost, budgets) for cost, budgets in results.budgets.items()),
-        [f"![Accuracy against cost](docs/results/{results.recipe}/results.png)"],
+        [f"![Accuracy against cost](results/{results.recipe}/results.png)"],
         ablations(results),
         speeds(results),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def headline() -> str:
+    """What the README says: the first table of the first of ``RESULTS``, with fewer columns."""
+    dense = RESULTS[0].scores("dense")
+    said = f"Accuracy on the test split in percent; the dense model has {spread(dense)} ({_seeds(len(dense))})."
+    return "\n".join([said, "", *table(RESULTS[0].runs(), "ffn_flops_percent", HEADLINE)])
 
 
 def picture(results: Results) -> Figure:
@@ -247,62 +190,37 @@ def _seeds(count: int) -> str:
 
 
 def markers(results: Results) -> tuple[str, str]:
-    """Between which the README has the section."""
+    """Between which the page has the section."""
     return (
         f"<!-- results of {results.recipe}: python tests/results.py draw writes them -->",
         f"<!-- end of the results of {results.recipe} -->",
     )
 
 
-def placed(text: str) -> str:
-    """``text`` with each section between its markers."""
+def placed(text: str, between: tuple[str, str], content: str) -> str:
+    """``text`` with ``content`` between its two markers."""
+    begin, end = between
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{content}\n{end}{after}"
+
+
+def page(text: str) -> str:
+    """The text of docs/results.md with each section between its markers."""
     for results in RESULTS:
-        begin, end = markers(results)
-        before, rest = text.split(begin)
-        _, after = rest.split(end)
-        text = f"{before}{begin}\n{section(results)}\n{end}{after}"
+        text = placed(text, markers(results), section(results))
     return text
 
 
-def keep(recipe: str, method: str, seed: str, phase_folder: str) -> None:
-    """Copy what a sweep left, and note the dense model's scores of that seed."""
-    if method not in METHODS:
-        raise ValueError(f"method={method!r}: must be one of {', '.join(METHODS)}")
-    sweep = Path(phase_folder) / "tau_sweep.csv"
-    if {row["stage"] for row in read(sweep)} != {"validation", "test"}:
-        raise ValueError(f"phase_folder={phase_folder!r}: no sweep of validation and test; let the chain finish")
-    folder = Results(recipe, {}).folder
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(sweep, folder / f"{method}-{seed}.csv")
-    _note(recipe, "dense", seed, Path(phase_folder).parent / "fine_tuning")
-
-
-def control(recipe: str, seed: str, phase_folder: str) -> None:
-    """Note the scores of a dense model that was trained on."""
-    _note(recipe, "control", seed, Path(phase_folder))
-
-
-def _note(recipe: str, name: str, seed: str, phase_folder: Path) -> None:
-    """The scores that a phase ended with, into a file of such models' scores by seed."""
-    config = json.loads((phase_folder / "artifact" / "config.json").read_text())
-    scores = config["d2dmoe"]["history"][-1]["metrics"]
-    file = Results(recipe, {}).folder / f"{name}.csv"
-    known = {row["seed"]: row for row in read(file)} if file.is_file() else {}
-    known[seed] = {"seed": seed, **{split: scores[f"{split}/accuracy"] for split in ("validation", "test")}}
-    with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, ["seed", "validation", "test"])
-        writer.writeheader()
-        writer.writerows(known[seed] for seed in sorted(known))
-
-
-def speed(recipe: str, seed: str, benchmark: str) -> None:
-    """Copy what a benchmark left, of the model that the first method in the table left with ``seed``."""
-    shutil.copy(benchmark, Results(recipe, {}).folder / f"speed-{seed}.csv")
+def readme(text: str) -> str:
+    """The README's text with its table."""
+    return placed(text, HEADLINE_MARKERS, headline())
 
 
 def draw() -> None:
-    """Write the README's sections and the pictures."""
-    README.write_text(placed(README.read_text()))
+    """Write the page, the README's table and the pictures."""
+    PAGE.write_text(page(PAGE.read_text()))
+    README.write_text(readme(README.read_text()))
     for results in RESULTS:
         picture(results).savefig(results.folder / "results.png", dpi=120)
 

@@ -4,6 +4,7 @@ import ast
 import re
 from pathlib import Path
 
+import pages
 import pytest
 import transformers
 
@@ -88,14 +89,8 @@ def test_files_hold_one_idea(file):
     assert file.read_text().count("\n") <= 400
 
 
-def readme_commands():
-    """The command lines of the README's first section."""
-    text = (ROOT / "README.md").read_text()
-    return re.findall(r"^```(?:bash|sh)\n(.*?)\n```", text, flags=re.MULTILINE | re.DOTALL)
-
-
 def test_ci_runs_the_readmes_test_line():
-    start, tests = readme_commands()[:2]
+    start, tests = (block.text.strip() for block in pages.blocks(pages.README, "bash")[:2])
     assert "requirements.txt" in start
     assert "main.py chain" in start
     assert "pytest" in tests
@@ -107,17 +102,6 @@ def test_requirements_have_a_floor_and_a_ceiling():
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         requirement, _, _ = line.partition("; ")  # where it has wheels
         assert re.fullmatch(r"[a-z0-9-]+(\[[a-z]+\])?>=[\d.]+,<[\d.]+", requirement), line
-
-
-def test_readme_names_files_that_are_there():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"`((?:configs|d2dmoe_pl|docs|tests)/[\w./]*)`", text):
-        assert (ROOT / path).exists(), path
-
-
-def test_readme_lists_every_recipe():
-    listed = re.findall(r"^\| `configs/(\w+)\.yaml` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    assert sorted(listed) == [recipe.stem for recipe in RECIPES]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

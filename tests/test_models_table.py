@@ -1,4 +1,4 @@
-"""The README's table of models says what is so."""
+"""The table of models says what is so."""
 
 import models_table
 
@@ -6,8 +6,8 @@ from d2dmoe_pl import phases
 from d2dmoe_pl.phases import FineTuning, OptimizedPhase, Phase
 
 
-def test_the_readme_has_the_table_as_it_is_now():
-    text = models_table.README.read_text()
+def test_the_page_has_the_table_as_it_is_now():
+    text = models_table.PAGE.read_text()
     assert text.count(models_table.BEGIN) == text.count(models_table.END) == 1
     assert models_table.placed(text) == text, "run python tests/models_table.py"
 

@@ -1,4 +1,4 @@
-"""The README's results are those of the CSV files in docs/results, with settings chosen on the validation split."""
+"""The pages' results are those of the CSV files in docs/results, with settings chosen on the validation split."""
 
 import pytest
 import results
@@ -35,13 +35,15 @@ def test_a_cell_needs_every_seed():
     assert results.cell([CURVE, dear], "ffn_flops_percent", 31) == "94.00 ± 0.00"
 
 
-def test_readme_is_what_the_files_give():
-    text = results.README.read_text()
+def test_pages_are_what_the_files_give():
+    text, readme = results.PAGE.read_text(), results.README.read_text()
     for each in results.RESULTS:
         assert all(text.count(marker) == 1 for marker in results.markers(each))
         assert (each.folder / "results.png").is_file()
         assert len(results.picture(each).axes) == 2
-    assert results.placed(text) == text, "run python tests/results.py draw"
+    assert all(readme.count(marker) == 1 for marker in results.HEADLINE_MARKERS)
+    assert results.page(text) == text, "run python tests/results.py draw"
+    assert results.readme(readme) == readme, "run python tests/results.py draw"
 
 
 @pytest.mark.parametrize("recipe", [each.recipe for each in results.RESULTS])

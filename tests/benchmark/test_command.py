@@ -2,11 +2,9 @@
 
 import csv
 import os
-import re
-import shlex
 import signal
-from pathlib import Path
 
+import pages
 import pytest
 import tiny
 import torch
@@ -251,13 +249,20 @@ def test_help_and_yaml(capsys, tmp_path):
     assert (given.tokens, given.share, given.num_experts) == ([3, 4], [0.5], [1, 2])
 
 
-def test_the_readmes_commands_can_be_run(monkeypatch):
-    root = Path(__file__).parents[2]
-    monkeypatch.chdir(root)
-    text = (root / "README.md").read_text().replace("\\\n", "")  # lines that go on made whole
-    commands = re.findall(r"^python main.py (benchmark --.+)$", text, flags=re.MULTILINE)
-    parsed = [command.benchmark_parser().parse_args(shlex.split(line)[1:]) for line in commands]
-    on_texts, on_digits, on_shapes = parsed
+def test_the_pages_commands_can_be_run(monkeypatch):
+    monkeypatch.chdir(pages.ROOT)
+    found = {
+        pages.name_of(page): [
+            command.benchmark_parser().parse_args(words)
+            for name, *words in pages.arguments(page)
+            if name == "benchmark"
+        ]
+        for page in pages.PAGES
+    }
+    [of_readme] = found["README.md"]
+    on_digits, on_shapes = found["docs/speed.md"]
+    [on_texts] = found["docs/results.md"]
+    assert of_readme == on_digits
     assert on_texts.data.class_path.endswith("TextClassification")
     assert (on_texts.scope, on_texts.batch_size) == (["model"], [1, 32])
     assert on_digits.data.class_path.endswith("Digits")

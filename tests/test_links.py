@@ -1,0 +1,86 @@
+"""What the pages name is there: files, headings, modules, recipes and commands."""
+
+import importlib
+import re
+
+import pages
+import pytest
+from registries import REGISTRIES
+
+from d2dmoe_pl.chain import _arguments, _split_settings, chain_parser
+from d2dmoe_pl.phase_cli import PhaseCLI
+
+EVERY_PAGE = pytest.mark.parametrize("page", pages.PAGES, ids=pages.name_of)
+SUBCOMMANDS = {"chain", "fit", "validate", "test", "predict", "benchmark"}
+
+
+def test_the_readme_is_short():
+    assert pages.README.read_text().count("\n") <= 150
+
+
+@EVERY_PAGE
+def test_links_lead_somewhere(page):
+    for link in pages.links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in pages.anchors(target), link
+
+
+def test_the_readme_leads_to_every_page():
+    linked = {(pages.ROOT / link.partition("#")[0]).resolve() for link in pages.links(pages.README)}
+    assert set(pages.PAGES) - {pages.README} <= linked
+
+
+@EVERY_PAGE
+def test_files_that_are_named_are_there(page):
+    for path in re.findall(r"`((?:configs|d2dmoe_pl|docs|examples|tests)/[\w./]*)`", page.read_text()):
+        assert (pages.ROOT / path).exists(), path
+
+
+@EVERY_PAGE
+def test_modules_that_are_named_are_there(page):
+    groups = {registry.group for registry in REGISTRIES}
+    if page.name == "CHANGELOG.md":  # which names what there was as well
+        return
+    for name in set(re.findall(r"\b(d2dmoe_pl(?:\.[A-Za-z_]\w*)+)", page.read_text())) - groups:
+        module, attributes = name, []
+        while importlib.util.find_spec(module) is None:
+            module, _, attribute = module.rpartition(".")
+            attributes.insert(0, attribute)
+        found = importlib.import_module(module)
+        for attribute in attributes:
+            found = getattr(found, attribute)
+
+
+def test_every_recipe_is_listed():
+    text = (pages.ROOT / "docs" / "recipes.md").read_text()
+    listed = re.findall(r"^\| `configs/(\w+)\.yaml` \|", text, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(recipe.stem for recipe in (pages.ROOT / "configs").glob("*.yaml"))
+
+
+@EVERY_PAGE
+def test_commands_name_scripts_that_are_there(page):
+    for words in pages.commands(page):
+        for script in (word for word in words if word.endswith(".py")):
+            assert (pages.ROOT / script).is_file(), script
+
+
+@EVERY_PAGE
+def test_phases_are_run_by_commands_that_can_be_parsed(page, tmp_path, monkeypatch):
+    if page.name == "extending.md":  # its recipe needs its package; test_extending.py runs the command
+        return
+    (tmp_path / "configs").symlink_to(pages.ROOT / "configs")
+    for source in pages.PAGES:
+        pages.write_files(source, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for subcommand, *arguments in pages.arguments(page):
+        assert subcommand in SUBCOMMANDS
+        if subcommand == "chain":
+            config = chain_parser().parse_args([word for word in arguments if word != "--print_config"])
+            names = list(config.phases)
+            settings = _split_settings(config.get("set", []), names)
+            for index in range(len(names)):
+                PhaseCLI(args=_arguments(config, settings, index), run=False)
+        elif subcommand != "benchmark":  # tests/benchmark/test_command.py has those
+            PhaseCLI(args=arguments, run=False)
