@@ -86,6 +86,15 @@ def save_artifact(
         history: The phases it went through; a model converted in code has gone through none.
         save_processor: Writes a tokenizer or image processor into the folder it is given.
         tensors: What else a phase found out about the model: by the name of a file, tensors by name.
+
+    Example:
+        >>> import os, tempfile, transformers
+        >>> from d2dmoe_pl import save_artifact
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> folder = tempfile.mkdtemp() + "/artifact"
+        >>> save_artifact(transformers.GPT2LMHeadModel(config), folder)
+        >>> sorted(os.listdir(folder))
+        ['config.json', 'generation_config.json', 'model.safetensors']
     """
     path = Path(path)
     tensors = tensors or {}

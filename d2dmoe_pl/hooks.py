@@ -15,6 +15,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
     Example:
         >>> from torch import nn
+        >>> from d2dmoe_pl.hooks import hooked
         >>> layer, seen = nn.Identity(), []
         >>> with hooked([layer.register_forward_hook(lambda module, args, output: seen.append(output))]):
         ...     layer(1)

@@ -15,6 +15,8 @@ def replaced_file(file: Path) -> Iterator[Path]:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from d2dmoe_pl.whole_files import replaced_file
         >>> file = Path(tempfile.mkdtemp()) / "status.json"
         >>> with replaced_file(file) as aside:
         ...     _ = aside.write_text("{}")

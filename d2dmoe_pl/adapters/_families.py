@@ -23,7 +23,7 @@ def register_adapter(adapter: Adapter) -> None:
         ConfigError: If there is another adapter for a family of that name.
 
     Example:
-        >>> from d2dmoe_pl.adapters import adapter_named
+        >>> from d2dmoe_pl.adapters import adapter_named, register_adapter
         >>> llama = adapter_named("llama")
         >>> class MistralAdapter(type(llama)):
         ...     family, title, model_types = "mistral", "Hugging Face Mistral", ("mistral",)
@@ -42,6 +42,7 @@ def adapter_for(model: nn.Module) -> Adapter:
 
     Example:
         >>> import transformers
+        >>> from d2dmoe_pl.adapters import adapter_for
         >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
         >>> adapter_for(transformers.GPT2LMHeadModel(config)).family
         'gpt2'
@@ -62,6 +63,7 @@ def adapter_named(family: str) -> Adapter:
         ConfigError: If there is none.
 
     Example:
+        >>> from d2dmoe_pl.adapters import adapter_named
         >>> adapter_named("bert").title
         'Hugging Face BERT'
     """

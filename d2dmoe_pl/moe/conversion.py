@@ -89,6 +89,15 @@ def swap_activation_(model: nn.Module, config: ActivationConfig, filter_fn: Filt
 
     Raises:
         ConfigError: If the architecture does not know the activation, or no FFN is found.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ActivationConfig, swap_activation_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> swap_activation_(model, ActivationConfig("relu"))
+        >>> model.transformer.h[0].mlp.act
+        ReLU()
     """
     # MLPs in the place of projections have theirs from the start
     ffns = select_ffns(model, lambda ffn, name: not ffn.is_projection and (filter_fn is None or filter_fn(ffn, name)))
@@ -113,6 +122,15 @@ def convert_to_moe_(
     Raises:
         ConfigError: If a width is not divisible by the number of experts, an assignment is unbalanced, or no FFN is
             found. The model is then as it was.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ExpertsConfig, convert_to_moe_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> type(model.transformer.h[0].mlp).__name__
+        'MoELayer'
     """
     adapter = adapter_for(model)
     ffns = select_ffns(model, filter_fn)
@@ -123,7 +141,7 @@ def convert_to_moe_(
     context = shared_context_(model)
     for ffn, num_experts in zip(ffns, numbers, strict=True):
         experts = Experts(ffn, num_experts, None if assignments is None else assignments[ffn.name])
-        layer = MoELayer(experts, context, ffn.output_dropout)
+        layer = MoELayer(experts, context, ffn.output_dropout).train(model.get_submodule(ffn.name).training)
         if ffn.is_projection:
             model.set_submodule(ffn.name, layer)
         else:
@@ -135,6 +153,16 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterF
 
     Raises:
         ConfigError: If there is no MoE layer.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ExpertsConfig, RouterConfig, add_routers_, convert_to_moe_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> add_routers_(model, RouterConfig(width=4))
+        >>> type(model.transformer.h[0].mlp.router).__name__
+        'RegressionRouter'
     """
     for layer in select_moe_layers(model, filter_fn).values():
         layer.router = make_router(layer.experts, config)
@@ -145,6 +173,18 @@ def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilte
 
     Raises:
         ConfigError: If there is no MoE layer, one without a router, or one with fewer than ``k`` experts.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ExpertsConfig, GateConfig, RouterConfig
+        >>> from d2dmoe_pl import add_routers_, convert_to_moe_, set_gate_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> add_routers_(model, RouterConfig(width=4))
+        >>> set_gate_(model, GateConfig("topk", k=2))
+        >>> model.transformer.h[0].mlp.gate
+        Gate(rule=topk, k=2)
     """
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
@@ -177,6 +217,19 @@ def set_tau_(model: nn.Module, tau: float, filter_fn: LayerFilterFn | None = Non
 
     Raises:
         ConfigError: If ``tau`` is outside [0, 1], or a layer has no gate.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ExpertsConfig, GateConfig, RouterConfig
+        >>> from d2dmoe_pl import add_routers_, convert_to_moe_, set_gate_, set_tau_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> add_routers_(model, RouterConfig(width=4))
+        >>> set_gate_(model, GateConfig("dynk_max"))
+        >>> set_tau_(model, 0.8)
+        >>> model.transformer.h[0].mlp.gate
+        Gate(rule=dynk_max, tau=0.8)
     """
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
@@ -187,7 +240,21 @@ def set_tau_(model: nn.Module, tau: float, filter_fn: LayerFilterFn | None = Non
 
 
 def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None = None) -> None:
-    """Choose how every MoE layer runs its experts, by the name of a file in ``moe/execution``."""
+    """Choose how every MoE layer runs its experts, by the name of a backend, e.g. of a file in ``moe/execution``.
+
+    Raises:
+        ConfigError: If there is no MoE layer, or no such backend.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ExpertsConfig, convert_to_moe_, set_backend_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> set_backend_(model, "reference")
+        >>> model.transformer.h[0].mlp.experts.backend
+        'reference'
+    """
     for layer in select_moe_layers(model, filter_fn).values():
         layer.experts.set_backend(backend)
 

@@ -126,6 +126,16 @@ def replace_projections_(
     Raises:
         ConfigError: If there are none, a fused one cannot be taken apart, or a width is too small for the config. The
             model is then as it was.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ProjectionConfig, replace_projections_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config)
+        >>> of_outputs = lambda projection, name: projection.role == "output"
+        >>> replace_projections_(model, ProjectionConfig(multiple_of=4), of_outputs)
+        >>> type(model.transformer.h[0].attn.c_proj).__name__
+        'ProjectionMLP'
     """
     projections = select_projections(model, filter_fn)
     widths = [config.width_for(projection) for projection in projections]

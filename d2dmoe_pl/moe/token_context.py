@@ -77,6 +77,8 @@ def scattered(rows: Tensor, index: Tensor, length: int) -> Tensor:
     """Rows ``(N, ...)`` at their places ``index``, ``(N,)``, among zeros: ``(length, ...)``; undoes a selection.
 
     Example:
+        >>> import torch
+        >>> from d2dmoe_pl.moe.token_context import scattered
         >>> scattered(torch.tensor([[1.0], [2.0]]), torch.tensor([2, 0]), 3).flatten()
         tensor([2., 0., 1.])
     """

@@ -33,6 +33,15 @@ def convert_to_moebert_(
     Raises:
         ConfigError: If an FFN is too narrow for the experts, of another kind than they are made for, or not among those
             in ``importance``, or the routing needs token ids of a model that has none. The model is then as it was.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import MoEBERTConfig, convert_to_moebert_
+        >>> shape = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+        >>> model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=9, hidden_size=8, **shape))
+        >>> convert_to_moebert_(model, MoEBERTConfig(num_experts=2, expert_dim=8, num_shared=4))
+        >>> model.bert.encoder.layer[0].intermediate.experts.num_experts
+        2
     """
     adapter = adapter_for(model)
     ffns = select_ffns(model, filter_fn)
@@ -66,6 +75,16 @@ def set_hash_table_(model: nn.Module, table: Tensor, argument: str = "table") ->
     Raises:
         ConfigError: If the table's length is not the vocabulary's, an entry is no expert, or the model's routing goes
             by no table.
+
+    Example:
+        >>> import torch, transformers
+        >>> from d2dmoe_pl import MoEBERTConfig, convert_to_moebert_, set_hash_table_
+        >>> shape = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+        >>> model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=9, hidden_size=8, **shape))
+        >>> convert_to_moebert_(model, MoEBERTConfig(num_experts=2, expert_dim=8, num_shared=4))
+        >>> set_hash_table_(model, torch.tensor([0, 1, 0, 1, 0, 1, 0, 1, 0]))
+        >>> model.bert.encoder.layer[0].intermediate.routing.table[:3]
+        tensor([0, 1, 0])
     """
     layers = moebert_layers(model)
     for name, layer in layers.items():

@@ -25,7 +25,7 @@ class MoEBERTConfig:
         num_experts: ``E``.
         expert_dim: Neurons of an expert.
         num_shared: How many of them every expert has.
-        routing: Name of a file in ``moebert/routing``.
+        routing: Name of a routing, e.g. of a file in ``moebert/routing``.
         expert_dropout: On each expert's output.
         seed: Of random hash tables.
 

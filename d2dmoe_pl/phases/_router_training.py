@@ -34,7 +34,7 @@ class RouterTraining(OptimizedPhase):
             epoch only and kept, what is beyond this in a file in the run's folder; the other epochs shuffle its tokens
             and cost only the routers. Targets over a batch's largest stay those of the batch in that epoch. Not done
             where epochs see different samples: augmented or streamed ones, or a part of the batches; nor at 0.
-        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
         ConfigError: If ``cache_memory`` is negative.

@@ -47,7 +47,7 @@ class AttentionDistillation(OptimizedPhase):
         penalty: ``l1``, the sum of magnitudes; ``hoyer``, its square over the sum of squares.
         alpha: Weight of the penalty at its largest.
         schedule: How the weight grows: ``constant``; ``linear`` to the end; ``warmup``, linear to half-way.
-        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
         ConfigError: For no or unknown ``projections``, numbers that are not positive, or a negative ``alpha``.

@@ -14,7 +14,7 @@ class FineTuning(OptimizedPhase):
 
     Args:
         activation: Activation to put into every FFN first, e.g. ``relu``; the model's own if not given.
-        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
     """
 
     def __init__(self, activation: str | None = None, **kwargs: Any) -> None:

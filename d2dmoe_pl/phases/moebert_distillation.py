@@ -36,7 +36,7 @@ class MoEBERTDistillation(OptimizedPhase):
         num_experts: ``E``.
         expert_dim: Neurons of an expert.
         num_shared: How many of them, the most important ones, every expert has.
-        routing: ``hash_random``, ``hash_balance``, ``gate_token`` or ``gate_sentence``, a file in ``moebert/routing``.
+        routing: ``hash_random``, ``hash_balance``, ``gate_token``, ``gate_sentence`` or another that is known.
         beta: Weight of the distillation.
         gamma: Weight of the load-balancing loss, for the routings with a gate.
         expert_dropout: On each expert's output.
@@ -44,7 +44,7 @@ class MoEBERTDistillation(OptimizedPhase):
         teacher: Artifact folder of a dense model; that of ``init_from`` if not given.
         importance_file: Published ``importance_*.pkl``, instead of the scores in the artifact of ``init_from``.
         hash_list_file: Published hash list, a pickle, instead of a table made here.
-        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
         ConfigError: For numbers out of range, more shared neurons than an expert holds, or an unknown routing.

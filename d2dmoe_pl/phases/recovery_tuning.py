@@ -35,7 +35,7 @@ class RecoveryTuning(OptimizedPhase):
             with experts that move, so that a larger one than the model's can pay.
         teacher: Artifact folder of another model to learn from, run with every expert on; that of ``init_from`` if not
             given.
-        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
         ConfigError: For a range that is none or leaves [0, 1], negative weights, or a ``router_lr`` that is not

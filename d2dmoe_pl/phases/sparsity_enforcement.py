@@ -23,7 +23,7 @@ class SparsityEnforcement(OptimizedPhase):
         schedule: How the weight grows: ``constant``; ``linear`` to the end; ``warmup``, linear to half-way.
         displacement: Penalise ``max(z - displacement, 0)`` of the pre-activation ``z`` instead of the activation.
             Needed for GELU and SiLU, which give no exact zeros: about -10 for vision, about 0 for fine-grained tasks.
-        kwargs: As for :class:`d2dmoe_pl.phases._phase.OptimizedPhase`.
+        kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
         ConfigError: If ``alpha`` is negative.

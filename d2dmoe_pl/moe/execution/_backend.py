@@ -35,6 +35,7 @@ def register_backend(name: str, backend: Backend) -> None:
         ConfigError: If the name is taken.
 
     Example:
+        >>> from d2dmoe_pl.moe.execution import BACKENDS, register_backend
         >>> def all_and_mask(experts, tokens, mask):
         ...     return experts.combine(experts.hidden(tokens) * mask.unsqueeze(-1))
         >>> register_backend("all_and_mask", all_and_mask)

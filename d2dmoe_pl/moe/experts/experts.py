@@ -34,7 +34,7 @@ class Experts(nn.Module):
         num_experts: ``E``; divides ``d_ff``.
         assignment: Expert of each neuron, ``(d_ff,)`` integers in ``[0, E)``, every expert ``s`` times; in order of
             the neurons if not given.
-        backend: Name of a file in ``moe/execution``.
+        backend: Name of a backend, e.g. of a file in ``moe/execution``.
 
     Attributes:
         activation_kind: What :func:`activation_kind` says of the activation function.

@@ -23,7 +23,11 @@ def dense_weights(experts: Experts) -> dict[str, Tensor]:
         is possible.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> from d2dmoe_pl.adapters import FFN
+        >>> from d2dmoe_pl.moe.experts.experts import Experts
+        >>> from d2dmoe_pl.moe.experts.merging import dense_weights
         >>> ffn = FFN("ffn", nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 2))
         >>> torch.equal(dense_weights(Experts(ffn, num_experts=3))["down.weight"], ffn.down.weight)
         True
@@ -55,7 +59,7 @@ def merge_to_dense_(model: nn.Module, filter_fn: LayerFilterFn | None = None) ->
             then as it was.
 
     Example:
-        >>> import transformers
+        >>> import torch, transformers
         >>> from d2dmoe_pl import ExpertsConfig, convert_to_moe_, merge_to_dense_
         >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
         >>> model = transformers.GPT2LMHeadModel(config).eval()

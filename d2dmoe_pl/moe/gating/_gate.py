@@ -38,6 +38,7 @@ def register_gate(name: str, rule: GatingRule) -> None:
 
     Example:
         >>> import torch
+        >>> from d2dmoe_pl.moe.gating import Gate, GateConfig, register_gate
         >>> def above_mean(scores, tau):
         ...     return scores >= (1 - tau) * scores.mean(dim=-1, keepdim=True)
         >>> register_gate("above_mean", above_mean)
@@ -65,6 +66,7 @@ class GateConfig:
         ConfigError: For an unknown rule, a ``tau`` outside [0, 1], a ``k`` below 1, or one for a rule that takes none.
 
     Example:
+        >>> from d2dmoe_pl import GateConfig
         >>> GateConfig("topk", k=4)
         GateConfig(rule='topk', tau=1.0, k=4)
     """
@@ -94,6 +96,7 @@ class Gate(nn.Module):
 
     Example:
         >>> import torch
+        >>> from d2dmoe_pl.moe.gating import Gate, GateConfig
         >>> Gate(GateConfig("dynk_max", tau=0.5))(torch.tensor([[4.0, 1.0, 3.0, 2.0]]))
         tensor([[ True, False,  True,  True]])
     """

@@ -18,6 +18,8 @@ def topk(scores: Tensor, tau: float, k: int | None = None) -> Tensor:
         Boolean mask ``(N, E)`` with exactly ``k`` true entries a row.
 
     Example:
+        >>> import torch
+        >>> from d2dmoe_pl.moe.gating.topk import topk
         >>> topk(torch.tensor([[4.0, 1.0, 3.0, 2.0]]), tau=1.0, k=2)
         tensor([[ True, False,  True, False]])
     """

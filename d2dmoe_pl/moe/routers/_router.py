@@ -28,6 +28,7 @@ class RouterConfig:
         ConfigError: If ``width`` is not positive, or for an unknown kind.
 
     Example:
+        >>> from d2dmoe_pl import RouterConfig
         >>> RouterConfig(width=32)
         RouterConfig(width=32, kind='regression')
     """
@@ -87,6 +88,7 @@ def register_router(name: str, router: type[Router]) -> None:
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> from d2dmoe_pl.moe.routers import Router, RouterConfig, register_router
         >>> class LinearRouter(Router):
         ...     def __init__(self, experts, config):
         ...         super().__init__(experts, config)

@@ -66,6 +66,7 @@ def register_split(name: str, split: Split) -> None:
 
     Example:
         >>> import torch
+        >>> from d2dmoe_pl.moe.splitting import SPLITS, Split, register_split
         >>> class InTurn(Split):
         ...     def __call__(self, weight, statistic, num_experts, seed):
         ...         return torch.arange(len(weight)) % num_experts

@@ -24,6 +24,8 @@ def most_probable(logits: Tensor) -> Decision:
     """The expert with the largest probability in each row of ``logits``, ``(M, E)``, scaled by that probability.
 
     Example:
+        >>> import torch
+        >>> from d2dmoe_pl.moebert.routing import most_probable
         >>> decision = most_probable(torch.tensor([[0.0, 0.0, 2.0], [1.0, 0.0, 0.0]]))
         >>> decision.expert, decision.scale.round(decimals=2).squeeze(1)
         (tensor([2, 0]), tensor([0.7900, 0.5800]))
@@ -45,6 +47,8 @@ def load_balancing_loss(probabilities: Tensor, expert: Tensor) -> Tensor:
         A scalar, differentiable by the probabilities.
 
     Example:
+        >>> import torch
+        >>> from d2dmoe_pl.moebert.routing import load_balancing_loss
         >>> load_balancing_loss(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 0]))
         tensor(2.)
     """

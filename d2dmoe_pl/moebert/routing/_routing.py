@@ -78,6 +78,7 @@ def register_routing(name: str, routing: type[Routing]) -> None:
         ConfigError: If the name is taken.
 
     Example:
+        >>> from d2dmoe_pl.moebert.routing import ROUTINGS, Decision, Routing, register_routing
         >>> class AlwaysTheFirst(Routing):
         ...     def forward(self, tokens, context):
         ...         return Decision(tokens.new_zeros(len(tokens), dtype=int))
