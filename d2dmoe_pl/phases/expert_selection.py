@@ -18,8 +18,8 @@ class ExpertSelection(RouterTraining):
     Args:
         k: Experts that each token runs, saved with the model. It can be changed at any time without training.
         router: Name of a router, e.g. of a file in ``moe/routers``: ``mlp``, a 2-layer MLP, the only one of
-            MoEfication's that is trained; ``similarity`` of the token and the expert's weights; ``ground_truth``, an oracle that computes all
-            activations first, and is charged for it; ``random``; or ``regression``, D2DMoE's.
+            MoEfication's that is trained; ``similarity`` of the token and the expert's weights; ``ground_truth``, an
+            oracle that computes all activations first, and is charged for it; ``random``; or ``regression``, D2DMoE's.
         width: Hidden neurons of ``regression``.
         kwargs: As for :class:`d2dmoe_pl.phases._router_training.RouterTraining`.
 
