@@ -84,3 +84,15 @@ def test_phases_are_run_by_commands_that_can_be_parsed(page, tmp_path, monkeypat
                 PhaseCLI(args=_arguments(config, settings, index), run=False)
         elif subcommand != "benchmark":  # tests/benchmark/test_command.py has those
             PhaseCLI(args=arguments, run=False)
+
+
+def test_each_walk_through_the_code_is_short_and_its_files_say_what_they_do():
+    text = (pages.ROOT / "docs" / "concepts.md").read_text().partition("## Three walks")[2]
+    walks = [re.findall(r"^\d\. `([\w/.]+)`", walk, flags=re.MULTILINE) for walk in text.split("\n### ")[1:]]
+    assert len(walks) == 3
+    for walk in walks:
+        assert 4 <= len(walk) <= 8
+        for file in walk:
+            first = (pages.ROOT / file).read_text().splitlines()[0]
+            assert first.startswith('"""'), file
+            assert len(first) > 40, file
