@@ -5,8 +5,8 @@ import multiprocessing
 import pytest
 import tiny
 import torch
+from squad_files import SPECIAL, WORDS, squad
 from test_glue import glue, rows
-from test_squad import SPECIAL, WORDS, squad
 
 from d2dmoe_pl.data import DatasetSource, LanguageModeling
 

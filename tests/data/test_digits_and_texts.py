@@ -1,45 +1,20 @@
-"""Every DataModule: dict batches, labels by index, local files of every kind, and what is wrong with them."""
+"""Digits and texts: dict batches, labels by index, local files of every kind, and what is wrong with them."""
 
-import json
-
-import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, Features, Image, Value
-from PIL import Image as Pillow
+from datasets import Dataset, Features, Value
+from table_files import ROWS, first, source, table, write
 
-from d2dmoe_pl.data import Augmentation, DatasetSource, Digits, ImageClassification, TextClassification
+from d2dmoe_pl.data import DatasetSource, Digits, TextClassification
 from d2dmoe_pl.data.digits import jitter
 from d2dmoe_pl.errors import ConfigError
-
-ROWS = [("a b c", "x", "joy"), ("b", "y z", "fear"), ("c c", "x", "joy"), ("a", "z", "anger")]
-
-
-def table(rows=ROWS, label=lambda value: value):
-    return Dataset.from_list([{"text": a, "other": b, "label": label(c)} for a, b, c in rows])
-
-
-def write(dataset, path):
-    {".csv": dataset.to_csv, ".json": dataset.to_json, ".jsonl": dataset.to_json, ".parquet": dataset.to_parquet}[
-        path.suffix
-    ](path)
-    return str(path)
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
     return tiny.tokenizer(tmp_path / "tok", "abcxyz")
-
-
-def source(tmp_path, suffix=".csv", train=None, validation=None, test=None):
-    parts = {"train": train, "validation": validation, "test": test}
-    return DatasetSource(**{name: write(part or table(), tmp_path / f"{name}{suffix}") for name, part in parts.items()})
-
-
-def first(loader):
-    return next(iter(loader))
 
 
 class TestDigits:
@@ -213,81 +188,6 @@ class TestText:
     def test_three_text_columns(self, tmp_path, tokenizer):
         with pytest.raises(ConfigError, match=r"text_columns=.*: must be one column or two"):
             TextClassification(source(tmp_path), tokenizer, text_columns=["a", "b", "c"])
-
-
-class TestImages:
-    def images(self, count=6):
-        return [Pillow.fromarray(np.random.randint(0, 255, (9, 12, 3), dtype=np.uint8)) for _ in range(count)]
-
-    def parquet(self, tmp_path):
-        features = Features({"picture": Image(), "kind": ClassLabel(names=["cat", "dog"])})
-        rows = {"picture": self.images(), "kind": [0, 1, 0, 1, 1, 0]}
-        dataset = Dataset.from_dict(rows, features=features)
-        return DatasetSource(**{n: write(dataset, tmp_path / f"{n}.parquet") for n in ("train", "validation", "test")})
-
-    def test_parquet_with_class_labels(self, tmp_path):
-        data = ImageClassification(
-            self.parquet(tmp_path), image_column="picture", label_column="kind", image_size=8, batch_size=4
-        )
-        data.setup()
-        assert data.task.label_names == ["cat", "dog"]
-        batch = first(data.val_dataloader())
-        assert batch["pixel_values"].shape == (4, 3, 8, 8)
-        assert batch["labels"].tolist() == [0, 1, 0, 1]
-        assert torch.equal(batch["pixel_values"], first(data.val_dataloader())["pixel_values"])
-        data.ordered = True
-        assert torch.equal(first(data.train_dataloader())["pixel_values"], batch["pixel_values"])
-
-    def test_image_folder(self, tmp_path):
-        for split in ("train", "validation", "test"):
-            for i, image in enumerate(self.images()):
-                folder = tmp_path / "images" / split / ("cat" if i % 2 else "dog")
-                folder.mkdir(parents=True, exist_ok=True)
-                image.save(folder / f"{i}.png")
-        for where in (
-            DatasetSource(str(tmp_path / "images")),
-            DatasetSource(**{n: str(tmp_path / "images" / n) for n in ("train", "validation", "test")}),
-        ):
-            data = ImageClassification(where, image_size=8, batch_size=6)
-            data.setup()
-            assert data.task.label_names == ["cat", "dog"]
-            assert first(data.test_dataloader())["pixel_values"].shape == (6, 3, 8, 8)
-
-    def test_only_training_is_mixed_and_only_until_ordered(self, tmp_path):
-        mixing = Augmentation(mixup=1.0, cutmix=1.0, label_smoothing=0.1, auto_augment="3a")
-        where = self.parquet(tmp_path)
-        data = ImageClassification(where, "picture", "kind", image_size=8, batch_size=5, augmentation=mixing)
-        data.setup()
-        assert data.augmented
-        for batch in data.train_dataloader():  # of 5, and of 1
-            assert batch["pixel_values"].shape[1:] == (3, 8, 8)
-            assert batch["labels"].shape == (len(batch["pixel_values"]), 2)
-            torch.testing.assert_close(batch["labels"].sum(dim=1), torch.ones(len(batch["labels"])))
-        assert all(first(loader)["labels"].dim() == 1 for loader in (data.val_dataloader(), data.test_dataloader()))
-        data.ordered = True
-        assert torch.equal(first(data.train_dataloader())["labels"], first(data.val_dataloader())["labels"])
-        plain = ImageClassification(where, "picture", "kind", image_size=8, batch_size=6, augment=False)
-        plain.setup()
-        assert not plain.augmented
-        one, other = (first(plain.train_dataloader())["pixel_values"].sum((1, 2, 3)).tolist() for _ in range(2))
-        assert sorted(one) == sorted(other)
-
-    def test_preprocessing_is_saved_and_taken_up(self, tmp_path):
-        data = ImageClassification(
-            self.parquet(tmp_path), "picture", "kind", image_size=8, mean=[0.1] * 3, std=[0.5] * 3
-        )
-        data.save_processor(tmp_path)
-        saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-        assert saved["size"] == {"height": 8, "width": 8}
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-        again = ImageClassification(self.parquet(tmp_path), "picture", "kind", processor=str(tmp_path))
-        again.load_processor()
-        assert (again.image_size, again.mean, again.std) == (8, [0.1] * 3, [0.5] * 3)
-
-    def test_an_unreachable_processor(self, tmp_path):
-        data = ImageClassification(self.parquet(tmp_path), "picture", "kind", processor="nobody/nothing")
-        with pytest.raises(ConfigError, match="processor='nobody/nothing': neither a folder nor a reachable hub name"):
-            data.load_processor()
 
 
 def test_string_value_features_are_not_needed():
