@@ -41,7 +41,7 @@ INCIDENTAL = {
 class RecipeFile(ActionConfigFile):
     """``--config`` of a chain: a recipe."""
 
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take the recipe with all that it takes from others as if it had been written on the command line."""
         super().__call__(parser, cfg, json.dumps(read_recipe(values)), option_string)
 

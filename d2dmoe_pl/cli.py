@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 
 from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
 from d2dmoe_pl.chain import chain_parser, default_recipe, run_chain
@@ -21,8 +22,9 @@ class D2DMoECLI(PhaseCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: object) -> None:
         super()._add_subcommands(parser, **kwargs)
         for name, (make_parser, _) in OWN.items():
-            own = make_parser()
+            own: Any = make_parser()
             self._subcommand_parsers[name] = own
+            assert parser._subcommands_action is not None
             parser._subcommands_action.add_subcommand(name, own, help=own.description)
 
     def _set_seed(self) -> None:
@@ -48,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Arguments, those of the process if not given.
     """
-    arguments: ArgsType = list(sys.argv[1:] if args is None else args)
+    arguments: list[str] = list(sys.argv[1:] if args is None else args)
     if arguments[:1] == [CHAIN] and not any(
         argument.startswith(("--config", "-c", "-h", "--help")) for argument in arguments
     ):

@@ -2,12 +2,12 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -33,7 +33,7 @@ SAID_FOR_NOTHING = (
 class PhaseConfigFile(ActionConfigFile):
     """``--config`` of a phase: YAML with its settings, or RECIPE:PHASE."""
 
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take what the recipe says of the phase as if it had been written on the command line."""
         recipe, _, phase = values.rpartition(":")
         if is_recipe(values):
@@ -82,6 +82,7 @@ class PhaseCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI warns when it gets arguments while the process has others; a chain does so on purpose
+        assert args is None or isinstance(args, Sequence)
         self.config = parser.parse_args(args)
 
     def before_fit(self) -> None:

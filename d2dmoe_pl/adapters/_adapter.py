@@ -70,7 +70,7 @@ class Adapter(ABC):
             )
         return find_projections(model, self.attention, self.as_linear)
 
-    def as_linear(self, module: nn.Module) -> nn.Linear | TransposedLinear | None:
+    def as_linear(self, module: Any) -> nn.Linear | TransposedLinear | None:
         """``module`` as an ``nn.Linear``; None if it is no linear projection."""
         return plain_linear(module)
 
@@ -164,7 +164,7 @@ class ModelSource(ABC):
         """The same model on the meta device: shapes without weights, for checks before anything long runs."""
 
 
-def module_at(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+def module_at(model: nn.Module, name: str) -> tuple[Any, str]:
     """The parent of the module with dotted path ``name``, and its attribute name there."""
     parent, _, attribute = name.rpartition(".")
     return model.get_submodule(parent), attribute

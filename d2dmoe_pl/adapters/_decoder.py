@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2dmoe_pl.adapters._ffn_module import FFNModuleAdapter
 from d2dmoe_pl.data.head import Head
@@ -16,7 +16,7 @@ class DecoderAdapter(FFNModuleAdapter):
     # no token_type_ids: what these models make of them, if anything, is not what tokenizers mean by them
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
-    def head(self, model: nn.Module) -> Head:
+    def head(self, model: Any) -> Head:
         head = super().head(model)
         check(
             head not in ("classification", "regression") or model.config.pad_token_id is not None,
@@ -25,7 +25,7 @@ class DecoderAdapter(FFNModuleAdapter):
         )
         return head
 
-    def _call(self, model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
+    def _call(self, model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
         mask = batch.get("attention_mask")
         if mask is not None and model.config.pad_token_id is not None:
             # whatever id the tokenizer pads with

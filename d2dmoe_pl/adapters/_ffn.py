@@ -1,6 +1,7 @@
 """The canonical view of one dense feed-forward network, whatever the architecture calls its parts."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 class TransposedLinear:
     """A projection that keeps its weight as ``(in, out)``, such as GPT-2's ``Conv1D``, seen as an ``nn.Linear``."""
 
-    module: nn.Module
+    module: Any
 
     @property
     def weight(self) -> Tensor:

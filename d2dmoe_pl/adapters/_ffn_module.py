@@ -1,12 +1,12 @@
 """Hugging Face families whose FFN is one module, which is replaced whole."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import module_at
-from d2dmoe_pl.adapters._ffn import FFN
+from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, check_not_chunked
 
 
@@ -32,26 +32,31 @@ class FFNModuleAdapter(HuggingFaceAdapter):
     ffn_classes: ClassVar[tuple[type[nn.Module], ...]]
     parts: ClassVar[PartNames]
 
-    def ffns(self, model: nn.Module) -> list[FFN]:
+    def ffns(self, model: Any) -> list[FFN]:
         found = {name: module for name, module in model.named_modules() if isinstance(module, self.ffn_classes)}
         for name, module in found.items():
             check_not_chunked(module, name)
         return [self._ffn(name, module) for name, module in found.items()]
 
-    def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+    def put_(self, model: Any, ffn: FFN, module: nn.Module) -> None:
         parent, attribute = module_at(model, ffn.name)
         setattr(parent, attribute, module)
 
-    def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
+    def put_activation_(self, model: Any, ffn: FFN, activation: nn.Module) -> None:
         setattr(model.get_submodule(ffn.name), self.parts.activation, activation)
 
     def _ffn(self, name: str, module: nn.Module) -> FFN:
         parts = self.parts
         return FFN(
             name=name,
-            up=self.as_linear(getattr(module, parts.up)),
+            up=self._linear(module, parts.up),
             activation=getattr(module, parts.activation),
-            down=self.as_linear(getattr(module, parts.down)),
+            down=self._linear(module, parts.down),
             gate_proj=None if parts.gate_proj is None else getattr(module, parts.gate_proj),
             output_dropout=nn.Identity() if parts.output_dropout is None else getattr(module, parts.output_dropout),
         )
+
+    def _linear(self, module: nn.Module, part: str) -> nn.Linear | TransposedLinear:
+        linear = self.as_linear(getattr(module, part))
+        assert linear is not None, part
+        return linear

@@ -22,7 +22,7 @@ from d2dmoe_pl.errors import ConfigError, check
 GENERATION_CONFIG = "generation_config.json"
 
 # the head for each task, and what of transformers knows the class that has it, by the type of a model
-HEADS: dict[TaskName, tuple[Head, type]] = {
+HEADS: dict[TaskName, tuple[Head, Any]] = {
     "text-classification": ("classification", transformers.AutoModelForSequenceClassification),
     "text-regression": ("regression", transformers.AutoModelForSequenceClassification),
     "question-answering": ("question-answering", transformers.AutoModelForQuestionAnswering),
@@ -50,33 +50,31 @@ class HuggingFaceAdapter(Adapter):
     def as_linear(self, module: nn.Module) -> nn.Linear | TransposedLinear | None:
         return TransposedLinear(module) if isinstance(module, Conv1D) else plain_linear(module)
 
-    def matches(self, model: nn.Module) -> bool:
+    def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and model.config.model_type in self.model_types
 
-    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
+    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
         for ffn in ffns:
             self.put_activation_(model, ffn, ACT2FN[name])
-        if self.head_activation in dict(model.named_modules()):
+        if self.head_activation is not None and self.head_activation in dict(model.named_modules()):
             parent, attribute = module_at(model, self.head_activation)
             setattr(parent, attribute, ACT2FN[name])
         for key in self.activation_keys:
             setattr(model.config, key, name)
 
     @abstractmethod
-    def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
+    def put_activation_(self, model: Any, ffn: FFN, activation: nn.Module) -> None:
         """Replace the activation module of one FFN."""
 
-    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return self._logits(self._call(model, batch))
 
-    def logits_and_hidden_states(
-        self, model: nn.Module, batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         output = self._call(model, batch, output_hidden_states=True)
         return self._logits(output), output.hidden_states
 
-    def _call(self, model: nn.Module, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
+    def _call(self, model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
         return model(**{key: batch[key] for key in self.inputs if key in batch}, **kwargs)
 
     @staticmethod
@@ -85,7 +83,7 @@ class HuggingFaceAdapter(Adapter):
             return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, L)
         return output.logits
 
-    def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+    def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         config = model.config
         if model.main_input_name == "pixel_values":
             size = config.image_size
@@ -95,7 +93,7 @@ class HuggingFaceAdapter(Adapter):
         check(length <= positions, f"length={length}: must be at most {positions}, the positions of the model")
         return {"input_ids": torch.randint(config.vocab_size, (batch_size, length))}
 
-    def head(self, model: nn.Module) -> Head:
+    def head(self, model: Any) -> Head:
         """See :meth:`Adapter.head`.
 
         Raises:
@@ -112,29 +110,29 @@ class HuggingFaceAdapter(Adapter):
             f"which are {', '.join(self.tasks)}"
         )
 
-    def num_outputs(self, model: nn.Module) -> int:
+    def num_outputs(self, model: Any) -> int:
         return model.config.vocab_size if self.head(model) in VOCABULARY_HEADS else model.config.num_labels
 
-    def vocabulary_size(self, model: nn.Module) -> int | None:
+    def vocabulary_size(self, model: Any) -> int | None:
         return getattr(model.config, "vocab_size", None)
 
-    def num_positions(self, model: nn.Module) -> int | None:
+    def num_positions(self, model: Any) -> int | None:
         return getattr(model.config, "max_position_embeddings", None)
 
-    def config(self, model: nn.Module) -> dict[str, Any]:
+    def config(self, model: Any) -> dict[str, Any]:
         config = json.loads(model.config.to_json_string(use_diff=True))
         dtype = str(model.dtype).removeprefix("torch.")
         return {**config, "architectures": [type(model).__name__], "dtype": dtype}
 
-    def save_beside(self, model: nn.Module, folder: Path) -> None:
+    def save_beside(self, model: Any, folder: Path) -> None:
         """Write how the model generates text by default, where it can."""
         if model.can_generate():
             model.generation_config.to_json_file(folder / GENERATION_CONFIG)
 
-    def rebuild(self, model: nn.Module) -> nn.Module:
+    def rebuild(self, model: Any) -> nn.Module:
         return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
 
-    def fill_buffers_(self, model: nn.Module) -> None:
+    def fill_buffers_(self, model: Any) -> None:
         # transformers' own way with models whose weights come from a file: what it thinks has been read is left alone
         if place_meta_buffers_(model):
             for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values()):

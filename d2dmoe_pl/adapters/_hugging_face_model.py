@@ -76,7 +76,7 @@ class HuggingFaceModel(ModelSource):
         return config
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
-        return load_pretrained(transformers.AutoConfig, self.name, "name")
+        return load_pretrained(transformers.AutoConfig, str(self.name), "name")
 
 
 def _first(token_id: int | list[int] | None) -> int | None:

@@ -16,7 +16,7 @@ def create_timm_model(
     architecture: str, num_classes: int, model_args: dict[str, Any], label_names: Sequence[str] | None, **kwargs: Any
 ) -> nn.Module:
     """A timm model that remembers how it was made: ``model_args`` and ``label_names`` are its attributes."""
-    model = timm.create_model(architecture, num_classes=num_classes, **model_args, **kwargs)
+    model: Any = timm.create_model(architecture, num_classes=num_classes, **model_args, **kwargs)
     model.model_args = dict(model_args)
     model.label_names = None if label_names is None else list(label_names)
     return model

@@ -1,6 +1,6 @@
 """Hugging Face BERT: the FFN is spread over ``intermediate`` and ``output.dense`` of each layer."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertAttention, BertIntermediate, BertLayer
@@ -32,16 +32,18 @@ class BertAdapter(HuggingFaceAdapter):
     title = "Hugging Face BERT"
     tasks = ("text-classification", "text-regression", "question-answering", "masked-language-modeling")
     model_types = ("bert",)
-    inputs = ("input_ids", "attention_mask", "token_type_ids")
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     attention = AttentionParts(
         (BertAttention,), query="self.query", key="self.key", value="self.value", output="output.dense"
     )
-    head_activation = "cls.predictions.transform.transform_act_fn"
+    head_activation: ClassVar[str | None] = "cls.predictions.transform.transform_act_fn"
     layer_class: ClassVar[type[nn.Module]] = BertLayer
     intermediate_class: ClassVar[type[nn.Module]] = BertIntermediate
 
-    def ffns(self, model: nn.Module) -> list[FFN]:
-        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, self.layer_class)}
+    def ffns(self, model: Any) -> list[FFN]:
+        layers: dict[str, Any] = {
+            name: layer for name, layer in model.named_modules() if isinstance(layer, self.layer_class)
+        }
         for name, layer in layers.items():
             check_not_chunked(layer, name)
         return [
@@ -53,20 +55,20 @@ class BertAdapter(HuggingFaceAdapter):
                 residual_norm=layer.output.LayerNorm,
             )
             for name, layer in layers.items()
-            if isinstance(layer.intermediate, self.intermediate_class)
+            if issubclass(type(layer.intermediate), self.intermediate_class)
         ]
 
-    def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+    def put_(self, model: Any, ffn: FFN, module: nn.Module) -> None:
         layer, _ = module_at(model, ffn.name)
         layer.intermediate = module
         layer.output.dense = nn.Identity()
 
-    def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+    def put_with_residual_(self, model: Any, ffn: FFN, module: nn.Module) -> None:
         layer, _ = module_at(model, ffn.name)
         layer.intermediate = module
         layer.output = _First()
 
-    def put_activation_(self, model: nn.Module, ffn: FFN, activation: nn.Module) -> None:
+    def put_activation_(self, model: Any, ffn: FFN, activation: nn.Module) -> None:
         model.get_submodule(ffn.name).intermediate_act_fn = activation
 
 

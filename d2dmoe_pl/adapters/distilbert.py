@@ -1,6 +1,7 @@
 """Hugging Face DistilBERT: the FFN is the ``ffn`` of each layer, with a LayerNorm after the residual outside it."""
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.models.distilbert import modeling_distilbert
@@ -31,13 +32,13 @@ class DistilBertAdapter(FFNModuleAdapter):
         (modeling_distilbert.DistilBertSelfAttention,), query="q_lin", key="k_lin", value="v_lin", output="out_lin"
     )
 
-    def ffns(self, model: nn.Module) -> list[FFN]:
+    def ffns(self, model: Any) -> list[FFN]:
         return [
             dataclasses.replace(ffn, residual_norm=module_at(model, ffn.name)[0].output_layer_norm)
             for ffn in super().ffns(model)
         ]
 
-    def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+    def put_with_residual_(self, model: Any, ffn: FFN, module: nn.Module) -> None:
         self.put_(model, ffn, module)
         module.register_forward_hook(_less_input)
         layer, _ = module_at(model, ffn.name)

@@ -1,8 +1,8 @@
 """Hugging Face RoBERTa: BERT's layers under names of their own."""
 
 import dataclasses
+from typing import Any
 
-from torch import nn
 from transformers.models.roberta.modeling_roberta import RobertaAttention, RobertaIntermediate, RobertaLayer
 
 from d2dmoe_pl.adapters.bert import BertAdapter
@@ -20,7 +20,7 @@ class RobertaAdapter(BertAdapter):
     layer_class = RobertaLayer
     intermediate_class = RobertaIntermediate
 
-    def num_positions(self, model: nn.Module) -> int:
+    def num_positions(self, model: Any) -> int:
         return model.config.max_position_embeddings - model.config.pad_token_id - 1  # they begin after padding's
 
 

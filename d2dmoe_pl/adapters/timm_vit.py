@@ -28,11 +28,11 @@ class TimmViTAdapter(Adapter):
     tasks = ("image-classification",)
     attention = AttentionParts((Attention,), fused="qkv", output="proj")
 
-    def matches(self, model: nn.Module) -> bool:
+    def matches(self, model: Any) -> bool:
         return isinstance(model, VisionTransformer)
 
-    def ffns(self, model: nn.Module) -> list[FFN]:
-        found = {name: mlp for name, mlp in model.named_modules() if isinstance(mlp, Mlp)}
+    def ffns(self, model: Any) -> list[FFN]:
+        found: dict[str, Any] = {name: mlp for name, mlp in model.named_modules() if isinstance(mlp, Mlp)}
         for name, mlp in found.items():
             check(
                 isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity),
@@ -43,7 +43,7 @@ class TimmViTAdapter(Adapter):
             for name, mlp in found.items()
         ]
 
-    def projections(self, model: nn.Module) -> list[Projection]:
+    def projections(self, model: Any) -> list[Projection]:
         for name, block in model.blocks.named_children():
             attention = getattr(block, "attn", None)
             check(
@@ -52,11 +52,11 @@ class TimmViTAdapter(Adapter):
             )
         return super().projections(model)
 
-    def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
+    def put_(self, model: Any, ffn: FFN, module: nn.Module) -> None:
         parent, attribute = module_at(model, ffn.name)
         setattr(parent, attribute, module)
 
-    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
+    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
         try:
             activation = get_act_layer(name)
         except KeyError:
@@ -65,12 +65,10 @@ class TimmViTAdapter(Adapter):
             model.get_submodule(ffn.name).act = activation()
         model.model_args = {**self._model_args(model), "act_layer": name}
 
-    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return model(batch["pixel_values"])
 
-    def logits_and_hidden_states(
-        self, model: nn.Module, batch: Mapping[str, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         states: list[Tensor] = []
 
         def handles() -> Iterator[RemovableHandle]:
@@ -82,17 +80,17 @@ class TimmViTAdapter(Adapter):
             logits = self.logits(model, batch)
         return logits, tuple(states)
 
-    def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
+    def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         embedding = model.patch_embed
         return {"pixel_values": torch.randn(batch_size, embedding.proj.in_channels, *embedding.img_size)}
 
-    def head(self, model: nn.Module) -> Head:
+    def head(self, model: Any) -> Head:
         return "classification"
 
-    def num_outputs(self, model: nn.Module) -> int:
+    def num_outputs(self, model: Any) -> int:
         return model.num_classes
 
-    def config(self, model: nn.Module) -> dict[str, Any]:
+    def config(self, model: Any) -> dict[str, Any]:
         preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct")
         return {
             "architecture": model.pretrained_cfg["architecture"],
@@ -105,10 +103,11 @@ class TimmViTAdapter(Adapter):
     def build(self, folder: Path) -> nn.Module:
         return self._create(json.loads((folder / "config.json").read_text()))
 
-    def rebuild(self, model: nn.Module) -> nn.Module:
+    def rebuild(self, model: Any) -> nn.Module:
         return self._create(self.config(model))
 
-    def fill_buffers_(self, model: nn.Module) -> None:
+    def fill_buffers_(self, model: Any) -> None:
+        module: Any
         for module in place_meta_buffers_(model):
             module.init_non_persistent_buffers()
 
@@ -119,7 +118,7 @@ class TimmViTAdapter(Adapter):
         )
 
     @staticmethod
-    def _model_args(model: nn.Module) -> dict[str, Any]:
+    def _model_args(model: Any) -> dict[str, Any]:
         # timm before 1.0.30 does not record how a model was made
         if not hasattr(model, "model_args"):
             raise ValueError(

@@ -77,7 +77,7 @@ def _comparisons(
 def _choices(module: nn.Module, taus: Sequence[float]) -> list[Choice]:
     """The gating rule that the model was saved with, at each ``tau``."""
     layer: MoELayer = next(iter(moe_layers(module).values()))
-    rule = layer.gate.config.rule
+    rule = layer.get_gate().config.rule
     return [Choice(partial(temporary_gate, module, GateConfig(rule, tau)), router=True, tau=tau) for tau in taus]
 
 

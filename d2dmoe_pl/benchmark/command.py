@@ -48,7 +48,7 @@ class CommaSeparated:
 class DataConfigFile(ActionConfigFile):
     """``--config`` of a benchmark: YAML with its settings, or a recipe for its data."""
 
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take what the recipe's phases share for data as if it had been written on the command line."""
         if is_recipe(values):
             shared = read_recipe(values).get("shared", {})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.adapters import FFN, adapter_for
+from d2dmoe_pl.adapters import FFN, TransposedLinear, adapter_for
 from d2dmoe_pl.benchmark.alternatives import ALTERNATIVES
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
 from d2dmoe_pl.benchmark.timing import Contender
@@ -64,9 +64,10 @@ def find_way(name: str) -> Backend:
 
 def run_dense(ffn: FFN, tokens: Tensor) -> Tensor:
     """The dense FFN, as its architecture computes it: ``(N, d_model)`` to the same shape."""
+    up, down = (linear.module if isinstance(linear, TransposedLinear) else linear for linear in (ffn.up, ffn.down))
     if ffn.gate_proj is None:
-        return ffn.down(ffn.activation(ffn.up(tokens)))
-    return ffn.down(ffn.activation(ffn.gate_proj(tokens)) * ffn.up(tokens))
+        return down(ffn.activation(up(tokens)))
+    return down(ffn.activation(ffn.gate_proj(tokens)) * up(tokens))
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def layer_comparison(
     positions = {"": len(tokens)}
 
     def other(function: Backend) -> Callable[[], Tensor]:
-        return lambda: function(layer.experts, tokens, layer.gate(layer.router(tokens)))
+        return lambda: function(layer.experts, tokens, layer.get_gate()(layer.get_router()(tokens)))
 
     own = [way(layer.experts.backend, choice, layer, lambda: layer(tokens), positions) for choice in choices]
     others = [

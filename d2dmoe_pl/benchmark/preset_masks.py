@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ def preset_masks(layers: Mapping[str, MoELayer], masks: Mapping[str, Tensor], ro
         routed: Whether their routers and gates run as well, for what they cost.
     """
     before = {name: (layer.router, layer.gate) for name, layer in layers.items()}
+    layer: Any  # neither a preset mask nor Identity is a gate or router, but both are called alike
     for name, layer in layers.items():
         layer.gate = PresetGate(masks[name], layer.gate if routed else None)
         if not routed:

@@ -168,7 +168,7 @@ def _draw_panel(axes: Axes, rows: Sequence[BenchmarkRow]) -> None:
     markers = dict(zip(dict.fromkeys(row.way for row in rows), cycle("osD^vPX*")))
     curves: dict[tuple[str, str], dict[float, list[BenchmarkRow]]] = {}
     for row in rows:
-        x = row.tau if by_tau else row.share_percent
+        x = row.share_percent if row.tau is None else row.tau
         curves.setdefault((row.amount, row.way), {}).setdefault(x, []).append(row)
     for (amount, way), points in curves.items():
         xs = sorted(points)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,6 +142,7 @@ def _layer_comparisons(shape: Shape, num_experts: int, settings: Settings, dtype
     layer = MoELayer(Experts(ffn, num_experts, None, settings.backend), TokenContext(), nn.Identity()).eval()
     _route_(layer, shape)
     layer.to(settings.device, dtype)
+    part: Any
     for part in filter(None, (ffn.up, ffn.down, ffn.gate_proj)):
         part.to(settings.device, dtype)
     for tokens in shape.tokens:

@@ -1,11 +1,11 @@
 """Every fitted phase leaves an artifact."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
-from d2dmoe_pl.phases import Phase
 
 FOLDER = "artifact"
 
@@ -13,13 +13,13 @@ FOLDER = "artifact"
 class SaveArtifact(L.Callback):
     """Write the fitted model to ``artifact`` in the run's folder, with its tokenizer or image processor."""
 
-    def on_fit_end(self, trainer: L.Trainer, phase: Phase) -> None:
+    def on_fit_end(self, trainer: Any, phase: Any) -> None:
         folder = trainer.log_dir or trainer.default_root_dir  # asked on every process
         if trainer.is_global_zero and not trainer.fast_dev_run:
             metrics = {
                 key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("validation")
             }
             record = PhaseRecord(type(phase).__name__, metrics)
-            processor = trainer.datamodule.save_processor
+            processor = phase.data.save_processor
             save_artifact(phase.model, Path(folder) / FOLDER, [*phase.history, record], processor, phase.tensors())
         trainer.strategy.barrier()

@@ -1,5 +1,6 @@
 """The curve of the task's main metric against cost."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -70,34 +71,34 @@ class TauSweep(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = {split: [SweepRow(**row) for row in rows] for split, rows in state_dict["rows"].items()}
 
-    def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, phase: Any, stage: str) -> None:
         check(
             phase.ends_at == "routed",
             "callbacks: TauSweep needs a phase that makes routers (RouterRegression, ExpertSelection, "
             f"MoEBERTDistillation), not {type(phase).__name__}",
         )
 
-    def on_validation_start(self, trainer: L.Trainer, phase: Phase) -> None:
+    def on_validation_start(self, trainer: L.Trainer, phase: Any) -> None:
         self._start(trainer, phase, "validation")
 
-    def on_test_start(self, trainer: L.Trainer, phase: Phase) -> None:
+    def on_test_start(self, trainer: L.Trainer, phase: Any) -> None:
         self._start(trainer, phase, "test")
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, phase: Any, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._sweep_batch(phase, batch, self._splits[dataloader_idx])
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, phase: Any, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._sweep_batch(phase, batch, self._splits[dataloader_idx])
 
-    def on_validation_end(self, trainer: L.Trainer, phase: Phase) -> None:
+    def on_validation_end(self, trainer: L.Trainer, phase: Any) -> None:
         if not trainer.sanity_checking:
             self._report_all(trainer, phase, final=trainer.state.fn == TrainerFn.VALIDATING)
 
-    def on_test_end(self, trainer: L.Trainer, phase: Phase) -> None:
+    def on_test_end(self, trainer: L.Trainer, phase: Any) -> None:
         self._report_all(trainer, phase, final=True)
 
     def _start(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
@@ -111,7 +112,7 @@ class TauSweep(L.Callback):
                 [ExpertLoad(num_experts).to(phase.device) for _ in self._settings],
                 ModelCost().to(phase.device),
             )
-            for name in trainer.datamodule.split_names(stage)
+            for name in phase.data.split_names(stage)
         ]
 
     @torch.no_grad()
@@ -121,7 +122,7 @@ class TauSweep(L.Callback):
             with at_gate, self._watched(load):
                 logits = phase.logits(batch)
             metrics.update(logits, batch)
-        lengths = sample_lengths(batch) or [None] * len(batch["labels"])
+        lengths: Sequence[int | None] = sample_lengths(batch) or [None] * len(batch["labels"])
         for length in set(lengths) - self._flops_outside.keys():
             self._flops_outside[length] = flops_outside_ffns(phase.model, sample_inputs(batch, length))
         split.cost.update([self._flops_outside[length] for length in lengths])
@@ -174,7 +175,7 @@ class TauSweep(L.Callback):
         gate = self._settings[0]
         if gate is None:
             return split
-        routers = {layer.router.config.kind for layer in moe_layers(phase.model).values()}
+        routers = {layer.get_router().config.kind for layer in moe_layers(phase.model).values()}
         return f"{split}, rule {gate.rule}, router {' and '.join(sorted(routers))}"
 
     def _log(self, trainer: L.Trainer, split: str, histograms: list[list[Tensor]], figure: Any) -> None:

@@ -77,8 +77,8 @@ class Augmentation:
                 color_jitter=self.color_jitter,
                 re_prob=self.random_erasing,
                 interpolation=interpolation,
-                mean=mean,
-                std=std,
+                mean=tuple(mean),
+                std=tuple(std),
             )
         except AssertionError as error:  # timm's own way to refuse a policy
             raise ConfigError(

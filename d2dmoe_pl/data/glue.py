@@ -90,7 +90,7 @@ class GLUE(TokenizedData):
 
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         splits = self.source.load()
-        made_of = GLUE_TASKS[self.name]
+        made_of = GLUE_TASKS[str(self.name)]
         check_columns(splits, {f"{self.name} column {i}": name for i, name in enumerate((*made_of.columns, "label"))})
         if all(label == UNLABELLED for label in splits["test"]["label"]):
             validation = {name: split for name, split in splits.items() if name.startswith("validation")}

@@ -81,11 +81,12 @@ class ImageClassification(TaskData):
     def load_processor(self) -> None:
         if self.processor is None and self.processor_name is not None:
             self.processor = load_pretrained(AutoImageProcessor, self.processor_name, "processor")
-            size = dict(self.processor.size)
+            processor: Any = self.processor
+            size = dict(processor.size)
             self.image_size = size.get("height") or size["shortest_edge"]
-            self.mean, self.std = list(self.processor.image_mean), list(self.processor.image_std)
+            self.mean, self.std = list(processor.image_mean), list(processor.image_std)
 
-        look = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
+        look: dict[str, Any] = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
         self._evaluation = create_transform((3, self.image_size, self.image_size), crop_pct=self.crop_pct, **look)
         self._training = self.augmentation.transform(self.image_size, **look)
 
@@ -101,6 +102,7 @@ class ImageClassification(TaskData):
         images = torch.stack([transform(sample[self.image_column].convert("RGB")) for sample in samples])
         labels = torch.tensor([sample["labels"] for sample in samples])
         if augment:
+            assert self.task is not None
             images, labels = self.augmentation.mix(images, labels, self.task.num_outputs)
         return {"pixel_values": images, "labels": labels}
 

@@ -18,6 +18,8 @@ def load_pretrained(kind: Any, name: str, argument: str, **kwargs: Any) -> Any:
         ConfigError: If it is neither in a folder of that name nor on the hub, the hub cannot be reached, or
             transformers does not know its type.
     """
+    reason: str
+    cause: Exception
     try:
         return kind.from_pretrained(name, **kwargs)
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +27,7 @@ class Task(ABC):
         higher_is_better: Whether a larger value of the main metric is better.
     """
 
-    head: ClassVar[Head]
+    head: Head
     label_names: list[str]
     main_metric: str
     in_percent: ClassVar[bool] = True
@@ -79,7 +79,7 @@ class MeanLoss(MeanMetric):
         self.loss = loss
         self.weight_of = weight
 
-    def update(self, logits: Tensor, batch: Batch) -> None:
+    def update(self, logits: Tensor, batch: Batch) -> None:  # type: ignore[override] # as all metrics of a task
         """Add a batch."""
         super().update(self.loss(logits, batch), weight=self.weight_of(batch))
 
@@ -97,7 +97,7 @@ class Classification(Task):
         ConfigError: If ``f1`` is asked for with other than two classes.
     """
 
-    head = "classification"
+    head: Head = "classification"
 
     def __init__(self, label_names: Sequence[str], metrics: Sequence[str] = ("accuracy",)) -> None:
         self.label_names = list(label_names)
@@ -113,7 +113,7 @@ class Classification(Task):
         return symmetric_kl(student_logits, teacher_logits).mean()
 
     def scores(self) -> dict[str, Metric]:
-        known = {
+        known: dict[str, Callable[[], Metric]] = {
             "accuracy": lambda: MulticlassAccuracy(self.num_outputs, average="micro"),
             "f1": BinaryF1Score,
             "matthews_correlation": lambda: MulticlassMatthewsCorrCoef(self.num_outputs),
@@ -132,7 +132,7 @@ class Regression(Task):
         label_name: What the number is called.
     """
 
-    head = "regression"
+    head: Head = "regression"
     main_metric = "pearson"
 
     def __init__(self, label_name: str) -> None:
@@ -172,7 +172,7 @@ def _most_likely(logits: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def _label(batch: Batch) -> Tensor:
+def _label(batch: Any) -> Tensor:
     labels = batch["labels"]
     return _most_likely(labels) if labels.dim() == 2 else labels
 
@@ -181,5 +181,5 @@ def _number(logits: Tensor) -> Tensor:
     return logits.squeeze(-1).float()
 
 
-def _label_number(batch: Batch) -> Tensor:
+def _label_number(batch: Any) -> Tensor:
     return batch["labels"].float()

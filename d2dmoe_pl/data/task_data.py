@@ -29,7 +29,7 @@ class CacheableLoader(DataLoader):
 
     cached: Iterable[Any] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         return super().__iter__() if self.cached is None else iter(self.cached)
 
 
@@ -101,7 +101,7 @@ class TaskData(L.LightningDataModule):
     @property
     def num_training_samples(self) -> int:
         """Samples of an epoch, over all processes, once set up."""
-        return len(self._splits["train"])
+        return _size(self._splits["train"])
 
     def save_processor(self, folder: Path) -> None:
         """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""
@@ -121,7 +121,7 @@ class TaskData(L.LightningDataModule):
         self.load_processor()
         splits, self.task = self.load()
         for name, split in splits.items():
-            check(len(split) > 0, f"{name}: the split is empty; must have at least one sample")
+            check(_size(split) > 0, f"{name}: the split is empty; must have at least one sample")
         self._splits = splits
 
     @contextmanager
@@ -137,7 +137,7 @@ class TaskData(L.LightningDataModule):
         """The splits that ``stage``, ``validation`` or ``test``, runs over, the one of that name first."""
         return [name for name in sorted(self._splits) if name == stage or name.startswith(f"{stage}_")]
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> Any:
         return self._loader("train", train=not self.ordered)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -166,6 +166,11 @@ class TaskData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _size(split: Any) -> int:
+    """Samples of a split; torch's type of a dataset need not have a length, ours have."""
+    return len(split)
 
 
 def _ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None:

@@ -38,6 +38,8 @@ class TokenizedData(TaskData):
             pad.
     """
 
+    tokenizer: PreTrainedTokenizerBase
+
     def __init__(
         self,
         tokenizer: str | None,
@@ -51,7 +53,7 @@ class TokenizedData(TaskData):
         self.max_length = max_length
         self.group_by_length = group_by_length
         self.tokenizer_name = tokenizer
-        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.tokenizer = None  # type: ignore[assignment] # until load_processor
 
     def load_processor(self) -> None:
         if self.tokenizer is not None or self.tokenizer_name is None:

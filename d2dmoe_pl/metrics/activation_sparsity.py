@@ -33,6 +33,9 @@ class ActivationSparsity(Metric):
 
     full_state_update = False
 
+    below: Tensor
+    total: Tensor
+
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
         self.names = list(names)

@@ -5,6 +5,7 @@ The published figures of D2DMoE and MoEfication count a multiply-add as 1. Only 
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,8 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     fake = {name: mode.from_tensor(torch.empty_like(tensor, device="meta")) for name, tensor in tensors.items()}
     fake_inputs = {key: mode.from_tensor(value) for key, value in inputs.items()}
     with mode, skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
-        adapter_for(model).logits(_Functional(model, fake), fake_inputs)
+        functional: Any = _Functional(model, fake)
+        adapter_for(model).logits(functional, fake_inputs)
     return counter.get_total_flops()
 
 
@@ -89,9 +91,9 @@ def skipped(layers: Iterable[ExpertLayer]) -> Iterator[None]:
 class _Functional:
     """A model called with other parameters than its own."""
 
-    def __init__(self, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self.model = model
         self.tensors = tensors
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        return functional_call(self.model, self.tensors, args, kwargs, tie_weights=False)
+        return functional_call(self.model, dict(self.tensors), args, kwargs, tie_weights=False)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torchmetrics import Metric
 
 
@@ -10,6 +11,9 @@ class ModelCost(Metric):
     """Samples seen, and their FLOPs outside the FFNs, over batches and processes."""
 
     full_state_update = False
+
+    samples: Tensor
+    flops: Tensor
 
     def __init__(self) -> None:
         super().__init__()

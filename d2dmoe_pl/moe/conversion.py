@@ -58,10 +58,9 @@ class ExpertsConfig:
         Raises:
             ConfigError: If its width is not divisible by them.
         """
-        own = ffn.is_projection and self.num_projection_experts is not None
-        argument, number = (
-            ("num_projection_experts", self.num_projection_experts) if own else ("num_experts", self.num_experts)
-        )
+        argument, number, own = "num_experts", self.num_experts, False
+        if ffn.is_projection and self.num_projection_experts is not None:
+            argument, number, own = "num_projection_experts", self.num_projection_experts, True
         hint = "; num_projection_experts is for these alone" if ffn.is_projection and not own else ""
         check(
             ffn.d_ff % number == 0,
@@ -234,7 +233,7 @@ def set_tau_(model: nn.Module, tau: float, filter_fn: LayerFilterFn | None = Non
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
         check(layer.gate is not None, f"{name}: has no gate; use set_gate_")
-    gates = {layer: Gate(GateConfig(layer.gate.config.rule, tau)) for layer in layers.values()}
+    gates = {layer: Gate(GateConfig(layer.get_gate().config.rule, tau)) for layer in layers.values()}
     for layer, gate in gates.items():
         layer.gate = gate
 

@@ -29,7 +29,9 @@ class ExpertSizes(Protocol):
     """
 
     num_experts: int
-    is_gated: bool
+
+    @property
+    def is_gated(self) -> bool: ...
 
     @property
     def expert_dim(self) -> int: ...
@@ -112,12 +114,10 @@ class MoELayer(ExpertLayer):
         return self.output_dropout(run_on_real_tokens(self._run, x, self.context.token_index))
 
     def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
-        assert self.gate is not None
-
         def hook(gate: nn.Module, args: tuple[Tensor], mask: Tensor) -> None:  # a hook's value would replace the mask
             observer(mask)
 
-        return self.gate.register_forward_hook(hook)
+        return self.get_gate().register_forward_hook(hook)
 
     def routing_flops(self, tokens: int, samples: int) -> int:
         return 0 if self.router is None else tokens * self.router.flops()
@@ -129,6 +129,16 @@ class MoELayer(ExpertLayer):
             "router": None if self.router is None else asdict(self.router.config),
             "gate": None if self.gate is None else asdict(self.gate.config),
         }
+
+    def get_router(self) -> Router:
+        """The router, where there is known to be one."""
+        assert self.router is not None
+        return self.router
+
+    def get_gate(self) -> Gate:
+        """The gate, where there is known to be one."""
+        assert self.gate is not None
+        return self.gate
 
     def _run(self, tokens: Tensor) -> Tensor:
         """Tokens without padding, ``(N, d_model)`` to ``(N, d_out)``."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.find_layers import FilterFn, select_ffns
 from d2dmoe_pl.moe.token_context import shared_context_
 from d2dmoe_pl.moebert.experts import ImportanceExperts, check_expert_sizes, expert_neurons
@@ -60,7 +60,7 @@ def convert_to_moebert_(
         experts = ImportanceExperts(ffn, neurons, config.expert_dropout)
         sizes = RoutingSizes(config.num_experts, ffn.d_model, vocabulary_size, config.seed + position)
         routing = routing_class(sizes).to(ffn.up.weight.device, ffn.up.weight.dtype)
-        layer = MoEBERTLayer(experts, routing, context, config).train(ffn.up.training)
+        layer = MoEBERTLayer(experts, routing, context, config).train(model.get_submodule(ffn.name).training)
         adapter.put_with_residual_(model, ffn, layer)
 
 
@@ -86,15 +86,17 @@ def set_hash_table_(model: nn.Module, table: Tensor, argument: str = "table") ->
         >>> model.bert.encoder.layer[0].intermediate.routing.table[:3]
         tensor([0, 1, 0])
     """
-    layers = moebert_layers(model)
-    for name, layer in layers.items():
-        check(
-            isinstance(layer.routing, HashRouting),
-            f"{argument}: {name} routes by {layer.config.routing}; allowed with hash_random and hash_balance only",
-        )
-        check_table(table, len(layer.routing.table), layer.experts.num_experts, argument)
-    for layer in layers.values():
-        layer.routing.table.copy_(table)
+    routings = []
+    for name, layer in moebert_layers(model).items():
+        routing = layer.routing
+        if not isinstance(routing, HashRouting):
+            raise ConfigError(
+                f"{argument}: {name} routes by {layer.config.routing}; allowed with hash_random and hash_balance only"
+            )
+        check_table(table, len(routing.table), layer.experts.num_experts, argument)
+        routings.append(routing)
+    for routing in routings:
+        routing.table.copy_(table)
 
 
 def _check_ffn(ffn: FFN, config: MoEBERTConfig, importance: Mapping[str, Tensor] | None) -> None:

@@ -21,8 +21,8 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], inde
         A scalar.
     """
     losses = [
-        F.mse_loss(*(real_tokens(states.flatten(0, 1), index).float() for states in pair))
-        for pair in zip(student, teacher, strict=True)
+        F.mse_loss(real_tokens(one.flatten(0, 1), index).float(), real_tokens(other.flatten(0, 1), index).float())
+        for one, other in zip(student, teacher, strict=True)
     ]
     return torch.stack(losses).sum()
 

@@ -62,14 +62,17 @@ class ImportanceExperts(nn.Module):
         neurons = neurons.to(ffn.up.weight.device)
         self.num_experts = neurons.shape[0]
         self.dense_dim = ffn.d_ff
-        norm = ffn.residual_norm
+        norm, up_bias = ffn.residual_norm, ffn.up.bias
+        assert norm is not None
+        assert up_bias is not None
+        assert ffn.down.bias is not None
         self.norm_eps = norm.eps
 
         def own(vector: Tensor) -> nn.Parameter:
             return nn.Parameter(vector.detach().repeat(self.num_experts, 1))  # (d,) -> (E, d)
 
         self.up_weight = nn.Parameter(ffn.up.weight.detach()[neurons])  # (h, d) -> (E, s, d)
-        self.up_bias = nn.Parameter(ffn.up.bias.detach()[neurons])
+        self.up_bias = nn.Parameter(up_bias.detach()[neurons])
         self.down_weight = nn.Parameter(ffn.down.weight.detach().t()[neurons])
         self.down_bias = own(ffn.down.bias)
         self.norm_weight = own(norm.weight)

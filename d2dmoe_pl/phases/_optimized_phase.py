@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -48,7 +48,7 @@ class OptimizedPhase(Phase):
         """What the learning rate of the parameter ``name`` rises to; None for the optimizer's own."""
         return None
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> Any:
         vectors = ("bias", "norm_weight")  # experts keep vectors of their own as the rows of a matrix
         groups: dict[tuple, list[nn.Parameter]] = {}  # by what they have of their own
         for name, parameter in self.named_parameters():

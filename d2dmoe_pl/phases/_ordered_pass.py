@@ -17,11 +17,11 @@ class OrderedPass(Phase):
 
     def setup(self, stage: str) -> None:
         self.automatic_optimization = False
-        self.trainer.datamodule.ordered = True
+        self.data.ordered = True
         self.trainer.fit_loop.max_epochs = 1
 
     def teardown(self, stage: str) -> None:
-        self.trainer.datamodule.ordered = False
+        self.data.ordered = False
 
     def configure_optimizers(self) -> None:
         """Nothing is trained."""
@@ -32,7 +32,7 @@ class OrderedPass(Phase):
 
     @property
     def num_training_samples(self) -> int:
-        return self.trainer.datamodule.num_training_samples
+        return self.data.num_training_samples
 
     def sample_numbers(self, size: int) -> Tensor:
         """Which samples of the split the next ``size`` ones of this process are: ``(size,)`` int64, on the CPU.

@@ -6,10 +6,12 @@ from typing import ClassVar
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
 from d2dmoe_pl.data.task import Batch, Task
+from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.phases._model_checks import check_head, check_length, check_outputs, check_token_ids
 
@@ -49,6 +51,9 @@ class Phase(L.LightningModule):
     starts_from: ClassVar[str] = "dense"
     ends_at: ClassVar[str] = "dense"
     leaves: ClassVar[tuple[str, ...]] = ()
+    model: nn.Module
+    task: Task
+    metrics: nn.ModuleDict
 
     def __init__(self, init_from: str | None = None, source: ModelSource | None = None) -> None:
         super().__init__()
@@ -58,8 +63,8 @@ class Phase(L.LightningModule):
         )
         self.init_from = init_from
         self.source = source
-        self.model: nn.Module | None = None
-        self.task: Task | None = None
+        self.model = None  # type: ignore[assignment] # until configure_model
+        self.task = None  # type: ignore[assignment] # until configure_model
         self.history: list[PhaseRecord] = []
 
     def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
@@ -99,6 +104,12 @@ class Phase(L.LightningModule):
         """Set up a model that is loaded to be evaluated, not fitted."""
 
     @property
+    def data(self) -> TaskData:
+        """The trainer's data."""
+        data: TaskData = self.trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it on the instance
+        return data
+
+    @property
     def is_fitting(self) -> bool:
         """Whether the phase is fitted, and not only evaluated."""
         return self.trainer.state.fn == TrainerFn.FITTING
@@ -120,9 +131,10 @@ class Phase(L.LightningModule):
         if self.model is not None:
             return
         artifact = self.read_start()
-        data = self.trainer.datamodule
+        data = self.data
         self.task = data.task
         if artifact is None:
+            assert self.source is not None
             self.model = self.source.build(self.task.label_names)
         else:
             self.model = load_model(artifact.path)
@@ -172,11 +184,17 @@ class Phase(L.LightningModule):
         self._log_metrics("test")
 
     def _evaluation_step(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
-        split = self.trainer.datamodule.split_names(stage)[dataloader_idx]
-        self.metrics[split].update(self.logits(batch), batch)
+        split = self.data.split_names(stage)[dataloader_idx]
+        self.metrics_of(split).update(self.logits(batch), batch)
+
+    def metrics_of(self, split: str) -> MetricCollection:
+        """The task's metrics of one split."""
+        metrics = self.metrics[split]
+        assert isinstance(metrics, MetricCollection)
+        return metrics
 
     def _log_metrics(self, stage: str) -> None:
-        for split in self.trainer.datamodule.split_names(stage):
-            values = {f"{split}/{name}": value for name, value in self.metrics[split].compute().items()}
+        for split in self.data.split_names(stage):
+            values = {f"{split}/{name}": value for name, value in self.metrics_of(split).compute().items()}
             self.log_dict(values, prog_bar=True, sync_dist=True)  # the same on all processes by now
-            self.metrics[split].reset()
+            self.metrics_of(split).reset()

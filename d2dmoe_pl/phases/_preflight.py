@@ -39,5 +39,6 @@ def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
 def _start(phase: Phase) -> tuple[nn.Module, str, Sequence[str]]:
     artifact = phase.read_start()
     if artifact is None:
+        assert phase.source is not None
         return phase.source.build_structure(["0", "1"]), "a source", ()  # the data, and with it the labels, come later
     return build_structure(artifact), artifact.phase, artifact.tensors

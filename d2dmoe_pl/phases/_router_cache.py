@@ -55,10 +55,10 @@ class RouterCache:
         return {name: (next(parts), next(parts)) for name in self._widths}
 
 
-def why_not_cached(trainer: L.Trainer) -> str | None:
+def why_not_cached(trainer: L.Trainer, augmented: bool) -> str | None:
     """Why what the routers learn from differs between the epochs; None if it does not."""
     loader = trainer.train_dataloader
-    if trainer.datamodule.augmented or not isinstance(loader, CacheableLoader):
+    if augmented or not isinstance(loader, CacheableLoader):
         return "each epoch sees other samples, since the data is augmented or goes on"
     if trainer.num_training_batches < len(loader):
         return f"each epoch sees another {trainer.num_training_batches} of the {len(loader)} batches"

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.data.task_data import CacheableLoader
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.conversion import add_routers_, set_gate_
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -66,7 +67,7 @@ class RouterTraining(OptimizedPhase):
 
     def transform_(self, model: nn.Module) -> None:
         add_routers_(model, self.router_config)
-        freeze_(model, trained=[layer.router for layer in moe_layers(model).values()])
+        freeze_(model, trained=[layer.get_router() for layer in moe_layers(model).values()])
 
     def finish_(self, model: nn.Module) -> None:
         set_gate_(model, self.gate_config)  # fitting ran all experts
@@ -74,7 +75,7 @@ class RouterTraining(OptimizedPhase):
     def prepare_evaluation_(self, model: nn.Module) -> None:
         set_gate_(model, self.gate_config)
 
-    def configure_optimizers(self) -> dict | None:
+    def configure_optimizers(self) -> Any:
         return super().configure_optimizers() if self._is_trained() else None
 
     def on_fit_start(self) -> None:
@@ -84,7 +85,7 @@ class RouterTraining(OptimizedPhase):
         self._cache = None  # of a training that was broken off
         self._folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked on every process
         self._caches = self._is_trained() and self.cache_memory > 0 and not is_last_epoch(self.trainer)
-        reason = why_not_cached(self.trainer) if self._caches else None
+        reason = why_not_cached(self.trainer, self.data.augmented) if self._caches else None
         if reason is not None:
             rank_zero_info(f"Router inputs are not cached: {reason}.")
             self._caches = False
@@ -92,7 +93,7 @@ class RouterTraining(OptimizedPhase):
     def on_train_batch_start(self, batch: Batch | Tensor, batch_idx: int) -> int | None:
         begins = batch_idx == 0  # not so where a resumed run goes on in mid-epoch
         if begins and self._caches and self._cache is None and not is_last_epoch(self.trainer):
-            rows = RowCache(self.trainer.num_training_batches, self.cache_memory * MIB, self._folder)
+            rows = RowCache(int(self.trainer.num_training_batches), self.cache_memory * MIB, self._folder)
             self._cache = RouterCache(rows)
         return None if self._is_trained() else -1  # -1 ends the epoch
 
@@ -104,7 +105,7 @@ class RouterTraining(OptimizedPhase):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        loader = self.trainer.train_dataloader
+        loader = self._loader
         if self._cache is None or loader.cached is not None:
             return
         if self._cache.rows.added < self.trainer.num_training_batches:
@@ -116,10 +117,16 @@ class RouterTraining(OptimizedPhase):
 
     def conclude(self) -> None:
         if self._cache is not None:
-            self.trainer.train_dataloader.cached = self._cache = None
+            self._loader.cached = self._cache = None
+
+    @property
+    def _loader(self) -> CacheableLoader:
+        loader = self.trainer.train_dataloader
+        assert isinstance(loader, CacheableLoader)
+        return loader
 
     def _is_trained(self) -> bool:
-        return any(layer.router.is_trained for layer in moe_layers(self.model).values())
+        return any(layer.get_router().is_trained for layer in moe_layers(self.model).values())
 
     def _router_losses(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of each router, by layer, from one pass of the frozen model."""
@@ -130,7 +137,7 @@ class RouterTraining(OptimizedPhase):
             if self._cache is not None:
                 self._cache.add(name, tokens, target)
             with torch.enable_grad():
-                losses[name] = self._layers[name].router.loss(tokens, target)
+                losses[name] = self._layers[name].get_router().loss(tokens, target)
 
         with observed(self._layers, learn), torch.no_grad():
             self.logits(batch)
@@ -150,5 +157,6 @@ class RouterTraining(OptimizedPhase):
 
     def _cached_losses(self, rows: Tensor) -> dict[str, Tensor]:
         """The loss of each router, by layer, on rows ``(n, columns)`` of the cache."""
+        assert self._cache is not None
         examples = self._cache.examples(rows)
-        return {name: self._layers[name].router.loss(*example) for name, example in examples.items()}
+        return {name: self._layers[name].get_router().loss(*example) for name, example in examples.items()}

@@ -89,7 +89,7 @@ class RowCache:
         if self._file is None:
             self._check_room(block)
             self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (open as long as the cache is)
-        self._file.write(block.view(torch.uint8).numpy())
+        self._file.write(block.view(torch.uint8).numpy().data)
         self.disk += block.nbytes
 
     def _check_room(self, block: Tensor) -> None:

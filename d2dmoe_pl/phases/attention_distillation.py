@@ -83,6 +83,7 @@ class AttentionDistillation(OptimizedPhase):
         freeze_(model, trained=list(projection_mlps(model).values()))
 
     def on_fit_start(self) -> None:
+        assert self._original is not None
         self._original.to(self.device)
         self._projections = select_projections(self._original.model, self._is_replaced)
         self._mlps = projection_mlps(self.model)
@@ -121,6 +122,7 @@ class AttentionDistillation(OptimizedPhase):
                 errors[name] = F.mse_loss(self._mlps[name](tokens).float(), goal.float())
             relative[name] = (errors[name].detach() / goal.float().square().mean()).sqrt()
 
+        assert self._original is not None
         watched = _watched(self._original.model, self._projections, learn)
         with watched_activations(self._ffns, penalise), watched:
             self._original.logits(batch)

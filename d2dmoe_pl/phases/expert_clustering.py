@@ -131,7 +131,7 @@ class ExpertClustering(OrderedPass):
         sums = {
             name: self.trainer.strategy.reduce(statistic, reduce_op="sum") for name, statistic in self._sums.items()
         }
-        assignments = None
+        assignments: dict[str, Tensor] = {}
         if self.trainer.is_global_zero:
             ffns = track(self._ffns, "Clustering neurons", disable=not self.trainer.progress_bar_callback)
             assignments = {

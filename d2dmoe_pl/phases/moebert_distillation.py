@@ -104,7 +104,7 @@ class MoEBERTDistillation(OptimizedPhase):
             self._importance = artifact.read_tensors(IMPORTANCE)
         super().configure_model()
         if self.is_fitting and self.beta > 0:
-            self._teacher = Teacher(load_model(self.teacher or self.init_from))
+            self._teacher = Teacher(load_model(self.teacher or str(self.init_from)))
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
@@ -170,7 +170,7 @@ class MoEBERTDistillation(OptimizedPhase):
         check(shapes[0] == shapes[1], f"{where}: is {shown[0]}; must be {shown[1]}, as the student is")
 
     def _published_importance(self, model: nn.Module) -> dict[str, Tensor]:
-        scores = read_importance(self.importance_file)
+        scores = read_importance(str(self.importance_file))
         ffns = select_ffns(model)
         check(
             len(scores) == len(ffns),
@@ -180,12 +180,14 @@ class MoEBERTDistillation(OptimizedPhase):
 
     def _token_counts(self) -> Tensor:
         """How often each token id occurs in the training split, ``(vocabulary,)`` int64; the same on all processes."""
-        data = self.trainer.datamodule
+        data = self.data
         with data.in_order():
             loader = data.train_dataloader()
-        share = Subset(loader.dataset, range(self.global_rank, len(loader.dataset), self.trainer.world_size))
+        dataset: Any = loader.dataset
+        share = Subset(dataset, range(self.global_rank, len(dataset), self.trainer.world_size))
         batches = DataLoader(share, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
         vocabulary_size = adapter_for(self.model).vocabulary_size(self.model)
+        assert vocabulary_size is not None
         counts = torch.zeros(vocabulary_size, dtype=torch.int64)
         for batch in batches:
             mask = batch.get("attention_mask")

@@ -82,7 +82,7 @@ class RecoveryTuning(OptimizedPhase):
                 layer.gate is not None and layer.gate.config.k is None,
                 f"gate of {name}: must be one that is set by tau, since RecoveryTuning draws it",
             )
-            kind = layer.router.config.kind
+            kind = layer.get_router().config.kind
             check(
                 self.router_weight == 0 or kind == "regression",
                 f"router_weight={self.router_weight}: must be 0 with routers of kind {kind!r} ({name}); only those of "
@@ -90,7 +90,7 @@ class RecoveryTuning(OptimizedPhase):
             )
         model.requires_grad_(True)
         for layer in layers.values():
-            layer.router.requires_grad_(self.router_weight > 0)
+            layer.get_router().requires_grad_(self.router_weight > 0)
 
     def learning_rate(self, name: str) -> float | None:
         return self.router_lr if ".router." in name else None
@@ -100,7 +100,7 @@ class RecoveryTuning(OptimizedPhase):
             return
         super().configure_model()
         if self.is_fitting and self.beta > 0:
-            teacher = load_model(self.teacher or self.init_from)
+            teacher = load_model(self.teacher or str(self.init_from))
             if moe_layers(teacher):
                 set_gate_(teacher, None)
             self._teacher = Teacher(teacher)
@@ -135,8 +135,8 @@ class RecoveryTuning(OptimizedPhase):
             if self.router_weight > 0:
                 with torch.no_grad():
                     target = output_norms(hidden, gram_matrices(layer.experts.down_weight))  # (N, E)
-                losses[name] = layer.router.loss(tokens.detach(), target)
+                losses[name] = layer.get_router().loss(tokens.detach(), target)
 
-        rule = next(iter(self._layers.values())).gate.config.rule
+        rule = next(iter(self._layers.values())).get_gate().config.rule
         with temporary_gate(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
             return self.logits(batch), losses

@@ -28,7 +28,7 @@ def grouped_mm(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
         return product if bias is None else product + bias[expert]
 
     hidden = project(experts.up_weight, experts.up_bias)
-    if experts.is_gated:
+    if experts.gate_weight is not None:
         hidden = experts.activation(project(experts.gate_weight, experts.gate_bias)) * hidden
     else:
         hidden = experts.activation(hidden)

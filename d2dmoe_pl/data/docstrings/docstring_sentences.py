@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from d2dmoe_pl.data.generated_dataset import generated
 from d2dmoe_pl.data.task_data import SPLITS
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError
 
 STANDARD_LIBRARY = "python"
 SEED = 0
@@ -57,10 +57,8 @@ def source_files(package: str) -> list[Path]:
         root = Path(sysconfig.get_path("stdlib"))
     else:
         spec = importlib.util.find_spec(package)
-        check(
-            spec is not None and bool(spec.submodule_search_locations),
-            f"packages={package!r}: is not an installed package",
-        )
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(f"packages={package!r}: is not an installed package")
         root = Path(spec.submodule_search_locations[0])
     return sorted(file for file in root.rglob("*.py") if not _NO_PROSE & set(file.relative_to(root).parts))
 
@@ -158,11 +156,11 @@ def deal(files: Sequence[Sequence[str]], num_sentences: int, package: str) -> di
         sentences: list[str] = []
         while len(sentences) < size:
             file = next(left, None)
-            check(
-                file is not None,
-                f"num_sentences={num_sentences}: {package!r} has only {sum(map(len, files))}, too few for its share of "
-                f"each split",
-            )
+            if file is None:
+                raise ConfigError(
+                    f"num_sentences={num_sentences}: {package!r} has only {sum(map(len, files))}, too few for its "
+                    "share of each split"
+                )
             sentences.extend(file)
         splits[name] = sentences[:size]
     return splits

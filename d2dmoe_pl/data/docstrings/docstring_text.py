@@ -1,7 +1,7 @@
 """Docstring sentences as text to train a language model on. Real English that needs no download."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 
@@ -47,8 +47,8 @@ class DocstringText(LanguageModeling):
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        unused = DatasetSource()
-        super().__init__(unused, None, objective, length, "text", mask_share, batch_size, num_workers)
+        made_later: Any = None
+        super().__init__(DatasetSource(), made_later, objective, length, "text", mask_share, batch_size, num_workers)
         check(len(set(packages)) == len(packages) >= 1, f"packages={packages}: must be one or more, each once")
         check(num_sentences >= 16, f"num_sentences={num_sentences}: must be at least 16")
         check(vocabulary_size >= 256, f"vocabulary_size={vocabulary_size}: must be at least 256")

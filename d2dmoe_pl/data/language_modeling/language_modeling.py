@@ -66,13 +66,13 @@ class LanguageModeling(TokenizedData):
         self.length = self.sample_length = length
         self.text_column = text_column
         self.mask_share = mask_share
-        self.head = f"{objective}-language-modeling"
+        self.head = "causal-language-modeling" if objective == "causal" else "masked-language-modeling"
 
     def load_processor(self) -> None:
         super().load_processor()
         if self.tokenizer is None:
             return
-        self.packer.check(self.tokenizer_name)
+        self.packer.check(str(self.tokenizer_name))
         check(
             self.objective == "causal" or self.tokenizer.mask_token_id is not None,
             f"tokenizer={self.tokenizer_name!r}: has no mask token; allowed with objective='causal' only",
@@ -102,7 +102,7 @@ class LanguageModeling(TokenizedData):
 
     def token_prediction(self) -> TokenPrediction:
         """The task, once the tokenizer is loaded."""
-        return TokenPrediction(self.head, self.tokenizer.convert_ids_to_tokens(range(len(self.tokenizer))))
+        return TokenPrediction(self.head, self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer)))))
 
     def collate(self, samples: Sequence[Mapping[str, Tensor]], augment: bool) -> dict[str, Tensor]:
         blocks = torch.stack([sample["input_ids"] for sample in samples]).long()  # (B, L)

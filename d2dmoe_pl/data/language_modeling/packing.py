@@ -51,6 +51,7 @@ class Packer:
             ConfigError: At the end, if there were too few tokens for that.
         """
         beginning, separator = self._beginning, self._separator
+        assert separator is not None
         size = self.length - len(beginning)
         tokens: list[int] = []
         made = 0

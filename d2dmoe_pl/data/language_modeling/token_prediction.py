@@ -1,13 +1,13 @@
 """Language modelling as a task: tell the token that belongs at a position. Causal and masked differ in data alone."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.task import Batch, MeanLoss, Task, symmetric_kl
 
 NOT_PREDICTED = -100  # the label of a position where nothing is to be told
@@ -28,9 +28,7 @@ class TokenPrediction(Task):
     in_percent = False
     higher_is_better = False
 
-    def __init__(
-        self, head: Literal["causal-language-modeling", "masked-language-modeling"], tokens: Sequence[str]
-    ) -> None:
+    def __init__(self, head: Head, tokens: Sequence[str]) -> None:
         self.head = head
         self.label_names = list(tokens)
 
@@ -57,7 +55,7 @@ class TokenPrediction(Task):
 class Perplexity(MeanLoss):
     """The exponential of the mean loss of all predicted tokens, over batches and processes; 1 is best."""
 
-    higher_is_better = False
+    higher_is_better = False  # type: ignore[assignment] # torchmetrics leaves it open for means
 
     def compute(self) -> Tensor:
         """The perplexity so far."""

@@ -82,7 +82,7 @@ def merge_windows(
     """
     merged: dict[int, Answer] = {}
     for question, score, span, null in zip(questions, scores, spans, nulls, strict=True):
-        answer = Answer(score, tuple(span), null)
+        answer = Answer(score, (span[0], span[1]), null)
         before = merged.get(question, answer)
         # of equal scores the later span, so that the order of windows does not matter
         best = max(before, answer, key=lambda one: (one.score, one.span))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
+from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.squad.answer_spans import best_spans, null_scores
 from d2dmoe_pl.data.squad.squad_score import SQuADScore
 from d2dmoe_pl.data.task import Batch, Task, symmetric_kl
@@ -27,7 +28,7 @@ class QuestionAnswering(Task):
         null_threshold: No answer is predicted where it beats the best span by more than this.
     """
 
-    head = "question-answering"
+    head: Head = "question-answering"
     main_metric = "f1"
 
     def __init__(

@@ -117,7 +117,7 @@ class SQuAD(TokenizedData):
         for name, split in splits.items():
             windows[name] = self._windows(split, seen)
             seen += len(split)
-        examples = ConcatDataset(splits.values())
+        examples: Any = ConcatDataset(splits.values())
         answerless = self.version == 2
         task = QuestionAnswering(examples, answerless, self.n_best, self.max_answer_length, self.null_threshold)
         return windows, task

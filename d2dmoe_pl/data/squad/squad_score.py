@@ -37,7 +37,8 @@ def f1(prediction: str, reference: str) -> float:
 def against_all(prediction: str, references: Sequence[str]) -> tuple[float, float]:
     """Exact match and F1, each with the reference that suits it best; no reference means that "" is right."""
     references = [reference for reference in references if normalise(reference)] or [""]
-    return tuple(max(score(prediction, reference) for reference in references) for score in (exact_match, f1))
+    exact, overlap = (max(score(prediction, reference) for reference in references) for score in (exact_match, f1))
+    return exact, overlap
 
 
 def best_threshold(answered: Tensor, unanswered: Tensor, margins: Tensor) -> tuple[float, float]:
@@ -75,6 +76,10 @@ class SQuADScore(Metric):
 
     full_state_update = False
     higher_is_better = True
+    questions: list[Tensor]
+    scores: list[Tensor]
+    spans: list[Tensor]
+    nulls: list[Tensor]
 
     def __init__(
         self, examples: Sequence[Mapping[str, Any]], answerless: bool, null_threshold: float, max_answer_length: int

@@ -48,8 +48,9 @@ def _run(
 
     for expert, index in enumerate(token_groups):
         if index.numel():
-            parameters = (part(rows, expert) for rows in (up_weight, up_bias, gate_weight, gate_bias))
-            hidden = hidden_activations(activation, tokens.index_select(0, index), *parameters)  # (n_e, s)
+            up_bias_e, gate_weight_e, gate_bias_e = (part(rows, expert) for rows in (up_bias, gate_weight, gate_bias))
+            inputs = tokens.index_select(0, index)  # (n_e, d)
+            hidden = hidden_activations(activation, inputs, up_weight[expert], up_bias_e, gate_weight_e, gate_bias_e)
             output.index_add_(0, index, (dropout(hidden) @ down_weight[expert]).to(output.dtype))
     return output.to(start.dtype)
 
@@ -72,7 +73,17 @@ def moe_grouped(
 
 
 @moe_grouped.register_fake
-def _(tokens, mask, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, activation):
+def _(
+    tokens: Tensor,
+    mask: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
     return tokens.new_empty(tokens.shape[0], down_weight.shape[2])
 
 

@@ -23,6 +23,9 @@ def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str)
     )
 
 
+Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
+
+
 class Experts(nn.Module):
     """``E`` experts that together are one dense FFN: ``y = b2 + sum_e expert_e(x)``.
 
@@ -44,6 +47,16 @@ class Experts(nn.Module):
     be another width than ``d_model``.
     """
 
+    num_experts: int
+    up_weight: nn.Parameter
+    up_bias: nn.Parameter | None
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    down_weight: nn.Parameter
+    down_bias: nn.Parameter | None
+    activation: nn.Module
+    hidden_dropout: nn.Module
+
     def __init__(self, ffn: FFN, num_experts: int, assignment: Tensor | None = None, backend: str = "auto") -> None:
         super().__init__()
         if assignment is None:
@@ -53,15 +66,14 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.set_backend(backend)
 
-        def grouped(rows: Tensor | None) -> nn.Parameter | None:
-            if rows is None:
-                return None
+        def grouped(rows: Tensor) -> nn.Parameter:
             return nn.Parameter(rows.detach()[order].unflatten(0, (num_experts, -1)).contiguous())  # (E, s[, d])
 
         self.up_weight = grouped(ffn.up.weight)
-        self.up_bias = grouped(ffn.up.bias)
-        self.gate_weight = grouped(None if ffn.gate_proj is None else ffn.gate_proj.weight)
-        self.gate_bias = grouped(None if ffn.gate_proj is None else ffn.gate_proj.bias)
+        self.up_bias = None if ffn.up.bias is None else grouped(ffn.up.bias)
+        gate = ffn.gate_proj
+        self.gate_weight = None if gate is None else grouped(gate.weight)
+        self.gate_bias = None if gate is None or gate.bias is None else grouped(gate.bias)
         self.down_weight = grouped(ffn.down.weight.t())
         self.down_bias = None if ffn.down.bias is None else nn.Parameter(ffn.down.bias.detach().clone())
         self.activation = ffn.activation
@@ -93,10 +105,10 @@ class Experts(nn.Module):
     @property
     def input_weight(self) -> Tensor:
         """What decides whether neurons fire, ``(E, s, d_model)``."""
-        return self.gate_weight if self.is_gated else self.up_weight
+        return self.up_weight if self.gate_weight is None else self.gate_weight
 
     @property
-    def weights(self) -> tuple[Tensor | None, ...]:
+    def weights(self) -> Weights:
         """All parameters, in the order that kernels registered with ``torch.library`` take them."""
         return self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.down_weight, self.down_bias
 
@@ -107,9 +119,12 @@ class Experts(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the activation (times the gated product) gives: ``(N, E, s)``."""
-        parameters = (self.up_weight, self.up_bias, self.gate_weight, self.gate_bias)
-        flat = (None if rows is None else rows.flatten(0, 1) for rows in parameters)  # (E * s[, d])
-        hidden = self.hidden_dropout(hidden_activations(self.activation, tokens, *flat))  # (N, E * s)
+        up_bias, gate_weight, gate_bias = (  # (E * s[, d])
+            None if rows is None else rows.flatten(0, 1) for rows in (self.up_bias, self.gate_weight, self.gate_bias)
+        )
+        up_weight = self.up_weight.flatten(0, 1)  # (E * s, d)
+        hidden = hidden_activations(self.activation, tokens, up_weight, up_bias, gate_weight, gate_bias)
+        hidden = self.hidden_dropout(hidden)  # (N, E * s)
         return hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
 
     def combine(self, hidden: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _merged(ffn: FFN, module: nn.Module, paths: Mapping[int, str], layer: MoELay
     """
     weights = dense_weights(layer.experts)
     merged = {ffn.name: module}
-    filled = []
+    filled: list[nn.Parameter] = []
     for part, linear in {"up": ffn.up, "gate_proj": ffn.gate_proj, "down": ffn.down}.items():
         if linear is None:
             continue

@@ -16,6 +16,10 @@ class RandomRouter(Router):
     The token's direction is projected to one number, and each expert has a wave of its own over that number.
     """
 
+    projection: Tensor
+    frequency: Tensor
+    phase: Tensor
+
     def __init__(self, experts: Experts, config: RouterConfig) -> None:
         super().__init__(experts, config)
         self.register_buffer("projection", torch.randn(experts.d_model))

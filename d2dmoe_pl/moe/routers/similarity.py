@@ -10,6 +10,8 @@ from d2dmoe_pl.moe.routers import Router, RouterConfig
 class SimilarityRouter(Router):
     """One more than the cosine of the token and the mean of the expert's weight columns."""
 
+    mean: Tensor
+
     def __init__(self, experts: Experts, config: RouterConfig) -> None:
         super().__init__(experts, config)
         self.register_buffer("mean", F.normalize(experts.input_weight.detach().mean(dim=1), dim=-1))  # (E, d)
