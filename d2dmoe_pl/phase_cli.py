@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import Phase
+from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 
@@ -84,6 +86,13 @@ class PhaseCLI(LightningCLI):
         # LightningCLI warns when it gets arguments while the process has others; a chain does so on purpose
         assert args is None or isinstance(args, Sequence)
         self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Let phases that pass over the data once run one epoch, where nothing is said of epochs."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        model = config.get("model")
+        if model is not None and issubclass(resolve_name(model.class_path), OrderedPass):
+            config.trainer.max_epochs = 1
 
     def before_fit(self) -> None:
         """Check the phase against its model before any data is loaded or file written."""

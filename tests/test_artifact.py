@@ -127,3 +127,31 @@ def test_truncated_weights(saved, kept):
 def test_an_artifact_can_be_moved(saved, tmp_path):
     moved = shutil.move(saved, tmp_path / "elsewhere")
     assert load_model(moved) is not None
+
+
+def test_it_says_its_format_and_a_newer_one_is_refused_in_one_line(saved):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    assert config["d2dmoe"]["format"] == 1
+    config["d2dmoe"]["format"] = 2
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        ConfigError, match=r"^path='.*': has format 2, that of a newer d2dmoe_pl; this one reads formats up to 1$"
+    ):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("kind", ["bert-masked-language-modeling", "gpt2-causal-language-modeling"])
+def test_tied_weights_stay_tied(kind, tmp_path):
+    model = tiny.dense(kind)
+    save_artifact(model, tmp_path / "artifact")
+    loaded = load_model(tmp_path / "artifact")
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+
+
+def test_loading_initialises_nothing_at_random(saved):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    load_model(saved)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,52 @@
+"""Phases that only gather statistics pass over the data once, whatever the trainer is told, and leave it as it was."""
+
+import pytest
+import tiny
+from digits_models import digits_source
+
+from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, ImportanceScoring
+
+
+@pytest.mark.parametrize(
+    ("make", "batches"), [(lambda **start: ExpertClustering(8, num_samples=10**6, **start), 4), (ImportanceScoring, 4)]
+)
+def test_one_epoch_is_run_and_the_data_shuffled_again_afterwards(trainer, digits, artifact, make, batches):
+    phase = make(init_from=artifact("dense"))
+    run = trainer(max_epochs=3)
+    run.fit(phase, datamodule=digits)
+    assert run.current_epoch == 1
+    assert run.global_step in (0, batches)
+    assert not digits.ordered
+
+
+def test_the_model_has_its_experts_once_training_ends_and_not_before(trainer, digits, artifact):
+    phase = ExpertClustering(8, init_from=artifact("dense"))
+    trainer().fit(phase, datamodule=digits)
+    assert set(moe_layers(phase.model)) == {"blocks.0.mlp", "blocks.1.mlp"}
+
+
+def test_what_a_phase_gathers_comes_before_its_last_structure():
+    order = []
+
+    class Watched(FineTuning):
+        def conclude(self):
+            order.append("conclude")
+
+        def finish_(self, model):
+            order.append("finish_")
+
+    phase = Watched(source=digits_source())
+    phase.on_train_end()
+    assert order == ["conclude", "finish_"]
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("ExpertClustering", 1), ("FineTuning", None)])
+def test_the_command_line_asks_for_one_epoch_of_them_alone(tmp_path, name, epochs):
+    save_artifact(tiny.dense(), tmp_path / "artifact", [PhaseRecord("FineTuning")])
+    sizes = ["--model.init_args.num_experts=8"] if name == "ExpertClustering" else []
+    start = f"--model.init_args.init_from={tmp_path / 'artifact'}"
+    opening = PhaseCLI(args=["--model", name, start, *sizes, "--data", "Digits"], run=False)
+    assert opening.config.trainer.max_epochs == epochs
