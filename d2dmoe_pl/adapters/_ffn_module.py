@@ -8,6 +8,7 @@ from torch import nn
 from d2dmoe_pl.adapters._adapter import module_at
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, check_not_chunked
+from d2dmoe_pl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class FFNModuleAdapter(HuggingFaceAdapter):
         )
 
     def _linear(self, module: nn.Module, part: str) -> nn.Linear | TransposedLinear:
-        linear = self.as_linear(getattr(module, part))
-        assert linear is not None, part
+        inner = getattr(module, part)
+        linear = self.as_linear(inner)
+        if linear is None:
+            raise ConfigError(
+                f"{type(module).__name__}.{part}: is a {type(inner).__name__}; must be a linear layer to be split into "
+                "experts"
+            )
         return linear

@@ -46,7 +46,7 @@ def artifact_comparisons(
         check(
             len(layers) > 0 and all(layer.gate is not None for layer in layers.values()),
             f"artifact={path!r}: is the work of {artifact.phase}, at stage {artifact.stage!r}; must have MoE layers "
-            "with routers and a tau or k, which RouterRegression and ExpertSelection make",
+            "with routers and a tau, which RouterRegression makes",
         )
         set_backend_(moe, settings.backend)
         batches = partial(random_batch, moe, length=length) if data is None else partial(first_batch, moe, data)

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from d2dmoe_pl.adapters import ModelSource
@@ -48,7 +49,7 @@ class OptimizedPhase(Phase):
         """What the learning rate of the parameter ``name`` rises to; None for the optimizer's own."""
         return None
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         vectors = ("bias", "norm_weight")  # experts keep vectors of their own as the rows of a matrix
         groups: dict[tuple, list[nn.Parameter]] = {}  # by what they have of their own
         for name, parameter in self.named_parameters():

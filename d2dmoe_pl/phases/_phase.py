@@ -110,6 +110,11 @@ class Phase(L.LightningModule):
         return data
 
     @property
+    def is_made(self) -> bool:
+        """Whether there is a model yet."""
+        return isinstance(getattr(self, "model", None), nn.Module)
+
+    @property
     def is_fitting(self) -> bool:
         """Whether the phase is fitted, and not only evaluated."""
         return self.trainer.state.fn == TrainerFn.FITTING
@@ -128,10 +133,11 @@ class Phase(L.LightningModule):
 
     def configure_model(self) -> None:
         """Make the model; Lightning calls this once the data is set up, possibly more than once."""
-        if self.model is not None:
+        if self.is_made:
             return
         artifact = self.read_start()
         data = self.data
+        assert data.task is not None  # it is set up by now
         self.task = data.task
         if artifact is None:
             assert self.source is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from d2dmoe_pl.data.task import Batch
@@ -75,7 +76,7 @@ class RouterTraining(OptimizedPhase):
     def prepare_evaluation_(self, model: nn.Module) -> None:
         set_gate_(model, self.gate_config)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         return super().configure_optimizers() if self._is_trained() else None
 
     def on_fit_start(self) -> None:

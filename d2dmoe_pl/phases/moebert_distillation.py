@@ -97,14 +97,16 @@ class MoEBERTDistillation(OptimizedPhase):
             set_hash_table_(model, read_hash_list(self.hash_list_file), f"hash_list_file={self.hash_list_file!r}")
 
     def configure_model(self) -> None:
-        if self.model is not None:
+        if self.is_made:
             return
         artifact = self.read_start()
         if self.is_fitting and artifact is not None and IMPORTANCE in artifact.tensors:
             self._importance = artifact.read_tensors(IMPORTANCE)
         super().configure_model()
         if self.is_fitting and self.beta > 0:
-            self._teacher = Teacher(load_model(self.teacher or str(self.init_from)))
+            path = self.teacher or self.init_from
+            assert path is not None  # _check_teacher has seen to it
+            self._teacher = Teacher(load_model(path))
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:
@@ -170,7 +172,8 @@ class MoEBERTDistillation(OptimizedPhase):
         check(shapes[0] == shapes[1], f"{where}: is {shown[0]}; must be {shown[1]}, as the student is")
 
     def _published_importance(self, model: nn.Module) -> dict[str, Tensor]:
-        scores = read_importance(str(self.importance_file))
+        assert self.importance_file is not None
+        scores = read_importance(self.importance_file)
         ffns = select_ffns(model)
         check(
             len(scores) == len(ffns),

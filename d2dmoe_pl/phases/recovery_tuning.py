@@ -96,11 +96,13 @@ class RecoveryTuning(OptimizedPhase):
         return self.router_lr if ".router." in name else None
 
     def configure_model(self) -> None:
-        if self.model is not None:
+        if self.is_made:
             return
         super().configure_model()
         if self.is_fitting and self.beta > 0:
-            teacher = load_model(self.teacher or str(self.init_from))
+            path = self.teacher or self.init_from
+            assert path is not None  # only an artifact has routers
+            teacher = load_model(path)
             if moe_layers(teacher):
                 set_gate_(teacher, None)
             self._teacher = Teacher(teacher)

@@ -22,8 +22,6 @@ Work space, in bytes: ``2 N E`` of lists (N rounded up to ``CHUNK``), ``N E s`` 
 FFN holds too), and by *scatter* ``4 N d`` for the sums.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,11 +46,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))  # TRITON_INTERPRET=1 
 
 
 @jit
-def _multiply(
-    x: Any,
-    w: Any,
-    total: Any,
-) -> Any:
+def _multiply(x, w, total):
     """``total + x @ w``, without TF32."""
     if INTERPRETED:  # Triton 3.9's interpreter multiplies the bit patterns of bfloat16
         x = x.to(tl.float32)
@@ -61,10 +55,7 @@ def _multiply(
 
 
 @jit
-def _activate(
-    x: Any,
-    KIND: tl.constexpr,  # noqa: N803
-) -> Any:
+def _activate(x, KIND: tl.constexpr):  # noqa: N803
     """The functions of ``moe/experts/activation_kinds.py``, on float32; NaN stays NaN."""
     if KIND == "relu":
         y = tl.where(x < 0, 0.0, x)
@@ -81,15 +72,7 @@ def _activate(
 
 
 @jit
-def _list_tokens(
-    mask: Any,
-    rows: Any,
-    counts: Any,
-    num_tokens: Any,
-    num_experts: Any,
-    CHUNK: tl.constexpr,  # noqa: N803
-    BLOCK_E: tl.constexpr,  # noqa: N803
-) -> Any:
+def _list_tokens(mask, rows, counts, num_tokens, num_experts, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):  # noqa: N803
     """``rows (chunks, E, CHUNK)``: from the left, the chosen tokens' places in the chunk; ``counts (chunks, E)``."""
     chunk = tl.program_id(0).to(tl.int64)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -105,23 +88,10 @@ def _list_tokens(
 
 @jit
 def _up(
-    tokens: Any,
-    rows: Any,
-    counts: Any,
-    up_weight: Any,
-    up_bias: Any,
-    gate_weight: Any,
-    gate_bias: Any,
-    hidden: Any,
-    num_experts: Any,
-    D: tl.constexpr,  # noqa: N803
-    S: tl.constexpr,  # noqa: N803
-    ACTIVATION: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
-    BLOCK_M: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-) -> Any:
+    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, hidden, num_experts,
+    D: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
+):  # fmt: skip
     """One expert, one chunk, ``BLOCK_N`` of its neurons; ``BLOCK_M`` rows at a time."""
     S_BLOCKS: tl.constexpr = (S + BLOCK_N - 1) // BLOCK_N  # noqa: N806
     expert = tl.program_id(0) // S_BLOCKS
@@ -159,19 +129,10 @@ def _up(
 
 @jit
 def _down(
-    hidden: Any,
-    rows: Any,
-    counts: Any,
-    down_weight: Any,
-    sums: Any,
-    num_experts: Any,
-    D: tl.constexpr,  # noqa: N803
-    S: tl.constexpr,  # noqa: N803
-    CHUNK: tl.constexpr,  # noqa: N803
-    BLOCK_M: tl.constexpr,  # noqa: N803
-    BLOCK_N: tl.constexpr,  # noqa: N803
-    BLOCK_K: tl.constexpr,  # noqa: N803
-) -> Any:
+    hidden, rows, counts, down_weight, sums, num_experts,
+    D: tl.constexpr, S: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
+):  # fmt: skip
     """One expert, one chunk, ``BLOCK_N`` columns of the output, added to ``sums``."""
     D_BLOCKS: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N  # noqa: N806
     expert = tl.program_id(0) // D_BLOCKS
