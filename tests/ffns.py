@@ -39,6 +39,7 @@ def cases(most_tokens, most_experts, largest_expert, largest_d):
             "bias": st.booleans(),
             "activation": st.sampled_from(list(ACTIVATIONS)),
             "density": st.sampled_from([0.0, 0.2, 1.0]),
+            "seed": st.integers(0, 2**31),  # of weights, tokens and masks, so that a failure can be repeated
         }
     )
 
@@ -59,6 +60,4 @@ def experts_of(case, backend, **kwargs):
 
 
 def assert_close(got, expected, tolerance):
-    """Close by the measure of the largest value: small ones are differences of large ones."""
-    largest = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * largest)
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
