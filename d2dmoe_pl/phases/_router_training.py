@@ -106,15 +106,14 @@ class RouterTraining(OptimizedPhase):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        loader = self._loader
-        if self._cache is None or loader.cached is not None:
+        if self._cache is None or self._loader.cached is not None:
             return
         if self._cache.rows.added < self.trainer.num_training_batches:
             self._cache = None
             return
         with self._cache_can_fail():
             self._cache.rows.complete()
-            loader.cached = self._cache
+            self._loader.cached = self._cache
 
     def conclude(self) -> None:
         if self._cache is not None:
@@ -122,6 +121,7 @@ class RouterTraining(OptimizedPhase):
 
     @property
     def _loader(self) -> CacheableLoader:
+        """The loader of the samples, where what routers learn from is cached; streams have another kind."""
         loader = self.trainer.train_dataloader
         assert isinstance(loader, CacheableLoader)
         return loader
