@@ -120,6 +120,10 @@ class Adapter(ABC):
     def num_outputs(self, model: nn.Module) -> int:
         """Number of the head's outputs: classes, 1 for regression; of a token, 2 to answer questions, ``V`` of text."""
 
+    def label_names(self, model: nn.Module) -> list[str] | None:
+        """Names of a classifier's outputs by index, ``LABEL_0``, ... where nobody gave it any; None for other heads."""
+        return None
+
     @abstractmethod
     def logits_and_hidden_states(
         self, model: nn.Module, batch: Mapping[str, Tensor]
@@ -153,11 +157,25 @@ class Adapter(ABC):
 
 
 class ModelSource(ABC):
-    """Where a run's first model comes from: a hub, a folder, or random initialisation."""
+    """Where a run's first model comes from: a hub, a folder, or random initialisation.
+
+    Attributes:
+        new_head: Once built, which parameters of the head no file gave, as a text; None where all of them are from a
+            file, or none is meant to be.
+    """
+
+    new_head: str | None = None
+
+    def output_names(self) -> list[str] | None:
+        """Names of a trained classifier's outputs by index, ``LABEL_0``, ... where it has none; None for others."""
+        return None
 
     @abstractmethod
     def build(self, label_names: Sequence[str]) -> nn.Module:
-        """The model with one output a label, weights loaded."""
+        """The model with one output a label, weights loaded.
+
+        A trained head is kept if ``label_names`` are its own :meth:`output_names`, and made anew otherwise.
+        """
 
     @abstractmethod
     def build_structure(self, label_names: Sequence[str]) -> nn.Module:

@@ -113,6 +113,9 @@ class HuggingFaceAdapter(Adapter):
     def num_outputs(self, model: Any) -> int:
         return model.config.vocab_size if self.head(model) in VOCABULARY_HEADS else model.config.num_labels
 
+    def label_names(self, model: Any) -> list[str] | None:
+        return outputs_of(model.config) if self.head(model) == "classification" else None
+
     def vocabulary_size(self, model: Any) -> int | None:
         return getattr(model.config, "vocab_size", None)
 
@@ -145,6 +148,11 @@ class HuggingFaceAdapter(Adapter):
         if (folder / GENERATION_CONFIG).exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         return model
+
+
+def outputs_of(config: Any) -> list[str]:
+    """Names of a classifier's outputs by index."""
+    return [str(config.id2label[index]) for index in sorted(config.id2label)]
 
 
 def check_not_chunked(module: nn.Module, name: str) -> None:

@@ -2,17 +2,18 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource, TaskName
-from d2dmoe_pl.adapters._hugging_face import HEADS
+from d2dmoe_pl.adapters._hugging_face import HEADS, outputs_of
+from d2dmoe_pl.data.class_labels import are_placeholders
 from d2dmoe_pl.data.head import VOCABULARY_HEADS
 from d2dmoe_pl.data.load_pretrained import load_pretrained
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 
 
 class HuggingFaceModel(ModelSource):
@@ -21,15 +22,18 @@ class HuggingFaceModel(ModelSource):
     Args:
         task: ``text-classification``, ``text-regression``, ``question-answering``, ``causal-language-modeling``,
             ``masked-language-modeling`` or ``image-classification``; decides the head.
-        name: Hub name or folder of a pretrained model. A head of another size is initialised anew. A classifier on a
-            decoder without an id for padding takes the one that ends a text.
+        name: Hub name or folder of a pretrained model. A classifier that has been trained on the data's labels keeps
+            its head and its order of them; a head for other labels is initialised anew, which ``FineTuning`` trains. A
+            classifier on a decoder without an id for padding takes the one that ends a text.
+        label_names: What the outputs of the classifier ``name`` stand for, by index, where its own config does not say
+            (``LABEL_0``, ...), or says it wrongly.
         config: Configuration of a model to be trained from scratch, e.g. ``transformers.BertConfig``; instead of
             ``name``.
         dtype: Of the weights, whatever they were saved as. Mixed precision is the trainer's ``precision``.
 
     Raises:
-        ConfigError: Unless exactly one of ``name`` and ``config`` is given; to build, if there is no such model, or its
-            type has no such head.
+        ConfigError: Unless exactly one of ``name`` and ``config`` is given, or for ``label_names`` without ``name``; to
+            build, if there is no such model, its type has no such head, or its file has no weights for its layers.
     """
 
     def __init__(
@@ -38,21 +42,58 @@ class HuggingFaceModel(ModelSource):
         name: str | None = None,
         config: transformers.PretrainedConfig | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        label_names: list[str] | None = None,
     ) -> None:
         check((name is None) != (config is None), f"name={name!r}, config={config!r}: exactly one must be given")
+        check(
+            label_names is None or name is not None,
+            f"label_names={label_names}: allowed only with name, since they say what a trained head knows",
+        )
         self.task = task
         self.head, self._auto = HEADS[task]
         self.name = name
         self.config = config
         self.dtype = getattr(torch, dtype)
+        self.label_names = label_names
+
+    def output_names(self) -> list[str] | None:
+        if self.name is None or self.head != "classification":
+            return None
+        names = outputs_of(self._pretrained_config())
+        check(
+            self.label_names is None or len(self.label_names) == len(names) == len(set(self.label_names)),
+            f"label_names={self.label_names}: must be {len(names)} different names, one for each output of {self.name}",
+        )
+        return self.label_names or names
 
     def build(self, label_names: Sequence[str]) -> nn.Module:
         config = self._config(label_names)
         if self.name is None:
             return self._auto.from_config(config, dtype=self.dtype)
-        return load_pretrained(
-            self._auto, self.name, "name", config=config, dtype=self.dtype, ignore_mismatched_sizes=True
-        )
+        loading = {"config": config, "dtype": self.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, found = load_pretrained(self._auto, self.name, "name", **loading)
+        absent = set(found["missing_keys"]) | {name for name, *_ in found["mismatched_keys"]}
+        fresh = self._new_outputs(model, label_names)
+        backbone = [name for name in sorted(absent) if _is_needed(model, name)]
+        if backbone:
+            raise ConfigError(
+                f"name={self.name!r}: its file has no weights that fit for {len(backbone)} of the "
+                f"{len(model.state_dict())} tensors of {type(model).__name__}, e.g. {backbone[0]}; they would be random"
+            )
+        for name in fresh - absent:
+            _reinitialise_(model, name)
+        self.new_head = ", ".join(sorted(absent | fresh)) or None
+        return model
+
+    def _new_outputs(self, model: nn.Module, label_names: Sequence[str]) -> set[str]:
+        """The parameters of a trained head whose outputs stand for something else than ``label_names``."""
+        outputs = self.output_names()
+        if outputs is None or list(label_names) == outputs:
+            return set()
+        if are_placeholders(outputs) and len(outputs) == len(label_names):
+            return set()
+        is_output = {name: parameter.shape[0] == len(label_names) for name, parameter in model.named_parameters()}
+        return {name for name, found in is_output.items() if found and not _is_backbone(model, name)}
 
     def build_structure(self, label_names: Sequence[str]) -> nn.Module:
         with torch.device("meta"):
@@ -77,6 +118,25 @@ class HuggingFaceModel(ModelSource):
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
         return load_pretrained(transformers.AutoConfig, str(self.name), "name")
+
+
+def _is_backbone(model: Any, name: str) -> bool:
+    return name.startswith(f"{model.base_model_prefix}.")
+
+
+def _is_needed(model: Any, name: str) -> bool:
+    """Whether a pretrained model without the tensor ``name`` is none; poolers belong to heads, where they are not."""
+    return _is_backbone(model, name) and ".pooler." not in name
+
+
+@torch.no_grad()
+def _reinitialise_(model: Any, name: str) -> None:
+    """Give the parameter ``name``, and all of its module, the values of a model from scratch."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    for parameter in module.parameters():
+        parameter._is_hf_initialized = False
+    module._is_hf_initialized = False
+    model._init_weights(module)
 
 
 def _first(token_id: int | list[int] | None) -> int | None:

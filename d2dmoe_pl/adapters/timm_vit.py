@@ -15,6 +15,7 @@ from d2dmoe_pl.adapters._adapter import Adapter, module_at, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import AttentionParts, Projection
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._timm_model import create_timm_model
+from d2dmoe_pl.data.class_labels import placeholders
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
@@ -89,6 +90,9 @@ class TimmViTAdapter(Adapter):
 
     def num_outputs(self, model: Any) -> int:
         return model.num_classes
+
+    def label_names(self, model: Any) -> list[str] | None:
+        return getattr(model, "label_names", None) or placeholders(model.num_classes)
 
     def config(self, model: Any) -> dict[str, Any]:
         preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct")

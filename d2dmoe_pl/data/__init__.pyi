@@ -14,3 +14,4 @@ from .task import Regression as Regression
 from .task import Task as Task
 from .task_data import TaskData as TaskData
 from .text_classification import TextClassification as TextClassification
+from .text_regression import TextRegression as TextRegression

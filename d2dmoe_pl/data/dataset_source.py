@@ -1,4 +1,4 @@
-"""Splits of any Hugging Face dataset, on the hub or in local files, loaded whole or streamed; and their labels."""
+"""Splits of any Hugging Face dataset, on the hub or in local files, loaded whole or streamed."""
 
 import os
 from collections.abc import Mapping
@@ -6,20 +6,17 @@ from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetsError
 
+from d2dmoe_pl.data.file_rows import READERS, json_fault, rows_of, stamps
+from d2dmoe_pl.data.generated_dataset import generated
 from d2dmoe_pl.data.task_data import SPLITS
 from d2dmoe_pl.errors import ConfigError, check
 
-BUILDERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-OPTIONS = {".tsv": {"sep": "\t"}, ".txt": {"sample_by": "paragraph"}}
+# what reads the kinds of files that are not read row by row here
+BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+ENDINGS = (*READERS, *BUILDERS)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
@@ -55,7 +52,8 @@ class DatasetSource:
         """The splits by name: ``train``, ``validation``, ``test`` and those in ``more``.
 
         Raises:
-            ConfigError: If a split cannot be loaded; the message says which and why.
+            ConfigError: If a split cannot be loaded; the message says which and why, with file and line where a file is
+                malformed.
         """
         check(0.0 < self.held_out < 0.5, f"held_out={self.held_out}: must lie between 0 and 0.5")
         for name in self.more:
@@ -67,8 +65,7 @@ class DatasetSource:
         splits = {name: self._load_split(name, where) for name, where in wanted.items() if where is not None}
         for name in SPLITS:
             if name not in splits:
-                parts = splits["train"].train_test_split(self.held_out, seed=self.seed)
-                splits |= {"train": parts["train"], name: parts["test"]}
+                splits |= self._hold_out(splits["train"], name)
         return splits
 
     def stream(self) -> dict[str, IterableDataset]:
@@ -80,23 +77,68 @@ class DatasetSource:
         wanted = {name: getattr(self, name) for name in SPLITS} | self.more
         return {name: self._load_split(name, where, True) for name, where in wanted.items() if where is not None}
 
+    def _hold_out(self, train: Dataset, name: str) -> dict[str, Dataset]:
+        try:
+            parts = train.train_test_split(self.held_out, seed=self.seed)
+        except ValueError as error:
+            raise ConfigError(
+                f"{name}=None: is held out of the train split, whose {len(train)} samples are too few for the share "
+                f"held_out={self.held_out}"
+            ) from error
+        return {"train": parts["train"], name: parts["test"]}
+
     def _load_split(self, name: str, where: str, streaming: bool = False) -> Dataset | IterableDataset:
         try:
             if self.dataset is not None and not _is_path(where):
-                return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
+                return self._named_split(where, streaming)
             if Path(where).is_dir():
                 return load_dataset("imagefolder", data_dir=where, split="train", streaming=streaming)
             files = sorted(glob(where))
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
-            ending = _ending(files[0])
-            check(ending in BUILDERS, f"{name}={where!r}: the ending must be one of {', '.join(BUILDERS)}")
-            options = OPTIONS.get(ending, {})
-            return load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming, **options)
-        except (OSError, ValueError) as error:
+            return _read_files(f"{name}={where!r}", files, streaming)
+        except (OSError, ValueError, DatasetsError) as error:
             if isinstance(error, ConfigError):
                 raise
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{name}={where!r} of dataset={self.dataset!r}: cannot be loaded: {reason}") from error
+            raise ConfigError(
+                f"{name}={where!r} of dataset={self.dataset!r}: cannot be loaded: {_first_line(error)}"
+            ) from error
+
+    def _named_split(self, where: str, streaming: bool) -> Dataset | IterableDataset:
+        """A split of ``dataset`` by its name; files in a folder are read as files of their kind are elsewhere."""
+        assert self.dataset is not None
+        if Path(self.dataset).is_dir():
+            files = load_dataset_builder(self.dataset, self.config).config.data_files or {}
+            found = sorted(map(str, files.get(where, [])))
+            if found and _ending(found[0]) in ENDINGS:
+                return _read_files(f"dataset={self.dataset!r}", found, streaming)
+        return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
+
+
+def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | IterableDataset:
+    """The rows of ``files``, all of one kind, which the user gave by ``argument``."""
+    ending = _ending(files[0])
+    check(ending in ENDINGS, f"{argument}: the ending must be one of {', '.join(ENDINGS)}")
+    other = next((file for file in files if _ending(file) != ending), None)
+    check(other is None, f"{argument}: all files must end in {ending}, as {files[0]} does, but there is {other}")
+    if ending in READERS:
+        if streaming:
+            return IterableDataset.from_generator(rows_of, gen_kwargs={"files": files, "ending": ending})
+        return generated(rows_of, files=files, ending=ending, stamps=stamps(files))
+    try:
+        return load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming)
+    except (ValueError, DatasetsError) as error:
+        faults = (json_fault(file) for file in files) if BUILDERS[ending] == "json" else ()
+        fault = next((fault for fault in faults if fault is not None), None)
+        if fault is None:
+            raise
+        raise ConfigError(fault) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What the innermost cause of ``error`` says, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _ending(path: str) -> str:
@@ -107,7 +149,7 @@ def _ending(path: str) -> str:
 
 def _is_path(where: str) -> bool:
     """Whether ``where`` can only be a path, not the name of a hub dataset's split."""
-    return "/" in where or os.sep in where or _ending(where) in BUILDERS
+    return "/" in where or os.sep in where or _ending(where) in ENDINGS
 
 
 def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> None:
@@ -118,33 +160,3 @@ def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> 
                 column in split.column_names,
                 f"{argument}={column!r}: not a column of the {name} split, which has {', '.join(split.column_names)}",
             )
-
-
-def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
-    """Replace the label column, of strings, integers or ``ClassLabel``, by ``labels``, indices from 0.
-
-    Args:
-        splits: Datasets by split name, ``train`` among them; classes are those of the training split.
-        column: Name of the label column.
-
-    Returns:
-        The splits, and the classes' names by index.
-
-    Raises:
-        ConfigError: If another split has a label that the training split has not.
-    """
-    feature = splits["train"].features[column]
-    seen = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(set(splits["train"][column]))
-    index = {label: i for i, label in enumerate(seen)}
-    names = feature.names if isinstance(feature, ClassLabel) else [str(label) for label in seen]
-    encoded = {}
-    for name, split in splits.items():
-        labels = split[column]
-        unseen = sorted({str(label) for label in labels if label not in index})
-        check(
-            not unseen,
-            f"{column}: the {name} split has labels unseen in training: {', '.join(unseen[:5])}; "
-            f"allowed are {', '.join(names[:20])}",
-        )
-        encoded[name] = split.remove_columns(column).add_column("labels", [index[label] for label in labels])
-    return encoded, names

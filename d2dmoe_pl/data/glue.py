@@ -1,11 +1,13 @@
 """The nine tasks of GLUE (arXiv 1804.07461)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
+from d2dmoe_pl.data.class_labels import with_column
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.task import Classification, Regression, Task
 from d2dmoe_pl.data.tokenized import TokenizedData
@@ -92,7 +94,7 @@ class GLUE(TokenizedData):
         splits = self.source.load()
         made_of = GLUE_TASKS[str(self.name)]
         check_columns(splits, {f"{self.name} column {i}": name for i, name in enumerate((*made_of.columns, "label"))})
-        if all(label == UNLABELLED for label in splits["test"]["label"]):
+        if all(str(label) == str(UNLABELLED) for label in splits["test"]["label"]):
             validation = {name: split for name, split in splits.items() if name.startswith("validation")}
             splits = {name: split for name, split in splits.items() if not name.startswith("test")}
             splits |= {name.replace("validation", "test", 1): split for name, split in validation.items()}
@@ -120,11 +122,22 @@ def with_labels(split: Dataset, name: str, label_names: tuple[str, ...]) -> Data
         ConfigError: If a label is neither an index nor a name.
     """
     index = {value: i for i, label in enumerate(label_names) for value in (i, str(i), label)}
+    feature, found = split.features["label"], split["label"]
+    if label_names and isinstance(feature, ClassLabel):  # whose order may be another
+        found = [feature.names[label] if label >= 0 else label for label in found]
     labels = []
-    for label in split["label"]:
+    for label in found:
         try:
-            labels.append(index[label] if label_names else float(label))
+            key = label.strip() if isinstance(label, str) else label
+            labels.append(index[key] if label_names else _finite(label))
         except (KeyError, TypeError, ValueError):
             allowed = f"0 to {len(label_names) - 1}, or {', '.join(label_names)}" if label_names else "numbers"
             raise ConfigError(f"label={label!r} in the {name} split: allowed are {allowed}") from None
-    return split.add_column("labels", labels).remove_columns("label")
+    return with_column(split, "label", labels)
+
+
+def _finite(label: Any) -> float:
+    number = float(label)
+    if not math.isfinite(number):
+        raise ValueError
+    return number

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from d2dmoe_pl.data.augmentation import STANDARD, Augmentation
-from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns, encode_labels
+from d2dmoe_pl.data.class_labels import encode_labels
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.preprocessor_config import write_preprocessor_config
 from d2dmoe_pl.data.task import Classification, Task

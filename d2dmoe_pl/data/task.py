@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,6 +12,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection, PearsonCorrCoef, 
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 from torchmetrics.wrappers import LambdaInputTransformer
 
+from d2dmoe_pl.data.class_labels import places
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.errors import check
 
@@ -57,6 +60,12 @@ class Task(ABC):
     def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What the logits say, one row a sample."""
 
+    def with_label_names(self, label_names: Sequence[str]) -> "Task":
+        """The same task for a model whose outputs are these, by index; the task's own names are among them."""
+        task = copy(self)
+        task.label_names = list(label_names)
+        return task
+
     def weight(self, batch: Batch) -> int:
         """How much the loss of a batch counts in a mean over batches: its number of samples."""
         return len(batch["labels"])
@@ -91,7 +100,8 @@ class Classification(Task):
 
     Args:
         label_names: Names of the classes by their index.
-        metrics: Of ``accuracy``, ``f1`` (of class 1 of two) and ``matthews_correlation``; the first is the main one.
+        metrics: Of ``accuracy``, ``f1`` (of the second of two classes) and ``matthews_correlation``; the first is the
+            main one.
 
     Raises:
         ConfigError: If ``f1`` is asked for with other than two classes.
@@ -105,6 +115,16 @@ class Classification(Task):
         self._names = tuple(metrics)
         classes = self.num_outputs
         check("f1" not in metrics or classes == 2, f"metrics={metrics}: f1 needs two classes, but there are {classes}")
+        self._positive = 1  # the class that F1 is of
+
+    def with_label_names(self, label_names: Sequence[str]) -> "Classification":
+        task = super().with_label_names(label_names)
+        assert isinstance(task, Classification)
+        if "f1" in self._names:
+            found = places(self.label_names, label_names)
+            assert found is not None
+            task._positive = found[self._positive]
+        return task
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(logits.float(), batch["labels"])
@@ -113,12 +133,13 @@ class Classification(Task):
         return symmetric_kl(student_logits, teacher_logits).mean()
 
     def scores(self) -> dict[str, Metric]:
+        is_positive = [partial(_is_class, of, self._positive) for of in (_most_likely, _label)]
         known: dict[str, Callable[[], Metric]] = {
-            "accuracy": lambda: MulticlassAccuracy(self.num_outputs, average="micro"),
-            "f1": BinaryF1Score,
-            "matthews_correlation": lambda: MulticlassMatthewsCorrCoef(self.num_outputs),
+            "accuracy": lambda: _of_classes(MulticlassAccuracy(self.num_outputs, average="micro")),
+            "f1": lambda: LambdaInputTransformer(BinaryF1Score(), *is_positive),
+            "matthews_correlation": lambda: _of_classes(MulticlassMatthewsCorrCoef(self.num_outputs)),
         }
-        return {name: LambdaInputTransformer(known[name](), _most_likely, _label) for name in self._names}
+        return {name: known[name]() for name in self._names}
 
     def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Class indices ``(B,)`` and probabilities ``(B, C)``."""
@@ -166,6 +187,14 @@ def symmetric_kl(first_logits: Tensor, second_logits: Tensor) -> Tensor:
     log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (first_logits, second_logits))
     # p (log p - log q) + q (log q - log p)
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
+
+
+def _of_classes(metric: Metric) -> Metric:
+    return LambdaInputTransformer(metric, _most_likely, _label)
+
+
+def _is_class(of: Callable[[Any], Tensor], index: int, value: Any) -> Tensor:
+    return of(value) == index
 
 
 def _most_likely(logits: Tensor) -> Tensor:

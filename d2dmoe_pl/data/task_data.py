@@ -13,6 +13,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from d2dmoe_pl.data.class_labels import places
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.errors import check
@@ -40,7 +41,7 @@ class TaskData(L.LightningDataModule):
 
     Attributes:
         head: The head that a model needs for this data.
-        task: What is to be learnt, once set up.
+        task: What is to be learnt, once set up; its label names are the data's, until a model's take their place.
         ordered: Phases that only gather statistics set this: training samples then come in order and unaugmented.
         sample_length: Tokens that every sample has; None where they differ, and for data of anything but text.
 
@@ -63,6 +64,8 @@ class TaskData(L.LightningDataModule):
         self.num_workers = num_workers
         self.ordered = False
         self.task: Task | None = None
+        self._own_task: Task | None = None
+        self._outputs: Tensor | None = None  # of the data's classes, where their order is not the data's own
         self._splits: Mapping[str, Dataset] = {}
 
     @abstractmethod
@@ -99,6 +102,12 @@ class TaskData(L.LightningDataModule):
         return None
 
     @property
+    def class_names(self) -> list[str]:
+        """Names of the data's own labels, in its own order, once set up."""
+        assert self._own_task is not None
+        return self._own_task.label_names
+
+    @property
     def num_training_samples(self) -> int:
         """Samples of an epoch, over all processes, once set up."""
         return _size(self._splits["train"])
@@ -119,10 +128,34 @@ class TaskData(L.LightningDataModule):
         if self._splits:
             return
         self.load_processor()
-        splits, self.task = self.load()
+        splits, self._own_task = self.load()
         for name, split in splits.items():
             check(_size(split) > 0, f"{name}: the split is empty; must have at least one sample")
-        self._splits = splits
+        self._splits, self.task = splits, self._own_task
+
+    def number_labels_as(self, output_names: Sequence[str] | None) -> None:
+        """Let batches number classes as a model does that has been trained before.
+
+        Args:
+            output_names: Names of the model's outputs, by index; there may be more than the data has classes. None for
+                the data's own order.
+
+        Raises:
+            ConfigError: If a class of the data is none of the outputs.
+        """
+        assert self._own_task is not None  # it is set up
+        if output_names is None:
+            self.task, self._outputs = self._own_task, None
+            return
+        found = places(self.class_names, output_names)
+        check(
+            found is not None,
+            f"labels: {', '.join(self.class_names[:20])} are not all among {', '.join(output_names[:20])}",
+        )
+        assert found is not None
+        others = [index for index in range(len(output_names)) if index not in set(found)]
+        self.task = self._own_task.with_label_names(output_names)
+        self._outputs = torch.tensor([*found, *others])
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
@@ -153,6 +186,10 @@ class TaskData(L.LightningDataModule):
         loaders = [self._loader(name, False, in_order) for name in self.split_names(stage)]
         return loaders if len(loaders) > 1 else loaders[0]
 
+    def _batch(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
+        batch = self.collate(samples, augment)
+        return batch if self._outputs is None else {**batch, "labels": renumbered(batch["labels"], self._outputs)}
+
     def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
         dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
         sampler = self.training_sampler(dataset) if train else _ordered_sampler(dataset, repeat=split == "train")
@@ -161,11 +198,26 @@ class TaskData(L.LightningDataModule):
             batch_size=self.batch_size,
             shuffle=train and sampler is None,
             sampler=sampler,
-            collate_fn=partial(self.collate, augment=train),
+            collate_fn=partial(self._batch, augment=train),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def renumbered(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Labels by the index of a model's output.
+
+    Args:
+        labels: Indices ``(B,)`` of the data's classes, or probabilities ``(B, C)`` of these and, behind them, of the
+            outputs that the data has no class for.
+        outputs: For each of the ``C``, the output's index.
+    """
+    if not labels.is_floating_point():
+        return outputs[labels]
+    probabilities = labels.new_zeros(len(labels), len(outputs))
+    probabilities[:, outputs[: labels.shape[1]]] = labels
+    return probabilities
 
 
 def _size(split: Any) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from datasets import Dataset
 
-from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns, encode_labels
+from d2dmoe_pl.data.class_labels import encode_labels
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check
@@ -19,7 +20,7 @@ class TextClassification(TokenizedData):
         source: Where the splits are.
         tokenizer: Hub name or folder of a Hugging Face tokenizer.
         text_columns: One column, or two for sentence pairs.
-        label_column: Column of the labels, strings or integers.
+        label_column: Column of the labels, strings or whole numbers.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
@@ -27,7 +28,7 @@ class TextClassification(TokenizedData):
 
     Raises:
         ConfigError: For other than one or two text columns, or a ``max_length`` that is not positive; to load, for a
-            tokenizer that is not there.
+            tokenizer that is not there, and samples without a text or a label.
     """
 
     def __init__(
@@ -51,5 +52,23 @@ class TextClassification(TokenizedData):
         splits = self.source.load()
         columns = {f"text_columns[{i}]": column for i, column in enumerate(self.text_columns)}
         check_columns(splits, {**columns, "label_column": self.label_column})
-        splits, names = encode_labels(splits, self.label_column)
-        return {name: self.tokenized(split, self.text_columns) for name, split in splits.items()}, Classification(names)
+        for argument, column in columns.items():
+            check(column != self.label_column, f"{argument}={column!r}: is the label_column; must be another")
+            for name, split in splits.items():
+                check_texts(split, column, name)
+        encoded, task = self.encoded(splits)
+        return {name: self.tokenized(split, self.text_columns) for name, split in encoded.items()}, task
+
+    def encoded(self, splits: Mapping[str, Dataset]) -> tuple[Mapping[str, Dataset], Task]:
+        """The splits with what is to be learnt in the column ``labels``, and the task."""
+        encoded, names = encode_labels(splits, self.label_column)
+        return encoded, Classification(names)
+
+
+def check_texts(split: Dataset, column: str, split_name: str) -> None:
+    """Raise ``ConfigError`` unless there is a text, not only blanks, in each row of ``column``."""
+    for row, text in enumerate(split[column], 1):
+        where = f"text_columns={column!r}: sample {row} of the {split_name} split has"
+        check(text is not None and text != "", f"{where} no text")
+        check(isinstance(text, str), f"{where} {text!r}; must be a text")
+        check(text.strip() != "", f"{where} only blanks; must have a text")

@@ -59,6 +59,11 @@ class TokenizedData(TaskData):
         if self.tokenizer is not None or self.tokenizer_name is None:
             return
         tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer")
+        check(
+            len(tokenizer) > len(set(tokenizer.all_special_ids)),
+            f"tokenizer={self.tokenizer_name!r}: knows no words; its folder must have the tokenizer's files, such as "
+            "tokenizer.json",
+        )
         if tokenizer.pad_token is None:
             check(
                 tokenizer.eos_token is not None,

@@ -13,6 +13,7 @@ from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._model_checks import check_head, check_length, check_outputs, check_token_ids
 
 
@@ -34,6 +35,7 @@ class Phase(L.LightningModule):
     Attributes:
         starts_from: The stage, ``dense``, ``experts`` or ``routed``, that a model must have to be fitted.
         ends_at: The stage that it has afterwards.
+        makes_head: Whether a source's model gets a new head where its own is for other labels.
         leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
         model: The network, once made.
         task: What it is to do: the data's.
@@ -50,6 +52,7 @@ class Phase(L.LightningModule):
 
     starts_from: ClassVar[str] = "dense"
     ends_at: ClassVar[str] = "dense"
+    makes_head: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
     task: Task
@@ -141,11 +144,14 @@ class Phase(L.LightningModule):
         self.task = data.task
         if artifact is None:
             assert self.source is not None
-            self.model = self.source.build(self.task.label_names)
+            self.model = build_for(data, self.source, self.makes_head)
+            check_head(self.model, self.task.head)
         else:
             self.model = load_model(artifact.path)
             self.history = artifact.history
-        check_head(self.model, self.task.head)
+            check_head(self.model, self.task.head)
+            number_as_model(data, self.model)
+        self.task = data.task
         check_outputs(self.model, self.task)
         check_token_ids(self.model, data.num_token_ids)
         check_length(self.model, data.sample_length)

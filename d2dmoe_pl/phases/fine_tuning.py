@@ -12,10 +12,14 @@ from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 class FineTuning(OptimizedPhase):
     """Fine-tune the dense model on the task, optionally after a swap of its activation ("relufication").
 
+    A model from a source whose head is for other labels than the data's gets a new one.
+
     Args:
         activation: Activation to put into every FFN first, e.g. ``relu``; the model's own if not given.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
     """
+
+    makes_head = True
 
     def __init__(self, activation: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

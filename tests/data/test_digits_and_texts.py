@@ -110,7 +110,7 @@ class TestText:
         )
 
     def test_batches_of_like_length(self, tmp_path, tokenizer):
-        rows = [("a " * (1 + 7 * i % 32), "x", "joy") for i in range(256)]
+        rows = [("a " * (1 + 7 * i % 32), "x", ["joy", "fear"][i % 2]) for i in range(256)]
         tables = {name: table(rows) for name in ("train", "validation", "test")}
         data = TextClassification(source(tmp_path, **tables), tokenizer, batch_size=8, group_by_length=True)
         data.setup()
@@ -160,7 +160,9 @@ class TestText:
 
     def test_an_unknown_ending(self, tmp_path, tokenizer):
         (tmp_path / "train.xls").write_text("")
-        with pytest.raises(ConfigError, match=r"train='.*train.xls': the ending must be one of .csv, .tsv, .json"):
+        with pytest.raises(
+            ConfigError, match=r"train='.*train.xls': the ending must be one of .csv, .tsv, .txt, .json"
+        ):
             TextClassification(DatasetSource(train=str(tmp_path / "train.xls")), tokenizer).setup()
 
     def test_an_unreachable_hub_name(self, tokenizer):
@@ -194,7 +196,7 @@ def test_string_value_features_are_not_needed():
     """Labels may be any hashable values; their names are what ``str`` makes of them."""
     features = Features({"text": Value("string"), "label": Value("bool")})
     splits = {"train": Dataset.from_dict({"text": ["a", "b"], "label": [True, False]}, features=features)}
-    from d2dmoe_pl.data.dataset_source import encode_labels  # noqa: PLC0415
+    from d2dmoe_pl.data.class_labels import encode_labels  # noqa: PLC0415
 
     encoded, names = encode_labels(splits, "label")
     assert names == ["False", "True"]

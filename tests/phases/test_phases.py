@@ -59,7 +59,10 @@ class TestHeads:
 
     def test_an_artifact_with_other_labels(self, trainer, digits, tmp_path):
         save_artifact(tiny.dense(), tmp_path / "artifact", [PhaseRecord("FineTuning")])
-        with pytest.raises(ConfigError, match="outputs=3 of VisionTransformer: must be 10, since the data has the lab"):
+        with pytest.raises(
+            ConfigError,
+            match="labels: the data's 0, 1, 2, 3, 4 are none of the model's, which has been trained on cat, dog, eel",
+        ):
             trainer().test(FineTuning(init_from=str(tmp_path / "artifact")), datamodule=digits, verbose=False)
 
 

@@ -1,0 +1,194 @@
+"""Labels by name: those of the samples of several splits, and those of a model's outputs."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from d2dmoe_pl.errors import check
+
+# more classes than this, and more than half as many as samples, are no classes
+MANY = 20
+PLACEHOLDER = re.compile(r"LABEL_\d+")
+
+
+def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
+    """Replace the label column, of strings, whole numbers or ``ClassLabel``, by ``labels``, indices from 0.
+
+    A label is its name: numbers of a ``ClassLabel`` are read with the names of their own split, and blanks around a
+    name are no part of it.
+
+    Args:
+        splits: Datasets by split name, ``train`` among them; classes are those of the training split, in the order of
+            its ``ClassLabel``, else sorted, as numbers where all are.
+        column: Name of the label column.
+
+    Returns:
+        The splits, and the classes' names by index.
+
+    Raises:
+        ConfigError: If a label is missing or no name, the training split has one class or hardly two samples a class,
+            or another split has a label that the training split has not.
+    """
+    labels = {name: label_names(split, column, name) for name, split in splits.items()}
+    feature = splits["train"].features[column]
+    given = (
+        [_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else _sorted(set(labels["train"]))
+    )
+    names = list(dict.fromkeys(given))
+    check(
+        len(names) <= max(MANY, len(labels["train"]) // 2),
+        f"label_column={column!r}: has {len(names)} different values in {len(labels['train'])} samples of the train "
+        "split, which are no classes; for numbers there is TextRegression with the task text-regression",
+    )
+    check(len(names) > 1, f"label_column={column!r}: has one class only, {names[0]}; must have two at least")
+    index = {name: i for i, name in enumerate(names)}
+    encoded = {}
+    for name, split in splits.items():
+        unseen = sorted({label for label in labels[name] if label not in index})
+        check(
+            not unseen,
+            f"{column}: the {name} split has labels unseen in training: {', '.join(unseen[:5])}; "
+            f"allowed are {', '.join(names[:20])}",
+        )
+        encoded[name] = with_column(split, column, [index[label] for label in labels[name]])
+    return encoded, names
+
+
+def encode_numbers(splits: Mapping[str, Dataset], column: str) -> dict[str, Dataset]:
+    """Replace a column of numbers by ``labels``, floating-point.
+
+    Raises:
+        ConfigError: If a value is no finite number.
+    """
+    encoded = {}
+    for name, split in splits.items():
+        numbers = []
+        for row, value in enumerate(split[column], 1):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            check(
+                math.isfinite(number),
+                f"label_column={column!r}: {value!r} in sample {row} of the {name} split is no number; must be finite",
+            )
+            numbers.append(number)
+        encoded[name] = with_column(split, column, numbers)
+    return encoded
+
+
+def label_names(split: Dataset, column: str, split_name: str) -> list[str]:
+    """The names of the labels of a split, one a sample.
+
+    Args:
+        split: A dataset with the column.
+        column: Of strings, whole numbers, truth values or ``ClassLabel``.
+        split_name: For errors.
+
+    Raises:
+        ConfigError: If a label is missing, a list, or a number with a fractional part.
+    """
+    feature = split.features[column]
+    names = [_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else None
+    found = []
+    for row, label in enumerate(split[column], 1):
+        where = f"label_column={column!r}: sample {row} of the {split_name} split has"
+        if isinstance(label, float) and not isinstance(label, bool):
+            check(not math.isnan(label), f"{where} no label")
+            check(
+                label.is_integer(),
+                f"{where} {label}, a number with a fractional part, which is no class; for numbers there is "
+                "TextRegression with the task text-regression",
+            )
+            label = int(label)
+        check(isinstance(label, str | Number | None), f"{where} {label!r}; must be one name or whole number")
+        if names is not None and label is not None:
+            check(0 <= label < len(names), f"{where} the number {label}, which is none of its {len(names)} classes")
+            label = names[label]
+        check(label is not None and str(label).strip() != "", f"{where} no label")
+        found.append(_name(label))
+    _check_whole(found, column, split_name)
+    return found
+
+
+def with_column(split: Dataset, column: str, labels: Sequence[Any]) -> Dataset:
+    """The split with ``labels`` in the place of the column ``column``, and of one that has that name already."""
+    others = [name for name in split.column_names if name not in (column, "labels")]
+    if not others:  # a dataset without columns has no rows to put labels to
+        return Dataset.from_dict({"labels": list(labels)})
+    return split.select_columns(others).add_column("labels", list(labels))
+
+
+def places(data_names: Sequence[str], output_names: Sequence[str]) -> list[int] | None:
+    """Which output of a model each class of the data is, by name.
+
+    Names agree if they are the same but for case, blanks, hyphens and underscores, where that leaves all of them
+    different. Classes that are called by numbers from 0 are outputs by number, unless outputs are called by numbers.
+
+    Args:
+        data_names: Names of the data's classes.
+        output_names: Names of the model's outputs by index; placeholders such as ``LABEL_0`` tell nothing.
+
+    Returns:
+        An index into ``output_names`` for each of ``data_names``; None if one of them is no output.
+
+    Example:
+        >>> places(["neg", "pos"], ["Pos", "neutral", "Neg"])
+        [2, 0]
+        >>> places(["0", "1"], ["LABEL_0", "LABEL_1"])
+        [0, 1]
+        >>> places(["neg", "pos"], ["LABEL_0", "LABEL_1"]) is None
+        True
+    """
+    for spelling in (_name, _loose):
+        index = {spelling(name): i for i, name in enumerate(output_names)}
+        keys = [spelling(name) for name in data_names]
+        if len(index) == len(output_names) and len(set(keys)) == len(keys) and all(key in index for key in keys):
+            return [index[key] for key in keys]
+    if any(_name(name).isdecimal() for name in output_names):
+        return None
+    numbers = [int(name) if name.isdecimal() else len(output_names) for name in data_names]
+    return numbers if all(number < len(output_names) for number in numbers) else None
+
+
+def placeholders(number: int) -> list[str]:
+    """What outputs are called that nobody gave names."""
+    return [f"LABEL_{index}" for index in range(number)]
+
+
+def are_placeholders(output_names: Sequence[str]) -> bool:
+    """Whether these are the names that outputs have where nobody gave them any."""
+    return all(PLACEHOLDER.fullmatch(name) for name in output_names)
+
+
+def _name(label: Any) -> str:
+    return str(label).strip()
+
+
+def _loose(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", _name(name)).casefold()
+
+
+def _sorted(names: set[str]) -> list[str]:
+    """In the order of numbers, if all are, else of letters."""
+    return sorted(names, key=int) if all(re.fullmatch(r"[+-]?\d+", name) for name in names) else sorted(names)
+
+
+def _check_whole(names: Sequence[str], column: str, split_name: str) -> None:
+    """Refuse labels that are all numbers, written out, of which some have a fractional part."""
+    numbers = []
+    for name in names:
+        try:
+            numbers.append(float(name))
+        except ValueError:
+            return
+    broken = next((row for row, number in enumerate(numbers, 1) if not number.is_integer()), None)
+    check(
+        broken is None,
+        f"label_column={column!r}: sample {broken} of the {split_name} split has {names[(broken or 1) - 1]}, a number "
+        "with a fractional part, which is no class; for numbers there is TextRegression with the task text-regression",
+    )

@@ -1,0 +1,160 @@
+"""Rows of text files, none lost: CSV and TSV, and paragraphs; and where a file of any kind is at fault."""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import fsspec
+
+from d2dmoe_pl.errors import ConfigError, check
+
+QUOTE = '"'
+
+
+def rows_of(files: Sequence[str], ending: str, **_: Any) -> Iterator[dict[str, str]]:
+    """The rows of several files, one after another, all values as the text that they are.
+
+    Args:
+        files: Paths; compressed ones are read as they are.
+        ending: Their kind, ``.csv``, ``.tsv`` or ``.txt``.
+
+    Raises:
+        ConfigError: For a file that is empty, not UTF-8 or malformed; the message names the file and the line.
+    """
+    for file in files:
+        empty = True
+        for row in READERS[ending](file):
+            empty = False
+            yield row
+        check(not empty, f"{file}: has no rows; must have one at least")
+
+
+def stamps(files: Sequence[str]) -> list[tuple[int, int]]:
+    """Size and time of change of each file, by which a cache knows that it is the same."""
+    return [(status.st_size, status.st_mtime_ns) for status in map(os.stat, files)]
+
+
+def comma_separated_rows(file: str) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file by the names in its header; RFC 4180, so that quoted values may hold anything."""
+    return _named(file, _quoted(file, ","))
+
+
+def tab_separated_rows(file: str) -> Iterator[dict[str, str]]:
+    """Rows of a TSV file by the names in its header.
+
+    Most programs write tabs between values as they are, and a quote is a letter; some quote as in CSV. A file whose
+    every line has as many values as the header is of the first kind.
+    """
+    widths = {line.count("\t") for line in _lines(file) if line.strip("\r\n")}
+    if len(widths) > 1:
+        return _named(file, _quoted(file, "\t"))
+    plain = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(_lines(file), 1))
+    return _named(file, ((number, [_unquoted(value) for value in row]) for number, row in plain if row != [""]))
+
+
+def paragraphs(file: str) -> Iterator[dict[str, str]]:
+    """Paragraphs of a text file, which lines part that hold nothing but blanks; in the column ``text``."""
+    paragraph: list[str] = []
+    for line in _lines(file):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield {"text": "".join(paragraph).rstrip("\r\n")}
+            paragraph = []
+    if paragraph:
+        yield {"text": "".join(paragraph).rstrip("\r\n")}
+
+
+READERS: dict[str, Callable[[str], Iterator[dict[str, str]]]] = {
+    ".csv": comma_separated_rows,
+    ".tsv": tab_separated_rows,
+    ".txt": paragraphs,
+}
+
+
+def json_fault(file: str) -> str | None:
+    """What is wrong with a file of JSON, or of JSON lines; None if each line, or the whole, can be read."""
+    number = rows = 0
+    try:
+        for line in _lines(file):
+            number += 1
+            if line.strip():
+                json.loads(line)
+                rows += 1
+    except json.JSONDecodeError as fault:
+        with fsspec.open(file, "rb", compression="infer") as opened:
+            try:
+                json.load(opened)
+            except ValueError:
+                return f"{file}: line {number}: not JSON ({fault})"
+    except ConfigError as fault:
+        return str(fault)
+    return f"{file}: has no rows; must have one at least" if rows == 0 else None
+
+
+def _named(file: str, numbered: Iterator[tuple[int, list[str]]]) -> Iterator[dict[str, str]]:
+    """Rows by the names in the first of them, after checking that each has as many values."""
+    _, header = next(numbered, (0, None))
+    check(header is not None, f"{file}: is empty; must begin with a line of column names")
+    assert header is not None
+    header = [name.strip() for name in header]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    check(not twice, f"{file}: line 1: the column {', '.join(map(repr, twice))} stands there twice")
+    for number, row in numbered:
+        check(
+            len(row) == len(header),
+            f"{file}: line {number}: has {len(row)} values; must be {len(header)}, as in the header "
+            f"({', '.join(header)}); a value with the delimiter in it must be quoted",
+        )
+        yield dict(zip(header, row, strict=True))
+
+
+def _quoted(file: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows with the number of the line that each begins in; blank lines between them are none."""
+    csv.field_size_limit(sys.maxsize)  # a text may be longer than the module's own limit
+    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    begins = 1
+    try:
+        for row in reader:
+            if row:
+                yield begins, row
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(
+            f"{file}: line {begins}: a quote is out of place ({error}); a value with a quote or a line's end in it "
+            "must be quoted, and quotes in it doubled"
+        ) from error
+
+
+def _unquoted(value: str) -> str:
+    """What a value that is quoted as in CSV says; any other as it is."""
+    inside = value[1:-1]
+    if len(value) > 1 and value[0] == value[-1] == QUOTE and QUOTE not in inside.replace(QUOTE * 2, ""):
+        return inside.replace(QUOTE * 2, QUOTE)
+    return value
+
+
+def _lines(file: str) -> Iterator[str]:
+    with fsspec.open(file, "rb", compression="infer") as opened:
+        try:
+            # newline="": a line's end stays as it is, also inside quotes
+            yield from io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{file}: line {_undecodable(file)}: not UTF-8 ({error.reason}); save it as UTF-8"
+            ) from error
+
+
+def _undecodable(file: str) -> int:
+    """The first line that is not UTF-8."""
+    with fsspec.open(file, "rb", compression="infer") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1

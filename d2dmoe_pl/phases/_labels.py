@@ -1,0 +1,84 @@
+"""Which output of a model stands for which of the data's labels: by name, in the model's own order."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from d2dmoe_pl.adapters import ModelSource, adapter_for
+from d2dmoe_pl.data.class_labels import are_placeholders, places
+from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.errors import check
+
+
+def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Module:
+    """The model of ``source`` for ``data``, whose labels are numbered as the model does that has been trained on them.
+
+    Args:
+        data: Set up.
+        source: Of the model.
+        makes_head: Whether the model is to get a new head where its own is for other labels.
+
+    Raises:
+        ConfigError: If a trained head is for other labels, or there is none, unless one is to be made.
+    """
+    data.number_labels_as(None)
+    assert data.task is not None
+    own = data.class_names
+    outputs = source.output_names() if data.task.head == "classification" else None
+    if outputs is not None and _agree(own, outputs, makes_head):
+        data.number_labels_as(named_outputs(own, outputs))
+    elif outputs is not None:
+        check(makes_head, unlike(own, outputs, "label_names of the source says it"))
+    model = source.build(data.task.label_names)
+    if source.new_head is not None:
+        labels = f" for {', '.join(own[:20])}" if data.task.head == "classification" else ""
+        check(
+            makes_head,
+            f"source: the model's file has no weights for its head ({source.new_head}); FineTuning trains one",
+        )
+        rank_zero_info(f"{type(model).__name__} gets a new head{labels}: {source.new_head} begin anew.")
+    return model
+
+
+def number_as_model(data: TaskData, model: nn.Module) -> None:
+    """Number the labels of ``data`` as ``model`` does, a classifier that has been trained.
+
+    Raises:
+        ConfigError: If it has been trained on other labels.
+    """
+    outputs = adapter_for(model).label_names(model)
+    if outputs is None:
+        return
+    own = data.class_names
+    check(_agree(own, outputs, False), unlike(own, outputs, "id2label or label_names in its config.json say it"))
+    data.number_labels_as(named_outputs(own, outputs))
+
+
+def named_outputs(own: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    """The names of a model's outputs; those of the data where the model has but placeholders."""
+    if not are_placeholders(outputs):
+        return list(outputs)
+    found = places(own, outputs)
+    assert found is not None
+    names = dict(zip(found, own, strict=True))
+    return [names.get(index, output) for index, output in enumerate(outputs)]
+
+
+def unlike(own: Sequence[str], outputs: Sequence[str], where: str) -> str:
+    """What to say of labels that are not those that a model has been trained on."""
+    if are_placeholders(outputs):
+        return (
+            f"labels: which of the model's {len(outputs)} outputs, which have no names, is which of the data's "
+            f"{', '.join(own[:20])} is not known; {where}"
+        )
+    unknown = [name for name in own if places([name], outputs) is None]
+    return (
+        f"labels: the data's {', '.join(unknown[:5])} are none of the model's, which has been trained on "
+        f"{', '.join(outputs[:20])}; FineTuning of a source makes a new head"
+    )
+
+
+def _agree(own: Sequence[str], outputs: Sequence[str], makes_head: bool) -> bool:
+    """Whether a head with these outputs is one for the data's labels; to train one, it must have no others."""
+    return places(own, outputs) is not None and not (makes_head and len(own) != len(outputs))

@@ -1,0 +1,144 @@
+"""Files lose no row and no word."""
+
+import csv
+import gzip
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from d2dmoe_pl.data import DatasetSource
+from d2dmoe_pl.data.file_rows import comma_separated_rows, paragraphs, tab_separated_rows
+from d2dmoe_pl.errors import ConfigError
+
+WORDS = st.text(st.sampled_from('ab",\t\n\r é'), max_size=8)
+PLAIN = st.text(st.sampled_from('ab", é'), min_size=1, max_size=8)
+
+
+def load(file, **kwargs):
+    return DatasetSource(train=str(file), validation=str(file), test=str(file), **kwargs).load()["train"]
+
+
+class TestDelimited:
+    @given(st.lists(st.tuples(WORDS, WORDS), min_size=1))
+    def test_what_is_quoted_comes_back(self, tmp_path_factory, rows):
+        for delimiter, read in ((",", comma_separated_rows), ("\t", tab_separated_rows)):
+            file = tmp_path_factory.mktemp("table") / "a.txt"
+            with file.open("w", newline="") as opened:
+                writer = csv.writer(opened, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+                writer.writerows([("text", "label"), *rows])
+            assert [tuple(row.values()) for row in read(str(file))] == rows
+
+    @given(st.lists(st.tuples(PLAIN, PLAIN), min_size=1))
+    def test_tabs_part_values_with_any_quotes_in_them(self, tmp_path_factory, rows):
+        file = tmp_path_factory.mktemp("table") / "a.tsv"
+        file.write_text("".join(f"{a}\t{b}\n" for a, b in [("text", "label"), *rows]), newline="")
+        read = [tuple(row.values()) for row in tab_separated_rows(str(file))]
+        assert len(read) == len(rows)
+        for row, written in zip(read, rows, strict=True):
+            for value, other in zip(row, written, strict=True):
+                quoted = len(other) > 1 and other[0] == other[-1] == '"'
+                assert value == other or quoted
+
+    def test_a_few_fields_that_open_with_a_quote(self, tmp_path):
+        lines = [f"{chr(34) * (i % 17 == 0)}text {i}\t{'ab'[i % 2]}\n" for i in range(120)]
+        (tmp_path / "a.tsv").write_text("".join(["text\tlabel\n", *lines]))
+        split = load(tmp_path / "a.tsv")
+        assert len(split) == 120
+        assert split[17] == {"text": '"text 17', "label": "b"}
+
+    def test_a_quoted_tsv_with_lines_in_its_values(self, tmp_path):
+        (tmp_path / "a.tsv").write_text('text\tlabel\n"two\nlines"\ta\n"a\ttab"\tb\nplain\ta\n')
+        assert load(tmp_path / "a.tsv")["text"][:] == ["two\nlines", "a\ttab", "plain"]
+
+    def test_words_that_other_programs_take_for_nothing(self, tmp_path):
+        words = ["null", "NA", "None", "nan", "N/A", "NULL", "", "true"]
+        (tmp_path / "a.csv").write_text("text,label\n" + "".join(f"x,{word}\n" for word in words))
+        assert load(tmp_path / "a.csv")["label"][:] == words
+
+    @pytest.mark.parametrize("folder", [False, True])
+    def test_they_are_words_in_a_folder_as_well(self, tmp_path, folder):
+        for name in ("train", "validation", "test"):
+            (tmp_path / f"{name}.csv").write_text("text,label\nNA,null\nb,None\n")
+        splits = DatasetSource(str(tmp_path)).load()
+        assert splits["test"].to_list() == [{"text": "NA", "label": "null"}, {"text": "b", "label": "None"}]
+
+    def test_a_mark_at_the_head_blank_lines_and_compression(self, tmp_path):
+        content = "\ufefftext,label\r\n\r\na,b\r\n\r\n".encode()
+        (tmp_path / "a.csv").write_bytes(content)
+        with gzip.open(tmp_path / "b.csv.gz", "wb") as opened:
+            opened.write(content)
+        for name in ("a.csv", "b.csv.gz"):
+            assert load(tmp_path / name).to_list() == [{"text": "a", "label": "b"}]
+
+    def test_a_changed_file_is_read_anew(self, tmp_path):
+        for text in ("a", "bc"):
+            (tmp_path / "a.csv").write_text(f"text,label\n{text},x\n")
+            assert load(tmp_path / "a.csv")["text"][:] == [text]
+
+    def test_streams_read_the_same_rows(self, tmp_path):
+        for i in range(2):
+            (tmp_path / f"{i}.tsv").write_text(f'text\tlabel\n"{i}\tx\nNA\ty\n')
+        stream = DatasetSource(train=str(tmp_path / "*.tsv"), validation=None, test=None).stream()["train"]
+        assert [row["text"] for row in stream] == ['"0', "NA", '"1', "NA"]
+        assert stream.num_shards == 2
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "a.csv: is empty; must begin with a line of column names"),
+            (b"text,label\n", "a.csv: has no rows; must have one at least"),
+            (b"text,label\na,b\nc,d,e\n", r"a.csv: line 3: has 3 values; must be 2, as in the header \(text, label\)"),
+            (b"text,label\na,b\nc\n", "a.csv: line 3: has 1 values; must be 2"),
+            (b"text,label\na,b\n\xff\xfe,d\n", "a.csv: line 3: not UTF-8"),
+            (b'text,label\n"a\n,b\n"x" y,z\n', "a.csv: line 2: a quote is out of place"),
+            (b'text,label\n"a,b\n', "a.csv: line 2: a quote is out of place"),
+            (b"text,text\na,b\n", "a.csv: line 1: the column 'text' stands there twice"),
+        ],
+    )
+    def test_what_is_malformed_is_told_with_its_line(self, tmp_path, content, message):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            load(tmp_path / "a.csv")
+
+
+class TestOtherFiles:
+    def test_lines_of_blanks_part_paragraphs(self, tmp_path):
+        (tmp_path / "a.txt").write_text(" \n = Title = \n \n one\n two \n\n\t\n three")
+        assert [row["text"] for row in paragraphs(str(tmp_path / "a.txt"))] == [" = Title = ", " one\n two ", " three"]
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
+            (b"", "a.jsonl: has no rows; must have one at least"),
+            (b'{"text": "\xff"}\n', "a.jsonl: line 1: not UTF-8"),
+        ],
+    )
+    def test_json_that_is_none(self, tmp_path, content, message):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            load(tmp_path / "a.jsonl")
+
+    def test_a_stray_file_among_those_of_a_pattern(self, tmp_path):
+        (tmp_path / "a.csv").write_text("text\na\n")
+        (tmp_path / "notes.json").write_text("{")
+        with pytest.raises(
+            ConfigError, match=r"train='.*': all files must end in .csv, as .*a.csv does, but there is .*n"
+        ):
+            load(tmp_path / "*")
+
+    def test_a_malformed_file_in_a_folder(self, tmp_path):
+        for name in ("train", "train-more", "test", "validation"):
+            (tmp_path / f"{name}.csv").write_text("text,label\na,b\n")
+        (tmp_path / "train-more.csv").write_text("text,label\na,b,c\n")
+        with pytest.raises(ConfigError, match=r"train-more.csv: line 2: has 3 values; must be 2"):
+            DatasetSource(str(tmp_path)).load()
+
+    def test_too_few_samples_to_hold_any_out(self, tmp_path):
+        (tmp_path / "a.csv").write_text("text\na\n")
+        message = (
+            "validation=None: is held out of the train split, whose 1 samples are too few for the share held_out=0.1"
+        )
+        with pytest.raises(ConfigError, match=message):
+            DatasetSource(train=str(tmp_path / "a.csv"), validation=None, test=None).load()
