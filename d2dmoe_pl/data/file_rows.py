@@ -46,11 +46,12 @@ def comma_separated_rows(file: str) -> Iterator[dict[str, str]]:
 def tab_separated_rows(file: str) -> Iterator[dict[str, str]]:
     """Rows of a TSV file by the names in its header.
 
-    Most programs write tabs between values as they are, and a quote is a letter; some quote as in CSV. A file whose
-    every line has as many values as the header is of the first kind.
+    Most programs write tabs between values as they are, and a quote is a letter; some quote as in CSV. A file is of the
+    first kind if each of its lines has as many values as the header, and the header is not quoted.
     """
+    header = next((line for line in _lines(file) if line.strip("\r\n")), "")
     widths = {line.count("\t") for line in _lines(file) if line.strip("\r\n")}
-    if len(widths) > 1:
+    if len(widths) > 1 or header.startswith(QUOTE):
         return _named(file, _quoted(file, "\t"))
     plain = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(_lines(file), 1))
     return _named(file, ((number, [_unquoted(value) for value in row]) for number, row in plain if row != [""]))
@@ -76,15 +77,20 @@ READERS: dict[str, Callable[[str], Iterator[dict[str, str]]]] = {
 }
 
 
+def check_decodable(file: str) -> None:
+    """Raise ``ConfigError`` unless a file is UTF-8."""
+    number = _undecodable(file)
+    check(number is None, f"{file}: line {number}: not UTF-8; save it as UTF-8")
+
+
 def json_fault(file: str) -> str | None:
     """What is wrong with a file of JSON, or of JSON lines; None if each line, or the whole, can be read."""
-    number = rows = 0
+    number = 0
     try:
         for line in _lines(file):
             number += 1
             if line.strip():
                 json.loads(line)
-                rows += 1
     except json.JSONDecodeError as fault:
         with fsspec.open(file, "rb", compression="infer") as opened:
             try:
@@ -93,7 +99,7 @@ def json_fault(file: str) -> str | None:
                 return f"{file}: line {number}: not JSON ({fault})"
     except ConfigError as fault:
         return str(fault)
-    return f"{file}: has no rows; must have one at least" if rows == 0 else None
+    return None
 
 
 def _named(file: str, numbered: Iterator[tuple[int, list[str]]]) -> Iterator[dict[str, str]]:
@@ -143,18 +149,17 @@ def _lines(file: str) -> Iterator[str]:
         try:
             # newline="": a line's end stays as it is, also inside quotes
             yield from io.TextIOWrapper(opened, encoding="utf-8-sig", newline="")
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{file}: line {_undecodable(file)}: not UTF-8 ({error.reason}); save it as UTF-8"
-            ) from error
+        except UnicodeDecodeError:
+            check_decodable(file)
+            raise
 
 
-def _undecodable(file: str) -> int:
-    """The first line that is not UTF-8."""
+def _undecodable(file: str) -> int | None:
+    """The first line that is not UTF-8, from 1."""
     with fsspec.open(file, "rb", compression="infer") as opened:
         for number, line in enumerate(opened, 1):
             try:
                 line.decode()
             except UnicodeDecodeError:
                 return number
-    return 1
+    return None

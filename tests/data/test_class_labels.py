@@ -121,6 +121,14 @@ class TestPlaces:
         assert places(["neg", "pos"], ["LABEL_0", "LABEL_1"]) is None
 
 
+@pytest.fixture(scope="module")
+def data_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    data = TextClassification(source(folder), tiny.tokenizer(folder / "tok", "abcxyz"), batch_size=4)
+    data.setup()
+    return data
+
+
 class TestNumbering:
     @pytest.fixture
     def data(self, tmp_path):
@@ -136,13 +144,6 @@ class TestNumbering:
         data_once.number_labels_as(order)
         assert data_once.task.label_names == list(order)
         assert [order[i] for i in self.labels(data_once)] == ["joy", "fear", "joy", "anger"]
-
-    @pytest.fixture(scope="class")
-    def data_once(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("texts")
-        data = TextClassification(source(folder), tiny.tokenizer(folder / "tok", "abcxyz"), batch_size=4)
-        data.setup()
-        return data
 
     def test_back_to_the_datas_own(self, data):
         data.number_labels_as(["joy", "fear", "anger"])

@@ -111,7 +111,6 @@ class TestOtherFiles:
         ("content", "message"),
         [
             (b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
-            (b"", "a.jsonl: has no rows; must have one at least"),
             (b'{"text": "\xff"}\n', "a.jsonl: line 1: not UTF-8"),
         ],
     )
