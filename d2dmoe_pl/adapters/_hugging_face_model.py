@@ -1,7 +1,9 @@
 """Hugging Face models as the start of a run."""
 
 import copy
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -71,7 +73,8 @@ class HuggingFaceModel(ModelSource):
         if self.name is None:
             return self._auto.from_config(config, dtype=self.dtype)
         loading = {"config": config, "dtype": self.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, found = load_pretrained(self._auto, self.name, "name", **loading)
+        with _without_report():  # what it says of weights is said here, where it matters
+            model, found = load_pretrained(self._auto, self.name, "name", **loading)
         absent = set(found["missing_keys"]) | {name for name, *_ in found["mismatched_keys"]}
         fresh = self._new_outputs(model, label_names)
         backbone = [name for name in sorted(absent) if _is_needed(model, name)]
@@ -118,6 +121,18 @@ class HuggingFaceModel(ModelSource):
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
         return load_pretrained(transformers.AutoConfig, str(self.name), "name")
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from listing weights that did not fit."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _is_backbone(model: Any, name: str) -> bool:

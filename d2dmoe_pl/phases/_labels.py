@@ -55,6 +55,22 @@ def number_as_model(data: TaskData, model: nn.Module) -> None:
     data.number_labels_as(named_outputs(own, outputs))
 
 
+def check_same_outputs(teacher: nn.Module, student: nn.Module, where: str) -> None:
+    """Raise ``ConfigError`` unless the outputs of two models stand for the same, as far as they have names.
+
+    Args:
+        teacher: To be compared with ``student``.
+        student: The data's labels are numbered as its outputs are.
+        where: What the user calls the teacher.
+    """
+    outputs, wanted = (adapter_for(model).label_names(model) or [] for model in (teacher, student))
+    unnamed = are_placeholders(outputs) or are_placeholders(wanted)
+    same = len(outputs) == len(wanted) if unnamed else places(wanted, outputs) == list(range(len(outputs)))
+    check(
+        same, f"{where}: has the outputs {', '.join(outputs[:20])}; must have {', '.join(wanted[:20])}, in this order"
+    )
+
+
 def named_outputs(own: Sequence[str], outputs: Sequence[str]) -> list[str]:
     """The names of a model's outputs; those of the data where the model has but placeholders."""
     if not are_placeholders(outputs):

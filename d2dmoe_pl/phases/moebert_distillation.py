@@ -20,6 +20,7 @@ from d2dmoe_pl.moebert.distillation import hidden_state_loss, share_fixed_
 from d2dmoe_pl.moebert.layer import MoEBERTConfig, moebert_layers
 from d2dmoe_pl.moebert.published_files import read_hash_list, read_importance
 from d2dmoe_pl.moebert.routing import ROUTINGS, Decision, balanced_table
+from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._teacher import Teacher
 from d2dmoe_pl.phases.importance_scoring import IMPORTANCE
@@ -106,7 +107,9 @@ class MoEBERTDistillation(OptimizedPhase):
         if self.is_fitting and self.beta > 0:
             path = self.teacher or self.init_from
             assert path is not None  # _check_teacher has seen to it
-            self._teacher = Teacher(load_model(path))
+            teacher = load_model(path)
+            check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
+            self._teacher = Teacher(teacher)
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:

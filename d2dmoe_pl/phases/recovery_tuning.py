@@ -14,6 +14,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig, check_tau
 from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.routers import gram_matrices, output_norms
+from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._teacher import Teacher
 
@@ -103,6 +104,7 @@ class RecoveryTuning(OptimizedPhase):
             path = self.teacher or self.init_from
             assert path is not None  # only an artifact has routers
             teacher = load_model(path)
+            check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
             if moe_layers(teacher):
                 set_gate_(teacher, None)
             self._teacher = Teacher(teacher)
