@@ -12,9 +12,9 @@ from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource, TaskName
 from d2dmoe_pl.adapters._hugging_face import HEADS, outputs_of
-from d2dmoe_pl.data.class_labels import are_placeholders
 from d2dmoe_pl.data.head import VOCABULARY_HEADS
 from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.output_names import are_placeholders
 from d2dmoe_pl.errors import ConfigError, check
 
 

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource
-from d2dmoe_pl.data.class_labels import placeholders
+from d2dmoe_pl.data.output_names import placeholders
 from d2dmoe_pl.errors import ConfigError, check
 
 

@@ -15,8 +15,8 @@ from d2dmoe_pl.adapters._adapter import Adapter, module_at, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import AttentionParts, Projection
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._timm_model import create_timm_model
-from d2dmoe_pl.data.class_labels import placeholders
 from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.output_names import placeholders
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 

@@ -1,4 +1,4 @@
-"""Labels by name: those of the samples of several splits, and those of a model's outputs."""
+"""The labels of several splits, by name."""
 
 import math
 import re
@@ -8,11 +8,11 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from d2dmoe_pl.data.output_names import plain_name
 from d2dmoe_pl.errors import check
 
 # more classes than this, and more than half as many as samples, are no classes
 MANY = 20
-PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
 def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str, Dataset], list[str]]:
@@ -36,7 +36,9 @@ def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str,
     labels = {name: label_names(split, column, name) for name, split in splits.items()}
     feature = splits["train"].features[column]
     given = (
-        [_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else _sorted(set(labels["train"]))
+        [plain_name(name) for name in feature.names]
+        if isinstance(feature, ClassLabel)
+        else _sorted(set(labels["train"]))
     )
     names = list(dict.fromkeys(given))
     check(
@@ -93,7 +95,7 @@ def label_names(split: Dataset, column: str, split_name: str) -> list[str]:
         ConfigError: If a label is missing, a list, or a number with a fractional part.
     """
     feature = split.features[column]
-    names = [_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else None
+    names = [plain_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else None
     found = []
     for row, label in enumerate(split[column], 1):
         where = f"label_column={column!r}: sample {row} of the {split_name} split has"
@@ -110,7 +112,7 @@ def label_names(split: Dataset, column: str, split_name: str) -> list[str]:
             check(0 <= label < len(names), f"{where} the number {label}, which is none of its {len(names)} classes")
             label = names[label]
         check(label is not None and str(label).strip() != "", f"{where} no label")
-        found.append(_name(label))
+        found.append(plain_name(label))
     _check_whole(found, column, split_name)
     return found
 
@@ -121,56 +123,6 @@ def with_column(split: Dataset, column: str, labels: Sequence[Any]) -> Dataset:
     if not others:  # a dataset without columns has no rows to put labels to
         return Dataset.from_dict({"labels": list(labels)})
     return split.select_columns(others).add_column("labels", list(labels))
-
-
-def places(data_names: Sequence[str], output_names: Sequence[str]) -> list[int] | None:
-    """Which output of a model each class of the data is, by name.
-
-    Names agree if they are the same but for case, blanks, hyphens and underscores, where that leaves all of them
-    different. Classes that are called by numbers from 0 are outputs by number, unless outputs are called by numbers.
-
-    Args:
-        data_names: Names of the data's classes.
-        output_names: Names of the model's outputs by index; placeholders such as ``LABEL_0`` tell nothing.
-
-    Returns:
-        An index into ``output_names`` for each of ``data_names``; None if one of them is no output.
-
-    Example:
-        >>> places(["neg", "pos"], ["Pos", "neutral", "Neg"])
-        [2, 0]
-        >>> places(["0", "1"], ["LABEL_0", "LABEL_1"])
-        [0, 1]
-        >>> places(["neg", "pos"], ["LABEL_0", "LABEL_1"]) is None
-        True
-    """
-    for spelling in (_name, _loose):
-        index = {spelling(name): i for i, name in enumerate(output_names)}
-        keys = [spelling(name) for name in data_names]
-        if len(index) == len(output_names) and len(set(keys)) == len(keys) and all(key in index for key in keys):
-            return [index[key] for key in keys]
-    if any(_name(name).isdecimal() for name in output_names):
-        return None
-    numbers = [int(name) if name.isdecimal() else len(output_names) for name in data_names]
-    return numbers if all(number < len(output_names) for number in numbers) else None
-
-
-def placeholders(number: int) -> list[str]:
-    """What outputs are called that nobody gave names."""
-    return [f"LABEL_{index}" for index in range(number)]
-
-
-def are_placeholders(output_names: Sequence[str]) -> bool:
-    """Whether these are the names that outputs have where nobody gave them any."""
-    return all(PLACEHOLDER.fullmatch(name) for name in output_names)
-
-
-def _name(label: Any) -> str:
-    return str(label).strip()
-
-
-def _loose(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", _name(name)).casefold()
 
 
 def _sorted(names: set[str]) -> list[str]:

@@ -12,8 +12,8 @@ from torchmetrics import MeanMetric, Metric, MetricCollection, PearsonCorrCoef, 
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 from torchmetrics.wrappers import LambdaInputTransformer
 
-from d2dmoe_pl.data.class_labels import places
 from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.output_names import places
 from d2dmoe_pl.errors import check
 
 Batch = Mapping[str, Tensor]

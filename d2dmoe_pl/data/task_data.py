@@ -13,8 +13,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from d2dmoe_pl.data.class_labels import places
 from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.output_names import places
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.errors import check
 

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
-from d2dmoe_pl.data.class_labels import are_placeholders, places
+from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 

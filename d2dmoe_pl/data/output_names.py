@@ -1,0 +1,59 @@
+"""Which output of a model is which class, by name."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+PLACEHOLDER = re.compile(r"LABEL_\d+")
+
+
+def places(data_names: Sequence[str], output_names: Sequence[str]) -> list[int] | None:
+    """Which output of a model each class of the data is, by name.
+
+    Names agree if they are the same but for case, blanks, hyphens and underscores, where that leaves all of them
+    different. Classes that are called by numbers from 0 are outputs by number, unless outputs are called by numbers.
+
+    Args:
+        data_names: Names of the data's classes.
+        output_names: Names of the model's outputs by index; placeholders such as ``LABEL_0`` tell nothing.
+
+    Returns:
+        An index into ``output_names`` for each of ``data_names``; None if one of them is no output.
+
+    Example:
+        >>> from d2dmoe_pl.data.output_names import places
+        >>> places(["neg", "pos"], ["Pos", "neutral", "Neg"])
+        [2, 0]
+        >>> places(["0", "1"], ["LABEL_0", "LABEL_1"])
+        [0, 1]
+        >>> places(["neg", "pos"], ["LABEL_0", "LABEL_1"]) is None
+        True
+    """
+    for spelling in (plain_name, _loose):
+        index = {spelling(name): i for i, name in enumerate(output_names)}
+        keys = [spelling(name) for name in data_names]
+        if len(index) == len(output_names) and len(set(keys)) == len(keys) and all(key in index for key in keys):
+            return [index[key] for key in keys]
+    if any(plain_name(name).isdecimal() for name in output_names):
+        return None
+    numbers = [int(name) if name.isdecimal() else len(output_names) for name in data_names]
+    return numbers if all(number < len(output_names) for number in numbers) else None
+
+
+def placeholders(number: int) -> list[str]:
+    """What outputs are called that nobody gave names."""
+    return [f"LABEL_{index}" for index in range(number)]
+
+
+def are_placeholders(output_names: Sequence[str]) -> bool:
+    """Whether these are the names that outputs have where nobody gave them any."""
+    return all(PLACEHOLDER.fullmatch(name) for name in output_names)
+
+
+def plain_name(label: Any) -> str:
+    """A label's name, without the blanks around it."""
+    return str(label).strip()
+
+
+def _loose(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", plain_name(name)).casefold()
