@@ -81,7 +81,7 @@ def write_imagenet(checkpoint, folder):
 
 def write_emotion(folder):
     """Texts whose label is their animal."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for name, size in {"train": 24, "validation": 10, "test": 10}.items():
         rows = [f"{phrase(i, 5)},{ANIMALS[i % 5]}\n" for i in range(size)]
         (folder / f"{name}.csv").write_text("".join(["text,label\n", *rows]))

@@ -38,6 +38,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # configurations of the pretrained models that recipes name
 ON_HUB = {
     "google-bert/bert-base-uncased": transformers.BertConfig(),
+    "my/text_model": transformers.BertConfig(),
+    "my/image_model": transformers.ViTConfig(),
     "google/vit-base-patch16-224": transformers.ViTConfig(),
     "openai-community/gpt2": transformers.GPT2Config(),
     "sentence-transformers/all-MiniLM-L6-v2": transformers.BertConfig(hidden_size=384, intermediate_size=1536),

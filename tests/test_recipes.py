@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import stand_ins
 import tiny
+import transformers
 from stand_ins import SMALL, SMALL_CLASSIFIER, SMALL_IMAGENET, SMALL_SELECTION, SMALL_SQUAD, SMALL_STREAM
 
 from d2dmoe_pl.adapters import HuggingFaceModel
@@ -112,6 +113,20 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
     assert all("test/accuracy" in record.metrics for record in artifact.history)
     assert {made["num_experts"] for made in artifact.layers.values()} == {8}
     assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * points
+
+
+@pytest.mark.parametrize("recipe", ["your_text_model", "your_image_model"])
+def test_your_own_model(folder, recipe):
+    stand_ins.write_emotion(folder / "my")
+    stand_ins.write_images(folder / "my", {"train": 30, "test": 6})
+    tiny.tokenizer(folder / "my" / "text_model", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+    transformers.BertModel(tiny.bert_config()).save_pretrained(folder / "my" / "text_model")
+    stand_ins.write_vit(folder / "my" / "image_model")
+    main([*commands(recipe)[0], "--set", *SMALL_CLASSIFIER])
+    artifact = read_artifact(folder / "runs" / recipe / "recovery_tuning" / "artifact")
+    assert artifact.stage == "routed"
+    assert all("test/accuracy" in record.metrics for record in artifact.history)
+    assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * 10
 
 
 @pytest.mark.parametrize("recipe", ["minilm_emotion_dense", "cifar10_vit_dense"])
