@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from d2dmoe_pl.artifact import read_artifact, record_metrics
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
 from d2dmoe_pl.phase_cli import CHECKPOINT, PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import phase_config, read_recipe
@@ -57,7 +58,9 @@ class Todo(Enum):
 def chain_parser() -> ArgumentParser:
     """The arguments of the ``chain`` subcommand."""
     parser = ArgumentParser(
-        description="Run phases in order; run again after an interruption, it goes on.", allow_abbrev=False
+        description="Run phases in order; run again after an interruption, it goes on.",
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument(
         "-c", "--config", action=RecipeFile, help="A recipe: YAML with shared and phases; configs/ has some."
@@ -97,6 +100,8 @@ def run_chain(config: Namespace) -> None:
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
     settings = _split_settings(config.get("set", []), names)
     output_dir = Path(config.output_dir)
+    check(0 <= config.seed < 2**32, f"seed={config.seed}: must lie in [0, 2**32)")
+    _check_writable(output_dir)
 
     with _quiet_lightning():
         _run_phases(names, [_arguments(config, settings, index) for index in range(len(names))], output_dir, start_over)
@@ -123,7 +128,25 @@ def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir
         except (KeyboardInterrupt, SystemExit):
             _say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
             raise
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise InterruptedPhaseError(names[index], output_dir / names[index]) from error
     _say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
+
+
+def _check_writable(output_dir: Path) -> None:
+    """Raise ``ConfigError`` unless there is a folder, or can be one, that takes files; none is left there."""
+    place = output_dir.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with NamedTemporaryFile(dir=place, prefix=".writable-"):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={str(output_dir)!r}: no files can be written there ({error.strerror})"
+        ) from error
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
 from d2dmoe_pl.chain import chain_parser, default_recipe, run_chain
-from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
+from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
 from d2dmoe_pl.phase_cli import PhaseCLI, without_needless_warnings
 
 CHAIN = "chain"
+DEBUG = "--debug"
 # subcommands that are no phase's run: what parses their arguments, and what runs them
 OWN = {CHAIN: (chain_parser, run_chain), "benchmark": (benchmark_parser, run_benchmark)}
 
@@ -28,7 +29,7 @@ class D2DMoECLI(PhaseCLI):
             parser._subcommands_action.add_subcommand(name, own, help=own.description)
 
     def _set_seed(self) -> None:
-        if self.config.subcommand not in OWN:
+        if self.subcommand not in OWN:
             super()._set_seed()
 
     def instantiate_classes(self) -> None:
@@ -45,12 +46,14 @@ class D2DMoECLI(PhaseCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; what a user can mend ends in one line on standard error.
+    """Run the command line; whatever ends it is said in one line on standard error.
 
     Args:
-        args: Arguments, those of the process if not given.
+        args: Arguments, those of the process if not given. ``--debug`` among them lets errors come with a traceback.
     """
     arguments: list[str] = list(sys.argv[1:] if args is None else args)
+    debug = DEBUG in arguments
+    arguments = [argument for argument in arguments if argument != DEBUG]
     if arguments[:1] == [CHAIN] and not any(
         argument.startswith(("--config", "-c", "-h", "--help")) for argument in arguments
     ):
@@ -59,18 +62,21 @@ def main(args: Sequence[str] | None = None) -> None:
         with without_needless_warnings():
             D2DMoECLI(args=arguments)
     except Exception as error:
-        mendable = _mendable(error)
-        if mendable is None:
+        if debug:
             raise
-        print(f"error: {mendable}", file=sys.stderr)
-        sys.exit(2 if isinstance(mendable, ConfigError) else 1)
+        sys.exit(_say(error))
 
 
-def _mendable(error: BaseException | None) -> ConfigError | NonFiniteLossError | None:
-    """What a user can mend, at the root of ``error``; the parser wraps what constructors raise in errors of its own."""
-    while error is not None and not isinstance(error, (ConfigError, NonFiniteLossError)):
-        error = error.__cause__ or error.__context__
-    return error
+def _say(error: Exception) -> int:
+    """Print what ``error`` means; the exit status."""
+    failure, folder = failure_of(error), folder_of(error)
+    line = failure.line
+    if not failure.is_known:
+        line += f"; the traceback is in {write_traceback(error, folder)}"
+    if folder is not None:
+        line += "; the same command goes on from there"
+    print(f"error: {line}", file=sys.stderr)
+    return failure.code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The two kinds of failure a user can mend; the command line prints them as one line, without a traceback."""
+"""The kinds of failure that the command line prints as one line, without a traceback."""
+
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -7,6 +9,19 @@ class ConfigError(ValueError):
 
 class NonFiniteLossError(RuntimeError):
     """Training produced a NaN or infinite loss and was stopped before the weights were touched."""
+
+
+class InterruptedPhaseError(RuntimeError):
+    """A phase of a chain broke off, by the error that is its cause; the same command goes on from there.
+
+    Attributes:
+        folder: The phase's.
+    """
+
+    def __init__(self, phase: str, folder: Path) -> None:
+        super().__init__(f"{phase} broke off")
+        self.phase = phase
+        self.folder = folder
 
 
 def check(condition: bool, message: str) -> None:

@@ -1,27 +1,34 @@
 """How one phase is put together from the command line: phase, data, trainer, and what every run keeps."""
 
 import json
+import os
+import re
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any
 
 import lightning as L
-from jsonargparse import ActionConfigFile
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, get_loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from d2dmoe_pl import adapters, data
 from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite
 from d2dmoe_pl.data import TaskData
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 
 CHECKPOINT = "last"
+NESTED = re.compile(r"--(trainer|model|data)(\.\w+)+")
 
 # Lightning's own affair, or true and meant so; said at every start or resumption of a phase
 SAID_FOR_NOTHING = (
@@ -71,7 +78,7 @@ class PhaseCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Take no abbreviations, so that a misspelt option is an error, and phases of recipes in ``--config``."""
         parser = LightningArgumentParser(
-            allow_abbrev=False, dump_header=[f"lightning.pytorch=={L.__version__}"], **kwargs
+            allow_abbrev=False, exit_on_error=False, dump_header=[f"lightning.pytorch=={L.__version__}"], **kwargs
         )
         parser.add_argument(
             "-c",
@@ -85,7 +92,7 @@ class PhaseCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # LightningCLI warns when it gets arguments while the process has others; a chain does so on purpose
         assert args is None or isinstance(args, Sequence)
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(with_nulls_as_configs(sys.argv[1:] if args is None else args))
 
     def before_instantiate_classes(self) -> None:
         """Let phases that pass over the data once run one epoch, where nothing is said of epochs."""
@@ -94,9 +101,92 @@ class PhaseCLI(LightningCLI):
         if model is not None and issubclass(resolve_name(model.class_path), OrderedPass):
             config.trainer.max_epochs = 1
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Let what Lightning refuses be a setting of the user's, as it is."""
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if self.subcommand in (None, "fit"):
+            check_training(config.trainer)
+        check_devices(config.trainer)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _set_seed(self) -> None:
+        config = self.config if self.subcommand is None else self.config[self.subcommand]
+        seed = config.get("seed_everything")
+        check(seed is None or 0 <= int(seed) < 2**32, f"seed_everything={seed}: must lie in [0, 2**32)")
+        super()._set_seed()
+
     def before_fit(self) -> None:
         """Check the phase against its model before any data is loaded or file written."""
         preflight([self.model], [self.datamodule])
+
+
+def check_training(trainer: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for settings of a trainer by which nothing would be trained."""
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        check(trainer.get(key) != 0, f"{key}={trainer.get(key)}: nothing would be trained; must not be 0")
+    accumulated = trainer.get("accumulate_grad_batches", 1)
+    check(accumulated > 0, f"accumulate_grad_batches={accumulated}: must be positive")
+
+
+def check_devices(trainer: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` for more processes than a machine without accelerator has processors."""
+    devices, accelerator = str(trainer.get("devices")), trainer.get("accelerator")
+    processors = max(2, os.cpu_count() or 1)
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    check(
+        not (on_cpu and devices.isdecimal() and int(devices) > processors),
+        f"devices={devices}: each is a process here; must be at most {processors}, the processors of this machine",
+    )
+
+
+def with_nulls_as_configs(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments in which settings that hold a null are configs of their own.
+
+    The parser writes the value of a nested setting out and reads it again, which makes ``None`` of a null.
+
+    Example:
+        >>> from d2dmoe_pl.phase_cli import with_nulls_as_configs
+        >>> with_nulls_as_configs(["fit", "--data.init_args.source.test=null", "--data.init_args.batch_size=8"])
+        ['fit', '--config={"data": {"init_args": {"source": {"test": null}}}}', '--data.init_args.batch_size=8']
+    """
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if NESTED.fullmatch(key):
+            if not equals and rest and "null" in rest[0]:
+                value = rest[0]
+            overlay = _overlay(key.removeprefix("--").split("."), value) if "null" in value else None
+            if overlay is not None:
+                rest = rest if equals else rest[1:]
+                argument = f"--config={json.dumps(overlay)}"
+        found.append(argument)
+    return found
+
+
+def _overlay(keys: list[str], text: str) -> dict[str, Any] | None:
+    """A config that says of one setting what is written for it; None if that holds no null."""
+    try:
+        value = get_loader("yaml")(text)
+    except yaml.YAMLError:
+        return None
+    if not _holds_null(value):
+        return None
+    if keys[0] in ("model", "data") and keys[1] not in ("class_path", "init_args", "dict_kwargs"):
+        keys = [keys[0], "init_args", *keys[1:]]
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _holds_null(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is None or any(_holds_null(part) for part in parts)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
     ["errors", "hooks", "whole_files"],
-    ["plugins", "recipe"],
+    ["failures", "plugins", "recipe"],
     ["data"],
     ["adapters"],
     ["moe"],

@@ -60,6 +60,7 @@ class DataConfigFile(ActionConfigFile):
 def benchmark_parser() -> ArgumentParser:
     """The arguments of the ``benchmark`` subcommand."""
     parser = ArgumentParser(
+        exit_on_error=False,
         description="Time a converted model, or a shape, against its dense twin: latency, throughput, memory.",
         allow_abbrev=False,
     )

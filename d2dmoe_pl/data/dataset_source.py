@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
-from d2dmoe_pl.data.file_rows import READERS, check_decodable, json_fault, rows_of, stamps
+from d2dmoe_pl.data.file_rows import READERS, check_decodable, json_fault, lines_of, rows_of, stamps
 from d2dmoe_pl.data.generated_dataset import generated
 from d2dmoe_pl.data.task_data import SPLITS
 from d2dmoe_pl.errors import ConfigError, check
@@ -126,6 +126,7 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
         return generated(rows_of, files=files, ending=ending, stamps=stamps(files))
     for file in files if BUILDERS[ending] == "json" and not streaming else ():
         check_decodable(file)
+        check(any(line.strip() for line in lines_of(file)), f"{file}: has no rows; must have one at least")
     try:
         return load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming)
     except (ValueError, DatasetsError) as error:

@@ -49,18 +49,18 @@ def tab_separated_rows(file: str) -> Iterator[dict[str, str]]:
     Most programs write tabs between values as they are, and a quote is a letter; some quote as in CSV. A file is of the
     first kind if each of its lines has as many values as the header, and the header is not quoted.
     """
-    header = next((line for line in _lines(file) if line.strip("\r\n")), "")
-    widths = {line.count("\t") for line in _lines(file) if line.strip("\r\n")}
+    header = next((line for line in lines_of(file) if line.strip("\r\n")), "")
+    widths = {line.count("\t") for line in lines_of(file) if line.strip("\r\n")}
     if len(widths) > 1 or header.startswith(QUOTE):
         return _named(file, _quoted(file, "\t"))
-    plain = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(_lines(file), 1))
+    plain = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(lines_of(file), 1))
     return _named(file, ((number, [_unquoted(value) for value in row]) for number, row in plain if row != [""]))
 
 
 def paragraphs(file: str) -> Iterator[dict[str, str]]:
     """Paragraphs of a text file, which lines part that hold nothing but blanks; in the column ``text``."""
     paragraph: list[str] = []
-    for line in _lines(file):
+    for line in lines_of(file):
         if line.strip():
             paragraph.append(line)
         elif paragraph:
@@ -87,7 +87,7 @@ def json_fault(file: str) -> str | None:
     """What is wrong with a file of JSON, or of JSON lines; None if each line, or the whole, can be read."""
     number = 0
     try:
-        for line in _lines(file):
+        for line in lines_of(file):
             number += 1
             if line.strip():
                 json.loads(line)
@@ -122,7 +122,7 @@ def _named(file: str, numbered: Iterator[tuple[int, list[str]]]) -> Iterator[dic
 def _quoted(file: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Rows with the number of the line that each begins in; blank lines between them are none."""
     csv.field_size_limit(sys.maxsize)  # a text may be longer than the module's own limit
-    reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
     begins = 1
     try:
         for row in reader:
@@ -144,7 +144,8 @@ def _unquoted(value: str) -> str:
     return value
 
 
-def _lines(file: str) -> Iterator[str]:
+def lines_of(file: str) -> Iterator[str]:
+    """The lines of a file, with their ends; raises ``ConfigError`` where one is not UTF-8."""
     with fsspec.open(file, "rb", compression="infer") as opened:
         try:
             # newline="": a line's end stays as it is, also inside quotes

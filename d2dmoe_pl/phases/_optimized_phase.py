@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from d2dmoe_pl.adapters import ModelSource
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases._phase import Phase
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
@@ -41,6 +41,7 @@ class OptimizedPhase(Phase):
     ) -> None:
         super().__init__(init_from, source)
         check(0.0 <= warmup <= 1.0, f"warmup={warmup}: must lie in [0, 1], a share of the training")
+        check_optimizer(optimizer)
         self.optimizer = optimizer
         self.warmup = warmup
         self.decay = decay
@@ -74,6 +75,16 @@ class OptimizedPhase(Phase):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+
+def check_optimizer(optimizer: OptimizerFactory) -> None:
+    """Raise ``ConfigError`` unless an optimizer takes its settings, and its learning rate is a number."""
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {' '.join(str(error).split())}") from error
+    rate = made.defaults.get("lr", 0.0)
+    check(math.isfinite(rate), f"lr={rate}: must be finite")
 
 
 def learning_rate_factor(progress: float, warmup: float, decay: str) -> float:
