@@ -12,6 +12,7 @@ from torch import nn
 from d2dmoe_pl.adapters import ModelSource
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases._phase import Phase
+from d2dmoe_pl.phases._schedule import TrainingSchedule
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
@@ -65,15 +66,13 @@ class OptimizedPhase(Phase):
             not (clipped and mixed and optimizer.defaults.get("fused")),
             f"gradient_clip_val={clipped}: must be null with fused=True in mixed precision, or fused false",
         )
-        total = self.trainer.estimated_stepping_batches
-
-        def factor(step: int) -> float:
-            return learning_rate_factor(step / max(1, total), self.warmup, self.decay)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = TrainingSchedule(optimizer, self.trainer, self.warmup, self.decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, TrainingSchedule)
+        schedule.place()
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
 
@@ -85,18 +84,6 @@ def check_optimizer(optimizer: OptimizerFactory) -> None:
         raise ConfigError(f"optimizer: {' '.join(str(error).split())}") from error
     rate = made.defaults.get("lr", 0.0)
     check(math.isfinite(rate), f"lr={rate}: must be finite")
-
-
-def learning_rate_factor(progress: float, warmup: float, decay: str) -> float:
-    """What the learning rate is multiplied by after a share ``progress`` of the training, in [0, 1]."""
-    if progress < warmup:
-        return progress / warmup
-    rest = (progress - warmup) / max(1.0 - warmup, 1e-12)  # share of the decay that is done
-    if decay == "linear":
-        return max(0.0, 1.0 - rest)
-    if decay == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, rest)))
-    return 1.0
 
 
 def freeze_(module: nn.Module, trained: Sequence[nn.Module] = ()) -> None:

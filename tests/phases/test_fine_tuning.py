@@ -10,8 +10,8 @@ from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.phases import FineTuning
-from d2dmoe_pl.phases._optimized_phase import learning_rate_factor
 from d2dmoe_pl.phases._preflight import preflight
+from d2dmoe_pl.phases._schedule import learning_rate_factor
 
 
 class TestFineTuning:
