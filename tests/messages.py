@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "d2dmoe_pl"
 ANY = "…"
 REFUSALS = {"ConfigError", "NonFiniteLossError", "OSError", "ValueError", "check"}
-WARNINGS = {"_warn_once", "rank_zero_info", "warn", "warning"}
+WARNINGS = {"_warn_once", "notice", "rank_zero_info", "warn", "warning"}
 
 
 def template(node: ast.AST) -> str | None:

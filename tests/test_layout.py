@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
-    ["errors", "hooks", "whole_files"],
+    ["errors", "hooks", "notices", "whole_files"],
     ["failures", "plugins", "recipe"],
     ["data"],
     ["adapters"],

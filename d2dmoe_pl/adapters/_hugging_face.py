@@ -3,7 +3,7 @@
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from d2dmoe_pl.adapters._adapter import Adapter, TaskName, module_at, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
+from d2dmoe_pl.adapters._padding import padded_behind
 from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -68,20 +69,23 @@ class HuggingFaceAdapter(Adapter):
         """Replace the activation module of one FFN."""
 
     def logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._logits(self._call(model, batch))
+        """See :meth:`Adapter.logits`; on which side a text is padded makes no difference."""
+        behind, back = padded_behind(batch)
+        return self._logits(self._call(model, behind), back)
 
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        output = self._call(model, batch, output_hidden_states=True)
-        return self._logits(output), output.hidden_states
+        behind, back = padded_behind(batch)
+        output = self._call(model, behind, output_hidden_states=True)
+        return self._logits(output, back), tuple(back(states, 1) for states in output.hidden_states)
 
     def _call(self, model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
         return model(**{key: batch[key] for key in self.inputs if key in batch}, **kwargs)
 
     @staticmethod
-    def _logits(output: Any) -> Tensor:
+    def _logits(output: Any, back: Callable[[Tensor, int], Tensor]) -> Tensor:
         if "start_logits" in output:
-            return torch.stack([output.start_logits, output.end_logits], dim=1)  # (B, 2, L)
-        return output.logits
+            return back(torch.stack([output.start_logits, output.end_logits], dim=1), 2)  # (B, 2, L)
+        return back(output.logits, 1) if output.logits.dim() == 3 else output.logits
 
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         config = model.config

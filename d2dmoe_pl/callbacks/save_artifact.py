@@ -19,6 +19,8 @@ class SaveArtifact(L.Callback):
             metrics = {
                 key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("validation")
             }
+            if phase.best is not None:  # the others are of the last epoch
+                metrics = {phase.best.monitor: phase.best.score}
             record = PhaseRecord(type(phase).__name__, metrics)
             processor = phase.data.save_processor
             save_artifact(phase.model, Path(folder) / FOLDER, [*phase.history, record], processor, phase.tensors())

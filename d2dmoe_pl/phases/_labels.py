@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.notices import notice
 
 
 def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Module:
@@ -37,7 +37,7 @@ def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Modul
             makes_head,
             f"source: the model's file has no weights for its head ({source.new_head}); FineTuning trains one",
         )
-        rank_zero_info(f"{type(model).__name__} gets a new head{labels}: {source.new_head} begin anew.")
+        notice(f"{type(model).__name__} gets a new head{labels}: {source.new_head} begin anew.")
     return model
 
 

@@ -13,6 +13,7 @@ from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
 from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._model_checks import check_head, check_length, check_outputs, check_token_ids
 
@@ -41,6 +42,7 @@ class Phase(L.LightningModule):
         task: What it is to do: the data's.
         metrics: The task's metrics by split, ``validation`` and ``test`` among them.
         history: The phases that it went through before this one.
+        best: Once fitted, the epoch whose weights it has, where a metric is monitored; None for the last.
 
     Args:
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
@@ -69,6 +71,7 @@ class Phase(L.LightningModule):
         self.model = None  # type: ignore[assignment] # until configure_model
         self.task = None  # type: ignore[assignment] # until configure_model
         self.history: list[PhaseRecord] = []
+        self.best: BestEpoch | None = None
 
     def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
         """Raise ``ConfigError`` unless this phase can be fitted from what another left.
@@ -168,6 +171,7 @@ class Phase(L.LightningModule):
         self.metrics = nn.ModuleDict({split: self.task.metrics() for split in splits})
 
     def on_train_end(self) -> None:
+        self.best = restore_best_(self)
         self.conclude()
         self.finish_(self.model)
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.routers import RouterConfig
+from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
 from d2dmoe_pl.phases._router_cache import MIB, RouterCache, is_last_epoch, why_not_cached
 from d2dmoe_pl.phases._row_cache import RowCache
@@ -71,10 +71,29 @@ class RouterTraining(OptimizedPhase):
         freeze_(model, trained=[layer.get_router() for layer in moe_layers(model).values()])
 
     def finish_(self, model: nn.Module) -> None:
-        set_gate_(model, self.gate_config)  # fitting ran all experts
+        set_gate_(model, self.gate_config)  # training ran all experts
 
     def prepare_evaluation_(self, model: nn.Module) -> None:
-        set_gate_(model, self.gate_config)
+        """Keep the gate that the model was saved with, unless another is asked for, which is said."""
+        saved = {None if layer.gate is None else layer.gate.config for layer in moe_layers(model).values()}
+        wanted = self.evaluation_gate(next(iter(saved), None))
+        if saved != {wanted}:
+            told = ", ".join(sorted(map(str, saved - {wanted})))
+            notice(f"Evaluated with {wanted}, which is asked for, in the place of what was saved, {told}.")
+            set_gate_(model, wanted)
+
+    def evaluation_gate(self, saved: GateConfig | None) -> GateConfig:
+        """The gate to evaluate a model with that was saved with ``saved``."""
+        return self.gate_config
+
+    def on_validation_epoch_start(self) -> None:
+        if self.is_fitting:  # what is recorded is of the gate that is saved
+            set_gate_(self.model, self.gate_config)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.is_fitting:
+            set_gate_(self.model, None)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return super().configure_optimizers() if self._is_trained() else None
@@ -88,7 +107,7 @@ class RouterTraining(OptimizedPhase):
         self._caches = self._is_trained() and self.cache_memory > 0 and not is_last_epoch(self.trainer)
         reason = why_not_cached(self.trainer, self.data.augmented) if self._caches else None
         if reason is not None:
-            rank_zero_info(f"Router inputs are not cached: {reason}.")
+            notice(f"Router inputs are not cached: {reason}.")
             self._caches = False
 
     def on_train_batch_start(self, batch: Batch | Tensor, batch_idx: int) -> int | None:

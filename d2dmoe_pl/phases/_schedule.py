@@ -5,10 +5,11 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from d2dmoe_pl.notices import notice
 
 
 def learning_rate_factor(progress: float, warmup: float, decay: str) -> float:
@@ -47,7 +48,7 @@ class TrainingSchedule(LRScheduler):
         self._start = (0, 0.0)  # steps and share from which both are counted on
         self._is_placed = False
         if not math.isfinite(self.total) and self._timer is None:
-            rank_zero_info(
+            notice(
                 "The learning rate stays as it is, without warm-up or decay: neither max_epochs nor max_steps nor "
                 "max_time says how long the training is."
             )

@@ -16,8 +16,9 @@ class RouterRegression(RouterTraining):
         width: Hidden neurons of a router.
         target: ``norm`` of each expert's output, as in the paper; or ``activation_sum``, the sum of its activations
             over the batch's largest.
-        rule: Gating rule saved with the model, e.g. the name of a file in ``moe/gating``.
-        tau: In [0, 1]; the setting saved with the model. It can be changed at any time without training.
+        rule: Gating rule saved with the model, e.g. the name of a file in ``moe/gating``; ``dynk_max`` if not given.
+        tau: In [0, 1]; the setting saved with the model, 0.9 if not given. It can be changed at any time without
+            training. An evaluation keeps what the model was saved with, unless one of these two is given.
         kwargs: As for :class:`d2dmoe_pl.phases._router_training.RouterTraining`.
 
     Raises:
@@ -28,12 +29,17 @@ class RouterRegression(RouterTraining):
         self,
         width: int = 128,
         target: Target = "norm",
-        rule: str = "dynk_max",
-        tau: float = 0.9,
+        rule: str | None = None,
+        tau: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(RouterConfig(width), GateConfig(rule, tau), **kwargs)
+        super().__init__(RouterConfig(width), _gate(rule, tau, GateConfig("dynk_max", 0.9)), **kwargs)
         self.target = target
+        self.rule = rule
+        self.tau = tau
+
+    def evaluation_gate(self, saved: GateConfig | None) -> GateConfig:
+        return self.gate_config if saved is None else _gate(self.rule, self.tau, saved)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -45,3 +51,10 @@ class RouterRegression(RouterTraining):
     def targets(self, name: str, hidden: Tensor) -> Tensor:
         gram = self._grams[name]
         return activation_sums(hidden) if gram is None else output_norms(hidden, gram)
+
+
+def _gate(rule: str | None, tau: float | None, otherwise: GateConfig) -> GateConfig:
+    """The gate of ``rule`` and ``tau``; what is not given is as in ``otherwise``."""
+    if rule is None and tau is None:
+        return otherwise
+    return GateConfig(rule or otherwise.rule, otherwise.tau if tau is None else tau)

@@ -7,7 +7,7 @@ from digits_models import digits_source
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phase_cli import PhaseCLI
-from d2dmoe_pl.phases import ExpertClustering, FineTuning, ImportanceScoring
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, ImportanceScoring, _phase
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,9 @@ def test_the_model_has_its_experts_once_training_ends_and_not_before(trainer, di
     assert set(moe_layers(phase.model)) == {"blocks.0.mlp", "blocks.1.mlp"}
 
 
-def test_what_a_phase_gathers_comes_before_its_last_structure():
+def test_what_a_phase_gathers_comes_before_its_last_structure(monkeypatch):
     order = []
+    monkeypatch.setattr(_phase, "restore_best_", lambda phase: order.append("restore_best_"))
 
     class Watched(FineTuning):
         def conclude(self):
@@ -40,7 +41,7 @@ def test_what_a_phase_gathers_comes_before_its_last_structure():
 
     phase = Watched(source=digits_source())
     phase.on_train_end()
-    assert order == ["conclude", "finish_"]
+    assert order == ["restore_best_", "conclude", "finish_"]
 
 
 @pytest.mark.parametrize(("name", "epochs"), [("ExpertClustering", 1), ("FineTuning", None)])

@@ -47,7 +47,7 @@ def experts(tmp_path_factory):
 def said(monkeypatch):
     """Lines that the phase says."""
     lines = []
-    monkeypatch.setattr(_router_training, "rank_zero_info", lines.append)
+    monkeypatch.setattr(_router_training, "notice", lines.append)
     return lines
 
 
