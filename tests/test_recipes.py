@@ -200,12 +200,12 @@ def test_hub_names_that_cannot_be_reached(folder, capsys):
         (
             [f"{DISTILLATION}.hash_list_file=class.pkl"],
             "hash_list_file='class.pkl': the pickle asks for collections.OrderedDict; allowed are plain lists, dicts, "
-            "tuples, numbers and strings (an array becomes a list with .tolist())",
+            "tuples, numbers and strings, and NumPy's numbers and arrays of them",
         ),
         (
             [f"{DISTILLATION}.importance_file=class.pkl"],
             "importance_file='class.pkl': the pickle asks for collections.OrderedDict; allowed are plain lists, dicts, "
-            "tuples, numbers and strings (an array becomes a list with .tolist())",
+            "tuples, numbers and strings, and NumPy's numbers and arrays of them",
         ),
         (
             ["fine_tuning.model.init_args.source.init_args.task=question-answering"],

@@ -1,28 +1,16 @@
 """Importance scores and hash lists as MoEBERT (arXiv 2204.07675) publishes them: pickles, read but not executed."""
 
 import io
-import pickle
+from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from d2dmoe_pl.errors import ConfigError, check
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits what needs no import: lists, dicts, tuples, numbers and strings. Every other pickle must name a global."""
-
-    def __init__(self, file: io.BytesIO, where: str) -> None:
-        super().__init__(file)
-        self._where = where
-
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise ConfigError(
-            f"{self._where}: the pickle asks for {module}.{name}; allowed are plain lists, dicts, tuples, numbers and "
-            "strings (an array becomes a list with .tolist())"
-        )
+from d2dmoe_pl.moebert._plain_pickles import PlainUnpickler, plain
 
 
 def read_plain_pickle(path: str | Path, argument: str) -> Any:
@@ -33,7 +21,8 @@ def read_plain_pickle(path: str | Path, argument: str) -> Any:
         argument: What the user calls this setting, for the error.
 
     Raises:
-        ConfigError: If the file cannot be read, is no pickle, or asks for any class or function.
+        ConfigError: If the file cannot be read, is no pickle, or asks for any class or function but NumPy's numbers and
+            arrays of numbers.
     """
     where = f"{argument}={str(path)!r}"
     try:
@@ -41,30 +30,50 @@ def read_plain_pickle(path: str | Path, argument: str) -> Any:
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from None
     try:
-        return _PlainUnpickler(io.BytesIO(content), where).load()
+        return plain(PlainUnpickler(io.BytesIO(content), where).load())
     except ConfigError:
         raise
     except Exception as error:  # a broken pickle can raise nearly anything
         raise ConfigError(f"{where}: is no whole pickle ({' '.join(str(error).split())})") from None
 
 
-def read_importance(path: str | Path, argument: str = "importance_file") -> Tensor:
-    """The scores in a published ``importance_*.pkl``.
+def read_importance(paths: str | Path | Sequence[str | Path], argument: str = "importance_file") -> Tensor:
+    """The scores in published ``importance_*.pkl`` files, summed.
 
-    The file holds a dict: ``importance``, scores in descending order, and ``idx``, the neurons that they belong to;
-    each is a list of layers x ``d_ff``.
+    A file holds what one process found, scores of layers x ``d_ff``; or what MoEBERT makes of all of them, a dict:
+    ``importance``, scores in descending order, and ``idx``, the neurons that they belong to, each layers x ``d_ff``.
+
+    Args:
+        paths: A file, several, or a pattern for several such as ``importance_*.pkl``.
+        argument: What the user calls this setting, for the error.
 
     Returns:
         Scores by neuron, ``(layers, d_ff)`` float64.
 
     Raises:
-        ConfigError: If the file is not such a pickle.
+        ConfigError: If there is no file, one is not such a pickle, or they have different shapes.
     """
+    given = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    files = [file for path in given for file in (sorted(glob(str(path))) or [str(path)])]
+    check(bool(files), f"{argument}={given}: must be one file at least")
+    scores = [_scores(file, argument) for file in files]
+    for file, one in zip(files, scores, strict=True):
+        check(
+            one.shape == scores[0].shape,
+            f"{argument}={file!r}: has scores of {tuple(one.shape)}; must be {tuple(scores[0].shape)}, as in {files[0]}",
+        )
+    return torch.stack(scores).sum(dim=0)
+
+
+def _scores(path: str, argument: str) -> Tensor:
+    """The scores in one file, by neuron."""
     value = read_plain_pickle(path, argument)
-    where = f"{argument}={str(path)!r}"
+    where = f"{argument}={path!r}"
+    if isinstance(value, (list, tuple)):
+        return _tensor(value, torch.float64, 2, where)
     check(
         isinstance(value, dict) and {"importance", "idx"} <= value.keys(),
-        f"{where}: must hold a dict with the keys importance and idx",
+        f"{where}: must hold lists of scores, layers x d_ff, or a dict with the keys importance and idx",
     )
     scores = _tensor(value["importance"], torch.float64, 2, f"{where}: importance")
     order = _tensor(value["idx"], torch.int64, 2, f"{where}: idx")

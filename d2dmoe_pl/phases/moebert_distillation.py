@@ -43,7 +43,8 @@ class MoEBERTDistillation(OptimizedPhase):
         expert_dropout: On each expert's output.
         seed: Of random hash tables.
         teacher: Artifact folder of a dense model; that of ``init_from`` if not given.
-        importance_file: Published ``importance_*.pkl``, instead of the scores in the artifact of ``init_from``.
+        importance_file: Published ``importance_*.pkl``, instead of the scores in the artifact of ``init_from``; of
+            several, as one for each process, scores are summed.
         hash_list_file: Published hash list, a pickle, instead of a table made here.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
@@ -64,7 +65,7 @@ class MoEBERTDistillation(OptimizedPhase):
         expert_dropout: float = 0.1,
         seed: int = 0,
         teacher: str | None = None,
-        importance_file: str | None = None,
+        importance_file: str | list[str] | None = None,
         hash_list_file: str | None = None,
         **kwargs: Any,
     ) -> None:

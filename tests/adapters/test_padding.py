@@ -12,7 +12,7 @@ LENGTHS = (7, 4, 1)
 
 
 def padded(texts, in_front, behind, fill=0):
-    """A batch with margins of padding in front of the longest text and behind it, and shorter texts anywhere between."""
+    """A batch with margins in front of the longest text and behind it, and shorter texts anywhere between."""
     rows, masks = [], []
     for i, text in enumerate(texts):
         spare = max(LENGTHS) - len(text)
