@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from d2dmoe_pl.adapters import TimmModel
-from d2dmoe_pl.data.preprocessor_config import write_preprocessor_config
+from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 
 WORDS = ["who", "is", "it", "?", "red", "green", "blue", "cat", "dog", "eel", "fox", "gnu"]
 ANIMALS, COLOURS = WORDS[7:], WORDS[4:7]
@@ -92,7 +92,7 @@ def write_vit(folder):
     config = tiny.CONFIGS["vit"]()
     config.num_channels = 3
     transformers.ViTForImageClassification(config).save_pretrained(folder)
-    write_preprocessor_config(folder, 8, [0.5] * 3, [0.5] * 3, rescale_factor=1 / 255)
+    ImagePreprocessing(3, 8, (0.5,) * 3, (0.5,) * 3, keeps_ratio=False).write(folder)
 
 
 def write_images(folder, sizes):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters._attention import AttentionParts, Projection, find_projections, plain_linear
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.errors import ConfigError
 
 TaskName = Literal[
@@ -81,6 +82,13 @@ class Adapter(ABC):
     def num_positions(self, model: nn.Module) -> int | None:
         """How many tokens a text may have; None for models of anything but text."""
         return None
+
+    def input_shape(self, model: nn.Module) -> tuple[int, int, int] | None:
+        """Channels, height and width of the pictures that ``model`` takes; None for models of anything but pictures."""
+        return None
+
+    def set_preprocessing_(self, model: nn.Module, preprocessing: ImagePreprocessing) -> None:  # noqa: B027
+        """Record in the model's own config how pictures become its input, where its library keeps that there."""
 
     @abstractmethod
     def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:

@@ -89,10 +89,9 @@ class HuggingFaceAdapter(Adapter):
 
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         config = model.config
-        if model.main_input_name == "pixel_values":
-            size = config.image_size
-            height, width = (size, size) if isinstance(size, int) else size
-            return {"pixel_values": torch.randn(batch_size, config.num_channels, height, width)}
+        shape = self.input_shape(model)
+        if shape is not None:
+            return {"pixel_values": torch.randn(batch_size, *shape)}
         positions = getattr(config, "max_position_embeddings", length)
         check(length <= positions, f"length={length}: must be at most {positions}, the positions of the model")
         return {"input_ids": torch.randint(config.vocab_size, (batch_size, length))}
@@ -125,6 +124,13 @@ class HuggingFaceAdapter(Adapter):
 
     def num_positions(self, model: Any) -> int | None:
         return getattr(model.config, "max_position_embeddings", None)
+
+    def input_shape(self, model: Any) -> tuple[int, int, int] | None:
+        if model.main_input_name != "pixel_values":
+            return None
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return model.config.num_channels, height, width
 
     def config(self, model: Any) -> dict[str, Any]:
         config = json.loads(model.config.to_json_string(use_diff=True))

@@ -16,6 +16,7 @@ from d2dmoe_pl.adapters._attention import AttentionParts, Projection
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._timm_model import create_timm_model
 from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import placeholders
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
@@ -82,8 +83,15 @@ class TimmViTAdapter(Adapter):
         return logits, tuple(states)
 
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+        return {"pixel_values": torch.randn(batch_size, *self.input_shape(model))}
+
+    def input_shape(self, model: Any) -> tuple[int, int, int]:
         embedding = model.patch_embed
-        return {"pixel_values": torch.randn(batch_size, embedding.proj.in_channels, *embedding.img_size)}
+        height, width = embedding.img_size
+        return embedding.proj.in_channels, height, width
+
+    def set_preprocessing_(self, model: Any, preprocessing: ImagePreprocessing) -> None:
+        model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing.pretrained_cfg()}
 
     def head(self, model: Any) -> Head:
         return "classification"
@@ -95,13 +103,13 @@ class TimmViTAdapter(Adapter):
         return getattr(model, "label_names", None) or placeholders(model.num_classes)
 
     def config(self, model: Any) -> dict[str, Any]:
-        preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct")
+        preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
         return {
             "architecture": model.pretrained_cfg["architecture"],
             "num_classes": model.num_classes,
             "model_args": self._model_args(model),
             "label_names": getattr(model, "label_names", None),
-            "pretrained_cfg": {key: model.pretrained_cfg[key] for key in preprocessing},
+            "pretrained_cfg": {key: model.pretrained_cfg[key] for key in preprocessing if key in model.pretrained_cfg},
         }
 
     def build(self, folder: Path) -> nn.Module:

@@ -77,6 +77,13 @@ class DatasetSource:
         wanted = {name: getattr(self, name) for name in SPLITS} | self.more
         return {name: self._load_split(name, where, True) for name, where in wanted.items() if where is not None}
 
+    def folder_of(self, split: str) -> Path | None:
+        """The folder of the files that a split comes from; None for the hub."""
+        where = {**{name: getattr(self, name) for name in SPLITS}, **self.more}[split] or self.train
+        if self.dataset is not None and not _is_path(where):
+            return Path(self.dataset) if Path(self.dataset).is_dir() else None
+        return Path(where) if Path(where).is_dir() else Path(where).parent
+
     def _hold_out(self, train: Dataset, name: str) -> dict[str, Dataset]:
         try:
             parts = train.train_test_split(self.held_out, seed=self.seed)

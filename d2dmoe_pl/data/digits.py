@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from d2dmoe_pl.data.preprocessor_config import write_preprocessor_config
+from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
 
@@ -28,6 +28,8 @@ class Digits(TaskData):
         num_workers: Loader processes.
         augment: Turn, scale and shift training images a little.
     """
+
+    preprocessing = ImagePreprocessing(1, 8, (0.0,), (1.0,), "bilinear", largest=16)
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0, augment: bool = True) -> None:
         super().__init__(batch_size, num_workers)
@@ -56,7 +58,7 @@ class Digits(TaskData):
         return {"pixel_values": jitter(images) if augment and self.augment else images, "labels": labels}
 
     def save_processor(self, folder: Path) -> None:
-        write_preprocessor_config(folder, image_size=8, mean=[0.0], std=[1.0], rescale_factor=1 / 16)
+        self.preprocessing.write(folder)
 
 
 def jitter(images: Tensor, degrees: float = 8.0, scale: float = 0.08, shift: float = 0.1) -> Tensor:

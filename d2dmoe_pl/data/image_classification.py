@@ -1,10 +1,12 @@
 """Images with labels, from any Hugging Face dataset."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, Image
 from timm.data import create_transform
 from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
@@ -12,11 +14,13 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 from d2dmoe_pl.data.augmentation import STANDARD, Augmentation
 from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
+from d2dmoe_pl.data.image_preprocessing import INTERPOLATIONS, ImagePreprocessing, opened, preprocessing_of
 from d2dmoe_pl.data.load_pretrained import load_pretrained
-from d2dmoe_pl.data.preprocessor_config import write_preprocessor_config
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.errors import check
 
+SAMPLE = "sample"  # column of what each is called
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -29,14 +33,16 @@ class ImageClassification(TaskData):
 
     Args:
         source: Where the splits are.
-        image_column: Column of the images.
-        label_column: Column of the labels, strings or integers.
-        processor: Hub name or folder of a Hugging Face image processor, from which ``image_size``, ``mean`` and
-            ``std`` are taken, and which is saved with the model.
+        image_column: Column of the images, of any mode and depth; or of their bytes, or their paths, relative to the
+            working folder or to the file that has the column.
+        label_column: Column of the labels, strings or whole numbers.
+        processor: Hub name or folder of a Hugging Face image processor, which prepares images to evaluate on, and is
+            saved with the model; ``image_size``, ``mean`` and ``std`` of training images are its own.
         image_size: Height and width of the model's input, pixels.
         mean: Of each channel, for normalisation.
         std: Of each channel, for normalisation.
-        interpolation: ``bilinear``, ``bicubic`` or ``random`` (for training).
+        interpolation: ``nearest``, ``bilinear``, ``bicubic``, ``lanczos``, ``box``, ``hamming``, or ``random`` in
+            training, which is ``bilinear`` in evaluation.
         crop_pct: Share of the resized image that evaluation keeps.
         augment: Change training images at random.
         augmentation: How training images are changed.
@@ -44,7 +50,8 @@ class ImageClassification(TaskData):
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: To load, for a ``processor`` that is not there.
+        ConfigError: For a number out of range or an unknown interpolation; to load, for a ``processor`` that is not
+            there; for an image that cannot be read.
     """
 
     def __init__(
@@ -64,6 +71,16 @@ class ImageClassification(TaskData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        check(image_size > 0, f"image_size={image_size}: must be positive")
+        check(
+            interpolation in (*INTERPOLATIONS, "random"),
+            f"interpolation={interpolation!r}: allowed are {', '.join(INTERPOLATIONS)} and random",
+        )
+        check(0.0 < crop_pct <= 1.0, f"crop_pct={crop_pct}: must lie in (0, 1]")
+        check(
+            len(mean) == len(std) == 3 and min(std) > 0,
+            f"mean={mean}, std={std}: must be three numbers each, those of std positive",
+        )
         self.source = source
         self.image_column = image_column
         self.label_column = label_column
@@ -82,25 +99,56 @@ class ImageClassification(TaskData):
     def load_processor(self) -> None:
         if self.processor is None and self.processor_name is not None:
             self.processor = load_pretrained(AutoImageProcessor, self.processor_name, "processor")
-            processor: Any = self.processor
-            size = dict(processor.size)
-            self.image_size = size.get("height") or size["shortest_edge"]
-            self.mean, self.std = list(processor.image_mean), list(processor.image_std)
-
+            self.preprocessing = preprocessing_of(self.processor, self.processor_name)
+            self.image_size = self.preprocessing.size
+            self.mean, self.std = list(self.preprocessing.mean), list(self.preprocessing.std)
         look: dict[str, Any] = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
-        self._evaluation = create_transform((3, self.image_size, self.image_size), crop_pct=self.crop_pct, **look)
         self._training = self.augmentation.transform(self.image_size, **look)
+        if self.processor is None:
+            interpolation = "bilinear" if self.interpolation == "random" else self.interpolation
+            self.preprocessing = ImagePreprocessing(
+                3, self.image_size, tuple(self.mean), tuple(self.std), interpolation, self.crop_pct
+            )
+            self._evaluation = create_transform(
+                (3, self.image_size, self.image_size),
+                crop_pct=self.crop_pct,
+                **{**look, "interpolation": interpolation},
+            )
 
     def load(self) -> tuple[Mapping[str, Any], Task]:
         splits = self.source.load()
         check_columns(splits, {"image_column": self.image_column, "label_column": self.label_column})
-        splits, names = encode_labels(splits, self.label_column)
-        return splits, Classification(names)
+        undecoded = {name: self._undecoded(split, name) for name, split in splits.items()}
+        encoded, names = encode_labels(undecoded, self.label_column)
+        return encoded, Classification(names)
+
+    def _undecoded(self, split: Dataset, name: str) -> Dataset:
+        """The split with pictures as they are in their files, and what each sample is called."""
+        feature = split.features[self.image_column]
+        kind = getattr(feature, "dtype", None)
+        check(
+            isinstance(feature, Image) or kind in ("string", "large_string", "binary", "large_binary"),
+            f"image_column={self.image_column!r}: has {feature} in the {name} split; must be pictures, their paths or "
+            "their bytes",
+        )
+        if kind in ("string", "large_string"):
+            folder = self.source.folder_of(name)
+            split = split.map(partial(_with_path, column=self.image_column, folder=folder), desc="Finding pictures")
+        split = split.cast_column(self.image_column, Image(decode=False))
+        return split.add_column(SAMPLE, [f"sample {i + 1} of the {name} split" for i in range(len(split))])
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         augment = augment and self.augment
-        transform = self._training if augment else self._evaluation
-        images = torch.stack([transform(sample[self.image_column].convert("RGB")) for sample in samples])
+        pictures = [
+            opened(sample[self.image_column], f"image_column={self.image_column!r}: {sample[SAMPLE]}")
+            for sample in samples
+        ]
+        if augment:
+            images = torch.stack([self._training(picture) for picture in pictures])
+        elif self.processor is not None:
+            images = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        else:
+            images = torch.stack([self._evaluation(picture) for picture in pictures])
         labels = torch.tensor([sample["labels"] for sample in samples])
         if augment:
             assert self.task is not None
@@ -111,4 +159,12 @@ class ImageClassification(TaskData):
         if self.processor is not None:
             self.processor.save_pretrained(folder)
         else:
-            write_preprocessor_config(folder, self.image_size, self.mean, self.std, rescale_factor=1 / 255)
+            assert self.preprocessing is not None  # it is loaded
+            self.preprocessing.write(folder)
+
+
+def _with_path(sample: dict[str, Any], column: str, folder: Path | None) -> dict[str, Any]:
+    """A path as it is, or relative to the file that has it, whichever leads to a file."""
+    path = sample[column]
+    beside = None if folder is None or path is None else folder / path
+    return {column: str(beside) if beside is not None and not Path(path).exists() and beside.exists() else path}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import places
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.errors import check
@@ -43,6 +44,7 @@ class TaskData(L.LightningDataModule):
         head: The head that a model needs for this data.
         task: What is to be learnt, once set up; its label names are the data's, until a model's take their place.
         ordered: Phases that only gather statistics set this: training samples then come in order and unaugmented.
+        preprocessing: How pictures become the model's input, once the processor is loaded; None for anything else.
         sample_length: Tokens that every sample has; None where they differ, and for data of anything but text.
 
     Args:
@@ -54,6 +56,7 @@ class TaskData(L.LightningDataModule):
     """
 
     head: Head = "classification"
+    preprocessing: ImagePreprocessing | None = None
     sample_length: int | None = None
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
@@ -100,6 +103,10 @@ class TaskData(L.LightningDataModule):
     def num_token_ids(self) -> int | None:
         """How many token ids the batches may hold, once set up; None for data of anything but text."""
         return None
+
+    def longest_samples(self) -> dict[str, int]:
+        """Tokens of the longest sample by split, once set up; none where samples are not texts of their own length."""
+        return {}
 
     @property
     def class_names(self) -> list[str]:

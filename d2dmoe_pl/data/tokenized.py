@@ -1,9 +1,11 @@
 """What all text data shares: a tokenizer, and batches padded to their longest sample."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -87,6 +89,15 @@ class TokenizedData(TaskData):
         unused = [column for column in split.column_names if column != "labels"]
         return split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
 
+    def longest_samples(self) -> dict[str, int]:
+        columns = {
+            name: split.data["input_ids"]
+            for name, split in self._splits.items()
+            if isinstance(split, Dataset) and "input_ids" in split.column_names
+        }
+        lengths = {name: pyarrow.compute.list_value_length(ids) for name, ids in columns.items()}
+        return {name: pyarrow.compute.max(each).as_py() for name, each in lengths.items()}
+
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         return dict(DataCollatorWithPadding(self.tokenizer)(list(samples)))
 
@@ -109,7 +120,10 @@ class TokenizedData(TaskData):
         )
 
     def save_processor(self, folder: Path) -> None:
-        self.tokenizer.save_pretrained(folder)
+        """Write the tokenizer, so that it cuts texts by itself as they were cut here."""
+        saved = copy.deepcopy(self.tokenizer)
+        saved.model_max_length = self.max_length
+        saved.save_pretrained(folder)
 
 
 def _lengths(dataset: Dataset) -> list[int]:

@@ -60,7 +60,7 @@ def read_importance(paths: str | Path | Sequence[str | Path], argument: str = "i
     for file, one in zip(files, scores, strict=True):
         check(
             one.shape == scores[0].shape,
-            f"{argument}={file!r}: has scores of {tuple(one.shape)}; must be {tuple(scores[0].shape)}, as in {files[0]}",
+            f"{argument}={file!r}: has scores of {tuple(one.shape)}; must be {tuple(scores[0].shape)}, as {files[0]}",
         )
     return torch.stack(scores).sum(dim=0)
 

@@ -1,9 +1,12 @@
 """Whether a model and the data that it is to work on fit together."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
+from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.errors import check
 
@@ -38,6 +41,35 @@ def check_token_ids(model: nn.Module, num_token_ids: int | None) -> None:
         num_token_ids is None or has is None or num_token_ids <= has,
         f"tokenizer: gives {num_token_ids} token ids; must be at most the {has} that {type(model).__name__} embeds",
     )
+
+
+def check_pictures(model: nn.Module, preprocessing: ImagePreprocessing | None) -> None:
+    """Raise ``ConfigError`` unless ``model`` takes pictures of the channels and size that the data gives."""
+    takes = adapter_for(model).input_shape(model)
+    if takes is None or preprocessing is None:
+        return
+    gives = (preprocessing.channels, preprocessing.size, preprocessing.size)
+    check(
+        gives == takes,
+        f"pixel_values: the data gives {' x '.join(map(str, gives))} (channels x height x width); must be "
+        f"{' x '.join(map(str, takes))}, which {type(model).__name__} takes",
+    )
+
+
+def check_lengths(model: nn.Module, longest: Mapping[str, int]) -> None:
+    """Raise ``ConfigError`` unless ``model`` has a position for each token of the longest sample of every split.
+
+    Args:
+        model: Of texts, or of anything else.
+        longest: Tokens of the longest sample, by split.
+    """
+    has = adapter_for(model).num_positions(model)
+    for split, length in longest.items():
+        check(
+            has is None or length <= has,
+            f"max_length={length}: the longest text of the {split} split has so many tokens; must be at most {has}, "
+            f"the positions that {type(model).__name__} has",
+        )
 
 
 def check_length(model: nn.Module, length: int | None) -> None:

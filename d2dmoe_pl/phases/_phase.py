@@ -15,7 +15,14 @@ from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
 from d2dmoe_pl.phases._labels import build_for, number_as_model
-from d2dmoe_pl.phases._model_checks import check_head, check_length, check_outputs, check_token_ids
+from d2dmoe_pl.phases._model_checks import (
+    check_head,
+    check_length,
+    check_lengths,
+    check_outputs,
+    check_pictures,
+    check_token_ids,
+)
 
 
 class Phase(L.LightningModule):
@@ -158,11 +165,15 @@ class Phase(L.LightningModule):
         check_outputs(self.model, self.task)
         check_token_ids(self.model, data.num_token_ids)
         check_length(self.model, data.sample_length)
+        check_lengths(self.model, data.longest_samples())
+        check_pictures(self.model, data.preprocessing)
         if self.is_fitting:
             if artifact is None:
                 self.check_start("dense", "a source", ())
             else:
                 self.check_start(artifact.stage, artifact.phase, artifact.tensors)
+            if data.preprocessing is not None:
+                adapter_for(self.model).set_preprocessing_(self.model, data.preprocessing)
             self.model.train()
             self.transform_(self.model)
         else:

@@ -6,7 +6,7 @@ from torch import nn
 
 from d2dmoe_pl.artifact import build_structure
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.phases._model_checks import check_head, check_length
+from d2dmoe_pl.phases._model_checks import check_head, check_length, check_pictures
 from d2dmoe_pl.phases._phase import Phase
 from d2dmoe_pl.structure import describe, stage_of
 
@@ -29,6 +29,7 @@ def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
         check_head(model, each.head)
         check_length(model, each.sample_length)
         each.load_processor()
+        check_pictures(model, each.preprocessing)
     for phase in phases:
         phase.check_start(stage_of(describe(model)), came_from, beside)
         phase.transform_(model)

@@ -74,10 +74,10 @@ class TestImages:
         data = ImageClassification(
             self.parquet(tmp_path), "picture", "kind", image_size=8, mean=[0.1] * 3, std=[0.5] * 3
         )
+        data.load_processor()
         data.save_processor(tmp_path)
         saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-        assert saved["size"] == {"height": 8, "width": 8}
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+        assert (saved["size"], saved["crop_size"]) == ({"shortest_edge": 8}, {"height": 8, "width": 8})
         again = ImageClassification(self.parquet(tmp_path), "picture", "kind", processor=str(tmp_path))
         again.load_processor()
         assert (again.image_size, again.mean, again.std) == (8, [0.1] * 3, [0.5] * 3)

@@ -7,6 +7,7 @@ from digits_models import digits_source
 
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data import DatasetSource, Digits, TextClassification
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
@@ -64,6 +65,28 @@ class TestHeads:
             match="labels: the data's 3, 4, 5, 6, 7 are none of the model's, which has been trained on cat, dog, eel",
         ):
             trainer().test(FineTuning(init_from=str(tmp_path / "artifact")), datamodule=digits, verbose=False)
+
+
+class TestSizes:
+    @pytest.mark.parametrize("split", ["train", "validation", "test"])
+    def test_a_long_text_in_one_split_alone(self, trainer, tmp_path, split):
+        for name in ("train", "validation", "test"):
+            length = 17 if name == split else 3
+            (tmp_path / f"{name}.csv").write_text(f"text,label\n{'a ' * length},x\nb,y\n")
+        where = DatasetSource(**{name: str(tmp_path / f"{name}.csv") for name in ("train", "validation", "test")})
+        tokenizer = tiny.tokenizer(tmp_path / "tok", "ab")
+        phase = FineTuning(source=tiny.SOURCES["bert"]())
+        message = f"max_length=17: the longest text of the {split} split has so many tokens; must be at most 16, "
+        with pytest.raises(ConfigError, match=message):
+            trainer().fit(phase, datamodule=TextClassification(where, tokenizer))
+        fits = TextClassification(where, tokenizer, max_length=16, batch_size=2)
+        trainer().fit(FineTuning(source=tiny.SOURCES["bert"]()), datamodule=fits)
+
+    def test_pictures_of_another_size_or_number_of_channels(self, tmp_path):
+        for shape, gives in (({"in_chans": 3}, "3 x 8 x 8"), ({"img_size": 16}, "1 x 16 x 16")):
+            message = f"pixel_values: the data gives 1 x 8 x 8 .channels x height x width.; must be {gives}, "
+            with pytest.raises(ConfigError, match=message):
+                preflight([FineTuning(source=digits_source(**shape))], [Digits()])
 
 
 def test_predictions(trainer, digits, artifact):

@@ -1,6 +1,7 @@
 """Any text to train a language model on, causal or masked."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -86,6 +87,10 @@ class LanguageModeling(TokenizedData):
     def packer(self) -> Packer:
         """What makes blocks, once the tokenizer is loaded."""
         return Packer(self.tokenizer, self.length)
+
+    def save_processor(self, folder: Path) -> None:
+        """Write the tokenizer as it is: no text has been cut."""
+        self.tokenizer.save_pretrained(folder)
 
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         splits = self.source.load()
