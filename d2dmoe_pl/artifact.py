@@ -2,20 +2,25 @@
 
 ``config.json`` is the dense model's own, with one more key, ``d2dmoe``, for what was converted and how;
 ``model.safetensors`` holds the weights; a tokenizer or image processor lies beside them, and what a phase found out
-about the model in safetensors files of its own. Nothing is pickled.
+about the model in safetensors files of its own. Nothing is pickled. A converted model is none that its library knows:
+its ``model_type`` is ``d2dmoe``, and its weights are in ``d2dmoe.safetensors``.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import adapter_for, adapter_named
+from d2dmoe_pl.adapters import KEY, adapter_for, adapter_named
+from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.structure import describe, restore_, stage_of
@@ -23,9 +28,12 @@ from d2dmoe_pl.whole_files import replaced_file, replaced_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-KEY = "d2dmoe"
+# of a converted model: libraries that do not know it shall find no weights, rather than those of all but the FFNs
+CONVERTED_WEIGHTS = "d2dmoe.safetensors"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 IN_CODE = "code"  # stands for the phase where there was none
-FORMAT = 1  # of what is under that key; artifacts from before there were formats have none
+# of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
+DENSE_FORMAT, FORMAT = 1, 2
 
 
 @dataclass
@@ -47,6 +55,7 @@ class Artifact:
         history: The phases it went through, first to last.
         tensors: Names of the tensor files beside the weights, without their ending.
         projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
+        weights: The file of the weights.
     """
 
     path: Path
@@ -55,6 +64,7 @@ class Artifact:
     history: list[PhaseRecord]
     tensors: list[str] = field(default_factory=list)
     projections: dict[str, dict] = field(default_factory=dict)
+    weights: Path = Path(WEIGHTS)
 
     @property
     def stage(self) -> str:
@@ -99,24 +109,33 @@ def save_artifact(
     path = Path(path)
     tensors = tensors or {}
     adapter = adapter_for(model)
+    converted, config = is_converted(model), adapter.config(model)
     made = {
-        "format": FORMAT,
+        "format": FORMAT if converted else DENSE_FORMAT,
         "family": adapter.family,
         "projections": describe_projections(model),
         "layers": describe(model),
         "history": [asdict(record) for record in history or [PhaseRecord(IN_CODE)]],
         "tensors": sorted(tensors),
     }
+    if converted and "model_type" in config:
+        made["model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
     with replaced_folder(path) as aside:
         if save_processor is not None:
             save_processor(aside)
         adapter.save_beside(model, aside)
-        _write_json(aside / CONFIG, {**adapter.config(model), KEY: made})
+        _write_json(aside / CONFIG, {**config, KEY: made})
+        weights = CONVERTED_WEIGHTS if converted else WEIGHTS
         # safetensors keeps one copy of tensors that are shared
-        safetensors.torch.save_model(model, str(aside / WEIGHTS), metadata={"format": "pt"})
+        safetensors.torch.save_model(model, str(aside / weights), metadata={"format": "pt"})
         for name, values in tensors.items():
             contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
             safetensors.torch.save_file(contiguous, str(aside / _tensor_file(name)))
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether ``model`` has experts, or MLPs in the place of attention projections."""
+    return bool(describe(model) or describe_projections(model))
 
 
 def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
@@ -134,21 +153,47 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
         raise ConfigError(f"{argument}={str(path)!r}: no artifact, {CONFIG} cannot be read ({error})") from None
     check(KEY in config, f"{argument}={str(path)!r}: no artifact, {CONFIG} has no key {KEY!r}")
     made = config[KEY]
-    written = made.get("format", 0)
+    written = made.get("format", 0) if isinstance(made, dict) else 0
     check(
-        written <= FORMAT,
+        isinstance(written, int) and written <= FORMAT,
         f"{argument}={str(path)!r}: has format {written}, that of a newer d2dmoe_pl; this one reads formats up to "
         f"{FORMAT}",
     )
+    _check_parts(made, f"{argument}={str(path)!r}")
     tensors = made.get("tensors", [])
-    for file in (WEIGHTS, *map(_tensor_file, tensors)):
+    weights = CONVERTED_WEIGHTS if written >= FORMAT else WEIGHTS
+    for file in (weights, *map(_tensor_file, tensors)):
         try:
             with safetensors.safe_open(str(path / file), framework="pt"):
                 pass
         except (OSError, safetensors.SafetensorError) as error:
             raise ConfigError(f"{argument}={str(path)!r}: {file} is missing or truncated ({error})") from None
     history = [PhaseRecord(**record) for record in made["history"]]
-    return Artifact(path, made["family"], made["layers"], history, tensors, made.get("projections", {}))
+    projections = made.get("projections", {})
+    return Artifact(path, made["family"], made["layers"], history, tensors, projections, path / weights)
+
+
+def _check_parts(made: Any, where: str) -> None:
+    """Raise ``ConfigError`` unless an artifact's description has all of its parts, as they are written."""
+    check(isinstance(made, dict), f"{where}: no artifact, the key {KEY!r} in {CONFIG} holds {type(made).__name__}")
+    kinds = {"family": str, "layers": dict, "history": list, "tensors": list, "projections": dict}
+    for part, kind in kinds.items():
+        is_there = part in made or part in ("tensors", "projections")  # the first artifacts had none of these
+        check(
+            is_there and isinstance(made.get(part, kind()), kind),
+            f"{where}: no artifact, {KEY}.{part} in {CONFIG} is missing or no {kind.__name__}",
+        )
+    for record in made["history"]:
+        check(
+            isinstance(record, dict) and "phase" in record and record.keys() <= {"phase", "metrics"},
+            f"{where}: no artifact, {KEY}.history in {CONFIG} must hold records of phase and metrics",
+        )
+    check(bool(made["history"]), f"{where}: no artifact, {KEY}.history in {CONFIG} is empty")
+    for name in made.get("tensors", []):
+        check(
+            isinstance(name, str) and name == Path(name).name and name not in ("", ".", ".."),
+            f"{where}: no artifact, {KEY}.tensors in {CONFIG} names {name!r}, which is no file in the folder",
+        )
 
 
 def build_structure(artifact: Artifact) -> nn.Module:
@@ -157,14 +202,21 @@ def build_structure(artifact: Artifact) -> nn.Module:
         model = adapter_named(artifact.family).build(artifact.path)
         restore_projections_(model, artifact.projections)
         restore_(model, artifact.layers)
-        return model
+    if is_converted(model):
+        adapter_named(artifact.family).mark_converted_(model)
+    return model
 
 
-def load_model(path: str | Path) -> nn.Module:
+def load_model(path: str | Path, revision: str | None = None) -> nn.Module:
     """The model saved in ``path``, at whatever stage, ready to run, on the CPU.
 
+    Args:
+        path: A folder; or, where there is none, a name on the Hugging Face hub such as ``organisation/name``.
+        revision: Of a model on the hub: a branch, a tag or a commit.
+
     Raises:
-        ConfigError: If ``path`` is no whole artifact, or that of a newer version of this package.
+        ConfigError: If ``path`` is no whole artifact, that of a newer version of this package, or a name that the hub
+            does not have or cannot be reached for.
 
     Example:
         >>> import tempfile, timm
@@ -181,11 +233,22 @@ def load_model(path: str | Path) -> nn.Module:
           (hidden_dropout): Dropout(p=0.0, inplace=False)
         )
     """
-    artifact = read_artifact(path, "path")
+    artifact = read_artifact(local_folder(path, revision), "path")
     model = build_structure(artifact)
-    _read_weights_(model, artifact.path / WEIGHTS)
+    _read_weights_(model, artifact.weights)
     adapter_named(artifact.family).fill_buffers_(model)
     return model.eval()
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder of an artifact, downloaded first if ``path`` is the name of one on the hub."""
+    if Path(path).is_dir() or not HUB_NAME.fullmatch(str(path)):
+        return Path(path)
+    try:
+        return Path(huggingface_hub.snapshot_download(str(path), revision=revision))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"path={str(path)!r}: neither a folder nor a reachable hub name ({reason})") from error
 
 
 def _read_weights_(model: nn.Module, file: Path) -> None:

@@ -25,7 +25,7 @@ def test_what_it_says(saved):
     artifact = read_artifact(saved)
     assert (artifact.stage, artifact.phase, artifact.family) == ("routed", "RouterRegression", "timm_vit")
     assert artifact.history[0].metrics == {"test/accuracy": 0.5}
-    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "d2dmoe.safetensors"]
 
 
 def test_two_lines_of_python(saved):
@@ -42,7 +42,7 @@ def test_metrics_are_added_to_the_last_phase(saved):
         {"test/accuracy": 0.5},
         {"test/accuracy": 0.25},
     ]
-    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "d2dmoe.safetensors"]
 
 
 def test_the_processor_is_saved_beside(tmp_path):
@@ -109,18 +109,18 @@ def test_a_folder_that_is_no_artifact(tmp_path):
 
 
 def test_missing_weights(saved):
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"model.safetensors is missing or truncated"):
+    (saved / "d2dmoe.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"d2dmoe.safetensors is missing or truncated"):
         read_artifact(saved)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 200, -1])
 def test_truncated_weights(saved, kept):
-    weights = saved / "model.safetensors"
+    weights = saved / "d2dmoe.safetensors"
     weights.write_bytes(weights.read_bytes()[:kept])
-    with pytest.raises(ConfigError, match=r"init_from='.*artifact': model.safetensors is missing or truncated"):
+    with pytest.raises(ConfigError, match=r"init_from='.*artifact': d2dmoe.safetensors is missing or truncated"):
         read_artifact(saved)
-    with pytest.raises(ConfigError, match=r"path='.*artifact': model.safetensors is missing or truncated"):
+    with pytest.raises(ConfigError, match=r"path='.*artifact': d2dmoe.safetensors is missing or truncated"):
         load_model(saved)
 
 
@@ -132,11 +132,11 @@ def test_an_artifact_can_be_moved(saved, tmp_path):
 def test_it_says_its_format_and_a_newer_one_is_refused_in_one_line(saved):
     file = saved / "config.json"
     config = json.loads(file.read_text())
-    assert config["d2dmoe"]["format"] == 1
-    config["d2dmoe"]["format"] = 2
+    assert config["d2dmoe"]["format"] == 2
+    config["d2dmoe"]["format"] = 3
     file.write_text(json.dumps(config))
     with pytest.raises(
-        ConfigError, match=r"^path='.*': has format 2, that of a newer d2dmoe_pl; this one reads formats up to 1$"
+        ConfigError, match=r"^path='.*': has format 3, that of a newer d2dmoe_pl; this one reads formats up to 2$"
     ):
         load_model(saved)
 

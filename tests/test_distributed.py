@@ -62,7 +62,7 @@ def two_processes(one_process, tmp_path_factory):
 
 
 def test_clustering_gives_the_numbers_of_one_process(one_process, two_processes):
-    name = "expert_clustering/artifact/model.safetensors"
+    name = "expert_clustering/artifact/d2dmoe.safetensors"
     one, two = load_file(one_process[1] / name), load_file(two_processes[0] / name)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -78,7 +78,7 @@ def test_coactivation_split_gives_that_of_one_process(one_process, tmp_path):
     main(["fit", *common, f"--trainer.default_root_dir={tmp_path / 'one'}"])
     more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=20"]
     run([MAIN, "fit", *common, *more, f"--trainer.default_root_dir={tmp_path / 'two'}"])
-    name = "lightning_logs/version_0/artifact/model.safetensors"
+    name = "lightning_logs/version_0/artifact/d2dmoe.safetensors"
     tensors = [load_file(tmp_path / process / name) for process in ("one", "two")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
 
@@ -156,7 +156,7 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     main([*chain, str(tmp_path / "one"), "--set", *settings])
     two = ["trainer.devices=2", "trainer.strategy=ddp", "data.init_args.batch_size=3"]
     run([MAIN, *chain, str(tmp_path / "two"), "--set", *settings, *two])
-    left = [f"{steps[0]}/artifact/importance.safetensors", f"{steps[1]}/artifact/model.safetensors"]
+    left = [f"{steps[0]}/artifact/importance.safetensors", f"{steps[1]}/artifact/d2dmoe.safetensors"]
     scores, models = ([load_file(tmp_path / processes / name) for processes in ("one", "two")] for name in left)
     assert scores[0].keys() == scores[1].keys()
     for layer, score in scores[0].items():

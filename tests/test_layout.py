@@ -17,14 +17,14 @@ PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
     ["errors", "hooks", "notices", "whole_files"],
-    ["failures", "plugins", "recipe"],
+    ["auto_classes", "failures", "plugins", "recipe"],
     ["data"],
     ["adapters"],
     ["moe"],
     ["metrics"],
     ["moebert"],
     ["structure"],
-    ["artifact"],
+    ["artifact", "auto_models"],
     ["phases"],
     ["callbacks"],
     ["benchmark"],

@@ -1,3 +1,4 @@
+from ._adapter import KEY as KEY
 from ._adapter import Adapter as Adapter
 from ._adapter import ModelSource as ModelSource
 from ._adapter import TaskName as TaskName

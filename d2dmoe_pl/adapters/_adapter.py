@@ -24,6 +24,9 @@ TaskName = Literal[
 ]
 
 
+KEY = "d2dmoe"  # in an artifact's config.json, for what is ours
+
+
 class Adapter(ABC):
     """One model family: where its FFNs and attention projections are, how it is called, described and rebuilt.
 
@@ -147,6 +150,9 @@ class Adapter(ABC):
 
     def save_beside(self, model: nn.Module, folder: Path) -> None:  # noqa: B027 (most libraries keep nothing)
         """Write into ``folder`` what the model's library keeps beside configuration and weights."""
+
+    def mark_converted_(self, model: nn.Module) -> None:  # noqa: B027 (most libraries have no such method)
+        """Let ``model`` save itself as what it is now, where its library has a method for that."""
 
     @abstractmethod
     def build(self, folder: Path) -> nn.Module:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters._adapter import Adapter, TaskName, module_at, place_meta_buffers_
+from d2dmoe_pl.adapters._adapter import KEY, Adapter, TaskName, module_at, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.adapters._padding import padded_behind
+from d2dmoe_pl.adapters._saved_as_artifact import SavesArtifact
 from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -142,6 +143,9 @@ class HuggingFaceAdapter(Adapter):
         if model.can_generate():
             model.generation_config.to_json_file(folder / GENERATION_CONFIG)
 
+    def mark_converted_(self, model: Any) -> None:
+        model.save_pretrained = SavesArtifact(model)
+
     def rebuild(self, model: Any) -> nn.Module:
         return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
 
@@ -153,8 +157,12 @@ class HuggingFaceAdapter(Adapter):
             model.initialize_weights()
 
     def build(self, folder: Path) -> nn.Module:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        model = getattr(transformers, config.architectures[0])._from_config(config)
+        described = json.loads((folder / "config.json").read_text())
+        ours = described.pop(KEY, {})
+        model_type = ours.get("model_type", described.pop("model_type"))
+        described.pop("model_type", None)
+        config = transformers.AutoConfig.for_model(model_type, **described)
+        model = getattr(transformers, str(described["architectures"][0]))._from_config(config)
         if (folder / GENERATION_CONFIG).exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         return model

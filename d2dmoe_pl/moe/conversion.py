@@ -145,6 +145,7 @@ def convert_to_moe_(
             model.set_submodule(ffn.name, layer)
         else:
             adapter.put_(model, ffn, layer)
+    adapter.mark_converted_(model)
 
 
 def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterFn | None = None) -> None:

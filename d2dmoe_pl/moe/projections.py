@@ -144,6 +144,7 @@ def replace_projections_(
         mlp = ProjectionMLP(projection.d_in, width, projection.d_out, residual)
         weight = projection.weight
         put_projection_(model, projection, mlp.to(weight.device, weight.dtype).train(model.training))
+    adapter_for(model).mark_converted_(model)
 
 
 def projection_mlps(model: nn.Module) -> dict[str, ProjectionMLP]:

@@ -62,6 +62,7 @@ def convert_to_moebert_(
         routing = routing_class(sizes).to(ffn.up.weight.device, ffn.up.weight.dtype)
         layer = MoEBERTLayer(experts, routing, context, config).train(model.get_submodule(ffn.name).training)
         adapter.put_with_residual_(model, ffn, layer)
+    adapter.mark_converted_(model)
 
 
 def set_hash_table_(model: nn.Module, table: Tensor, argument: str = "table") -> None:
