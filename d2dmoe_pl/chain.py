@@ -6,7 +6,6 @@ import shutil
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -14,29 +13,14 @@ from typing import Any
 import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 
-from d2dmoe_pl.artifact import read_artifact, record_metrics
+from d2dmoe_pl.artifact import record_metrics
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.chain_status import STATUS, Todo, computed_config, plan_of, say, write_status
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
 from d2dmoe_pl.phase_cli import CHECKPOINT, PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import phase_config, read_recipe
-from d2dmoe_pl.whole_files import replaced_file
-
-STATUS = "phase.json"
-# settings of where and how a phase runs rather than of what it computes
-INCIDENTAL = {
-    "accelerator",
-    "default_root_dir",
-    "devices",
-    "enable_model_summary",
-    "enable_progress_bar",
-    "log_every_n_steps",
-    "logger",
-    "num_nodes",
-    "strategy",
-}
 
 
 class RecipeFile(ActionConfigFile):
@@ -45,14 +29,6 @@ class RecipeFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Take the recipe with all that it takes from others as if it had been written on the command line."""
         super().__call__(parser, cfg, json.dumps(read_recipe(values)), option_string)
-
-
-class Todo(Enum):
-    """What is to be done about a phase."""
-
-    SKIP = "finished"
-    RESUME = "continues"
-    RUN = "starts"
 
 
 def chain_parser() -> ArgumentParser:
@@ -109,30 +85,30 @@ def run_chain(config: Namespace) -> None:
 
 def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir: Path, start_over: str | None) -> None:
     openings = [PhaseCLI(args=arguments_of_one, run=False) for arguments_of_one in arguments]
-    computed = [_computed_config(opening) for opening in openings]
-    plan = _plan(output_dir, names, computed, start_over)
+    computed = [computed_config(opening) for opening in openings]
+    plan = plan_of(output_dir, names, computed, start_over)
     first = next((index for index, todo in enumerate(plan) if todo is not Todo.SKIP), None)
     for name, todo in zip(names, plan, strict=True):
-        _say(f"{name}: {todo.value}" + (f" ({output_dir / name})" if todo is Todo.SKIP else ""))
+        say(f"{name}: {todo.value}" + (f" ({output_dir / name})" if todo is Todo.SKIP else ""))
     if first is None:
-        _say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
+        say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
         return
     openings = openings[first:]
     preflight([opening.model for opening in openings], [opening.datamodule for opening in openings])
     del openings
 
     for index in range(first, len(names)):
-        _say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
+        say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
         try:
             _run_phase(output_dir / names[index], arguments[index], computed[index], plan[index])
         except (KeyboardInterrupt, SystemExit):
-            _say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
+            say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
             raise
         except ConfigError:
             raise
         except Exception as error:
             raise InterruptedPhaseError(names[index], output_dir / names[index]) from error
-    _say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
+    say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
 
 
 def _check_writable(output_dir: Path) -> None:
@@ -198,64 +174,6 @@ def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], inde
     ]
 
 
-def _computed_config(opening: PhaseCLI) -> dict[str, Any]:
-    """The part of a phase's config that decides what it computes, flat, as JSON keeps it."""
-    config = json.loads(opening.parser.dump(opening.config, format="json"))
-    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in INCIDENTAL}
-    config["model"]["init_args"].pop("init_from", None)
-    return _flat(config)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()
-    }
-
-
-def _plan(output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None) -> list[Todo]:
-    """What to do about each phase: nothing after the first unfinished one can count as finished."""
-    plan: list[Todo] = []
-    for name, config in zip(names, computed, strict=True):
-        folder = output_dir / name
-        status = _read_status(folder)
-        redo = name == start_over or any(todo is not Todo.SKIP for todo in plan)
-        if redo or status is None:
-            plan.append(Todo.RUN)
-            continue
-        changes = _changes(status["config"], config)
-        if status["finished"]:
-            read_artifact(folder / FOLDER, f"finished phase {name}")
-            if changes:
-                _say(
-                    f"{name}: its config has changed since it was finished; --from {name} redoes it. {changes}",
-                    "yellow",
-                )
-            plan.append(Todo.SKIP)
-        else:
-            if changes:
-                _say(f"{name}: its config has changed since it was interrupted; it starts over. {changes}", "yellow")
-            plan.append(Todo.RUN if changes else Todo.RESUME)
-    return plan
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    return "; ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
-
-
-def _read_status(folder: Path) -> dict[str, Any] | None:
-    file = folder / STATUS
-    return json.loads(file.read_text()) if file.is_file() else None
-
-
-@rank_zero_only
-def _write_status(folder: Path, config: dict[str, Any], finished: bool) -> None:
-    with replaced_file(folder / STATUS) as aside:
-        aside.write_text(json.dumps({"finished": finished, "config": config}, indent=2, sort_keys=True) + "\n")
-
-
 @rank_zero_only
 def _clear(folder: Path) -> None:
     """Remove what an earlier run of the phase left; a folder that no chain made is left alone."""
@@ -270,21 +188,16 @@ def _run_phase(folder: Path, arguments: list[str], computed: dict[str, Any], tod
         _clear(folder)
     resume_from = str(last) if todo is Todo.RESUME and last.is_file() else None
     opening = PhaseCLI(args=arguments, run=False)  # anew: a Trainer runs once, and the seed is set here
-    _write_status(folder, computed, finished=False)
+    write_status(folder, computed, finished=False)
     # the checkpoint is this chain's own, with metrics and callbacks in it that are more than tensors
     opening.trainer.fit(opening.model, datamodule=opening.datamodule, ckpt_path=resume_from, weights_only=False)
     metrics = opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
     if opening.trainer.is_global_zero:
         record_metrics(folder / FOLDER, {key: value for each in metrics for key, value in each.items()})
-    _write_status(folder, computed, finished=True)
+    write_status(folder, computed, finished=True)
     opening.trainer.strategy.barrier()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@rank_zero_only
-def _say(text: str, style: str | None = None) -> None:
-    Console(stderr=True).print(text, style=style, highlight=False, soft_wrap=True)
 
 
 def default_recipe() -> Path:

@@ -26,8 +26,10 @@ from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
+from d2dmoe_pl.run_folders import logger_beside
 
 CHECKPOINT = "last"
+EVALUATING = ("validate", "test", "predict")
 NESTED = re.compile(r"--(trainer|model|data)(\.\w+)+")
 
 # Lightning's own affair, or true and meant so; said at every start or resumption of a phase
@@ -97,6 +99,9 @@ class PhaseCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Let phases that pass over the data once run one epoch, where nothing is said of epochs."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        if self.subcommand in EVALUATING:
+            logger_beside(config.trainer.get("logger"))
+            self.save_config_callback = None  # the run's own config stays
         model = config.get("model")
         if model is not None and issubclass(resolve_name(model.class_path), OrderedPass):
             config.trainer.max_epochs = 1

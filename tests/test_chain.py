@@ -95,8 +95,11 @@ def test_from_redoes_that_phase_and_those_after_it(copy):
 
 def test_a_changed_config_of_a_finished_phase_is_said(copy, capsys):
     recipe, output = copy
-    main(arguments(recipe, output, "--set", "sparsity_enforcement.model.init_args.alpha=0.5"))
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(recipe, output, "--set", "sparsity_enforcement.model.init_args.alpha=0.5"))
+    assert exit_info.value.code == 2
     said = capsys.readouterr().err
+    assert len(said) < 800
     assert "sparsity_enforcement: its config has changed since it was finished" in said
     assert "model.init_args.alpha: 0.001 -> 0.5" in said
     assert "--from sparsity_enforcement redoes it" in said

@@ -28,7 +28,9 @@ FLOW = [
     ["phases"],
     ["callbacks"],
     ["benchmark"],
+    ["run_folders"],
     ["phase_cli"],
+    ["chain_status"],
     ["chain"],
     ["cli"],
 ]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
 from d2dmoe_pl.moe.layer import ExpertLayer
 from d2dmoe_pl.whole_files import replaced_file
 
+UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 LAYER_PREFIX = "experts_percent/"
 
 
@@ -148,19 +150,25 @@ def as_table(rows: Sequence[SweepRow], title: str) -> Table:
     """The rows for the terminal."""
     swept = rows[0].swept
     score = _score_name(rows[0])
-    table = Table(swept, score, "loss", "experts run %", "FFN FLOPs %", "FLOPs a sample", "model FLOPs %", title=title)
-    for column in table.columns:
-        column.justify = "right"
+    unit, prefix = _unit(max(row.model_flops for row in rows))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    for header in (swept, score, "loss", "experts run %", "FFN FLOPs %", f"{prefix}FLOPs a sample", "model FLOPs %"):
+        table.add_column(header, justify="right", overflow="fold")  # headers wrap; what does not fit is not cut
     for row in rows:
         shown = (row.score, row.loss, row.experts_percent, row.ffn_flops_percent)
         cells = ["{:.2f}", "{:.4f}", "{:.1f}", "{:.1f}"]
         table.add_row(
             "-" if row.setting is None else f"{row.setting:g}",
             *(cell.format(value) for cell, value in zip(cells, shown, strict=True)),
-            f"{row.model_flops / 1e6:,.3f} M",
+            f"{row.model_flops / unit:.3f}",
             f"{row.model_flops_percent:.1f}",
         )
     return table
+
+
+def _unit(largest: float) -> tuple[float, str]:
+    """A unit in which the largest of some numbers has few digits, and its prefix."""
+    return next(((unit, prefix) for unit, prefix in UNITS if largest >= unit), (1.0, ""))
 
 
 def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Figure:

@@ -1,0 +1,112 @@
+"""What a chain has done so far, phase by phase, and what is left to do."""
+
+import json
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from d2dmoe_pl.artifact import read_artifact
+from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.whole_files import replaced_file
+
+STATUS = "phase.json"
+MOST_CHANGES, LONGEST_VALUE = 5, 60  # of what is said of a config that has changed
+# settings of where and how a phase runs rather than of what it computes
+INCIDENTAL = {
+    "accelerator",
+    "default_root_dir",
+    "devices",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "logger",
+    "num_nodes",
+    "strategy",
+}
+
+
+class Todo(Enum):
+    """What is to be done about a phase."""
+
+    SKIP = "finished"
+    RESUME = "continues"
+    RUN = "starts"
+
+
+def computed_config(opening: PhaseCLI) -> dict[str, Any]:
+    """The part of a phase's config that decides what it computes, flat, as JSON keeps it."""
+    config = json.loads(opening.parser.dump(opening.config, format="json"))
+    config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in INCIDENTAL}
+    config["model"]["init_args"].pop("init_from", None)
+    return _flat(config)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf for name, part in value.items() for key, leaf in _flat(part, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+def plan_of(output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None) -> list[Todo]:
+    """What to do about each phase: nothing after the first unfinished one can count as finished."""
+    plan: list[Todo] = []
+    for name, config in zip(names, computed, strict=True):
+        folder = output_dir / name
+        status = _read_status(folder)
+        redo = name == start_over or any(todo is not Todo.SKIP for todo in plan)
+        if redo or status is None:
+            plan.append(Todo.RUN)
+            continue
+        changes = _changes(status["config"], config)
+        if status["finished"]:
+            read_artifact(folder / FOLDER, f"finished phase {name}")
+            check(
+                not changes,
+                f"{name}: its config has changed since it was finished; --from {name} redoes it and all that follow, "
+                f"another output_dir keeps both: {changes}",
+            )
+            plan.append(Todo.SKIP)
+        else:
+            if changes:
+                say(f"{name}: its config has changed since it was interrupted; it starts over. {changes}", "yellow")
+            plan.append(Todo.RUN if changes else Todo.RESUME)
+    return plan
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs, in a few lines' length; a setting that is new since, and says nothing, is no difference."""
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    keys = [key for key in keys if key in before or now[key] not in (None, False, "", [])]
+    told = [f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys[:MOST_CHANGES]]
+    more = len(keys) - len(told)
+    return "; ".join([*told, *([f"and {more} more"] if more else [])])
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+
+
+def _read_status(folder: Path) -> dict[str, Any] | None:
+    file = folder / STATUS
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+@rank_zero_only
+def write_status(folder: Path, config: dict[str, Any], finished: bool) -> None:
+    with replaced_file(folder / STATUS) as aside:
+        aside.write_text(json.dumps({"finished": finished, "config": config}, indent=2, sort_keys=True) + "\n")
+
+
+@rank_zero_only
+def say(text: str, style: str | None = None) -> None:
+    """Print a line of the chain's own on standard error, on the first process only."""
+    Console(stderr=True).print(text, style=style, highlight=False, soft_wrap=True)

@@ -1,0 +1,70 @@
+"""The folder of a run in the place of its config: what evaluates the phase that left it, and where that is written."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from d2dmoe_pl.artifact import CONFIG as ARTIFACT_CONFIG
+from d2dmoe_pl.artifact import read_artifact
+from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.errors import check
+
+RUN = "--run"
+CONFIG = "config.yaml"
+EVALUATIONS = "evaluations"  # the folder in a run's that evaluations of it are written to
+
+
+def with_run(arguments: Sequence[str]) -> list[str]:
+    """The arguments of an evaluation, in which a finished run's folder or config stands for the model that it left.
+
+    Args:
+        arguments: Behind ``validate``, ``test`` or ``predict``; ``--run FOLDER``, or ``--config FOLDER/config.yaml``.
+
+    Raises:
+        ConfigError: If there is no finished run.
+    """
+    found, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, value = argument.partition("=")
+        if key not in (RUN, "--config", "-c"):
+            found.append(argument)
+            continue
+        value = value if equals else rest.pop(0) if rest else ""
+        folder = finished_run(value) if key == RUN else Path(value).parent
+        if key != RUN and not (Path(value).name == CONFIG and (folder / FOLDER / ARTIFACT_CONFIG).is_file()):
+            found += ["--config", value]
+            continue
+        start = f"--model.init_args.init_from={folder / FOLDER}"
+        found += ["--config", str(folder / CONFIG), "--model.init_args.source=null", start]
+    return found
+
+
+def finished_run(folder: str) -> Path:
+    """The folder of a finished phase: ``folder`` itself, or of a chain's, that of its last phase that is finished.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    candidates = [Path(folder), *(each for each in sorted(Path(folder).glob("*")) if each.is_dir())]
+    runs = [each for each in candidates if (each / CONFIG).is_file() and (each / FOLDER / ARTIFACT_CONFIG).is_file()]
+    check(
+        bool(runs),
+        f"run={folder!r}: no finished phase; must be the folder of one, with {CONFIG} and {FOLDER}, or of a chain",
+    )
+    return runs[0] if runs[0] == Path(folder) else max(runs, key=lambda run: len(read_artifact(run / FOLDER).history))
+
+
+def logger_beside(logger: Any) -> Any:
+    """The config of a logger for an evaluation: below the folder of the run, if it would write into one.
+
+    Args:
+        logger: As ``trainer.logger`` is configured.
+    """
+    given = logger.get("init_args") if hasattr(logger, "get") else None
+    if not given or given.get("save_dir") is None:
+        return logger
+    folder = Path(given["save_dir"]) / (given.get("name") or "") / str(given.get("version") or "")
+    if (folder / FOLDER).is_dir():
+        given["save_dir"], given["name"], given["version"] = str(folder), EVALUATIONS, None
+    return logger

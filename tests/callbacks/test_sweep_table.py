@@ -1,0 +1,36 @@
+"""The table of a sweep can be read in a narrow terminal: nothing in it is cut."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table
+
+
+def row(flops, metric="matthews_correlation", tau=0.55):
+    return SweepRow("test", tau, 0.1234, metric, 91.25, True, True, 12.5, 14.0, flops, 55.5, {})
+
+
+@pytest.mark.parametrize("width", [80, 60])
+@pytest.mark.parametrize(
+    ("flops", "shown"),
+    [(70_672.1e6, "70.672"), (1.5e6, "1.500"), (999e3, "999.000"), (2.5e13, "25.000"), (12.0, "12.000")],
+)
+def test_nothing_is_cut(width, flops, shown):
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    console.print(as_table([row(flops), row(flops / 7)], "test, rule dynk_max, router regression"))
+    said = out.getvalue()
+    assert "…" not in said
+    assert shown in said
+    assert max(map(len, said.splitlines())) <= width
+    for word in ("matthews", "correlation", "experts", "FLOPs", "sample", "0.55", "91.25", "0.1234"):
+        assert word in said
+
+
+@pytest.mark.parametrize(("flops", "unit"), [(7e10, "GFLOPs"), (7e6, "MFLOPs"), (7e12, "TFLOPs"), (7e3, "kFLOPs")])
+def test_the_unit_fits_the_size(flops, unit):
+    out = io.StringIO()
+    Console(file=out, width=100).print(as_table([row(flops)], "test"))
+    assert unit in out.getvalue()

@@ -1,0 +1,62 @@
+"""Finished runs are evaluated by their folders, and left as they are."""
+
+import hashlib
+
+import pytest
+from recipe import arguments, write_recipe
+
+from d2dmoe_pl.cli import main
+from d2dmoe_pl.run_folders import finished_run
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chain")
+    main(arguments(write_recipe(folder / "recipe.yaml"), folder / "run"))
+    return folder / "run"
+
+
+def contents(folder):
+    """What is in every file of a run, but for its evaluations."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and "evaluations" not in file.parts]
+    return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_evaluations_leave_the_run_as_it_is(chain, capsys, subcommand, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = contents(chain)
+    run = chain / "router_regression"
+    for given in (["--run", str(run)], [f"--run={chain}"], ["--config", str(run / "config.yaml")]):
+        main([subcommand, *given, "--trainer.enable_progress_bar=false"])
+        said = capsys.readouterr().out
+        assert subcommand == "predict" or "accuracy" in said
+    assert contents(chain) == before
+    if subcommand != "predict":
+        assert len(list((run / "evaluations").rglob("tau_sweep.csv"))) >= 3
+
+
+def test_what_is_evaluated_is_what_the_run_left(chain, capsys):
+    main(["test", "--run", str(chain / "fine_tuning"), "--trainer.enable_progress_bar=false"])
+    record = (chain / "fine_tuning" / "artifact" / "config.json").read_text()
+    said = capsys.readouterr().out
+    accuracy = next(line.split()[-1] for line in said.splitlines() if "test/accuracy" in line)
+    assert f'"test/accuracy": {accuracy[:5]}' in record
+
+
+def test_other_settings_change_an_evaluation(chain, capsys):
+    more = ["--trainer.limit_test_batches=1", "--data.init_args.batch_size=5", "--trainer.enable_progress_bar=false"]
+    main(["test", "--run", str(chain / "fine_tuning"), *more])
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_the_last_finished_phase_of_a_chain(chain, tmp_path):
+    assert finished_run(str(chain)) == chain / "router_regression"
+    assert finished_run(str(chain / "fine_tuning")) == chain / "fine_tuning"
+
+
+def test_no_run(tmp_path, capsys):
+    for given in (str(tmp_path), "/nowhere"):
+        with pytest.raises(SystemExit):
+            main(["test", "--run", given])
+        assert f"error: run='{given}': no finished phase; must be the folder of one" in capsys.readouterr().err
