@@ -2,16 +2,20 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
+from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.chain import chain_parser, default_recipe, run_chain
+from d2dmoe_pl.errors import check
 from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
 from d2dmoe_pl.phase_cli import EVALUATING, PhaseCLI, without_needless_warnings
 from d2dmoe_pl.run_folders import with_run
@@ -29,11 +33,30 @@ class D2DMoECLI(PhaseCLI):
         super()._add_subcommands(parser, **kwargs)
         for name in ("validate", "test"):
             self._subcommand_parsers[name].set_defaults(verbose=False)
+        predict = self._subcommand_parsers["predict"]
+        predict.set_defaults(return_predictions=False)
+        predict.add_argument("--output", type=str, default="predictions.csv", help="Gets a row a sample; or .parquet.")
+        predict.add_argument("--text", type=str, nargs="+", default=None, help="Texts in the place of the test split.")
+        predict.add_argument("--text_file", type=str, default=None, help="The same, a line each; - is standard input.")
+        predict.add_argument("--images", type=str, default=None, help="A folder of pictures in its place.")
         for name, (make_parser, _) in OWN.items():
             own: Any = make_parser()
             self._subcommand_parsers[name] = own
             assert parser._subcommands_action is not None
             parser._subcommands_action.add_subcommand(name, own, help=own.description)
+
+    def before_predict(self) -> None:
+        """Write predictions; for what is given on the command line, if anything is."""
+        config = self.config[self.subcommand]
+        inputs = given_inputs(config.text, config.text_file, config.images)
+        if inputs is not None:
+            self.datamodule.predict_for(inputs)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it
+        callbacks.append(PredictionFile(config.output, inputs))
+
+    def after_predict(self) -> None:
+        """Say where the predictions are."""
+        print(f"Predictions: {self.config[self.subcommand].output}")
 
     def after_validate(self) -> None:
         """Print what was measured, a line a metric; Lightning's own table cuts names."""
@@ -58,6 +81,37 @@ class D2DMoECLI(PhaseCLI):
             run(self.config[subcommand])
         else:
             super()._run_subcommand(subcommand)
+
+
+def given_inputs(text: Sequence[str] | None, text_file: str | None, images: str | None) -> list[str] | None:
+    """What to predict for: texts, the lines of a file or of standard input, or the pictures below a folder.
+
+    Args:
+        text: Texts.
+        text_file: A file of texts, ``-`` for standard input.
+        images: A folder.
+
+    Returns:
+        Texts or paths; None if nothing is given.
+
+    Raises:
+        ConfigError: For more than one of the three, or if there is nothing there.
+    """
+    given = [value is not None for value in (text, text_file, images)]
+    check(sum(given) <= 1, "text, text_file, images: at most one of these can be given")
+    if not any(given):
+        return None
+    if text is not None:
+        found = list(text)
+    elif text_file is not None:
+        check(text_file == "-" or Path(text_file).is_file(), f"text_file={text_file!r}: no such file")
+        lines = sys.stdin.read() if text_file == "-" else Path(text_file).read_text(encoding="utf-8")
+        found = [line for line in lines.splitlines() if line.strip()]
+    else:
+        endings = set(Image.registered_extensions())
+        found = sorted(str(file) for file in Path(str(images)).rglob("*") if file.suffix.lower() in endings)
+    check(bool(found), f"{'images' if images else 'text'}: there is nothing to predict for")
+    return found
 
 
 def _print_metrics(trainer: Trainer) -> None:

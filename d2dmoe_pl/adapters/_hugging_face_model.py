@@ -126,7 +126,7 @@ class HuggingFaceModel(ModelSource):
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Keep transformers from listing weights that did not fit."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -137,6 +137,14 @@ class ImageClassification(TaskData):
         split = split.cast_column(self.image_column, Image(decode=False))
         return split.add_column(SAMPLE, [f"sample {i + 1} of the {name} split" for i in range(len(split))])
 
+    def raw_samples(self, inputs: Sequence[str]) -> Dataset:
+        """Pictures by their paths."""
+        names = list(map(str, inputs))
+        paths = Dataset.from_dict({self.image_column: names, SAMPLE: names}).cast_column(
+            self.image_column, Image(decode=False)
+        )
+        return paths.add_column("labels", [0] * len(names))
+
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         augment = augment and self.augment
         pictures = [

@@ -17,7 +17,7 @@ from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import places
 from d2dmoe_pl.data.task import Task
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 
 SPLITS = ("train", "validation", "test")
 
@@ -70,6 +70,7 @@ class TaskData(L.LightningDataModule):
         self._own_task: Task | None = None
         self._outputs: Tensor | None = None  # of the data's classes, where their order is not the data's own
         self._splits: Mapping[str, Dataset] = {}
+        self._raw_inputs: list[str] | None = None
 
     @abstractmethod
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
@@ -164,6 +165,18 @@ class TaskData(L.LightningDataModule):
         self.task = self._own_task.with_label_names(output_names)
         self._outputs = torch.tensor([*found, *others])
 
+    def raw_samples(self, inputs: Sequence[str]) -> Dataset:
+        """Samples to predict for, of inputs as they are: texts, or paths of pictures.
+
+        Raises:
+            ConfigError: If this data has no such inputs.
+        """
+        raise ConfigError(f"{type(self).__name__}: predicts for the samples of its own splits only")
+
+    def predict_for(self, inputs: Sequence[str]) -> None:
+        """Let ``predict`` run over these inputs instead of the test split."""
+        self._raw_inputs = list(inputs)
+
     @contextmanager
     def in_order(self) -> Iterator[None]:
         """Let training loaders that are made in the body give samples in order and unaugmented."""
@@ -187,7 +200,9 @@ class TaskData(L.LightningDataModule):
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._evaluation_loaders("test", in_order=True)
+        if self._raw_inputs is None:
+            return self._evaluation_loaders("test", in_order=True)
+        return self._loader_of(self.raw_samples(self._raw_inputs), False, None)
 
     def _evaluation_loaders(self, stage: str, in_order: bool = False) -> DataLoader | list[DataLoader]:
         loaders = [self._loader(name, False, in_order) for name in self.split_names(stage)]
@@ -195,11 +210,16 @@ class TaskData(L.LightningDataModule):
 
     def _batch(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
         batch = self.collate(samples, augment)
-        return batch if self._outputs is None else {**batch, "labels": renumbered(batch["labels"], self._outputs)}
+        if self._outputs is None or "labels" not in batch:
+            return batch
+        return {**batch, "labels": renumbered(batch["labels"], self._outputs)}
 
     def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
         dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
         sampler = self.training_sampler(dataset) if train else _ordered_sampler(dataset, repeat=split == "train")
+        return self._loader_of(dataset, train, sampler)
+
+    def _loader_of(self, dataset: Dataset, train: bool, sampler: Sampler | None) -> DataLoader:
         return CacheableLoader(
             dataset,
             batch_size=self.batch_size,

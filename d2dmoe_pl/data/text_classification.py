@@ -1,6 +1,6 @@
 """Texts, or pairs of texts, with labels, from any Hugging Face dataset."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
 
@@ -58,6 +58,15 @@ class TextClassification(TokenizedData):
                 check_texts(split, column, name)
         encoded, task = self.encoded(splits)
         return {name: self.tokenized(split, self.text_columns) for name, split in encoded.items()}, task
+
+    def raw_samples(self, inputs: Sequence[str]) -> Dataset:
+        """Texts; of pairs, the two parted by a tab."""
+        number = len(self.text_columns)
+        parts = [text.split("\t") for text in inputs]
+        for text, part in zip(inputs, parts, strict=True):
+            check(len(part) == number, f"text={text!r}: must be {number} texts, parted by a tab")
+        columns = dict(zip(self.text_columns, map(list, zip(*parts, strict=True)), strict=True))
+        return self.tokenized(Dataset.from_dict(columns), self.text_columns)
 
     def encoded(self, splits: Mapping[str, Dataset]) -> tuple[Mapping[str, Dataset], Task]:
         """The splits with what is to be learnt in the column ``labels``, and the task."""

@@ -1,0 +1,119 @@
+"""What a model says of each sample, and what that cost, in a file."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from datasets import Dataset
+from torch import Tensor
+
+from d2dmoe_pl.data.task import Batch, Task
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
+from d2dmoe_pl.metrics.sample_cost import sample_cost
+from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
+from d2dmoe_pl.whole_files import replaced_file
+
+WRITERS: dict[str, Callable[[Dataset, Path], Any]] = {".csv": Dataset.to_csv, ".parquet": Dataset.to_parquet}
+
+
+class PredictionFile(L.Callback):
+    """Write a row a sample, in the order of the test split, while ``predict`` runs.
+
+    Columns: ``sample``, its number from 1; ``input``, where it was given on the command line; ``label``, where there is
+    one; ``prediction``; of classes, the probability of each by its name; and where there are layers with experts,
+    ``experts_percent`` and ``flops`` (of the whole model for this sample; a multiply-add is 2).
+
+    Args:
+        file: Its ending, ``.csv`` or ``.parquet``, decides the format.
+        inputs: What the samples are called, where they are given on the command line.
+
+    Raises:
+        ConfigError: For another ending; to predict, for a task of anything but classes and numbers, or in several
+            processes.
+    """
+
+    def __init__(self, file: str = "predictions.csv", inputs: Sequence[str] | None = None) -> None:
+        ending = Path(file).suffix
+        check(ending in WRITERS, f"output={file!r}: the ending must be one of {', '.join(WRITERS)}")
+        self.file = Path(file)
+        self.inputs = inputs
+        self.rows: list[dict[str, Any]] = []
+        self._flops_outside: dict[int | None, int] = {}
+        self._masks: dict[str, Tensor] = {}
+
+    def on_predict_start(self, trainer: L.Trainer, phase: Any) -> None:
+        """Watch what the model's layers decide."""
+        check(trainer.world_size == 1, f"devices={trainer.world_size}: predictions are written by one process alone")
+        head = phase.task.head
+        check(head in ("classification", "regression"), f"predict: writes classes and numbers, not what {head} gives")
+        self.rows, self._flops_outside = [], {}
+        layers: dict[str, Any] = expert_layers(phase.model)
+        self._layers: dict[str, ExpertLayer] = {name: layer for name, layer in layers.items() if _decides(layer)}
+        self._watching = hooked(layer.watch(partial(self._see, name)) for name, layer in self._layers.items())
+        self._watching.__enter__()
+
+    def _see(self, name: str, mask: Tensor) -> None:
+        self._masks[name] = mask
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, phase: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Add the rows of a batch."""
+        if dataloader_idx > 0:
+            return
+        rows = prediction_rows(phase.task, outputs, None if self.inputs is not None else batch["labels"])
+        for row in rows:
+            row = {"sample": len(self.rows) + 1, **row}
+            self.rows.append(row if self.inputs is None else {"input": self.inputs[len(self.rows)], **row})
+        if self._layers:
+            masks = [self._masks[name] for name in self._layers]
+            lengths = sample_lengths(batch)
+            tokens = [len(masks[0]) // len(rows)] * len(rows) if lengths is None else lengths
+            kinds: Sequence[int | None] = lengths or [None] * len(rows)
+            for length in set(kinds) - self._flops_outside.keys():
+                self._flops_outside[length] = flops_outside_ffns(phase.model, sample_inputs(batch, length))
+            outside = [self._flops_outside[length] for length in kinds]
+            cost = sample_cost(list(self._layers.values()), masks, tokens, outside)
+            for row, share, flops in zip(self.rows[-len(rows) :], cost.experts_percent, cost.flops, strict=True):
+                row.update(experts_percent=share, flops=flops)
+
+    def on_predict_end(self, trainer: L.Trainer, phase: Any) -> None:
+        """Write the file, whole or not at all."""
+        self._watching.__exit__(None, None, None)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(self.file) as aside:
+            WRITERS[self.file.suffix](Dataset.from_list(self.rows), aside)
+
+
+def prediction_rows(task: Task, outputs: dict[str, Tensor], labels: Tensor | None) -> list[dict[str, Any]]:
+    """One row a sample of what a task predicts, classes by name.
+
+    Args:
+        task: Of classes or numbers.
+        outputs: What :meth:`Task.predictions` gave for a batch.
+        labels: The batch's; None where there are none.
+    """
+    names = task.label_names
+    rows = []
+    for i, prediction in enumerate(outputs["predictions"].tolist()):
+        is_class = task.head == "classification"
+        row: dict[str, Any] = {}
+        if labels is not None:
+            row["label"] = names[int(labels[i])] if is_class else float(labels[i])
+        row["prediction"] = names[prediction] if is_class else prediction
+        if is_class:
+            row |= {
+                f"probability of {name}": float(p) for name, p in zip(names, outputs["probabilities"][i], strict=True)
+            }
+        rows.append(row)
+    return rows
+
+
+def _decides(layer: ExpertLayer) -> bool:
+    """Whether a layer chooses among its experts; one without a gate runs all."""
+    return not isinstance(layer, MoELayer) or layer.gate is not None

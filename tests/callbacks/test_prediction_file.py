@@ -1,0 +1,141 @@
+"""Predictions in a file: what is said of each sample, and what it cost, which adds up to what a sweep reports."""
+
+import csv
+import io
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from digits_models import DIGIT_LABELS
+from PIL import Image
+from stand_ins import ANIMALS, COLOURS, write_emotion
+
+from d2dmoe_pl.artifact import save_artifact
+from d2dmoe_pl.callbacks import TauSweep
+from d2dmoe_pl.callbacks.prediction_file import PredictionFile
+from d2dmoe_pl.cli import given_inputs, main
+from d2dmoe_pl.data import DatasetSource, TextClassification
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.metrics.sample_cost import pairs_by_sample
+from d2dmoe_pl.phases import FineTuning, RecoveryTuning
+
+LABELS = sorted(ANIMALS)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Texts of several lengths with their labels, and a routed model for them."""
+    write_emotion(tmp_path / "texts")
+    (tmp_path / "texts" / "test.csv").write_text(
+        "text,label\n" + "".join(f"{'red ' * (1 + i % 4)}{ANIMALS[i % 5]},{ANIMALS[i % 5]}\n" for i in range(11))
+    )
+    words = [*COLOURS, *ANIMALS]
+    tokenizer = tiny.tokenizer(tmp_path / "tok", words, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+    model = tiny.SOURCES["bert"]().build(LABELS[::-1]).eval()
+    tiny._spread(model)
+    tiny.swap_activation_(model, tiny.ActivationConfig("relu"))
+    save_artifact(tiny.route_(model, tau=0.3), tmp_path / "artifact")
+    where = DatasetSource(**{name: str(tmp_path / "texts" / f"{name}.csv") for name in ("train", "validation", "test")})
+    data = lambda: TextClassification(where, tokenizer, batch_size=4, group_by_length=True)  # noqa: E731
+    return str(tmp_path / "artifact"), data
+
+
+def predicted(trainer, artifact, data, file, inputs=None):
+    phase = RecoveryTuning(init_from=artifact)
+    trainer(callbacks=[PredictionFile(str(file), inputs)]).predict(phase, datamodule=data, return_predictions=False)
+    return phase
+
+
+def test_a_row_a_sample_in_the_splits_order(trainer, texts, tmp_path):
+    artifact, data = texts
+    predicted(trainer, artifact, data(), tmp_path / "out" / "a.csv")
+    rows = list(csv.DictReader((tmp_path / "out" / "a.csv").open()))
+    assert [int(row["sample"]) for row in rows] == list(range(1, 12))
+    assert [row["label"] for row in rows] == [ANIMALS[i % 5] for i in range(11)]
+    for row in rows:
+        shares = {name: float(row[f"probability of {name}"]) for name in LABELS}
+        assert sum(shares.values()) == pytest.approx(1.0, abs=1e-5)
+        assert row["prediction"] == max(shares, key=shares.get)
+    predicted(trainer, artifact, data(), tmp_path / "a.parquet")
+    again = Dataset.from_parquet(str(tmp_path / "a.parquet"))
+    assert again["prediction"][:] == [row["prediction"] for row in rows]
+
+
+def test_costs_add_up_to_what_a_sweep_reports(trainer, texts, tmp_path):
+    artifact, data = texts
+    predicted(trainer, artifact, data(), tmp_path / "a.csv")
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    sweep = TauSweep([0.3])
+    trainer(callbacks=[sweep]).test(RecoveryTuning(init_from=artifact), datamodule=data(), verbose=False)
+    (row,) = sweep.rows["test"]
+    assert sum(int(row["flops"]) for row in rows) / len(rows) == pytest.approx(row.model_flops)
+    tokens = [3 + 1 + i % 4 for i in range(11)]  # with [CLS] and [SEP]
+    weighted = sum(float(row["experts_percent"]) * n for row, n in zip(rows, tokens, strict=True)) / sum(tokens)
+    assert weighted == pytest.approx(row.experts_percent)
+    assert len({row["flops"] for row in rows}) > 4
+
+
+def test_raw_texts(trainer, texts, tmp_path):
+    artifact, data = texts
+    with_texts = data()
+    inputs = ["red cat", "blue blue dog", "gnu"]
+    with_texts.predict_for(inputs)
+    phase = predicted(trainer, artifact, with_texts, tmp_path / "a.csv", inputs)
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row["input"] for row in rows] == inputs
+    assert "label" not in rows[0]
+    with torch.no_grad():
+        encoded = with_texts.tokenizer(inputs[1], return_tensors="pt")
+        logits = phase.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits[0]
+    assert rows[1]["prediction"] == LABELS[::-1][int(logits.argmax())]
+
+
+def test_numbers_and_dense_models(trainer, digits, tmp_path):
+    source = tiny.TimmModel("vit_tiny_patch16_224", **tiny.DIGITS_VIT)
+    save_artifact(source.build(DIGIT_LABELS), tmp_path / "dense")
+    phase = FineTuning(init_from=str(tmp_path / "dense"))
+    trainer(callbacks=[PredictionFile(str(tmp_path / "a.csv"))]).predict(phase, datamodule=digits)
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert len(rows) == 400
+    assert rows[0].keys() == {"sample", "label", "prediction", *(f"probability of {name}" for name in DIGIT_LABELS)}
+
+
+def test_pairs_by_sample():
+    mask = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1]]).bool()
+    assert pairs_by_sample(mask, [2, 1, 1]) == [3, 0, 2]
+
+
+def test_what_cannot_be_written():
+    with pytest.raises(ConfigError, match=r"output='a.txt': the ending must be one of .csv, .parquet"):
+        PredictionFile("a.txt")
+
+
+class TestCommand:
+    def test_inputs(self, tmp_path, monkeypatch):
+        (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+        Image.new("RGB", (2, 2)).save(tmp_path / "b.png")
+        assert given_inputs(None, None, None) is None
+        assert given_inputs(["a"], None, None) == ["a"]
+        assert given_inputs(None, str(tmp_path / "a.txt"), None) == ["one", "two"]
+        assert given_inputs(None, None, str(tmp_path)) == [str(tmp_path / "b.png")]
+        monkeypatch.setattr("sys.stdin", io.StringIO("three\n"))
+        assert given_inputs(None, "-", None) == ["three"]
+        with pytest.raises(ConfigError, match="text, text_file, images: at most one of these can be given"):
+            given_inputs(["a"], "b", None)
+        with pytest.raises(ConfigError, match="text_file='/nowhere': no such file"):
+            given_inputs(None, "/nowhere", None)
+        with pytest.raises(ConfigError, match="images: there is nothing to predict for"):
+            given_inputs(None, None, str(tmp_path / "none"))
+
+    def test_from_the_command_line(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        save_artifact(tiny.TimmModel("vit_tiny_patch16_224", **tiny.DIGITS_VIT).build(DIGIT_LABELS), tmp_path / "dense")
+        start = ["--model", "FineTuning", f"--model.init_args.init_from={tmp_path / 'dense'}", "--data", "Digits"]
+        quiet = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+        main(["predict", *start, *quiet, "--output", "out.csv"])
+        assert "Predictions: out.csv" in capsys.readouterr().out
+        assert len((tmp_path / "out.csv").read_text().splitlines()) == 401
+        with pytest.raises(SystemExit):
+            main(["predict", *start, *quiet, "--text", "a b"])
+        assert "error: Digits: predicts for the samples of its own splits only" in capsys.readouterr().err
