@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from d2dmoe_pl.artifact import record_metrics
@@ -20,42 +19,7 @@ from d2dmoe_pl.chain_status import STATUS, Todo, computed_config, plan_of, say, 
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
 from d2dmoe_pl.phase_cli import CHECKPOINT, PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
-from d2dmoe_pl.recipe import phase_config, read_recipe
-
-
-class RecipeFile(ActionConfigFile):
-    """``--config`` of a chain: a recipe."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Take the recipe with all that it takes from others as if it had been written on the command line."""
-        super().__call__(parser, cfg, json.dumps(read_recipe(values)), option_string)
-
-
-def chain_parser() -> ArgumentParser:
-    """The arguments of the ``chain`` subcommand."""
-    parser = ArgumentParser(
-        description="Run phases in order; run again after an interruption, it goes on.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
-    parser.add_argument(
-        "-c", "--config", action=RecipeFile, help="A recipe: YAML with shared and phases; configs/ has some."
-    )
-    parser.add_argument("--shared", type=dict, default={}, help="What every phase takes of fit, e.g. the data.")
-    parser.add_argument(
-        "--phases", type=dict[str, dict], default={}, help="From the name of each, first to last, to the rest it takes."
-    )
-    parser.add_argument("--output_dir", type=str, default="runs/chain", help="Gets one folder a phase.")
-    parser.add_argument("--seed", type=int, default=0, help="Of every phase.")
-    parser.add_argument("--from", type=str, default=SUPPRESS, help="Redo from this phase on.")
-    parser.add_argument(
-        "--set",
-        type=str,
-        default=SUPPRESS,
-        nargs="*",
-        help="KEY=VALUE as in fit, for all phases (trainer.devices=2) or for one (PHASE.trainer.max_epochs=1).",
-    )
-    return parser
+from d2dmoe_pl.recipe import phase_config, recipe_file
 
 
 def run_chain(config: Namespace) -> None:
@@ -206,7 +170,7 @@ def default_recipe() -> Path:
     Raises:
         ConfigError: If the package was installed without the project's ``configs`` folder.
     """
-    recipe = Path(__file__).parents[1] / "configs" / "digits_vit.yaml"
+    recipe = recipe_file("digits_vit")
     if not recipe.is_file():
         raise ConfigError(f"config=None: {recipe} is not there; give --config, or run from a checkout of the project")
     return recipe

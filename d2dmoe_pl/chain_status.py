@@ -102,6 +102,7 @@ def _read_status(folder: Path) -> dict[str, Any] | None:
 
 @rank_zero_only
 def write_status(folder: Path, config: dict[str, Any], finished: bool) -> None:
+    """Note what a phase computes, and whether it has."""
     with replaced_file(folder / STATUS) as aside:
         aside.write_text(json.dumps({"finished": finished, "config": config}, indent=2, sort_keys=True) + "\n")
 

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
 from d2dmoe_pl.callbacks.prediction_file import PredictionFile
-from d2dmoe_pl.chain import chain_parser, default_recipe, run_chain
+from d2dmoe_pl.chain import default_recipe, run_chain
+from d2dmoe_pl.chain_arguments import chain_parser
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
 from d2dmoe_pl.phase_cli import EVALUATING, PhaseCLI, without_needless_warnings

@@ -1,6 +1,7 @@
 """Recipes: a chain in one YAML file, what its phases share said once; a twin says what differs from its original."""
 
 import os
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from jsonargparse import get_loader
 from d2dmoe_pl.errors import ConfigError, check
 
 # `from` and `set` are of one run rather than of a recipe, but `chain --print_config` prints them where they are given
+SHIPPED = Path("share") / "d2dmoe_pl" / "configs"
+LONGEST_PATH = 1000
 KEYS = ("extends", "output_dir", "seed", "shared", "phases", "from", "set")
 SHAPE = "a recipe is one file: shared, what every phase takes, and phases, from each phase's name to what else it takes"
 
@@ -35,12 +38,33 @@ def merged(base: Any, overlay: Any) -> Any:
     return {**base, **{key: merged(base[key], value) if key in base else value for key, value in overlay.items()}}
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: from a checkout, or from where a wheel has put them."""
+    root = Path(__file__).parents[1]
+    for folder in (root / "configs", root / SHIPPED, Path(sysconfig.get_path("data")) / SHIPPED):
+        found = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+        if found:
+            return found
+    return {}
+
+
+def recipe_file(path: str | os.PathLike) -> Path:
+    """The file of a recipe: ``path`` itself, or a recipe of that name that comes with the package.
+
+    Args:
+        path: A file; or, where there is none, a name such as ``digits_vit`` or ``configs/digits_vit.yaml``.
+    """
+    file = Path(path)
+    is_name = file.parent in (Path(), Path("configs")) and file.suffix in ("", ".yaml")
+    return shipped_recipes().get(file.stem, file) if is_name and not os.path.isfile(path) else file
+
+
 def is_recipe(path: str | os.PathLike) -> bool:
     """Whether a file holds a recipe, and not the YAML that ``fit`` takes; False where there is no such file."""
-    if not os.path.isfile(path):  # unlike pathlib, at ease with a whole config in the place of a path
+    if len(str(path)) > LONGEST_PATH or not os.path.isfile(recipe_file(path)):  # a whole config in the place of a path
         return False
     try:
-        content = _load(Path(path).read_text())
+        content = _load(recipe_file(path).read_text())
     except yaml.YAMLError:  # for the parser to report
         return False
     return isinstance(content, dict) and any(key in content for key in ("extends", "shared", "phases"))
@@ -61,7 +85,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ConfigError: For a file that is not there or holds no recipe, and for recipes that extend one another in a ring.
     """
-    return _read(Path(path), ())
+    return _read(recipe_file(path), ())
 
 
 def phase_config(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -84,19 +108,26 @@ def phase_config(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _read(file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
     """The recipe in ``file``, which ``twins`` extend, each the one after it."""
-    check(file.is_file(), f"{file}: no such file; must be a recipe")
+    names = ", ".join(shipped_recipes())
+    check(file.is_file(), f"{file}: no such file; must be a recipe, or the name of one that comes with this: {names}")
     recipe = _content(file)
     _check_shape(recipe, file)
     if "extends" not in recipe:
         check("phases" in recipe, f"{file}: phases is missing; {SHAPE}")
         return _over({"phases": {}}, recipe)
     extends = recipe.pop("extends")
-    original, files = file.parent / extends, (*twins, file)
+    original, files = _original(file, extends), (*twins, file)
     check(original.is_file(), f"{file}: extends={extends!r}: no such file")
     ring = " -> ".join(map(str, (*files, original)))
     known = [each.resolve() for each in files]
     check(original.resolve() not in known, f"{file}: extends={extends!r}: goes round in a ring, {ring}")
     return _over(_read(original, files), recipe)
+
+
+def _original(file: Path, extends: str) -> Path:
+    """What a recipe extends, relative to it; or a recipe that comes with the package."""
+    beside = file.parent / extends
+    return beside if beside.is_file() else recipe_file(extends) if recipe_file(extends).is_file() else beside
 
 
 def _over(original: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, Any]:

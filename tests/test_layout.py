@@ -8,7 +8,8 @@ import pages
 import pytest
 import transformers
 
-from d2dmoe_pl.chain import _arguments, chain_parser
+from d2dmoe_pl.chain import _arguments
+from d2dmoe_pl.chain_arguments import chain_parser
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
 
@@ -18,6 +19,8 @@ PACKAGE = ROOT / "d2dmoe_pl"
 FLOW = [
     ["errors", "hooks", "notices", "whole_files"],
     ["auto_classes", "failures", "plugins", "recipe"],
+    ["chain_arguments"],
+    ["__main__", "entry"],
     ["data"],
     ["adapters"],
     ["moe"],

@@ -31,6 +31,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     shutil.copytree(ROOT / "d2dmoe_pl", source / "d2dmoe_pl", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "configs", source / "configs")
     for name in ("setup.cfg", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     csrc = source / "d2dmoe_pl" / "moe" / "execution" / "csrc"
@@ -50,6 +51,26 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
         packed = {name for name in archive.namelist() if name.startswith("d2dmoe_pl/")}
     assert {"d2dmoe_pl/moe/execution/csrc/test_only.cpp", "d2dmoe_pl/moe/execution/csrc/test_only.h"} < packed
     assert packed == here
+
+
+def test_the_recipes_are_found_by_name_where_no_checkout_is(wheel, tmp_path):
+    _, file = wheel
+    site = tmp_path / "site"
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(site)
+    (data,) = site.glob("*.data/data")
+    shutil.copytree(data, site, dirs_exist_ok=True)  # as installing into a folder of one's own does
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    (tmp_path / "mine.yaml").write_text("extends: digits_vit\noutput_dir: elsewhere\n")
+    command = [sys.executable, "-m", "d2dmoe_pl", "chain", "--config"]
+    for recipe, folder in (("digits_vit", "runs/digits_vit"), ("mine.yaml", "elsewhere")):
+        said = subprocess.run(
+            [*command, recipe, "--print_config"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert f"output_dir: {folder}" in said.stdout, said.stderr
+    ran = subprocess.run([*command, "digits"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "digits: no such file; must be a recipe, or the name of one that comes with this: cifar10_vit" in ran.stderr
 
 
 def test_an_installed_wheel_runs_outside_the_checkout(wheel, tmp_path):

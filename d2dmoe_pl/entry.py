@@ -1,0 +1,45 @@
+"""The command, as it is installed: what can be said at once is said without importing all that a run needs."""
+
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pkgutil import resolve_name
+
+from d2dmoe_pl.chain_arguments import chain_parser
+
+USAGE = """\
+usage: d2dmoe-pl {command} ... [--debug]
+
+Turn a trained dense Transformer into a Mixture-of-Experts with less compute per token.
+
+commands:
+    chain               Run the phases of a recipe, in order; run again after an interruption, it goes on.
+    fit                 Run one phase.
+    validate            Evaluate on the validation split: of a finished run, by --run FOLDER.
+    test                The same on the test split.
+    predict             Write what the model says of each sample, and what that cost.
+    benchmark           Time models and layers on this machine.
+
+options:
+    -h, --help          Of a command too: d2dmoe-pl chain --help.
+    --version           Show the version.
+    --debug             Let an error come with its traceback, rather than as one line.
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line, see :func:`d2dmoe_pl.cli.main`.
+
+    Args:
+        args: Arguments, those of the process if not given.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    asks_for_help = any(argument in ("-h", "--help") for argument in arguments[1:])
+    if arguments in ([], ["-h"], ["--help"]):
+        print(USAGE, end="")
+    elif arguments == ["--version"]:
+        print(f"d2dmoe_pl {metadata.version('d2dmoe_pl')}")
+    elif arguments[0] == "chain" and asks_for_help:
+        chain_parser().print_help()
+    else:
+        resolve_name("d2dmoe_pl.cli:main")(arguments)
