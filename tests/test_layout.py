@@ -28,6 +28,7 @@ FLOW = [
     ["moebert"],
     ["structure"],
     ["artifact", "auto_models"],
+    ["hub"],
     ["phases"],
     ["callbacks"],
     ["benchmark"],
