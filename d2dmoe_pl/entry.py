@@ -1,12 +1,15 @@
 """The command, as it is installed: what can be said at once is said without importing all that a run needs."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pkgutil import resolve_name
 
+from d2dmoe_pl.benchmark_arguments import benchmark_arguments
 from d2dmoe_pl.chain_arguments import chain_parser
 
+PARSERS = {"chain": chain_parser, "benchmark": benchmark_arguments}
 USAGE = """\
 usage: d2dmoe-pl {command} ... [--debug]
 
@@ -36,10 +39,19 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     asks_for_help = any(argument in ("-h", "--help") for argument in arguments[1:])
     if arguments in ([], ["-h"], ["--help"]):
-        print(USAGE, end="")
+        _say(USAGE)
     elif arguments == ["--version"]:
-        print(f"d2dmoe_pl {metadata.version('d2dmoe_pl')}")
-    elif arguments[0] == "chain" and asks_for_help:
-        chain_parser().print_help()
+        _say(f"d2dmoe_pl {metadata.version('d2dmoe_pl')}\n")
+    elif arguments[0] in PARSERS and asks_for_help:
+        parser = PARSERS[arguments[0]]()
+        parser.prog = f"d2dmoe-pl {arguments[0]}"
+        _say(parser.format_help())
     else:
         resolve_name("d2dmoe_pl.cli:main")(arguments)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

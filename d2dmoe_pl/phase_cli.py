@@ -29,6 +29,7 @@ from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 from d2dmoe_pl.run_folders import logger_beside
 
 CHECKPOINT = "last"
+NAMED_PHASE = re.compile(r"[\w./-]+:\w+")
 EVALUATING = ("validate", "test", "predict")
 NESTED = re.compile(r"--(trainer|model|data)(\.\w+)+")
 
@@ -50,7 +51,8 @@ class PhaseConfigFile(ActionConfigFile):
         if is_recipe(values):
             phases = ", ".join(read_recipe(values)["phases"])
             raise ConfigError(f"config={values!r}: is a recipe; add :PHASE, one of {phases}")
-        if is_recipe(recipe):
+        # a recipe that is not there is told with those that are
+        if is_recipe(recipe) or (NAMED_PHASE.fullmatch(values) and not os.path.exists(values)):
             values = json.dumps(phase_config(read_recipe(recipe), phase))
         super().__call__(parser, cfg, values, option_string)
 

@@ -117,7 +117,11 @@ def _read(file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
         return _over({"phases": {}}, recipe)
     extends = recipe.pop("extends")
     original, files = _original(file, extends), (*twins, file)
-    check(original.is_file(), f"{file}: extends={extends!r}: no such file")
+    names = ", ".join(shipped_recipes())
+    check(
+        original.is_file(),
+        f"{file}: extends={extends!r}: no such file; must be a recipe, or the name of one of these: {names}",
+    )
     ring = " -> ".join(map(str, (*files, original)))
     known = [each.resolve() for each in files]
     check(original.resolve() not in known, f"{file}: extends={extends!r}: goes round in a ring, {ring}")

@@ -1,11 +1,13 @@
 """What is said at once, without importing what a run needs."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
 from d2dmoe_pl.cli import OWN, D2DMoECLI
+from d2dmoe_pl.cli import main as whole
 from d2dmoe_pl.entry import USAGE, main
 
 
@@ -20,7 +22,7 @@ def test_it_is_said(capsys, given, said):
     assert capsys.readouterr().out.startswith(said)
 
 
-@pytest.mark.parametrize("given", [["--help"], ["--version"], ["chain", "--help"]])
+@pytest.mark.parametrize("given", [["--help"], ["--version"], ["chain", "--help"], ["benchmark", "--help"]])
 def test_nothing_heavy_is_imported_for_it(given):
     code = "import sys; from d2dmoe_pl.entry import main; main(sys.argv[1:]); print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, check=False)
@@ -33,3 +35,33 @@ def test_a_typo_is_one_line(capsys):
     assert exit_info.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("command", list(OWN))
+def test_help_at_once_has_the_options_of_the_whole_command_line(capsys, command):
+    main([command, "--help"])
+    at_once = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        whole([command, "--help"])
+    options = {word.strip("[]") for word in capsys.readouterr().out.split() if word.lstrip("[").startswith("--")}
+    assert len(options) > 5
+    assert options - {word.strip("[]") for word in at_once.split()} <= {"--data.help"}
+
+
+def test_a_reader_that_has_seen_enough_gets_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    run = [sys.executable, "-c", "from d2dmoe_pl.entry import main; main(['--help'])"]
+    ran = subprocess.run(run, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("recipe", ["digits_vitt", "configs/digits_vitt.yaml"])
+def test_a_phase_of_a_recipe_that_is_not_there_is_told_with_those_that_are(capsys, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config", f"{recipe}:fine_tuning"])
+    assert exit_info.value.code == 2
+    start = f"error: {recipe}: no such file; must be a recipe, or the name of one that comes with this: cifar10_vit, "
+    assert capsys.readouterr().err.startswith(start)

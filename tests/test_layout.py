@@ -19,7 +19,7 @@ PACKAGE = ROOT / "d2dmoe_pl"
 FLOW = [
     ["errors", "hooks", "notices", "whole_files"],
     ["auto_classes", "failures", "plugins", "recipe"],
-    ["chain_arguments"],
+    ["benchmark_arguments", "chain_arguments"],
     ["__main__", "entry"],
     ["data"],
     ["adapters"],

@@ -120,7 +120,10 @@ def test_what_is_a_recipe(write, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: none.yaml", "{file}: extends='none.yaml': no such file"),
+        (
+            "extends: none.yaml",
+            "{file}: extends='none.yaml': no such file; must be a recipe, or the name of one of these: ci",
+        ),
         ("extends: [original.yaml]", "{file}: extends=['original.yaml']: must be the file of another recipe"),
         ("extends: twin.yaml", "{file}: extends='twin.yaml': goes round in a ring, {file} -> {file}"),
         ("extends: ring.yaml", "{ring}: extends='twin.yaml': goes round in a ring, {file} -> {ring} -> {file}"),
