@@ -1,7 +1,6 @@
 """Recipes: a chain in one YAML file, what its phases share said once; a twin says what differs from its original."""
 
 import os
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from jsonargparse import get_loader
 from d2dmoe_pl.errors import ConfigError, check
 
 # `from` and `set` are of one run rather than of a recipe, but `chain --print_config` prints them where they are given
-SHIPPED = Path("share") / "d2dmoe_pl" / "configs"
 LONGEST_PATH = 1000
 KEYS = ("extends", "output_dir", "seed", "shared", "phases", "from", "set")
 SHAPE = "a recipe is one file: shared, what every phase takes, and phases, from each phase's name to what else it takes"
@@ -39,13 +37,10 @@ def merged(base: Any, overlay: Any) -> Any:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name: from a checkout, or from where a wheel has put them."""
-    root = Path(__file__).parents[1]
-    for folder in (root / "configs", root / SHIPPED, Path(sysconfig.get_path("data")) / SHIPPED):
-        found = {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-        if found:
-            return found
-    return {}
+    """The recipes that come with the package, by name: from a checkout, or from the package as a wheel installs it."""
+    here = Path(__file__).parent
+    folder = next((each for each in (here / "configs", here.parent / "configs") if each.is_dir()), here)
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def recipe_file(path: str | os.PathLike) -> Path:
