@@ -1,0 +1,172 @@
+"""Whatever ends a command is one line: what a user can mend in our words, all else with its traceback in a file."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from recipe import arguments, write_recipe
+from torch.utils.data import DataLoader
+
+from d2dmoe_pl.cli import main
+from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError
+from d2dmoe_pl.failures import failure_of, parser_line, write_traceback
+from d2dmoe_pl.phase_cli import with_nulls_as_configs
+from d2dmoe_pl.phases import FineTuning
+
+
+def raised(error, cause=None):
+    try:
+        raise error from cause
+    except BaseException as caught:
+        return caught
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise ConfigError("image_column='image': sample 2 cannot be read")
+
+
+class TestFailures:
+    def test_a_setting_at_the_root_of_others(self):
+        error = raised(RuntimeError("outer"), raised(ConfigError("tau=2: must lie in [0, 1]")))
+        assert failure_of(error).line == "tau=2: must lie in [0, 1]"
+        assert failure_of(error).code == 2
+        assert failure_of(NonFiniteLossError("nan")).code == 1
+
+    def test_a_setting_that_a_process_that_loads_data_refuses(self):
+        with pytest.raises(ConfigError) as info:
+            next(iter(DataLoader(Broken(), num_workers=1)))
+        assert "Traceback" in str(info.value)
+        assert failure_of(info.value).line == "image_column='image': sample 2 cannot be read"
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        ],
+    )
+    def test_out_of_memory(self, error):
+        failure = failure_of(error)
+        assert failure.line.startswith("out of memory: a smaller data.init_args.batch_size needs less")
+        assert (failure.code, failure.is_known) == (1, True)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            OSError(errno.ENOSPC, "No space left on device", "last.ckpt"),
+            RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+            RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+            RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)".lower()),
+        ],
+    )
+    def test_a_full_disk(self, error):
+        assert failure_of(error).line.startswith("the disk is full: make room, or choose another output folder")
+
+    def test_a_folder_that_takes_no_files(self):
+        error = PermissionError(errno.EACCES, "Permission denied", "/root/x")
+        assert failure_of(error).line.startswith("/root/x: cannot be written or read (Permission denied)")
+
+    def test_anything_else_has_its_traceback_in_a_file(self, tmp_path):
+        error = raised(InterruptedPhaseError("fine_tuning", tmp_path), raised(RuntimeError("odd\nshapes " + "x" * 999)))
+        failure = failure_of(error)
+        assert failure.line.startswith("RuntimeError: odd shapes xxx")
+        assert len(failure.line) < 450
+        assert not failure.is_known
+        file = Path(write_traceback(error, tmp_path))
+        assert file.parent == tmp_path
+        assert "Traceback" in file.read_text()
+        elsewhere = Path(write_traceback(error, tmp_path / "nowhere"))
+        assert "Traceback" in elsewhere.read_text()
+        elsewhere.unlink()
+
+
+class TestCommands:
+    def test_a_chain_that_breaks_off_says_how_to_go_on(self, tmp_path, capsys, monkeypatch):
+        step = FineTuning.training_step
+
+        def breaks(self, batch, batch_idx):
+            if self.global_step == 3:
+                raise RuntimeError("the machine coughs")
+            return step(self, batch, batch_idx)
+
+        recipe = write_recipe(tmp_path / "recipe.yaml")
+        monkeypatch.setattr(FineTuning, "training_step", breaks)
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(recipe, tmp_path / "run"))
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit_info.value.code == 1
+        assert said.startswith("error: RuntimeError: the machine coughs; the traceback is in ")
+        assert said.endswith("; the same command goes on from there")
+        (log,) = (tmp_path / "run" / "fine_tuning").glob("error-*.log")
+        assert "the machine coughs" in log.read_text()
+
+    def test_debug_lets_it_through(self, tmp_path):
+        recipe = write_recipe(tmp_path / "recipe.yaml", fine_tuning={"warmup": 3.0})
+        with pytest.raises(ConfigError):
+            main([*arguments(recipe, tmp_path / "run"), "--debug"])
+
+    @pytest.mark.parametrize("place", ["file", "/proc/nowhere"])
+    def test_an_output_folder_that_is_none(self, tmp_path, capsys, monkeypatch, place):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(write_recipe(tmp_path / "recipe.yaml"), Path(place)))
+        assert exit_info.value.code == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert said[-1].startswith(f"error: output_dir='{place}': no files can be written there")
+
+
+class TestNulls:
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            (["--data.init_args.source.test=null"], {"data": {"init_args": {"source": {"test": None}}}}),
+            (["--data.source.test", "null"], {"data": {"init_args": {"source": {"test": None}}}}),
+            (["--model.init_args.a=[null, b]"], {"model": {"init_args": {"a": [None, "b"]}}}),
+        ],
+    )
+    def test_a_null_is_a_config_of_its_own(self, given, expected):
+        (argument,) = with_nulls_as_configs(given)
+        assert yaml.safe_load(argument.removeprefix("--config=")) == expected
+
+    @pytest.mark.parametrize(
+        "given",
+        [["--data.init_args.source.test='null'"], ["--data.init_args.a=nullable"], ["--print_config"], ["null"]],
+    )
+    def test_all_else_is_as_it_was(self, given):
+        assert with_nulls_as_configs(given) == given
+
+    @pytest.mark.parametrize(("text", "expected"), [("null", None), ("'null'", "null"), ("./None", "./None")])
+    def test_on_the_command_line(self, capsys, text, expected):
+        start = [
+            "--data",
+            "GLUE",
+            "--data.init_args.name=sst2",
+            "--data.init_args.tokenizer=x",
+            "--model",
+            "FineTuning",
+        ]
+        with pytest.raises(SystemExit):
+            main(["fit", *start, f"--data.init_args.source.validation={text}", "--print_config"])
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["data"]["init_args"]["source"]["validation"] == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Parser key \"a.b\":\n  Expected a <class 'int'>. Got value: x", "a.b='x': must be int"),
+        ("unrecognized arguments: --bla=1", "--bla=1: no such setting; --help lists them, and --model.help=CLASS"),
+        ('Key "architecture" is required but not included', "architecture: must be given, and is not"),
+        ("something\n  else", "something else"),
+    ],
+)
+def test_what_the_parser_says(text, line):
+    assert parser_line(text).startswith(line)
