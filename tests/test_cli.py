@@ -87,7 +87,8 @@ def test_a_recipe_without_one_of_its_phases_ends_in_one_line(capsys, recipe, tmp
     assert out(capsys, "chain", "--config", str(tmp_path / "old.yaml")) == (2, "", f"error: {old}\n")
 
 
-def test_fit_validate_test_predict_of_every_phase(recipe, tmp_path, capsys):
+def test_fit_validate_test_predict_of_every_phase(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where predictions are written
     previous = None
     for version, phase in enumerate(["fine_tuning", "sparsity_enforcement", "expert_clustering", "router_regression"]):
         more = [] if previous is None else [f"--model.init_args.init_from={previous}"]
