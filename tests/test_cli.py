@@ -1,5 +1,6 @@
 """The command line as Lightning users know it."""
 
+import csv
 import json
 
 import pytest
@@ -175,6 +176,13 @@ def questions(tmp_path):
 
 def test_questions_are_answered_from_the_command_line(questions, tmp_path):
     main(["fit", *questions])
+    answers = tmp_path / "answers.csv"
+    start = f"--model.init_args.init_from={tmp_path / 'run' / 'lightning_logs' / 'version_0' / 'artifact'}"
+    main(["predict", *questions, "--model.init_args.source=null", start, "--output", str(answers)])
+    rows = list(csv.DictReader(answers.open()))
+    assert rows[0].keys() == {"sample", "question", "prediction", "margin"}
+    assert {row["question"] for row in rows} == {"who"}
+    assert any(row["prediction"] for row in rows)
     artifact = read_artifact(tmp_path / "run" / "lightning_logs" / "version_0" / "artifact")
     assert "validation/f1" in artifact.history[0].metrics
     assert (artifact.path / "tokenizer.json").is_file()

@@ -9,6 +9,7 @@ import lightning as L
 from datasets import Dataset
 from torch import Tensor
 
+from d2dmoe_pl.data.squad.question_answering import QuestionAnswering
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
@@ -25,7 +26,8 @@ class PredictionFile(L.Callback):
     """Write a row a sample, in the order of the test split, while ``predict`` runs.
 
     Columns: ``sample``, its number from 1; ``input``, where it was given on the command line; ``label``, where there is
-    one; ``prediction``; of classes, the probability of each by its name; and where there are layers with experts,
+    one; ``prediction``; of classes, the probability of each by its name; of answers, where a sample is a window of a
+    text, the ``question`` and the ``margin`` over no answer; and where there are layers with experts,
     ``experts_percent`` and ``flops`` (of the whole model for this sample; a multiply-add is 2).
 
     Args:
@@ -33,8 +35,8 @@ class PredictionFile(L.Callback):
         inputs: What the samples are called, where they are given on the command line.
 
     Raises:
-        ConfigError: For another ending; to predict, for a task of anything but classes and numbers, or in several
-            processes.
+        ConfigError: For another ending; to predict, for a task of anything but classes, numbers and answers, or in
+            several processes.
     """
 
     def __init__(self, file: str = "predictions.csv", inputs: Sequence[str] | None = None) -> None:
@@ -50,7 +52,8 @@ class PredictionFile(L.Callback):
         """Watch what the model's layers decide."""
         check(trainer.world_size == 1, f"devices={trainer.world_size}: predictions are written by one process alone")
         head = phase.task.head
-        check(head in ("classification", "regression"), f"predict: writes classes and numbers, not what {head} gives")
+        written = ("classification", "regression", "question-answering")
+        check(head in written, f"predict: writes classes, numbers and answers, not what {head} gives")
         self.rows, self._flops_outside = [], {}
         layers: dict[str, Any] = expert_layers(phase.model)
         self._layers: dict[str, ExpertLayer] = {name: layer for name, layer in layers.items() if _decides(layer)}
@@ -66,7 +69,10 @@ class PredictionFile(L.Callback):
         """Add the rows of a batch."""
         if dataloader_idx > 0:
             return
-        rows = prediction_rows(phase.task, outputs, None if self.inputs is not None else batch["labels"])
+        if isinstance(phase.task, QuestionAnswering):
+            rows = answer_rows(phase.task, outputs)
+        else:
+            rows = prediction_rows(phase.task, outputs, None if self.inputs is not None else batch["labels"])
         for row in rows:
             row = {"sample": len(self.rows) + 1, **row}
             self.rows.append(row if self.inputs is None else {"input": self.inputs[len(self.rows)], **row})
@@ -88,6 +94,23 @@ class PredictionFile(L.Callback):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(self.file) as aside:
             WRITERS[self.file.suffix](Dataset.from_list(self.rows), aside)
+
+
+def answer_rows(task: QuestionAnswering, outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
+    """One row a window of a text: its question, the best answer in it, and how far that beats no answer.
+
+    Args:
+        task: Of questions.
+        outputs: What :meth:`Task.predictions` gave for a batch.
+    """
+    columns = (outputs[key].tolist() for key in ("questions", "spans", "scores", "null_scores"))
+    rows = []
+    for question, spans, scores, null_score in zip(*columns, strict=True):
+        start, end = spans[0]
+        asked = task.examples[question]
+        answer = asked["context"][start:end]
+        rows.append({"question": asked["question"], "prediction": answer, "margin": scores[0] - null_score})
+    return rows
 
 
 def prediction_rows(task: Task, outputs: dict[str, Tensor], labels: Tensor | None) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ class OptimizedPhase(Phase):
 def check_optimizer(optimizer: OptimizerFactory) -> None:
     """Raise ``ConfigError`` unless an optimizer takes its settings, and its learning rate is a number."""
     try:
-        made = optimizer([nn.Parameter(torch.zeros(1))])
+        made = optimizer([nn.Parameter(torch.zeros(1, 1))])  # some take matrices only
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {' '.join(str(error).split())}") from error
     rate = made.defaults.get("lr", 0.0)
