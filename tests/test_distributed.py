@@ -135,7 +135,9 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     """25 samples over 2 processes: one is repeated, and must count once."""
     stand_ins.write_bert(tmp_path / "bert")
     stand_ins.write_mnli(tmp_path / "mnli")
-    tiny.dense("bert", "gelu").save_pretrained(tmp_path / "bert")  # with a head
+    model = tiny.dense("bert", "gelu")
+    model.config.id2label = dict(enumerate(["entailment", "neutral", "contradiction"]))
+    model.save_pretrained(tmp_path / "bert")  # with a head
     pretrained = {"task": "text-classification", "name": str(tmp_path / "bert")}
     source = {"class_path": "HuggingFaceModel", "init_args": pretrained}
     original = Path(__file__).parents[1] / "configs" / "moebert_mnli.yaml"

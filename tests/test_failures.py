@@ -109,7 +109,7 @@ class TestCommands:
 
     def test_debug_lets_it_through(self, tmp_path):
         recipe = write_recipe(tmp_path / "recipe.yaml", fine_tuning={"warmup": 3.0})
-        with pytest.raises(ConfigError):
+        with pytest.raises(ValueError, match="warmup=3.0: must lie in"):
             main([*arguments(recipe, tmp_path / "run"), "--debug"])
 
     @pytest.mark.parametrize("place", ["file", "/proc/nowhere"])
@@ -143,7 +143,7 @@ class TestNulls:
     def test_all_else_is_as_it_was(self, given):
         assert with_nulls_as_configs(given) == given
 
-    @pytest.mark.parametrize(("text", "expected"), [("null", None), ("'null'", "null"), ("./None", "./None")])
+    @pytest.mark.parametrize(("text", "expected"), [("null", None), ("./null", "./null"), ("./None", "./None")])
     def test_on_the_command_line(self, capsys, text, expected):
         start = [
             "--data",

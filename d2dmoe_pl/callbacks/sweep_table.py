@@ -151,9 +151,9 @@ def as_table(rows: Sequence[SweepRow], title: str) -> Table:
     swept = rows[0].swept
     score = _score_name(rows[0])
     unit, prefix = _unit(max(row.model_flops for row in rows))
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for header in (swept, score, "loss", "experts run %", "FFN FLOPs %", f"{prefix}FLOPs a sample", "model FLOPs %"):
-        table.add_column(header, justify="right", overflow="fold")  # headers wrap; what does not fit is not cut
+        table.add_column(header, justify="right", min_width=max(map(len, header.split())))  # wrapped between words
     for row in rows:
         shown = (row.score, row.loss, row.experts_percent, row.ffn_flops_percent)
         cells = ["{:.2f}", "{:.4f}", "{:.1f}", "{:.1f}"]

@@ -144,7 +144,7 @@ def test_table_and_curve_hold_the_numbers():
         ["0.1250"],
         ["12.0"],
         ["16.0"],
-        ["2.000 M"],
+        ["2.000"],
         ["44.0"],
     ]
     assert table.columns[1].header == "f1 %"
