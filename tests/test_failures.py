@@ -109,7 +109,7 @@ class TestCommands:
 
     def test_debug_lets_it_through(self, tmp_path):
         recipe = write_recipe(tmp_path / "recipe.yaml", fine_tuning={"warmup": 3.0})
-        with pytest.raises(ValueError, match="warmup=3.0: must lie in"):
+        with pytest.raises(ValueError, match=r"warmup=3.0: must lie in"):
             main([*arguments(recipe, tmp_path / "run"), "--debug"])
 
     @pytest.mark.parametrize("place", ["file", "/proc/nowhere"])
