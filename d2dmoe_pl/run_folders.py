@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from d2dmoe_pl.artifact import CONFIG as ARTIFACT_CONFIG
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
@@ -52,7 +54,23 @@ def finished_run(folder: str) -> Path:
         bool(runs),
         f"run={folder!r}: no finished phase; must be the folder of one, with {CONFIG} and {FOLDER}, or of a chain",
     )
-    return runs[0] if runs[0] == Path(folder) else max(runs, key=lambda run: len(read_artifact(run / FOLDER).history))
+    if runs[0] == Path(folder):
+        return runs[0]
+    valid = [run for run in runs if _is_valid(run)] or runs
+    return max(valid, key=lambda run: len(read_artifact(run / FOLDER).history))
+
+
+def _is_valid(run: Path) -> bool:
+    """Whether a run's artifact is younger than all that it came of; a chain that is redone leaves older ones behind."""
+    config = yaml.safe_load((run / CONFIG).read_text())
+    before = config["model"]["init_args"].get("init_from")
+    if before is None:
+        return True
+    files = [Path(before) / ARTIFACT_CONFIG, run / FOLDER / ARTIFACT_CONFIG]
+    if not files[0].is_file() or files[0].stat().st_mtime_ns > files[1].stat().st_mtime_ns:
+        return False
+    earlier = Path(before).parent
+    return _is_valid(earlier) if (earlier / CONFIG).is_file() else True
 
 
 def logger_beside(logger: Any) -> Any:

@@ -1,6 +1,7 @@
 """Finished runs are evaluated by their folders, and left as they are."""
 
 import hashlib
+import shutil
 
 import pytest
 from recipe import arguments, write_recipe
@@ -53,6 +54,15 @@ def test_other_settings_change_an_evaluation(chain, capsys):
 def test_the_last_finished_phase_of_a_chain(chain, tmp_path):
     assert finished_run(str(chain)) == chain / "router_regression"
     assert finished_run(str(chain / "fine_tuning")) == chain / "fine_tuning"
+
+
+def test_what_a_chain_that_is_redone_has_left_behind_is_none(chain, tmp_path):
+    copy = shutil.copytree(chain, tmp_path / "run")
+    for config in copy.glob("*/config.yaml"):
+        config.write_text(config.read_text().replace(str(chain), str(copy)))
+    assert finished_run(str(copy)) == copy / "router_regression"
+    shutil.rmtree(copy / "sparsity_enforcement" / "artifact")  # redone from there, and interrupted
+    assert finished_run(str(copy)) == copy / "fine_tuning"
 
 
 def test_no_run(tmp_path, capsys):
