@@ -7,13 +7,11 @@ its ``model_type`` is ``d2dmoe``, and its weights are in ``d2dmoe.safetensors``.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
@@ -22,15 +20,16 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import KEY, adapter_for, adapter_named
 from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.finite_weights import check_finite
+from d2dmoe_pl.hub_folders import local_folder
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.structure import describe, restore_, stage_of
-from d2dmoe_pl.whole_files import replaced_file, replaced_folder
+from d2dmoe_pl.whole_files import is_file_name, replaced_file, replaced_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 # of a converted model: libraries that do not know it shall find no weights, rather than those of all but the FFNs
 CONVERTED_WEIGHTS = "d2dmoe.safetensors"
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 IN_CODE = "code"  # stands for the phase where there was none
 # of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
 DENSE_FORMAT, FORMAT = 1, 2
@@ -97,6 +96,10 @@ def save_artifact(
         save_processor: Writes a tokenizer or image processor into the folder it is given.
         tensors: What else a phase found out about the model: by the name of a file, tensors by name.
 
+    Raises:
+        ConfigError: For a name of tensors that is none of a file in the folder.
+        NonFiniteWeightsError: If a parameter, or one of the tensors, holds a NaN or an infinity.
+
     Example:
         >>> import os, tempfile, transformers
         >>> from d2dmoe_pl import save_artifact
@@ -108,6 +111,12 @@ def save_artifact(
     """
     path = Path(path)
     tensors = tensors or {}
+    for name in tensors:
+        check(is_file_name(name), f"tensors: {name!r} is no name of a file in the folder")
+    advice = f"{path} is not written"
+    check_finite(model.named_parameters(), "the weights", advice)
+    for name, values in tensors.items():
+        check_finite(values.items(), f"the tensors of {name}", advice)
     adapter = adapter_for(model)
     converted, config = is_converted(model), adapter.config(model)
     made = {
@@ -191,7 +200,7 @@ def _check_parts(made: Any, where: str) -> None:
     check(bool(made["history"]), f"{where}: no artifact, {KEY}.history in {CONFIG} is empty")
     for name in made.get("tensors", []):
         check(
-            isinstance(name, str) and name == Path(name).name and name not in ("", ".", ".."),
+            is_file_name(name),
             f"{where}: no artifact, {KEY}.tensors in {CONFIG} names {name!r}, which is no file in the folder",
         )
 
@@ -238,17 +247,6 @@ def load_model(path: str | Path, revision: str | None = None) -> nn.Module:
     _read_weights_(model, artifact.weights)
     adapter_named(artifact.family).fill_buffers_(model)
     return model.eval()
-
-
-def local_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The folder of an artifact, downloaded first if ``path`` is the name of one on the hub."""
-    if Path(path).is_dir() or not HUB_NAME.fullmatch(str(path)):
-        return Path(path)
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), revision=revision))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"path={str(path)!r}: neither a folder nor a reachable hub name ({reason})") from error
 
 
 def _read_weights_(model: nn.Module, file: Path) -> None:

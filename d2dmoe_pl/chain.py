@@ -2,11 +2,10 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -15,11 +14,26 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from d2dmoe_pl.artifact import record_metrics
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
-from d2dmoe_pl.chain_status import STATUS, Todo, computed_config, plan_of, say, write_status
+from d2dmoe_pl.chain_lock import locked
+from d2dmoe_pl.chain_status import (
+    Todo,
+    begin_redo,
+    checkpoint_of,
+    computed_config,
+    discard_phase,
+    end_redo,
+    plan_of,
+    redo_goes_on,
+    say,
+    write_status,
+)
+from d2dmoe_pl.checkpoints import FOLDER as CHECKPOINTS
+from d2dmoe_pl.checkpoints import remove_preempted
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
-from d2dmoe_pl.phase_cli import CHECKPOINT, PhaseCLI
+from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import phase_config, recipe_file
+from d2dmoe_pl.whole_files import clean_up, is_file_name
 
 
 def run_chain(config: Namespace) -> None:
@@ -36,6 +50,8 @@ def run_chain(config: Namespace) -> None:
     """
     names = list(config.phases)
     check(len(names) > 0, "phases={}: must be at least one")
+    for name in names:
+        check(is_file_name(name), f"phases: {name!r} must be the name of a folder in output_dir")
     start_over = config.get("from")
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
     settings = _split_settings(config.get("set", []), names)
@@ -49,17 +65,35 @@ def run_chain(config: Namespace) -> None:
 
 def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir: Path, start_over: str | None) -> None:
     openings = [PhaseCLI(args=arguments_of_one, run=False) for arguments_of_one in arguments]
+    with locked(output_dir):
+        _clean_up(output_dir, names)
+        _run_what_is_left(names, arguments, openings, output_dir, start_over)
+
+
+def _run_what_is_left(
+    names: Sequence[str],
+    arguments: Sequence[list[str]],
+    openings: list[PhaseCLI],
+    output_dir: Path,
+    start_over: str | None,
+) -> None:
     computed = [computed_config(opening) for opening in openings]
+    if redo_goes_on(output_dir, start_over):
+        say(f"What was begun to be redone from {start_over} on goes on.")
+        start_over = None
     plan = plan_of(output_dir, names, computed, start_over)
     first = next((index for index, todo in enumerate(plan) if todo is not Todo.SKIP), None)
     for name, todo in zip(names, plan, strict=True):
         say(f"{name}: {todo.value}" + (f" ({output_dir / name})" if todo is Todo.SKIP else ""))
     if first is None:
         say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
+        end_redo(output_dir)
         return
     openings = openings[first:]
     preflight([opening.model for opening in openings], [opening.datamodule for opening in openings])
-    del openings
+    openings.clear()
+    if start_over is not None:
+        begin_redo(output_dir, start_over)
 
     for index in range(first, len(names)):
         say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
@@ -72,6 +106,7 @@ def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir
             raise
         except Exception as error:
             raise InterruptedPhaseError(names[index], output_dir / names[index]) from error
+    end_redo(output_dir)
     say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
 
 
@@ -81,7 +116,7 @@ def _check_writable(output_dir: Path) -> None:
     while not place.exists():
         place = place.parent
     try:
-        with NamedTemporaryFile(dir=place, prefix=".writable-"):
+        with TemporaryFile(dir=place):  # it has no name that could be left behind
             pass
     except OSError as error:
         raise ConfigError(
@@ -130,7 +165,7 @@ def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], inde
     return [
         *["--config", json.dumps(phase_config(config.as_dict(), names[index]))],
         f"--seed_everything={config.seed}",
-        f"--trainer.default_root_dir={config.output_dir}",
+        f"--trainer.default_root_dir={Path(config.output_dir) / names[index]}",
         f"--trainer.logger={json.dumps(logger)}",
         *settings[None],
         *settings[names[index]],
@@ -139,25 +174,24 @@ def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], inde
 
 
 @rank_zero_only
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run of the phase left; a folder that no chain made is left alone."""
-    if (folder / STATUS).is_file():
-        shutil.rmtree(folder)
+def _clean_up(output_dir: Path, names: Sequence[str]) -> None:
+    for folder in (output_dir, *(output_dir / name for name in names)):
+        clean_up(folder)
+        clean_up(folder / CHECKPOINTS)
 
 
 def _run_phase(folder: Path, arguments: list[str], computed: dict[str, Any], todo: Todo) -> None:
     """Fit and test one phase; its artifact, with the test metrics, is then complete and its status ``finished``."""
-    last = folder / "checkpoints" / f"{CHECKPOINT}.ckpt"
+    resume_from = checkpoint_of(folder) if todo is Todo.RESUME else None
     if todo is Todo.RUN:
-        _clear(folder)
-    resume_from = str(last) if todo is Todo.RESUME and last.is_file() else None
+        discard_phase(folder)
     opening = PhaseCLI(args=arguments, run=False)  # anew: a Trainer runs once, and the seed is set here
     write_status(folder, computed, finished=False)
-    # the checkpoint is this chain's own, with metrics and callbacks in it that are more than tensors
-    opening.trainer.fit(opening.model, datamodule=opening.datamodule, ckpt_path=resume_from, weights_only=False)
+    opening.trainer.fit(opening.model, datamodule=opening.datamodule, ckpt_path=resume_from, weights_only=True)
     metrics = opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
     if opening.trainer.is_global_zero:
         record_metrics(folder / FOLDER, {key: value for each in metrics for key, value in each.items()})
+        remove_preempted(folder)
     write_status(folder, computed, finished=True)
     opening.trainer.strategy.barrier()
     if torch.cuda.is_available():

@@ -11,11 +11,13 @@ from rich.console import Console
 
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.checkpoints import checkpoints_of, remove_checkpoints, why_unreadable
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.phase_cli import PhaseCLI
-from d2dmoe_pl.whole_files import replaced_file
+from d2dmoe_pl.whole_files import discard, replaced_file
 
 STATUS = "phase.json"
+REDO = ".redo.json"  # in the output folder: from which phase on a chain that is not finished was asked to be redone
 MOST_CHANGES, LONGEST_VALUE = 5, 60  # of what is said of a config that has changed
 # settings of where and how a phase runs rather than of what it computes
 INCIDENTAL = {
@@ -56,7 +58,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def plan_of(output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None) -> list[Todo]:
-    """What to do about each phase: nothing after the first unfinished one can count as finished."""
+    """What to do about each phase: nothing after the first unfinished one can count as finished.
+
+    Args:
+        output_dir: Of the chain.
+        names: Of its phases.
+        computed: The :func:`computed_config` of each.
+        start_over: The phase to redo from, unless that was begun before and is to go on.
+    """
     plan: list[Todo] = []
     for name, config in zip(names, computed, strict=True):
         folder = output_dir / name
@@ -97,7 +106,55 @@ def _short(value: Any) -> str:
 
 def _read_status(folder: Path) -> dict[str, Any] | None:
     file = folder / STATUS
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        status = json.loads(file.read_text())
+        return {"finished": bool(status["finished"]), "config": dict(status["config"])}
+    except (ValueError, KeyError, TypeError) as error:
+        say(f"{folder.name}: {STATUS} cannot be read ({type(error).__name__}); it starts over.", "yellow")
+        return None
+
+
+def redo_goes_on(output_dir: Path, start_over: str | None) -> bool:
+    """Whether the phases from ``start_over`` on were begun to be redone before, and are not finished since."""
+    try:
+        return start_over is not None and bool(json.loads((output_dir / REDO).read_text())["from"] == start_over)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@rank_zero_only
+def begin_redo(output_dir: Path, start_over: str) -> None:
+    """Discard the phase to redo from, and note that it is done."""
+    discard_phase(output_dir / start_over)
+    with replaced_file(output_dir / REDO) as aside:
+        aside.write_text(json.dumps({"from": start_over}) + "\n")
+
+
+@rank_zero_only
+def end_redo(output_dir: Path) -> None:
+    """Note that nothing is left of what was to be redone."""
+    (output_dir / REDO).unlink(missing_ok=True)
+
+
+@rank_zero_only
+def discard_phase(folder: Path) -> None:
+    """Remove what an earlier run of a phase left; of a folder that no chain made, only what it could go on from."""
+    if (folder / STATUS).is_file():
+        discard(folder)
+    else:
+        remove_checkpoints(folder)
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """What a phase goes on from: the newest of its checkpoints that can be read, or None; others are said."""
+    for file in checkpoints_of(folder):
+        reason = why_unreadable(file)
+        if reason is None:
+            return file
+        say(f"{folder.name}: {file.name} cannot be read ({reason}); the one before is taken, or it starts.", "yellow")
+    return None
 
 
 @rank_zero_only

@@ -20,6 +20,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
 from d2dmoe_pl.phase_cli import EVALUATING, PhaseCLI, without_needless_warnings
 from d2dmoe_pl.run_folders import with_run
+from d2dmoe_pl.signals import ending_in_order
 
 CHAIN = "chain"
 DEBUG = "--debug"
@@ -32,6 +33,8 @@ class D2DMoECLI(PhaseCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: object) -> None:
         super()._add_subcommands(parser, **kwargs)
+        for name in ("fit", *EVALUATING):  # a checkpoint is read as data; what could run in it is asked for by name
+            self._subcommand_parsers[name].set_defaults(weights_only=True)
         for name in ("validate", "test"):
             self._subcommand_parsers[name].set_defaults(verbose=False)
         predict = self._subcommand_parsers["predict"]
@@ -133,7 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = DEBUG in arguments
     arguments = [argument for argument in arguments if argument != DEBUG]
     try:
-        with without_needless_warnings():
+        with ending_in_order(), without_needless_warnings():
             D2DMoECLI(args=_prepared(arguments))
     except Exception as error:
         if debug:

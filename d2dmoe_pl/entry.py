@@ -47,7 +47,11 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.prog = f"d2dmoe-pl {arguments[0]}"
         _say(parser.format_help())
     else:
-        resolve_name("d2dmoe_pl.cli:main")(arguments)
+        try:
+            run = resolve_name("d2dmoe_pl.cli:main")
+        except KeyboardInterrupt:  # in the seconds that imports take
+            sys.exit(130)
+        run(arguments)
 
 
 def _say(text: str) -> None:

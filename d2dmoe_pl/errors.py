@@ -11,6 +11,10 @@ class NonFiniteLossError(RuntimeError):
     """Training produced a NaN or infinite loss and was stopped before the weights were touched."""
 
 
+class NonFiniteWeightsError(RuntimeError):
+    """Weights became NaN or infinite, and were kept neither in a checkpoint nor in an artifact."""
+
+
 class InterruptedPhaseError(RuntimeError):
     """A phase of a chain broke off, by the error that is its cause; the same command goes on from there.
 

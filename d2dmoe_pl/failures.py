@@ -1,6 +1,7 @@
 """What ends a command, in one line: the setting, its value and what is allowed; and how the command exits."""
 
 import errno
+import pickle
 import re
 import traceback
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError
+from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError, NonFiniteWeightsError
 
 LONGEST = 400  # characters of a reason that another library gives
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
@@ -48,7 +49,7 @@ def failure_of(error: BaseException) -> Failure:
     for cause in _causes(error):
         if isinstance(cause, ConfigError):
             return Failure(_from_worker(str(cause)), 2)
-        if isinstance(cause, NonFiniteLossError):
+        if isinstance(cause, (NonFiniteLossError, NonFiniteWeightsError)):
             return Failure(str(cause))
     for cause in _causes(error):
         if isinstance(cause, InterruptedPhaseError):
@@ -149,6 +150,11 @@ def _known(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or OUT_OF_MEMORY.search(text):
         return f"out of memory: a smaller data.init_args.batch_size needs less ({one_line(text)[:120]})"
+    if isinstance(error, pickle.UnpicklingError):
+        return (
+            "ckpt_path: is no checkpoint that this package wrote; must hold tensors, numbers and texts only. One of a "
+            f"source that you trust with your machine is read with --weights_only false ({one_line(text)[:120]})"
+        )
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or DISK_FULL.search(text):
         return f"the disk is full: make room, or choose another output folder ({one_line(text)[:120]})"
     if isinstance(error, OSError) and error.filename is not None and error.errno in UNUSABLE:

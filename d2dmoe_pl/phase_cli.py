@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -14,12 +15,14 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, get_loader
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from d2dmoe_pl import adapters, data
-from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite
+from d2dmoe_pl.callbacks import SaveArtifact, SaveBeforeRequeue, StopOnNonFinite
+from d2dmoe_pl.checkpoints import LAST, WholeCheckpoints
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases import Phase
@@ -27,8 +30,8 @@ from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 from d2dmoe_pl.run_folders import logger_beside
+from d2dmoe_pl.signals import leave_signals_to_us
 
-CHECKPOINT = "last"
 NAMED_PHASE = re.compile(r"[\w./-]+:\w+")
 EVALUATING = ("validate", "test", "predict")
 NESTED = re.compile(r"--(trainer|model|data)(\.\w+)+")
@@ -115,11 +118,15 @@ class PhaseCLI(LightningCLI):
             check_training(config.trainer)
         check_devices(config.trainer)
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has asked for no other
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        leave_signals_to_us(trainer)
+        return trainer
 
     def _set_seed(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -208,6 +215,6 @@ def without_needless_warnings() -> Iterator[None]:
 def _default_callbacks() -> list[L.Callback]:
     # every epoch, whether it validates or not
     checkpoint = ModelCheckpoint(
-        filename=CHECKPOINT, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
+        filename=Path(LAST).stem, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
-    return [StopOnNonFinite(), SaveArtifact(), checkpoint]
+    return [StopOnNonFinite(), SaveArtifact(), SaveBeforeRequeue(), checkpoint]

@@ -1,10 +1,23 @@
 """Files and folders that are never half-written: made aside, then renamed into place."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+
+def is_file_name(name: Any) -> bool:
+    """Whether ``name`` names something in a folder, and nothing outside of it, on every system.
+
+    Example:
+        >>> from d2dmoe_pl.whole_files import is_file_name
+        >>> [is_file_name(name) for name in ("importance", "../importance", "C:importance", "..")]
+        [True, False, False, False]
+    """
+    return isinstance(name, str) and re.fullmatch(r"[^\\/:\0]+", name) is not None and name.strip(". ") != ""
 
 
 @contextmanager
@@ -54,6 +67,40 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(previous)
     else:
         aside.rename(folder)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what killed processes have left in ``folder`` of files and folders that they were replacing.
+
+    A folder that was moved aside, and whose successor did not come to its place, comes back.
+    """
+    for left in list(folder.glob(".*.partial")):
+        _remove(left)
+    for left in list(folder.glob(".*.previous")):
+        place = folder / left.name.removeprefix(".").removesuffix(".previous")
+        if place.exists():
+            _remove(left)
+        else:
+            left.rename(place)
+    for left in list(folder.glob(".*.discarded")):
+        _remove(left)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder with all that is in it; at no moment is it there with a part of that."""
+    if not folder.exists():
+        return
+    aside = folder.with_name(f".{folder.name}.discarded")
+    _remove(aside)
+    folder.rename(aside)
+    _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _to_disk(file: Path) -> None:

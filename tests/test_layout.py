@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
-    ["errors", "hooks", "notices", "whole_files"],
-    ["auto_classes", "failures", "plugins", "recipe"],
+    ["errors", "finite_weights", "hooks", "hub_folders", "notices", "signals", "whole_files"],
+    ["auto_classes", "checkpoints", "failures", "plugins", "recipe"],
     ["benchmark_arguments", "chain_arguments"],
     ["__main__", "entry"],
     ["data"],
@@ -34,7 +34,7 @@ FLOW = [
     ["benchmark"],
     ["run_folders"],
     ["phase_cli"],
-    ["chain_status"],
+    ["chain_lock", "chain_status"],
     ["chain"],
     ["cli"],
 ]

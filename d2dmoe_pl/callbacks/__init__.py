@@ -1,7 +1,8 @@
 """Lightning callbacks: what is measured, drawn and kept."""
 
 from d2dmoe_pl.callbacks.save_artifact import SaveArtifact
+from d2dmoe_pl.callbacks.save_before_requeue import SaveBeforeRequeue
 from d2dmoe_pl.callbacks.stop_on_non_finite import StopOnNonFinite
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
 
-__all__ = ["SaveArtifact", "StopOnNonFinite", "TauSweep"]
+__all__ = ["SaveArtifact", "SaveBeforeRequeue", "StopOnNonFinite", "TauSweep"]

@@ -14,11 +14,10 @@ class SaveArtifact(L.Callback):
     """Write the fitted model to ``artifact`` in the run's folder, with its tokenizer or image processor."""
 
     def on_fit_end(self, trainer: Any, phase: Any) -> None:
+        phase.end_training()
         folder = trainer.log_dir or trainer.default_root_dir  # asked on every process
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            metrics = {
-                key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("validation")
-            }
+            metrics = phase.measured
             if phase.best is not None:  # the others are of the last epoch
                 metrics = {phase.best.monitor: phase.best.score}
             record = PhaseRecord(type(phase).__name__, metrics)

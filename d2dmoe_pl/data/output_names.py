@@ -4,6 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
@@ -57,3 +59,18 @@ def plain_name(label: Any) -> str:
 
 def _loose(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", plain_name(name)).casefold()
+
+
+def renumbered(labels: Tensor, outputs: Tensor) -> Tensor:
+    """Labels by the index of a model's output.
+
+    Args:
+        labels: Indices ``(B,)`` of the data's classes, or probabilities ``(B, C)`` of these and, behind them, of the
+            outputs that the data has no class for.
+        outputs: For each of the ``C``, the output's index.
+    """
+    if not labels.is_floating_point():
+        return outputs[labels]
+    probabilities = labels.new_zeros(len(labels), len(outputs))
+    probabilities[:, outputs[: labels.shape[1]]] = labels
+    return probabilities

@@ -1,7 +1,8 @@
 """What every phase asks of its data: dict batches, a task, and a way to see the data as it is."""
 
+import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,26 +14,15 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+from d2dmoe_pl.data.cacheable_loader import CacheableLoader
+from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, seeded
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
-from d2dmoe_pl.data.output_names import places
+from d2dmoe_pl.data.output_names import places, renumbered
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.errors import ConfigError, check
 
 SPLITS = ("train", "validation", "test")
-
-
-class CacheableLoader(DataLoader):
-    """Batches of a dataset; once ``cached`` is set, the batches of that, with no work on the dataset.
-
-    Attributes:
-        cached: As many batches as the trainer takes of this loader.
-    """
-
-    cached: Iterable[Any] | None = None
-
-    def __iter__(self) -> Any:
-        return super().__iter__() if self.cached is None else iter(self.cached)
 
 
 class TaskData(L.LightningDataModule):
@@ -43,7 +33,8 @@ class TaskData(L.LightningDataModule):
     Attributes:
         head: The head that a model needs for this data.
         task: What is to be learnt, once set up; its label names are the data's, until a model's take their place.
-        ordered: Phases that only gather statistics set this: training samples then come in order and unaugmented.
+        ordered: Whether training samples come in order and unaugmented, whatever the phase; those that only gather
+            statistics get them so anyway.
         preprocessing: How pictures become the model's input, once the processor is loaded; None for anything else.
         sample_length: Tokens that every sample has; None where they differ, and for data of anything but text.
 
@@ -66,6 +57,9 @@ class TaskData(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.ordered = False
+        self._seed: int | None = None
+        self._running_loader: Any = None  # that a training takes its batches from
+        self._resumed: dict[str, Any] | None = None  # the state of such a loader
         self.task: Task | None = None
         self._own_task: Task | None = None
         self._outputs: Tensor | None = None  # of the data's classes, where their order is not the data's own
@@ -80,9 +74,10 @@ class TaskData(L.LightningDataModule):
     def collate(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
         """A batch of samples of one split."""
 
-    def training_sampler(self, dataset: Dataset) -> Sampler | None:
-        """The order of training samples, this process's share of them; None for an order by chance."""
-        return None
+    def training_order(self, dataset: Any, generator: torch.Generator) -> Sequence[int]:
+        """The order of an epoch: the indices of all training samples, over all processes."""
+        order: list[int] = torch.randperm(len(dataset), generator=generator).tolist()
+        return order
 
     def rearranged(self, dataset: Dataset) -> Dataset:
         """A split to evaluate on, in the order that costs least; predictions and statistics keep the split's own."""
@@ -177,6 +172,34 @@ class TaskData(L.LightningDataModule):
         """Let ``predict`` run over these inputs instead of the test split."""
         self._raw_inputs = list(inputs)
 
+    @property
+    def seed(self) -> int:
+        """What the order of samples, their augmentation and each training step are drawn from.
+
+        That of the run; if it has none, one by chance, the same on all processes. A training that is resumed keeps it.
+        """
+        if self._seed is None:
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32))
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                shared = [self._seed]
+                torch.distributed.broadcast_object_list(shared)
+                self._seed = shared[0]
+        return self._seed
+
+    def state_dict(self) -> dict[str, Any]:
+        loader = self._running_loader
+        return {"seed": self.seed, "loader": None if loader is None else loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._seed = state_dict.get("seed", self._seed)
+        self._resumed = state_dict.get("loader")
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether training samples come in order and unaugmented: by ``ordered``, or for the phase that is fitted."""
+        phase = None if self.trainer is None else self.trainer.lightning_module
+        return self.ordered or bool(getattr(phase, "takes_samples_in_order", False))
+
     @contextmanager
     def in_order(self) -> Iterator[None]:
         """Let training loaders that are made in the body give samples in order and unaugmented."""
@@ -191,7 +214,15 @@ class TaskData(L.LightningDataModule):
         return [name for name in sorted(self._splits) if name == stage or name.startswith(f"{stage}_")]
 
     def train_dataloader(self) -> Any:
-        return self._loader("train", train=not self.ordered)
+        self._running_loader = self.training_loader()
+        if self._resumed is not None:  # by the trainer itself it would come too late for some
+            self._running_loader.load_state_dict(self._resumed)
+            self._resumed = None
+        return self._running_loader
+
+    def training_loader(self) -> Any:
+        """A new loader of training samples, with a state that says how far it is."""
+        return self._loader("train", train=not self.is_ordered)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._evaluation_loaders("validation")
@@ -208,6 +239,11 @@ class TaskData(L.LightningDataModule):
         loaders = [self._loader(name, False, in_order) for name in self.split_names(stage)]
         return loaders if len(loaders) > 1 else loaders[0]
 
+    def drawn_batch(self, drawn: Sequence[tuple[Any, int]], augment: bool) -> dict[str, Tensor]:
+        """A batch of samples, each with the seed of what is random about it."""
+        with seeded(drawn[0][1]):
+            return self._batch([sample for sample, _ in drawn], augment)
+
     def _batch(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
         batch = self.collate(samples, augment)
         if self._outputs is None or "labels" not in batch:
@@ -216,35 +252,20 @@ class TaskData(L.LightningDataModule):
 
     def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
         dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
-        sampler = self.training_sampler(dataset) if train else _ordered_sampler(dataset, repeat=split == "train")
-        return self._loader_of(dataset, train, sampler)
+        if not train:
+            return self._loader_of(dataset, False, _ordered_sampler(dataset, repeat=split == "train"))
+        return self._loader_of(dataset, True, EpochOrder(dataset, partial(self.training_order, dataset), self.seed))
 
     def _loader_of(self, dataset: Dataset, train: bool, sampler: Sampler | None) -> DataLoader:
         return CacheableLoader(
-            dataset,
+            DrawnSamples(dataset) if train else dataset,
             batch_size=self.batch_size,
-            shuffle=train and sampler is None,
             sampler=sampler,
-            collate_fn=partial(self._batch, augment=train),
+            collate_fn=partial(self.drawn_batch if train else self._batch, augment=train),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def renumbered(labels: Tensor, outputs: Tensor) -> Tensor:
-    """Labels by the index of a model's output.
-
-    Args:
-        labels: Indices ``(B,)`` of the data's classes, or probabilities ``(B, C)`` of these and, behind them, of the
-            outputs that the data has no class for.
-        outputs: For each of the ``C``, the output's index.
-    """
-    if not labels.is_floating_point():
-        return outputs[labels]
-    probabilities = labels.new_zeros(len(labels), len(outputs))
-    probabilities[:, outputs[: labels.shape[1]]] = labels
-    return probabilities
 
 
 def _size(split: Any) -> int:

@@ -9,9 +9,8 @@ import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import Sampler
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.task_data import TaskData
@@ -107,17 +106,13 @@ class TokenizedData(TaskData):
         lengths = _lengths(dataset)
         return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__))
 
-    def training_sampler(self, dataset: Dataset) -> Sampler | None:
+    def training_order(self, dataset: Dataset, generator: torch.Generator) -> Sequence[int]:
         if not self.group_by_length:
-            return None
+            return super().training_order(dataset, generator)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return DistributedLengthGroupedSampler(
-            self.batch_size * (torch.distributed.get_world_size() if distributed else 1),
-            num_replicas=None if distributed else 1,
-            rank=None if distributed else 0,
-            seed=torch.initial_seed() % 2**32,
-            lengths=_lengths(dataset),
-        )
+        together = self.batch_size * (torch.distributed.get_world_size() if distributed else 1)
+        order: list[int] = get_length_grouped_indices(_lengths(dataset), together, generator=generator)
+        return order
 
     def save_processor(self, folder: Path) -> None:
         """Write the tokenizer, so that it cuts texts by itself as they were cut here."""

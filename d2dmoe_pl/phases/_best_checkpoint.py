@@ -43,7 +43,7 @@ def restore_best_(module: L.LightningModule) -> BestEpoch | None:
     if not path or not Path(path).exists():
         notice(f"No checkpoint of the best {monitored.monitor} is there: the last epoch goes on.")
         return None
-    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=False)  # one that this run has written
+    checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
     trainer.strategy.load_model_state_dict(checkpoint, strict=True)
     assert monitored.monitor is not None
     best = BestEpoch(monitored.monitor, float(monitored.best_model_score), int(checkpoint["epoch"]))  # type: ignore[arg-type]

@@ -1,9 +1,15 @@
 """What phases share that train nothing and walk through the training split once, in order."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
+from d2dmoe_pl.errors import check
 from d2dmoe_pl.phases._phase import Phase
+
+PASS = "ordered_pass"  # key in checkpoints
 
 
 class OrderedPass(Phase):
@@ -13,15 +19,17 @@ class OrderedPass(Phase):
         seen: Samples that this process has been given so far; subclasses :meth:`advance` it.
     """
 
+    takes_samples_in_order: ClassVar[bool] = True
     seen: int = 0
+    _resumed: dict[str, Any] | None = None
+
+    def sums(self) -> Mapping[str, Tensor]:
+        """The statistics of this process by name, each of which adds up over processes, and is changed in place."""
+        return {}
 
     def setup(self, stage: str) -> None:
         self.automatic_optimization = False
-        self.data.ordered = True
         self.trainer.fit_loop.max_epochs = 1
-
-    def teardown(self, stage: str) -> None:
-        self.data.ordered = False
 
     def configure_optimizers(self) -> None:
         """Nothing is trained."""
@@ -29,6 +37,40 @@ class OrderedPass(Phase):
     def on_fit_start(self) -> None:
         self.model.eval()
         self.seen = 0
+        self.begin()
+        if self._resumed is not None:
+            self.seen = self._resumed["seen"]
+            for name, value in self.sums().items():
+                # of all processes together
+                value.copy_(self._resumed["sums"][name] if self.trainer.is_global_zero else torch.zeros_like(value))
+            self._resumed = None
+
+    def begin(self) -> None:
+        """Set all statistics to zero."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        reduce = self.trainer.strategy.reduce
+        epochs: Any = self.trainer.fit_loop.epoch_progress.current
+        checkpoint[PASS] = {
+            "seen": self.seen,
+            "world_size": self.trainer.world_size,
+            "is_done": epochs.processed > 0,
+            "sums": {name: reduce(value.clone(), reduce_op="sum").cpu() for name, value in self.sums().items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        saved, now = checkpoint.get(PASS), self.trainer.world_size
+        assert saved is None or isinstance(saved, dict)
+        check(bool(saved), f"ckpt_path: has no statistics of {type(self).__name__}; must be one that it wrote")
+        assert saved is not None
+        check(
+            saved["is_done"] or saved["world_size"] == now,
+            f"devices={now}: a pass in order goes on from its middle only as it was begun, with {saved['world_size']}; "
+            "without ckpt_path it begins anew",
+        )
+        self._resumed = saved
 
     @property
     def num_training_samples(self) -> int:

@@ -1,7 +1,7 @@
 """What every phase shares: where its model comes from, the course of its life, how it is evaluated."""
 
 from collections.abc import Collection, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -10,6 +10,7 @@ from torchmetrics import MetricCollection
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
+from d2dmoe_pl.data.epoch_order import folded, seed_generators
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
@@ -23,6 +24,9 @@ from d2dmoe_pl.phases._model_checks import (
     check_pictures,
     check_token_ids,
 )
+from d2dmoe_pl.phases._seeded_course import SeededCourse
+
+COURSE = "phase"  # key in checkpoints
 
 
 class Phase(L.LightningModule):
@@ -44,11 +48,13 @@ class Phase(L.LightningModule):
         starts_from: The stage, ``dense``, ``experts`` or ``routed``, that a model must have to be fitted.
         ends_at: The stage that it has afterwards.
         makes_head: Whether a source's model gets a new head where its own is for other labels.
+        takes_samples_in_order: Whether it is fitted on training samples in order and unaugmented.
         leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
         model: The network, once made.
         task: What it is to do: the data's.
         metrics: The task's metrics by split, ``validation`` and ``test`` among them.
         history: The phases that it went through before this one.
+        measured: What the last validation during the fit found, by name.
         best: Once fitted, the epoch whose weights it has, where a metric is monitored; None for the last.
 
     Args:
@@ -62,6 +68,7 @@ class Phase(L.LightningModule):
     starts_from: ClassVar[str] = "dense"
     ends_at: ClassVar[str] = "dense"
     makes_head: ClassVar[bool] = False
+    takes_samples_in_order: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
     model: nn.Module
     task: Task
@@ -79,6 +86,8 @@ class Phase(L.LightningModule):
         self.task = None  # type: ignore[assignment] # until configure_model
         self.history: list[PhaseRecord] = []
         self.best: BestEpoch | None = None
+        self.measured: dict[str, float] = {}
+        self._is_ended = False
 
     def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
         """Raise ``ConfigError`` unless this phase can be fitted from what another left.
@@ -150,6 +159,7 @@ class Phase(L.LightningModule):
             return
         artifact = self.read_start()
         data = self.data
+        seed_generators(folded(data.seed, "model"))  # what is new in it does not depend on how the data was read
         assert data.task is not None  # it is set up by now
         self.task = data.task
         if artifact is None:
@@ -181,10 +191,35 @@ class Phase(L.LightningModule):
         splits = [split for stage in ("validation", "test") for split in data.split_names(stage)]
         self.metrics = nn.ModuleDict({split: self.task.metrics() for split in splits})
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [SeededCourse()]
+
     def on_train_end(self) -> None:
+        self.end_training()
+
+    def end_training(self) -> None:
+        """Let the model have the structure that it leaves with; done once.
+
+        A training that is resumed from its very end has nothing to train, and none of training's hooks.
+        """
+        if self._is_ended:
+            return
+        self._is_ended = True
+        self._keep_measured()
         self.best = restore_best_(self)
         self.conclude()
         self.finish_(self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._keep_measured()
+        checkpoint[COURSE] = {"measured": self.measured}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.measured = dict(checkpoint.get(COURSE, {}).get("measured", {}))
+
+    def _keep_measured(self) -> None:
+        metrics = self.trainer.callback_metrics
+        self.measured |= {key: float(value) for key, value in metrics.items() if key.startswith("validation")}
 
     def logits(self, batch: Batch) -> Tensor:
         """The model's logits for a batch, ``(B, ...)``."""

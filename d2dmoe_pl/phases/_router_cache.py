@@ -7,7 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from d2dmoe_pl.data.task_data import CacheableLoader
+from d2dmoe_pl.data.cacheable_loader import CacheableLoader
+from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.phases._row_cache import RowCache
 
 MIB = 2**20
@@ -17,15 +18,17 @@ class RouterCache:
     """The tokens that reach the routers and what these are to give: a row a token, with the columns of every layer.
 
     Tokens are kept in the type in which products are computed, under autocast the lower one, which loses nothing that
-    a router's first product would not; targets as they are. Iterating gives batches ``(n, columns)``, for
+    a router's first product would not; targets as they are. They are given in batches ``(n, columns)``, for
     :meth:`examples`.
 
     Args:
         rows: Where they are kept.
+        seed: Of their order.
     """
 
-    def __init__(self, rows: RowCache) -> None:
+    def __init__(self, rows: RowCache, seed: int) -> None:
         self.rows = rows
+        self.seed = seed
         self._batch: dict[str, tuple[Tensor, Tensor]] = {}
         self._widths: dict[str, tuple[int, int]] = {}
 
@@ -46,8 +49,9 @@ class RouterCache:
         self._batch.clear()
         self.rows.add(rows)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.rows)
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        """Those of one epoch."""
+        return self.rows.shuffled(folded(self.seed, "rows", epoch))
 
     def examples(self, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Tokens ``(n, d_model)`` and targets ``(n, E)`` of rows ``(n, columns)``, by layer."""
@@ -65,7 +69,7 @@ def why_not_cached(trainer: L.Trainer, augmented: bool) -> str | None:
     return None
 
 
-def is_last_epoch(trainer: L.Trainer) -> bool:
-    """Whether the training ends with the epoch that begins now, or in it."""
+def is_one_epoch(trainer: L.Trainer) -> bool:
+    """Whether the whole training is one epoch, or less."""
     steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    return trainer.global_step + steps >= trainer.estimated_stepping_batches
+    return steps >= trainer.estimated_stepping_batches

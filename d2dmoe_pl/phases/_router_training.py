@@ -4,14 +4,15 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from d2dmoe_pl.data.cacheable_loader import CacheableLoader
 from d2dmoe_pl.data.task import Batch
-from d2dmoe_pl.data.task_data import CacheableLoader
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.conversion import add_routers_, set_gate_
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -20,7 +21,7 @@ from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.routers import RouterConfig
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
-from d2dmoe_pl.phases._router_cache import MIB, RouterCache, is_last_epoch, why_not_cached
+from d2dmoe_pl.phases._router_cache import MIB, RouterCache, is_one_epoch, why_not_cached
 from d2dmoe_pl.phases._row_cache import RowCache
 
 _LOG = logging.getLogger(__name__)
@@ -104,17 +105,17 @@ class RouterTraining(OptimizedPhase):
     def on_train_start(self) -> None:
         self._cache = None  # of a training that was broken off
         self._folder = self.trainer.log_dir or self.trainer.default_root_dir  # asked on every process
-        self._caches = self._is_trained() and self.cache_memory > 0 and not is_last_epoch(self.trainer)
+        self._caches = self._is_trained() and self.cache_memory > 0 and not is_one_epoch(self.trainer)
         reason = why_not_cached(self.trainer, self.data.augmented) if self._caches else None
         if reason is not None:
             notice(f"Router inputs are not cached: {reason}.")
             self._caches = False
+        if self._caches:
+            rows = RowCache(int(self.trainer.num_training_batches), self.cache_memory * MIB, self._folder)
+            self._cache = RouterCache(rows, self.data.seed)
+            self._catch_up(self._loader.done_of_first_epoch)
 
     def on_train_batch_start(self, batch: Batch | Tensor, batch_idx: int) -> int | None:
-        begins = batch_idx == 0  # not so where a resumed run goes on in mid-epoch
-        if begins and self._caches and self._cache is None and not is_last_epoch(self.trainer):
-            rows = RowCache(int(self.trainer.num_training_batches), self.cache_memory * MIB, self._folder)
-            self._cache = RouterCache(rows)
         return None if self._is_trained() else -1  # -1 ends the epoch
 
     def training_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
@@ -125,6 +126,21 @@ class RouterTraining(OptimizedPhase):
         return loss
 
     def on_train_epoch_end(self) -> None:
+        self._complete_cache()
+
+    @torch.no_grad()
+    def _catch_up(self, done: int) -> None:
+        """After a resumption: take the batches that were done in the first epoch into the cache once more."""
+        precision = self.trainer.precision_plugin
+        for batch in islice(self._loader.batches_of(epoch=0), done):
+            moved = self.trainer.strategy.batch_to_device(precision.convert_input(batch))
+            with precision.train_step_context():
+                self._router_losses(moved)
+        if done >= self.trainer.num_training_batches:
+            self._complete_cache()
+
+    def _complete_cache(self) -> None:
+        """At the end of the first epoch: let the next ones take their batches from the cache."""
         if self._cache is None or self._loader.cached is not None:
             return
         if self._cache.rows.added < self.trainer.num_training_batches:
@@ -132,7 +148,7 @@ class RouterTraining(OptimizedPhase):
             return
         with self._cache_can_fail():
             self._cache.rows.complete()
-            self._loader.cached = self._cache
+            self._loader.cached = self._cache.batches
 
     def conclude(self) -> None:
         if self._cache is not None:

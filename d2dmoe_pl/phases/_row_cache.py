@@ -16,7 +16,7 @@ _PARTS = 32  # that the memory is filled in
 
 
 class RowCache:
-    """The rows of an epoch's batches; iterating gives all of them, shuffled, in as many batches.
+    """The rows of an epoch's batches, which are then given shuffled, in as many batches.
 
     Rows that do not fit into the memory lie in a file that has no name on POSIX systems, and so is gone with the
     process, however that ends.
@@ -64,9 +64,11 @@ class RowCache:
             mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._blocks.append(torch.frombuffer(mapped, dtype=self._dtype).view(-1, self._width))
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def shuffled(self, seed: int) -> Iterator[Tensor]:
+        """All rows in the order of ``seed``, ``(n, width)`` a batch."""
         ends = torch.tensor(list(accumulate(len(block) for block in self._blocks)))
-        for index in torch.randperm(int(ends[-1])).tensor_split(self.num_batches):
+        generator = torch.Generator().manual_seed(seed)
+        for index in torch.randperm(int(ends[-1]), generator=generator).tensor_split(self.num_batches):
             yield self._rows(index.sort().values, ends)
 
     def _rows(self, index: Tensor, ends: Tensor) -> Tensor:

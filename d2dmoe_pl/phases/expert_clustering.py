@@ -79,8 +79,7 @@ class ExpertClustering(OrderedPass):
     def finish_(self, model: nn.Module) -> None:
         convert_to_moe_(model, self.config, self._is_converted, assignments=self._assignments)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
+    def begin(self) -> None:
         self._ffns = select_ffns(self.model, self._is_converted)
         nothing = CountedTokens((), self.profile_dim, self.seed, self.device)
         self._sums = {
@@ -88,6 +87,9 @@ class ExpertClustering(OrderedPass):
             for ffn in self._ffns
             if self.split.needs_activations
         }
+
+    def sums(self) -> Mapping[str, Tensor]:
+        return self._sums
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
         enough = not self.split.needs_activations or self.seen * self.trainer.world_size >= self.num_samples

@@ -33,9 +33,11 @@ class ImportanceScoring(OrderedPass):
     def transform_(self, model: nn.Module) -> None:
         check_scorable(select_ffns(model))
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
+    def begin(self) -> None:
         self.importance = Importance(select_ffns(self.model), self.device)
+
+    def sums(self) -> Mapping[str, Tensor]:
+        return self.importance.scores
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         size = len(batch["labels"])

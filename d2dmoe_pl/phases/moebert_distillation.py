@@ -189,7 +189,7 @@ class MoEBERTDistillation(OptimizedPhase):
         """How often each token id occurs in the training split, ``(vocabulary,)`` int64; the same on all processes."""
         data = self.data
         with data.in_order():
-            loader = data.train_dataloader()
+            loader = data.training_loader()
         dataset: Any = loader.dataset
         share = Subset(dataset, range(self.global_rank, len(dataset), self.trainer.world_size))
         batches = DataLoader(share, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)

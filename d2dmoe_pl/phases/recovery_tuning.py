@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
@@ -115,8 +116,7 @@ class RecoveryTuning(OptimizedPhase):
             self._teacher.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        tau = torch.empty(()).uniform_(self.tau_min, self.tau_max).item()
-        logits, router_losses = self._forward(batch, tau)
+        logits, router_losses = self._forward(batch, self._tau(batch_idx))
         loss = task_loss = self.task_loss(logits, batch)
         parts = {"task_loss": task_loss}
         if self._teacher is not None:
@@ -129,6 +129,12 @@ class RecoveryTuning(OptimizedPhase):
         self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()})
         self.log_dict({f"train/router_loss/{name}": value.detach() for name, value in router_losses.items()})
         return loss
+
+    def _tau(self, batch_idx: int) -> float:
+        """What is drawn for a step, the same on all processes."""
+        seed = folded(self.data.seed, "tau", self.current_epoch, batch_idx)
+        drawn = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+        return self.tau_min + (self.tau_max - self.tau_min) * drawn
 
     def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The logits at ``tau``, and the loss of each layer's router if routers learn."""

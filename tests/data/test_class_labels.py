@@ -10,9 +10,8 @@ from table_files import ROWS, source, table
 
 from d2dmoe_pl.data import GLUE, TextClassification, TextRegression
 from d2dmoe_pl.data.class_labels import encode_labels
-from d2dmoe_pl.data.output_names import places
+from d2dmoe_pl.data.output_names import places, renumbered
 from d2dmoe_pl.data.task import Classification
-from d2dmoe_pl.data.task_data import renumbered
 from d2dmoe_pl.errors import ConfigError
 
 

@@ -28,8 +28,8 @@ def test_every_row_once_an_epoch_within_the_memory(folder, sizes, max_memory, dt
     assert cache.memory <= max_memory
     assert cache.memory + cache.disk == sum(batch.nbytes for batch in batches)
     assert not list(folder.iterdir())  # what is on disk has no name that could be left behind
-    for _ in range(2):
-        drawn = list(cache)
+    for seed in range(2):
+        drawn = list(cache.shuffled(seed))
         assert len(drawn) == len(sizes)
         assert max(len(rows) for rows in drawn) - min(len(rows) for rows in drawn) <= 1
         assert torch.equal(torch.cat(drawn).sort(dim=0).values, torch.cat(batches))
@@ -40,10 +40,8 @@ def test_epochs_differ_and_are_repeatable(folder):
     for rows in torch.arange(80.0).view(2, 20, 2):
         cache.add(rows)
     cache.complete()
-    torch.manual_seed(1)
-    first, second = (torch.cat(list(cache)) for _ in range(2))
-    torch.manual_seed(1)
-    assert torch.equal(torch.cat(list(cache)), first)
+    first, second, again = (torch.cat(list(cache.shuffled(seed))) for seed in (1, 2, 1))
+    assert torch.equal(again, first)
     assert not torch.equal(first, second)
     assert cache.disk == 160 * 2
 

@@ -94,7 +94,7 @@ class StreamedLanguageModeling(LanguageModeling):
     def num_training_samples(self) -> int:
         return self.epoch_blocks
 
-    def train_dataloader(self) -> StreamLoader:
+    def training_loader(self) -> StreamLoader:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, num_processes = (
             (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
@@ -105,12 +105,14 @@ class StreamedLanguageModeling(LanguageModeling):
             f"epoch_blocks={self.epoch_blocks}: must be at least {self.batch_size * num_processes}, a batch in each of "
             f"{num_processes} processes",
         )
-        blocks = PackedStream(self._stream, self.text_column, self._skipped, self.packer, rank, num_processes)
+        blocks = PackedStream(
+            self._stream, self.text_column, self._skipped, self.packer, rank, num_processes, self.seed
+        )
         loader = DataLoader(
             blocks,
             batch_size=self.batch_size,
             drop_last=True,
-            collate_fn=partial(self.collate, augment=not self.ordered),
+            collate_fn=partial(self.drawn_batch, augment=not self.is_ordered),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )

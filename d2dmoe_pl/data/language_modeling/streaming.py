@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.language_modeling.packing import Packer
 from d2dmoe_pl.errors import check
 
@@ -62,7 +63,7 @@ def head(stream: datasets.IterableDataset, column: str, number: int) -> list[str
 
 
 class PackedStream(IterableDataset):
-    """The blocks of a stream that fall to this process and loader worker, ``input_ids`` ``(L,)`` each.
+    """The blocks of a stream that fall to this process and loader worker, ``input_ids`` ``(L,)`` each, with its seed.
 
     Args:
         stream: The documents.
@@ -71,6 +72,7 @@ class PackedStream(IterableDataset):
         packer: Makes the blocks.
         rank: Of this process.
         num_processes: How many share the stream.
+        seed: Of the run.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class PackedStream(IterableDataset):
         packer: Packer,
         rank: int,
         num_processes: int,
+        seed: int,
     ) -> None:
         self.stream = stream
         self.column = column
@@ -88,14 +91,15 @@ class PackedStream(IterableDataset):
         self.packer = packer
         self.rank = rank
         self.num_processes = num_processes
+        self.seed = seed
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, Tensor], int]]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         reader, num_readers = number * self.num_processes + self.rank, self.num_processes * workers
         texts = documents(self.stream, self.column, self.skipped, reader, num_readers)
-        for block in self.packer.blocks(texts):
-            yield {"input_ids": torch.tensor(block)}
+        for place, block in enumerate(self.packer.blocks(texts)):
+            yield {"input_ids": torch.tensor(block)}, folded(self.seed, reader, place)
 
 
 class StreamLoader:

@@ -110,9 +110,9 @@ def test_resuming(source, tokenizer, num_workers):
 def test_workers_read_each_document_once(source, tokenizer):
     data = data_of(source, tokenizer, length=2, batch_size=1)
     data.setup()
-    stream = PackedStream(source.stream()["train"], "text", 0, data.packer, 0, 1)
+    stream = PackedStream(source.stream()["train"], "text", 0, data.packer, 0, 1, seed=0)
     loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
-    read = sorted(tuple(sample["input_ids"].tolist()) for sample in loader)
+    read = sorted(tuple(sample["input_ids"].tolist()) for sample, _ in loader)
     # two readers have shards 0 and 2, and shard 1
     parts = [[[*DOCUMENTS[0], *DOCUMENTS[2]]], [DOCUMENTS[1]]]
     assert read == sorted(tuple(block) for part in parts for block in data.packer.blocks(part))

@@ -1,0 +1,37 @@
+"""What a phase draws at random, and how it ends, whether or not it was interrupted on the way."""
+
+from typing import Any
+
+import lightning as L
+
+from d2dmoe_pl.data.epoch_order import folded, seed_generators
+
+
+class SeededCourse(L.Callback):
+    """Seed each training step, and the beginning of each evaluation, by where in the course of the phase it is.
+
+    Nothing that was drawn before decides what is drawn then, so that a training which is resumed draws what it would
+    have drawn. Every phase brings this callback along.
+    """
+
+    def on_train_epoch_start(self, trainer: Any, phase: Any) -> None:
+        self._seed(trainer, phase, "epoch")
+
+    def on_train_batch_start(self, trainer: Any, phase: Any, batch: Any, batch_idx: int) -> None:
+        self._seed(trainer, phase, "step", batch_idx)
+
+    def on_validation_epoch_start(self, trainer: Any, phase: Any) -> None:
+        self._seed(trainer, phase, "validation")
+
+    def on_test_epoch_start(self, trainer: Any, phase: Any) -> None:
+        self._seed(trainer, phase, "test")
+
+    def on_predict_epoch_start(self, trainer: Any, phase: Any) -> None:
+        self._seed(trainer, phase, "predict")
+
+    def on_fit_end(self, trainer: Any, phase: Any) -> None:
+        phase.end_training()
+
+    def _seed(self, trainer: Any, phase: Any, *parts: int | str) -> None:
+        epoch = trainer.fit_loop.epoch_progress.current.processed
+        seed_generators(folded(phase.data.seed, *parts, epoch, trainer.global_rank))
