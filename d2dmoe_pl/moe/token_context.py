@@ -1,7 +1,10 @@
 """What routing needs from the batch, carried from the model's call to its MoE layers."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +13,78 @@ from torch.utils.hooks import RemovableHandle
 MASK_ARGUMENT = "attention_mask"
 IDS_ARGUMENT = "input_ids"
 EMBEDDINGS_ARGUMENT = "inputs_embeds"
+# what transformers and torch call that which runs a module now and once more in the backward pass
+CHECKPOINTING = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+class TokenBatch:
+    """The tokens of one call of a model.
+
+    Attributes:
+        index: Of :func:`token_index`.
+        ids: ``(B, L)``; None without ``input_ids``.
+        around: What ran when the call began, and does again when it ends.
+    """
+
+    def __init__(self, index: Tensor | None, ids: Tensor | None, around: "Mapping[int, TokenBatch]") -> None:
+        self.index = index
+        self.ids = ids
+        self.around = around
+        self._sentence: Tensor | None = None
+
+    def sentence(self) -> Tensor | None:
+        """Number of each real token's sentence, found once."""
+        if self._sentence is None and self.ids is not None:
+            self._sentence = sentence_numbers(self.ids.shape, self.index, self.ids.device)
+        return self._sentence
+
+
+# by the id of the context of each model that runs in this thread or task; a new mapping at each change
+_RUNNING: ContextVar[Mapping[int, TokenBatch]] = ContextVar("d2dmoe_pl_running", default={})  # noqa: B039
 
 
 class TokenContext:
     """Which positions of the running batch hold real tokens, and which ones. One is owned by each converted model.
 
-    A forward pre-hook on the model fills it from the ``attention_mask`` and ``input_ids`` arguments, if the model's
+    A forward pre-hook on the model takes it from the ``attention_mask`` and ``input_ids`` arguments, if the model's
     forward has them, so that a plain ``model(**batch)`` or ``model.generate()`` leaves padding unrouted. Indices are
-    found once a batch, not once a layer.
-
-    Attributes:
-        token_index: Of :func:`token_index`.
-        token_ids: Of the real tokens, ``(N,)``; None without ``input_ids``.
-        sentence: Number of each real token's sentence, ``(N,)``, without gaps; None without ``input_ids``.
+    found once a batch, not once a layer. What is kept is kept for the call and its thread alone, so that threads,
+    replicas and nested calls each see their own; gradient checkpointing sees it again in the backward pass.
     """
 
     def __init__(self) -> None:
-        self.token_index: Tensor | None = None
-        self.token_ids: Tensor | None = None
-        self.sentence: Tensor | None = None
+        self.needs_ids = False  # whether a layer routes by them
+        self._was_padded = False
         self._handles: list[RemovableHandle] = []
+
+    @property
+    def token_index(self) -> Tensor | None:
+        """What :func:`token_index` gave.
+
+        Raises:
+            RuntimeError: In a backward pass that runs layers again by means that are not known.
+        """
+        running = _RUNNING.get().get(id(self))
+        if running is not None:
+            return running.index
+        if self._was_padded and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "a MoE layer is run again in a backward pass, and which tokens are padding is not known there; must be "
+                "by model.gradient_checkpointing_enable(), or torch's checkpoint_wrapper"
+            )
+        return None
+
+    @property
+    def token_ids(self) -> Tensor | None:
+        """Of the real tokens, ``(N,)``; None without ``input_ids``."""
+        running = _RUNNING.get().get(id(self))
+        return None if running is None or running.ids is None else real_tokens(running.ids.flatten(), running.index)
+
+    @property
+    def sentence(self) -> Tensor | None:
+        """Number of each real token's sentence, ``(N,)``, without gaps; None without ``input_ids``."""
+        running = _RUNNING.get().get(id(self))
+        return None if running is None else running.sentence()
 
     def install(self, model: nn.Module) -> None:
         """Hook this context onto ``model``."""
@@ -46,15 +101,58 @@ class TokenContext:
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        ids = arguments.get(IDS_ARGUMENT)
+        ids, mask = arguments.get(IDS_ARGUMENT), arguments.get(MASK_ARGUMENT)
         inputs = arguments.get(EMBEDDINGS_ARGUMENT) if ids is None else ids
-        self.token_index = token_index(arguments.get(MASK_ARGUMENT), None if inputs is None else inputs.shape[1])
-        if ids is not None:
-            self.token_ids = real_tokens(ids.flatten(), self.token_index)
-            self.sentence = sentence_numbers(ids.shape, self.token_index, ids.device)
+        if torch.compiler.is_compiling() and mask is None and not self.needs_ids and id(self) not in _RUNNING.get():
+            return  # nothing to keep, and keeping breaks the graph
+        self._begin(mask, ids, None if inputs is None else inputs.shape[1])
+        if model.training and torch.is_grad_enabled():
+            self._was_padded |= self.token_index is not None
+            _carry_into_backward(model)
 
     def _leave(self, model: nn.Module, args: tuple, output: object) -> None:
-        self.token_index = self.token_ids = self.sentence = None
+        if id(self) in _RUNNING.get():
+            self._end()
+
+    @torch.compiler.disable
+    def _begin(self, mask: Tensor | None, ids: Tensor | None, length: int | None) -> None:
+        around = _RUNNING.get()
+        running = TokenBatch(None, ids, around)
+        _RUNNING.set({**around, id(self): running})  # first, since the call ends even where the mask is refused
+        running.index = token_index(mask, length)
+
+    @torch.compiler.disable
+    def _end(self) -> None:
+        running = _RUNNING.get()
+        _RUNNING.set(running[id(self)].around)
+
+
+class _Carried:
+    """Runs a part of a model as ``checkpoint`` does, each time with the tokens of the call that it is a part of."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(partial(_within, _RUNNING.get(), run), *args, **kwargs)
+
+
+def _within(running: Mapping[int, TokenBatch], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before = _RUNNING.set(running)
+    try:
+        return run(*args, **kwargs)
+    finally:
+        _RUNNING.reset(before)
+
+
+@torch.compiler.disable
+def _carry_into_backward(model: nn.Module) -> None:
+    """Let parts of ``model`` that are run again in the backward pass know its tokens there too."""
+    for module in model.modules():
+        for name in CHECKPOINTING:
+            checkpoint = module.__dict__.get(name)
+            if checkpoint is not None and not isinstance(checkpoint, _Carried):
+                setattr(module, name, _Carried(checkpoint))
 
 
 def shared_context_(model: nn.Module) -> TokenContext:
