@@ -167,4 +167,4 @@ def write_status(folder: Path, config: dict[str, Any], finished: bool) -> None:
 @rank_zero_only
 def say(text: str, style: str | None = None) -> None:
     """Print a line of the chain's own on standard error, on the first process only."""
-    Console(stderr=True).print(text, style=style, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(text, style=style, highlight=False, soft_wrap=True, markup=False)

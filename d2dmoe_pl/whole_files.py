@@ -38,6 +38,7 @@ def replaced_file(file: Path) -> Iterator[Path]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_name(f".{file.name}.partial")
+    aside.unlink(missing_ok=True)  # it could lead elsewhere
     try:
         yield aside
         _to_disk(aside)

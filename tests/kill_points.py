@@ -57,8 +57,14 @@ def texts_recipe(folder):
     tiny.tokenizer(folder / "tokenizer", "abcxyz")
     for split in ("train", "validation", "test"):
         write(table(), folder / f"{split}.csv")
-    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=20)
-    source = {"class_path": "HuggingFaceModel", "init_args": {"task": "text-classification", "config": {"class_path": "transformers.BertConfig", "init_args": shape}}}
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    source = {
+        "class_path": "HuggingFaceModel",
+        "init_args": {
+            "task": "text-classification",
+            "config": {"class_path": "transformers.BertConfig", "init_args": {**shape, "vocab_size": 20}},
+        },
+    }
     phases = {
         "fine_tuning": phase("FineTuning", source=source),
         "importance_scoring": phase("ImportanceScoring", 1),

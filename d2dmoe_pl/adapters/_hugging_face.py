@@ -161,8 +161,18 @@ class HuggingFaceAdapter(Adapter):
         ours = described.pop(KEY, {})
         model_type = ours.get("model_type", described.pop("model_type"))
         described.pop("model_type", None)
+        named = [key for key in described if key.endswith("implementation") and "/" in str(described[key])]
+        check(
+            not named, f"{', '.join(named)} in config.json: names code on the hub; must be a way that transformers has"
+        )
         config = transformers.AutoConfig.for_model(model_type, **described)
-        model = getattr(transformers, str(described["architectures"][0]))._from_config(config)
+        architecture = getattr(transformers, str(described["architectures"][0]), None)
+        check(
+            isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel),
+            f"architectures={described['architectures']} in config.json: transformers has no such model",
+        )
+        assert architecture is not None
+        model = architecture._from_config(config)
         if (folder / GENERATION_CONFIG).exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         return model

@@ -17,11 +17,21 @@ from d2dmoe_pl.adapters._adapter import ModelSource
 from d2dmoe_pl.data.output_names import placeholders
 from d2dmoe_pl.errors import ConfigError, check
 
+# of timm.create_model, what says where weights or the description of another model come from
+ELSEWHERE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+
 
 def create_timm_model(
     architecture: str, num_classes: int, model_args: dict[str, Any], label_names: Sequence[str] | None, **kwargs: Any
 ) -> nn.Module:
-    """A timm model that remembers how it was made: ``model_args`` and ``label_names`` are its attributes."""
+    """A timm model that remembers how it was made: ``model_args`` and ``label_names`` are its attributes.
+
+    Raises:
+        ConfigError: Unless ``architecture`` is one of timm's own, and ``model_args`` say what it is like, and no more.
+    """
+    check(timm.is_model(architecture), f"architecture={architecture!r}: timm has no such model")
+    others = sorted(set(ELSEWHERE) & model_args.keys())
+    check(not others, f"model_args={', '.join(others)}: allowed is only what the model is like, not where it is from")
     model: Any = timm.create_model(architecture, num_classes=num_classes, **model_args, **kwargs)
     model.model_args = dict(model_args)
     model.label_names = None if label_names is None else list(label_names)

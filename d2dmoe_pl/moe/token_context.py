@@ -1,7 +1,7 @@
 """What routing needs from the batch, carried from the model's call to its MoE layers."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -201,7 +201,7 @@ def run_on_real_tokens(run: Callable[[Tensor], Tensor], x: Tensor, index: Tensor
     return output.view(*x.shape[:-1], output.shape[1])
 
 
-def sentence_numbers(shape: tuple[int, int], index: Tensor | None, device: torch.device) -> Tensor:
+def sentence_numbers(shape: Sequence[int], index: Tensor | None, device: torch.device) -> Tensor:
     """Which sentence each real token is of; sentences without any are not numbered.
 
     Args:

@@ -33,7 +33,8 @@ def compile_failure() -> str | None:
 def _load() -> str | None:
     try:
         load_extension("d2dmoe_pl_moe_cpu", SOURCE)
-    except CompileError as error:
+        torch.ops.d2dmoe_pl.moe_cpu  # noqa: B018 (whether it is there)
+    except (CompileError, AttributeError) as error:
         return str(error)
     # override: loaded anew, it is the same
     torch.library.register_fake(
@@ -56,6 +57,8 @@ def cpu(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
         why_not = f"the compiler says: {failure}"
     if why_not is not None:
         raise ConfigError(f"backend='cpu': {why_not}")
+    if not torch.compiler.is_compiling() and experts.up_weight.is_inference():
+        experts.leave_inference_mode_()
     tokens = tokens.to(run_type(experts, tokens))
     return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, *experts.weights, experts.activation_kind)
 

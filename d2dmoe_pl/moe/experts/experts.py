@@ -112,6 +112,12 @@ class Experts(nn.Module):
         """All parameters, in the order that kernels registered with ``torch.library`` take them."""
         return self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.down_weight, self.down_bias
 
+    @torch.inference_mode(False)
+    def leave_inference_mode_(self) -> None:
+        """Have weights that were made in inference mode as others are, whose changes kernels can tell; a copy, once."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            setattr(self, name, nn.Parameter(parameter.clone(), requires_grad=False))
+
     def set_backend(self, backend: str) -> None:
         """Choose how the experts run, by the name of a file in ``moe/execution``."""
         self.backend = backend
