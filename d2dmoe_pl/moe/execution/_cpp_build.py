@@ -1,4 +1,4 @@
-"""C++ sources compiled on first use into a folder of the user's own, beside torch's extensions, for this machine's processor.
+"""C++ sources compiled on first use, for this machine's processor, into a folder of the user's own.
 
 ``torch.utils.cpp_extension.load`` does the same by way of ninja and setuptools, and a lock file that outlives a killed
 process; one source needs neither.
@@ -13,6 +13,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -92,10 +93,8 @@ def _bases() -> Iterator[Path]:
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given:
         yield Path(given)
-    try:
+    with suppress(RuntimeError):  # there is no home
         yield Path.home() / ".cache" / "torch_extensions"
-    except RuntimeError:  # there is no home
-        pass
     yield Path(tempfile.gettempdir())
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_two_processes_at_once_compile_once(source, slow_compiler, tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     assert slow_compiler.read_text() == "started\n"
-    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+    assert len(list((tmp_path / "cache").glob("*/*.so"))) == 1
 
 
 def test_a_killed_compilation_is_done_again(source, slow_compiler):
@@ -78,13 +79,14 @@ def test_the_compilers_own_message(source, tmp_path):
     source.write_text("int answer() { return forty_two; }\n")
     with pytest.raises(CompileError, match=r"answer\.cpp:1:23: error: .*forty_two"):
         load_extension("answer", source)
-    assert not list((tmp_path / "cache").glob("*.so"))
+    assert not list((tmp_path / "cache").glob("*/*.so"))
 
 
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
         ("/bin/false", "/bin/false failed with exit code 1"),
+        ("c++ 'unbalanced", "No closing quotation"),
         ("/no/such/c++", "[Errno 2] No such file or directory: '/no/such/c++'"),
     ],
 )
@@ -94,7 +96,67 @@ def test_a_broken_compiler(source, monkeypatch, compiler, message):
         load_extension("answer", source)
 
 
-def test_a_cache_that_cannot_be_written(source, tmp_path):
-    (tmp_path / "cache").write_text("a file, not a folder")
-    with pytest.raises(CompileError, match=r"File exists: .*cache"):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Home and temporary folder of the test's own."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path
+
+
+def libraries(folder):
+    return list(folder.rglob("*.so"))
+
+
+def test_a_cache_that_cannot_be_written_is_another(source, elsewhere):
+    (elsewhere / "cache").write_text("a file, not a folder")
+    load_extension("answer", source)
+    assert len(libraries(elsewhere / "home")) == 1
+
+
+def test_no_home_and_no_cache(source, elsewhere, monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory")))
+    load_extension("answer", source)
+    assert len(libraries(elsewhere / "temporary")) == 1
+
+
+def test_no_folder_at_all(source, elsewhere, monkeypatch):
+    for name in ("cache", "home"):
+        (elsewhere / name).write_text("a file, not a folder")
+    monkeypatch.setattr("tempfile.tempdir", str(elsewhere / "cache"))
+    with pytest.raises(CompileError, match=r"^no folder for compiled libraries \(.*cache"):
         load_extension("answer", source)
+
+
+def test_the_cache_is_the_users_alone(source, elsewhere, tmp_path):
+    load_extension("answer", source)
+    folder = libraries(tmp_path / "cache")[0].parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)  # others could have written it
+    load_extension("answer", source)
+    assert len(libraries(elsewhere / "home")) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut off", "emptied", "another", "not signed"])
+def test_a_broken_library_is_compiled_anew(source, tmp_path, caplog, damage):
+    load_extension("answer", source)
+    library = libraries(tmp_path / "cache")[0]
+    content = library.read_bytes()
+    if damage == "not signed":
+        library.with_suffix(".sha256").unlink()
+    else:
+        library.unlink()  # it is mapped into this process
+        library.write_bytes({"cut off": content[:5000], "emptied": b"", "another": b"no library at all"}[damage])
+    caplog.clear()
+    load_extension("answer", source)
+    assert library.read_bytes()[:4] == content[:4] == b"\x7fELF"
+    assert any("is not as it was compiled: it is compiled anew" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize("compiler", ["", " "])
+def test_no_compiler_named_is_the_usual_one(source, monkeypatch, tmp_path, compiler):
+    monkeypatch.setenv("CXX", compiler)
+    load_extension("answer", source)
+    assert len(libraries(tmp_path / "cache")) == 1
