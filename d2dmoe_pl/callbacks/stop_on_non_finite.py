@@ -24,16 +24,16 @@ class StopOnNonFinite(L.Callback):
         if torch.isfinite(loss).all():
             return
         raise NonFiniteLossError(
-            f"{type(phase).__name__}: the loss is {loss.item()} at step {trainer.global_step}; {_advice(trainer)}"
+            f"{type(phase).__name__}: the loss is {loss.item()} at step {trainer.global_step}; stopped, {_advice(trainer)}"
         )
 
     def on_save_checkpoint(self, trainer: L.Trainer, phase: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         what = f"the weights of {type(phase).__name__} at step {trainer.global_step}"
-        check_finite(phase.named_parameters(), what, _advice(trainer))
+        check_finite(phase.named_parameters(), what, f"stopped, {_advice(trainer)}")
 
 
 def _advice(trainer: L.Trainer) -> str:
     last = getattr(trainer.checkpoint_callback, "best_model_path", "")
     kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
     remedy = "A smaller learning rate (optimizer) or gradient clipping (trainer.gradient_clip_val) may help"
-    return f"stopped, {kept}. {remedy}"
+    return f"{kept}. {remedy}"
