@@ -24,7 +24,8 @@ class StopOnNonFinite(L.Callback):
         if torch.isfinite(loss).all():
             return
         raise NonFiniteLossError(
-            f"{type(phase).__name__}: the loss is {loss.item()} at step {trainer.global_step}; stopped, {_advice(trainer)}"
+            f"{type(phase).__name__}: the loss is {loss.item()} at step {trainer.global_step}; stopped, "
+            f"{_advice(trainer)}"
         )
 
     def on_save_checkpoint(self, trainer: L.Trainer, phase: L.LightningModule, checkpoint: dict[str, Any]) -> None:

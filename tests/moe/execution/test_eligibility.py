@@ -221,3 +221,19 @@ def test_the_operator_checks_its_arguments():
         run(x, MASK.float(), weight, None, None, None, weight, None, "relu")
     with pytest.raises(ValueError, match="activation='swish': allowed are relu, gelu, gelu_tanh, silu, tanh"):
         run(x, MASK, weight, None, None, None, weight, None, "swish")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_made_in_inference_mode_are_packed_once_and_changes_are_seen(dtype):
+    with torch.inference_mode():
+        experts = Experts(make_ffn(32, 64), 4).to(dtype).eval()
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            setattr(experts, name, nn.Parameter(parameter.clone(), requires_grad=False))
+        assert experts.up_weight.is_inference()
+        tokens, mask = torch.randn(9, 32, dtype=dtype), torch.rand(9, 4) > 0.5
+        for _ in range(2):
+            torch.testing.assert_close(
+                cpu.cpu(experts, tokens, mask), reference.reference(experts, tokens, mask), rtol=0.05, atol=0.05
+            )
+            assert not experts.up_weight.is_inference()
+            experts.up_weight.mul_(2)

@@ -1,0 +1,113 @@
+"""Resumed from any checkpoint, in the middle of an epoch too, a phase leaves the same bits as one that was not."""
+
+import lightning as L
+import pytest
+import torch
+from digits_models import digits_source
+from safetensors.torch import load_file
+
+from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data import Digits
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import (
+    AttentionDistillation,
+    ExpertClustering,
+    FineTuning,
+    ImportanceScoring,
+    RecoveryTuning,
+    RouterRegression,
+    SparsityEnforcement,
+)
+
+BATCHES = 4
+PHASES = {
+    "fine-tuning": ("dense", lambda start: FineTuning(source=digits_source(), activation="relu")),
+    "projections": ("dense", lambda start: AttentionDistillation(["output"], init_from=start)),
+    "sparsity": ("dense", lambda start: SparsityEnforcement(init_from=start)),
+    "importance": ("dense", lambda start: ImportanceScoring(init_from=start)),
+    "clustering": ("dense", lambda start: ExpertClustering(8, init_from=start)),
+    "routers": ("experts", lambda start: RouterRegression(8, init_from=start)),
+    "recovery": ("routed", lambda start: RecoveryTuning(init_from=start)),
+}
+
+
+class SaveAll(L.Callback):
+    """Save after every step, but for the last of an epoch, and after every epoch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, phase, outputs, batch, batch_idx):
+        if batch_idx + 1 < BATCHES:
+            trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-{batch_idx}.ckpt")
+
+    def on_train_epoch_end(self, trainer, phase):
+        trainer.save_checkpoint(self.folder / f"{trainer.current_epoch}-end.ckpt")
+
+
+@pytest.fixture
+def fit(trainer, tmp_path):
+    def run(phase, folder, ckpt_path=None, workers=0, callbacks=()):
+        L.seed_everything(3, verbose=False)
+        if ckpt_path is not None:
+            torch.rand(7)  # what was drawn before is of no consequence
+        settings = {"max_epochs": 2, "limit_train_batches": BATCHES, "default_root_dir": folder, "logger": False}
+        own = trainer(callbacks=[SaveArtifact(), *callbacks], **settings)
+        own.fit(phase, datamodule=Digits(64, workers), ckpt_path=ckpt_path, weights_only=ckpt_path and True)
+        files = sorted((folder / "artifact").glob("*.safetensors"))
+        return [load_file(file) for file in files], (folder / "artifact" / "config.json").read_text()
+
+    return run
+
+
+@pytest.mark.parametrize("kind", list(PHASES))
+def test_from_every_checkpoint(fit, artifact, tmp_path, kind):
+    stage, make = PHASES[kind]
+    start = artifact(stage)
+    saved = tmp_path / "saved"
+    tensors, config = fit(make(start), tmp_path / "whole", callbacks=[SaveAll(saved)])
+    checkpoints = sorted(saved.glob("*.ckpt"))
+    assert len(checkpoints) >= 3
+    for checkpoint in checkpoints:
+        found, found_config = fit(make(start), tmp_path / f"from-{checkpoint.stem}", str(checkpoint))
+        assert found_config == config
+        for one, other in zip(found, tensors, strict=True):
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], value) for name, value in other.items()), checkpoint.name
+
+
+def test_loader_processes_change_nothing(fit, artifact, tmp_path):
+    make = PHASES["sparsity"][1]
+    start = artifact("dense")
+    alone, _ = fit(make(start), tmp_path / "alone")
+    saved = tmp_path / "saved"
+    helped, _ = fit(make(start), tmp_path / "helped", workers=2, callbacks=[SaveAll(saved)])
+    resumed, _ = fit(make(start), tmp_path / "resumed", str(saved / "1-1.ckpt"), workers=2)
+    for one, other, third in zip(alone, helped, resumed, strict=True):
+        assert all(torch.equal(one[name], value) and torch.equal(third[name], value) for name, value in other.items())
+
+
+def test_a_pass_in_order_goes_on_with_as_many_processes_only(fit, artifact, tmp_path):
+    start, saved = artifact("dense"), tmp_path / "saved"
+    fit(ImportanceScoring(init_from=start), tmp_path / "whole", callbacks=[SaveAll(saved)])
+    checkpoint = torch.load(saved / "0-1.ckpt", weights_only=True)
+    checkpoint["ordered_pass"]["world_size"] = 2
+    torch.save(checkpoint, saved / "other.ckpt")
+    with pytest.raises(ConfigError, match=r"^devices=1: a pass in order goes on from its middle only as it was begun"):
+        fit(ImportanceScoring(init_from=start), tmp_path / "other", str(saved / "other.ckpt"))
+
+
+def test_a_pass_that_fails_leaves_the_data_as_it_was(trainer, artifact):
+    class Broken(ImportanceScoring):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("broken")
+
+    data = Digits(16)
+    phase = Broken(init_from=artifact("dense"))
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer().fit(phase, datamodule=data)
+    trainer(limit_train_batches=1).fit(FineTuning(source=digits_source()), datamodule=data)
+    assert not data.is_ordered
+    first = next(iter(data.training_loader()))["pixel_values"]
+    with data.in_order():
+        assert not torch.equal(next(iter(data.training_loader()))["pixel_values"], first)
