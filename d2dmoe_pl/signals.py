@@ -71,4 +71,6 @@ def _end(signum: int, frame: FrameType | None) -> None:
             for child in children:
                 if child.poll() is None:
                     child.terminate()
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt  # as without us, for those who keep something on the way out
     sys.exit(128 + signum)

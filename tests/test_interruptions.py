@@ -161,7 +161,13 @@ def test_signals_of_the_real_command(tmp_path, signum, code):
     recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     chain = arguments(recipe, output, "--set", "fine_tuning.trainer.max_epochs=400")
     command = [sys.executable, "-m", "d2dmoe_pl", *chain]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     deadline = time.monotonic() + 120
     while not (output / "fine_tuning" / "checkpoints" / "last.ckpt").exists():
         assert process.poll() is None
