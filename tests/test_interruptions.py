@@ -13,11 +13,10 @@ import pytest
 import torch
 from recipe import PHASES, arguments, write_recipe
 
-from d2dmoe_pl import chain_lock, chain_status, whole_files
+from d2dmoe_pl import chain_status, whole_files
 from d2dmoe_pl.artifact import load_model, save_artifact
-from d2dmoe_pl.chain_lock import locked
 from d2dmoe_pl.cli import main
-from d2dmoe_pl.errors import ConfigError, NonFiniteWeightsError
+from d2dmoe_pl.errors import NonFiniteWeightsError
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases import FineTuning, RouterRegression, SparsityEnforcement
 from d2dmoe_pl.signals import ending_in_order
@@ -121,39 +120,6 @@ def test_from_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, cap
     main(arguments(recipe, output, *more))  # it was finished: this redoes it
     assert (output / "sparsity_enforcement" / "phase.json").stat().st_mtime_ns != redone
     assert not list(output.rglob(".*"))
-
-
-class TestLock:
-    def test_a_second_chain_is_refused_and_names_the_first(self, tmp_path):
-        code = "import sys, time\nfrom pathlib import Path\nfrom d2dmoe_pl.chain_lock import locked\n"
-        code += "with locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)\n"
-        holder = subprocess.Popen(
-            [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert holder.stdout.readline() == "locked\n"
-            refused = pytest.raises(
-                ConfigError, match=rf"a chain runs there already \(process {holder.pid} on .*, since "
-            )
-            with refused, locked(tmp_path / "run"):
-                pass
-        finally:
-            holder.kill()
-            holder.wait()
-        with locked(tmp_path / "run"):  # of one that has died
-            assert json.loads((tmp_path / "run" / chain_lock.HOLDER).read_text())["pid"] == os.getpid()
-        assert not any((tmp_path / "run").iterdir())
-
-    def test_other_processes_of_the_run_do_not_lock(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(chain_lock.rank_zero_only, "rank", 1)
-        with locked(tmp_path / "run"):
-            assert not (tmp_path / "run").exists()
-
-    @pytest.mark.parametrize("text", ["", "{", '{"pid": "x"}'])
-    def test_a_holder_that_cannot_be_read(self, tmp_path, text):
-        (tmp_path / chain_lock.HOLDER).write_text(text)
-        with locked(tmp_path):
-            pass
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

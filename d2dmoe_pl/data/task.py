@@ -6,13 +6,14 @@ from copy import copy
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy, MulticlassMatthewsCorrCoef
 from torchmetrics.wrappers import LambdaInputTransformer
 
-from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
 from d2dmoe_pl.data.output_names import places
 from d2dmoe_pl.errors import check
 
@@ -72,7 +73,14 @@ class Task(ABC):
 
     def metrics(self) -> MetricCollection:
         """New :meth:`scores`, and the mean ``loss``; ``update`` takes (logits, batch)."""
-        return MetricCollection({"loss": MeanLoss(self.loss, self.weight), **self.scores()}, compute_groups=False)
+        exact = self.head not in VOCABULARY_HEADS  # whose logits are many
+        loss = MeanLoss(self.loss, self.weight, exact)
+        return MetricCollection({"loss": loss, **self.scores()}, compute_groups=False)
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class MeanLoss(MeanMetric):
@@ -81,16 +89,26 @@ class MeanLoss(MeanMetric):
     Args:
         loss: Maps (logits, batch) to the mean over the batch.
         weight: Maps a batch to what its mean counts.
+        exact: Compute and add in float64, so that the mean does not depend on how samples are put into batches.
     """
 
-    def __init__(self, loss: Callable[[Tensor, Batch], Tensor], weight: Callable[[Batch], int]) -> None:
+    def __init__(
+        self, loss: Callable[[Tensor, Batch], Tensor], weight: Callable[[Batch], int], exact: bool = False
+    ) -> None:
         super().__init__()
         self.loss = loss
         self.weight_of = weight
+        self.exact = exact
+        if exact:
+            self.set_dtype(torch.float64)
 
     def update(self, logits: Tensor, batch: Batch) -> None:  # type: ignore[override] # as all metrics of a task
         """Add a batch."""
-        super().update(self.loss(logits, batch), weight=self.weight_of(batch))
+        super().update(self.loss(logits.double() if self.exact else logits, batch), weight=self.weight_of(batch))
+
+    def compute(self) -> Tensor:
+        """The mean so far, a scalar."""
+        return super().compute().float()
 
 
 class Classification(Task):
@@ -127,7 +145,8 @@ class Classification(Task):
         return task
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        return F.cross_entropy(logits.float(), batch["labels"])
+        labels, logits = batch["labels"], at_least_single(logits)
+        return F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
 
     def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
         return symmetric_kl(student_logits, teacher_logits).mean()
