@@ -1,6 +1,5 @@
 """What a phase goes on from after an interruption: files that are whole, and hold nothing that could run."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,11 +59,11 @@ def why_unreadable(file: Path) -> str | None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove from the folder of a phase what a training could go on from."""
-    for file in (folder / FOLDER / LAST, *folder.glob(PREEMPTED)):
-        file.unlink(missing_ok=True)
+    (folder / FOLDER / LAST).unlink(missing_ok=True)
+    remove_preempted(folder)
 
 
 def remove_preempted(folder: Path) -> None:
     """Remove what Lightning wrote for a cluster, once the phase is finished."""
     for file in folder.glob(PREEMPTED):
-        os.unlink(file)
+        file.unlink()

@@ -39,4 +39,5 @@ def test_other_processes_of_the_run_do_not_lock(tmp_path, monkeypatch):
 def test_a_holder_that_cannot_be_read(tmp_path, text):
     (tmp_path / chain_lock.HOLDER).write_text(text)
     with locked(tmp_path):
-        pass
+        assert json.loads((tmp_path / chain_lock.HOLDER).read_text())["pid"] == os.getpid()
+    assert not any(tmp_path.iterdir())

@@ -61,10 +61,9 @@ class OrderedPass(Phase):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        saved, now = checkpoint.get(PASS), self.trainer.world_size
-        assert saved is None or isinstance(saved, dict)
+        saved: dict[str, Any] = checkpoint.get(PASS, {})
+        now = self.trainer.world_size
         check(bool(saved), f"ckpt_path: has no statistics of {type(self).__name__}; must be one that it wrote")
-        assert saved is not None
         check(
             saved["is_done"] or saved["world_size"] == now,
             f"devices={now}: a pass in order goes on from its middle only as it was begun, with {saved['world_size']}; "
