@@ -21,6 +21,8 @@ from .moe.gating import GateConfig as GateConfig
 from .moe.gating import register_gate as register_gate
 from .moe.projections import ProjectionConfig as ProjectionConfig
 from .moe.projections import replace_projections_ as replace_projections_
+from .moe.quantization.quantize import QuantizationConfig as QuantizationConfig
+from .moe.quantization.quantize import quantize_ as quantize_
 from .moe.routers import RouterConfig as RouterConfig
 from .moe.routers import register_router as register_router
 from .moe.splitting import register_split as register_split

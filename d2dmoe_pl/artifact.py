@@ -23,16 +23,20 @@ from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.hub_folders import local_folder
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
+from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
+from d2dmoe_pl.moe.quantization.quantize import quantize_, restore_quantized_
 from d2dmoe_pl.structure import describe, restore_, stage_of
+from d2dmoe_pl.weights_reading import read_weights_
 from d2dmoe_pl.whole_files import is_file_name, replaced_file, replaced_folder
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 # of a converted model: libraries that do not know it shall find no weights, rather than those of all but the FFNs
 CONVERTED_WEIGHTS = "d2dmoe.safetensors"
+DTYPES = ("float32", "bfloat16", "float16", "int8")  # to load a model in
 IN_CODE = "code"  # stands for the phase where there was none
 # of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
-DENSE_FORMAT, FORMAT = 1, 2
+DENSE_FORMAT, CONVERTED_FORMAT, FORMAT = 1, 2, 3
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Artifact:
         tensors: Names of the tensor files beside the weights, without their ending.
         projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
         weights: The file of the weights.
+        quantized: The modules that are in int8, by name.
     """
 
     path: Path
@@ -64,6 +69,7 @@ class Artifact:
     tensors: list[str] = field(default_factory=list)
     projections: dict[str, dict] = field(default_factory=dict)
     weights: Path = Path(WEIGHTS)
+    quantized: list[str] = field(default_factory=list)
 
     @property
     def stage(self) -> str:
@@ -118,15 +124,17 @@ def save_artifact(
     for name, values in tensors.items():
         check_finite(values.items(), f"the tensors of {name}", advice)
     adapter = adapter_for(model)
-    converted, config = is_converted(model), adapter.config(model)
-    made = {
-        "format": FORMAT if converted else DENSE_FORMAT,
+    converted, config, quantized = is_converted(model), adapter.config(model), quantized_names(model)
+    made: dict[str, Any] = {
+        "format": FORMAT if quantized else CONVERTED_FORMAT if converted else DENSE_FORMAT,
         "family": adapter.family,
         "projections": describe_projections(model),
         "layers": describe(model),
         "history": [asdict(record) for record in history or [PhaseRecord(IN_CODE)]],
         "tensors": sorted(tensors),
     }
+    if quantized:
+        made["quantized"] = quantized
     if converted and "model_type" in config:
         made["model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
     with replaced_folder(path) as aside:
@@ -143,8 +151,8 @@ def save_artifact(
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether ``model`` has experts, or MLPs in the place of attention projections."""
-    return bool(describe(model) or describe_projections(model))
+    """Whether ``model`` has experts, MLPs in the place of attention projections, or weights in int8."""
+    return bool(describe(model) or describe_projections(model) or quantized_names(model))
 
 
 def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
@@ -170,7 +178,7 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     )
     _check_parts(made, f"{argument}={str(path)!r}")
     tensors = made.get("tensors", [])
-    weights = CONVERTED_WEIGHTS if written >= FORMAT else WEIGHTS
+    weights = CONVERTED_WEIGHTS if written >= CONVERTED_FORMAT else WEIGHTS
     for file in (weights, *map(_tensor_file, tensors)):
         try:
             with safetensors.safe_open(str(path / file), framework="pt"):
@@ -179,15 +187,16 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
             raise ConfigError(f"{argument}={str(path)!r}: {file} is missing or truncated ({error})") from None
     history = [PhaseRecord(**record) for record in made["history"]]
     projections = made.get("projections", {})
-    return Artifact(path, made["family"], made["layers"], history, tensors, projections, path / weights)
+    quantized = made.get("quantized", [])
+    return Artifact(path, made["family"], made["layers"], history, tensors, projections, path / weights, quantized)
 
 
 def _check_parts(made: Any, where: str) -> None:
     """Raise ``ConfigError`` unless an artifact's description has all of its parts, as they are written."""
     check(isinstance(made, dict), f"{where}: no artifact, the key {KEY!r} in {CONFIG} holds {type(made).__name__}")
-    kinds = {"family": str, "layers": dict, "history": list, "tensors": list, "projections": dict}
+    kinds = {"family": str, "layers": dict, "history": list, "tensors": list, "projections": dict, "quantized": list}
     for part, kind in kinds.items():
-        is_there = part in made or part in ("tensors", "projections")  # the first artifacts had none of these
+        is_there = part in made or part in ("tensors", "projections", "quantized")  # the first artifacts had none
         check(
             is_there and isinstance(made.get(part, kind()), kind),
             f"{where}: no artifact, {KEY}.{part} in {CONFIG} is missing or no {kind.__name__}",
@@ -211,21 +220,25 @@ def build_structure(artifact: Artifact) -> nn.Module:
         model = adapter_named(artifact.family).build(artifact.path)
         restore_projections_(model, artifact.projections)
         restore_(model, artifact.layers)
+        if artifact.quantized:
+            restore_quantized_(model, artifact.quantized)
     if is_converted(model):
         adapter_named(artifact.family).mark_converted_(model)
     return model
 
 
-def load_model(path: str | Path, revision: str | None = None) -> nn.Module:
+def load_model(path: str | Path, revision: str | None = None, dtype: str | torch.dtype | None = None) -> nn.Module:
     """The model saved in ``path``, at whatever stage, ready to run, on the CPU.
 
     Args:
         path: A folder; or, where there is none, a name on the Hugging Face hub such as ``organisation/name``.
         revision: Of a model on the hub: a branch, a tag or a commit.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, which weights are cast to, or ``int8``, by
+            :func:`d2dmoe_pl.quantize_`; as they were saved if not given.
 
     Raises:
         ConfigError: If ``path`` is no whole artifact, that of a newer version of this package, or a name that the hub
-            does not have or cannot be reached for.
+            does not have or cannot be reached for; or for another ``dtype``.
 
     Example:
         >>> import tempfile, timm
@@ -242,38 +255,18 @@ def load_model(path: str | Path, revision: str | None = None) -> nn.Module:
           (hidden_dropout): Dropout(p=0.0, inplace=False)
         )
     """
+    name = str(dtype).removeprefix("torch.")
+    check(dtype is None or name in DTYPES, f"dtype={name!r}: allowed are {', '.join(DTYPES)}")
     artifact = read_artifact(local_folder(path, revision), "path")
     model = build_structure(artifact)
-    _read_weights_(model, artifact.weights)
+    read_weights_(model, artifact.weights)
     adapter_named(artifact.family).fill_buffers_(model)
+    if name == "int8":
+        if not artifact.quantized:
+            quantize_(model)
+    elif dtype is not None:
+        model.to(getattr(torch, name))
     return model.eval()
-
-
-def _read_weights_(model: nn.Module, file: Path) -> None:
-    """Give a model on the meta device the tensors in ``file`` as its own."""
-    with safetensors.safe_open(str(file), framework="pt") as opened:
-        # a copy: pages of the file stay no part of the model, whatever becomes of the file
-        read = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        kept = {name: other for name, other in (opened.metadata() or {}).items() if other in read}
-    names: dict[int, list[str]] = {}  # of each tensor, those that it has in the model: tied ones have several
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
-    tensors: dict[str, Tensor] = {}
-    for same in names.values():
-        source = next((name for name in same if name in read), kept.get(same[0]))
-        if source is None:
-            continue  # for load_state_dict to report
-        original = model.get_parameter(same[0]) if _is_parameter(model, same[0]) else None
-        tensor = read.pop(source) if source in read else tensors[source]
-        if original is not None and not isinstance(tensor, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=original.requires_grad)
-        tensors.update(dict.fromkeys(same, tensor))
-    model.load_state_dict({**tensors, **read}, strict=True, assign=True)
-
-
-def _is_parameter(model: nn.Module, name: str) -> bool:
-    module, _, attribute = name.rpartition(".")
-    return attribute in model.get_submodule(module)._parameters
 
 
 def record_metrics(path: str | Path, metrics: dict[str, float]) -> None:

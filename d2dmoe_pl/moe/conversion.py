@@ -15,8 +15,9 @@ from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
 from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, moe_layers, select_ffns
-from d2dmoe_pl.moe.gating import Gate, GateConfig
+from d2dmoe_pl.moe.gating import Gate, GateConfig, check_tau
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 from d2dmoe_pl.moe.routers import RouterConfig, make_router
 from d2dmoe_pl.moe.token_context import shared_context_
 
@@ -164,6 +165,7 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterF
         >>> type(model.transformer.h[0].mlp.router).__name__
         'RegressionRouter'
     """
+    check_not_quantized(model)
     for layer in select_moe_layers(model, filter_fn).values():
         layer.router = make_router(layer.experts, config)
 
@@ -234,9 +236,9 @@ def set_tau_(model: nn.Module, tau: float, filter_fn: LayerFilterFn | None = Non
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
         check(layer.gate is not None, f"{name}: has no gate; use set_gate_")
-    gates = {layer: Gate(GateConfig(layer.get_gate().config.rule, tau)) for layer in layers.values()}
-    for layer, gate in gates.items():
-        layer.gate = gate
+    check_tau(tau)
+    for layer in layers.values():
+        layer.get_gate().set_tau(tau)
 
 
 def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None = None) -> None:

@@ -8,6 +8,7 @@ from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
+from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 
 FilterFn = Callable[[FFN, str], bool]
 LayerFilterFn = Callable[[MoELayer, str], bool]
@@ -21,6 +22,7 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     Raises:
         ConfigError: If there are none.
     """
+    check_not_quantized(model)
     ffns = [*adapter_for(model).ffns(model), *projection_ffns(model)]
     found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
     if not found:

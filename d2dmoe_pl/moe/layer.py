@@ -7,9 +7,11 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from d2dmoe_pl.moe.execution.whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
@@ -110,12 +112,19 @@ class MoELayer(ExpertLayer):
         return self.experts
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros."""
-        return self.output_dropout(run_on_real_tokens(self._run, x, self.context.token_index))
+        """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros.
+
+        Shapes depend on those of ``x`` alone, whatever is padding, but where gradients are wanted: what padding would
+        cost there, forward and back, is saved.
+        """
+        positions = x.reshape(-1, x.shape[-1])  # (P, d)
+        output = self._run(positions, self.context.real)  # (P, d_out)
+        return self.output_dropout(output.view(*x.shape[:-1], output.shape[1]))
 
     def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
         def hook(gate: nn.Module, args: tuple[Tensor], mask: Tensor) -> None:  # a hook's value would replace the mask
-            observer(mask)
+            real = self.context.real
+            observer(mask if real is None or len(mask) < len(real) else mask[real])
 
         return self.get_gate().register_forward_hook(hook)
 
@@ -140,9 +149,22 @@ class MoELayer(ExpertLayer):
         assert self.gate is not None
         return self.gate
 
-    def _run(self, tokens: Tensor) -> Tensor:
-        """Tokens without padding, ``(N, d_model)`` to ``(N, d_out)``."""
+    def _run(self, positions: Tensor, real: Tensor | None) -> Tensor:
+        """Positions ``(P, d_model)``, of which ``real``, ``(P,)``, says what is no padding, to ``(P, d_out)``."""
+        experts, router, gate = self.experts, self.router, self.gate
+        if self.observer is None and can_run_whole(experts, router, gate, positions):
+            return run_whole(experts, router, gate, positions, real)
+        if real is None:
+            return self._run_tokens(positions)
+        if self.observer is not None or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+            return run_on_real_tokens(self._run_tokens, positions, self.context.token_index)
+        return torch.where(real.unsqueeze(1), self._run_tokens(positions, real), 0)
+
+    def _run_tokens(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        """Tokens ``(N, d_model)``, of which those not ``real`` run no expert, to ``(N, d_out)``."""
         mask = None if self.router is None or self.gate is None else self.gate(self.router(tokens))  # (N, E)
+        if mask is not None and real is not None:
+            mask = mask & real.unsqueeze(1)
         if self.observer is None:
             return self.experts(tokens, mask)
         hidden = self.experts.hidden(tokens)  # (N, E, s)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, Projection, adapter_for, put_projection_
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def select_projections(
     Raises:
         ConfigError: If there are none, or the architecture's cannot be found or taken apart.
     """
+    check_not_quantized(model)
     found = [
         projection
         for projection in adapter_for(model).projections(model)

@@ -1,8 +1,8 @@
 """What routing needs from the batch, carried from the model's call to its MoE layers."""
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -21,74 +21,98 @@ class TokenBatch:
     """The tokens of one call of a model.
 
     Attributes:
-        index: Of :func:`token_index`.
+        real: Of :func:`real_positions`.
         ids: ``(B, L)``; None without ``input_ids``.
         around: What ran when the call began, and does again when it ends.
     """
 
-    def __init__(self, index: Tensor | None, ids: Tensor | None, around: "Mapping[int, TokenBatch]") -> None:
-        self.index = index
+    def __init__(self, real: Tensor | None, ids: Tensor | None, around: "Mapping[int, TokenBatch]") -> None:
+        self.real = real
         self.ids = ids
         self.around = around
+        self._index: Tensor | None = None
         self._sentence: Tensor | None = None
+
+    def index(self) -> Tensor | None:
+        """Where ``real`` is true, ``(N,)`` int64, found once; None where every position holds a token."""
+        if self._index is None and self.real is not None:
+            self._index = self.real.nonzero().squeeze(1)  # (N,)
+        return self._index
 
     def sentence(self) -> Tensor | None:
         """Number of each real token's sentence, found once."""
         if self._sentence is None and self.ids is not None:
-            self._sentence = sentence_numbers(self.ids.shape, self.index, self.ids.device)
+            self._sentence = sentence_numbers(self.ids.shape, self.index(), self.ids.device)
         return self._sentence
 
 
-# by the id of the context of each model that runs in this thread or task; a new mapping at each change
-_RUNNING: ContextVar[Mapping[int, TokenBatch]] = ContextVar("d2dmoe_pl_running", default={})  # noqa: B039
+# ``calls``: by the id of the context of each model that runs in this thread; a new mapping at each change. It has no
+# value of the class's, which compiled code would read instead of the thread's
+_RUNNING = threading.local()
+
+
+def _running() -> "Mapping[int, TokenBatch]":
+    return getattr(_RUNNING, "calls", {})
 
 
 class TokenContext:
     """Which positions of the running batch hold real tokens, and which ones. One is owned by each converted model.
 
     A forward pre-hook on the model takes it from the ``attention_mask`` and ``input_ids`` arguments, if the model's
-    forward has them, so that a plain ``model(**batch)`` or ``model.generate()`` leaves padding unrouted. Indices are
-    found once a batch, not once a layer. What is kept is kept for the call and its thread alone, so that threads,
-    replicas and nested calls each see their own; gradient checkpointing sees it again in the backward pass.
+    forward has them, so that a plain ``model(**batch)`` or ``model.generate()`` leaves padding unrouted. It is found
+    once a batch, not once a layer. What is kept is kept for the call and its thread alone, so that threads, replicas
+    and nested calls each see their own; gradient checkpointing sees it again in the backward pass. ``torch.compile``
+    and ``torch.export`` trace it with the model, whose shapes it leaves as they are.
     """
 
     def __init__(self) -> None:
-        self.needs_ids = False  # whether a layer routes by them
         self._was_padded = False
         self._handles: list[RemovableHandle] = []
+        self._parameters: list[str] = []  # of the model's forward
 
-    @property
-    def token_index(self) -> Tensor | None:
-        """What :func:`token_index` gave.
+    def _batch(self) -> TokenBatch | None:
+        """The call that runs.
 
         Raises:
             RuntimeError: In a backward pass that runs layers again by means that are not known.
         """
-        running = _RUNNING.get().get(id(self))
-        if running is not None:
-            return running.index
-        if self._was_padded and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        running = _running().get(id(self))
+        is_lost = running is None and self._was_padded and not torch.compiler.is_compiling()
+        if is_lost and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a MoE layer is run again in a backward pass, and which tokens are padding is not known there; must be "
                 "by model.gradient_checkpointing_enable(), or torch's checkpoint_wrapper"
             )
-        return None
+        return running
+
+    @property
+    def real(self) -> Tensor | None:
+        """What :func:`real_positions` gave, ``(B * L,)`` boolean; None where every position holds a token."""
+        running = self._batch()
+        return None if running is None else running.real
+
+    @property
+    def token_index(self) -> Tensor | None:
+        """Positions of the real tokens in the flattened batch, ``(N,)``; None where every position holds a token."""
+        running = self._batch()
+        return None if running is None else running.index()
 
     @property
     def token_ids(self) -> Tensor | None:
         """Of the real tokens, ``(N,)``; None without ``input_ids``."""
-        running = _RUNNING.get().get(id(self))
-        return None if running is None or running.ids is None else real_tokens(running.ids.flatten(), running.index)
+        running = self._batch()
+        return None if running is None or running.ids is None else real_tokens(running.ids.flatten(), running.index())
 
     @property
     def sentence(self) -> Tensor | None:
         """Number of each real token's sentence, ``(N,)``, without gaps; None without ``input_ids``."""
-        running = _RUNNING.get().get(id(self))
+        running = self._batch()
         return None if running is None else running.sentence()
 
     def install(self, model: nn.Module) -> None:
         """Hook this context onto ``model``."""
-        if MASK_ARGUMENT in inspect.signature(model.forward).parameters:
+        self._parameters = list(inspect.signature(model.forward).parameters)
+        if MASK_ARGUMENT in self._parameters:
             self._handles = [
                 model.register_forward_pre_hook(self._enter, with_kwargs=True),
                 model.register_forward_hook(self._leave, always_call=True),
@@ -100,31 +124,26 @@ class TokenContext:
             self._handles.pop().remove()
 
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        ids, mask = arguments.get(IDS_ARGUMENT), arguments.get(MASK_ARGUMENT)
-        inputs = arguments.get(EMBEDDINGS_ARGUMENT) if ids is None else ids
-        if torch.compiler.is_compiling() and mask is None and not self.needs_ids and id(self) not in _RUNNING.get():
-            return  # nothing to keep, and keeping breaks the graph
-        self._begin(mask, ids, None if inputs is None else inputs.shape[1])
-        if model.training and torch.is_grad_enabled():
-            self._was_padded |= self.token_index is not None
+        def given(name: str) -> Tensor | None:
+            if name in kwargs or name not in self._parameters:
+                return kwargs.get(name)
+            place = self._parameters.index(name)
+            return args[place] if place < len(args) else None
+
+        ids, mask = given(IDS_ARGUMENT), given(MASK_ARGUMENT)
+        inputs = given(EMBEDDINGS_ARGUMENT) if ids is None else ids
+        around = _running()
+        running = TokenBatch(None, ids, around)
+        _RUNNING.calls = {**around, id(self): running}  # first, since the call ends even where the mask is refused
+        running.real = real_positions(mask, None if inputs is None else inputs.shape[1])
+        if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._was_padded |= running.real is not None
             _carry_into_backward(model)
 
     def _leave(self, model: nn.Module, args: tuple, output: object) -> None:
-        if id(self) in _RUNNING.get():
-            self._end()
-
-    @torch.compiler.disable
-    def _begin(self, mask: Tensor | None, ids: Tensor | None, length: int | None) -> None:
-        around = _RUNNING.get()
-        running = TokenBatch(None, ids, around)
-        _RUNNING.set({**around, id(self): running})  # first, since the call ends even where the mask is refused
-        running.index = token_index(mask, length)
-
-    @torch.compiler.disable
-    def _end(self) -> None:
-        running = _RUNNING.get()
-        _RUNNING.set(running[id(self)].around)
+        running = _running().get(id(self))
+        if running is not None:
+            _RUNNING.calls = running.around
 
 
 class _Carried:
@@ -134,18 +153,18 @@ class _Carried:
         self.checkpoint = checkpoint
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.checkpoint(partial(_within, _RUNNING.get(), run), *args, **kwargs)
+        return self.checkpoint(partial(_within, _running(), run), *args, **kwargs)
 
 
 def _within(running: Mapping[int, TokenBatch], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    before = _RUNNING.set(running)
+    before = _running()
+    _RUNNING.calls = running
     try:
         return run(*args, **kwargs)
     finally:
-        _RUNNING.reset(before)
+        _RUNNING.calls = before
 
 
-@torch.compiler.disable
 def _carry_into_backward(model: nn.Module) -> None:
     """Let parts of ``model`` that are run again in the backward pass know its tokens there too."""
     for module in model.modules():
@@ -218,17 +237,29 @@ def sentence_numbers(shape: Sequence[int], index: Tensor | None, device: torch.d
 
 
 def token_index(attention_mask: Tensor | None, length: int | None = None) -> Tensor | None:
-    """Positions of the real tokens in the flattened batch.
+    """Positions of the real tokens in the flattened batch, ``(N,)`` int64; see :func:`real_positions`."""
+    return TokenBatch(real_positions(attention_mask, length), None, {}).index()
+
+
+def real_positions(attention_mask: Tensor | None, length: int | None = None) -> Tensor | None:
+    """Which positions of the flattened batch hold real tokens.
 
     Args:
         attention_mask: ``(B, L)``, nonzero for real tokens. With a cache of earlier tokens it covers those too, first.
         length: ``L`` of the batch without them; all that the mask covers if not given.
 
     Returns:
-        ``(N,)`` int64, or None where every position holds a token.
+        ``(B * L,)`` boolean, or None where every position is known to hold a token: without looking at the values
+        where that would break a graph or wait for a GPU.
 
     Raises:
         ValueError: If the mask is not two-dimensional, or does not cover the batch.
+
+    Example:
+        >>> import torch
+        >>> from d2dmoe_pl.moe.token_context import real_positions
+        >>> real_positions(torch.tensor([[1, 1, 1], [1, 0, 0]]), length=2)
+        tensor([ True,  True, False, False])
     """
     if attention_mask is None:
         return None
@@ -242,5 +273,6 @@ def token_index(attention_mask: Tensor | None, length: int | None = None) -> Ten
         if attention_mask.shape[1] < length:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must cover the {length} inputs")
         attention_mask = attention_mask[:, attention_mask.shape[1] - length :]
-    index = attention_mask.flatten().nonzero().squeeze(1)  # (N,)
-    return None if index.numel() == attention_mask.numel() else index.to(torch.int64)
+    real = (attention_mask != 0).flatten()  # (B * L,)
+    can_look = real.device.type == "cpu" and not torch.compiler.is_compiling()
+    return None if can_look and bool(real.all()) else real

@@ -54,7 +54,6 @@ def convert_to_moebert_(
     for ffn in ffns:
         _check_ffn(ffn, config, importance)
     context = shared_context_(model)
-    context.needs_ids |= routing_class.needs_ids
     for position, ffn in enumerate(ffns):
         scores = torch.zeros(ffn.d_ff, device="cpu") if importance is None else importance[ffn.name]
         neurons = expert_neurons(scores, config.num_experts, config.expert_dim, config.num_shared)

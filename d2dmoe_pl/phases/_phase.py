@@ -151,7 +151,15 @@ class Phase(L.LightningModule):
             self.init_from is not None or self.source is not None,
             f"init_from={self.init_from}: {type(self).__name__} needs the artifact of an earlier phase, or a source",
         )
-        return None if self.init_from is None else read_artifact(self.init_from)
+        if self.init_from is None:
+            return None
+        artifact = read_artifact(self.init_from)
+        check(
+            not artifact.quantized,
+            f"init_from={str(self.init_from)!r}: is in int8, which no phase can go on from; must be the artifact "
+            "that it was made from",
+        )
+        return artifact
 
     def configure_model(self) -> None:
         """Make the model; Lightning calls this once the data is set up, possibly more than once."""

@@ -22,9 +22,11 @@ def has_active_dropout(experts: Experts) -> bool:
 
 
 def run_type(experts: Experts, tokens: Tensor) -> torch.dtype:
-    """The type that products are computed in: autocast's where it is on, else the weights'."""
+    """The type of what products give: autocast's where it is on, else the weights'; the tokens' for packed weights."""
     device = tokens.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else experts.up_weight.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tokens.dtype if experts.is_quantized else experts.up_weight.dtype
 
 
 def obstacle(experts: Experts, tokens: Tensor, types: Collection[torch.dtype]) -> str | None:

@@ -10,6 +10,7 @@ Without ``brgemm`` for bf16, that copy is in fp32, and so are the products.
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ SOURCE = Path(__file__).parent / "csrc" / "moe_cpu.cpp"
 
 @torch.compiler.assume_constant_result
 def compile_failure() -> str | None:
-    """Load the operator ``torch.ops.d2dmoe_pl.moe_cpu``, once a process; the compiler's message if that fails."""
+    """Load the operators of ``csrc``, once a process; the compiler's message if that fails."""
     return _load()
 
 
@@ -33,15 +34,20 @@ def compile_failure() -> str | None:
 def _load() -> str | None:
     try:
         load_extension("d2dmoe_pl_moe_cpu", SOURCE)
-        torch.ops.d2dmoe_pl.moe_cpu  # noqa: B018 (whether it is there)
+        torch.ops.d2dmoe_pl.moe_layer_cpu  # noqa: B018 (whether it is there)
     except (CompileError, AttributeError) as error:
         return str(error)
-    # override: loaded anew, it is the same
-    torch.library.register_fake(
-        "d2dmoe_pl::moe_cpu",
-        lambda tokens, *weights: tokens.new_empty(tokens.shape[0], weights[5].shape[2]),
-        allow_override=True,
-    )
+
+    def shape(tokens: Tensor, *arguments: Any) -> Tensor:
+        down_weight = arguments[-2][4]  # the last but one are the weights
+        return tokens.new_empty(tokens.shape[0], down_weight.shape[2])
+
+    def shape_of_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    torch.library.register_fake("d2dmoe_pl::int8_linear_cpu", shape_of_linear, allow_override=True)
+    for name in ("moe_cpu", "moe_layer_cpu"):
+        torch.library.register_fake(f"d2dmoe_pl::{name}", shape, allow_override=True)  # loaded anew, it is the same
     return None
 
 
@@ -60,7 +66,7 @@ def cpu(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and experts.up_weight.is_inference():
         experts.leave_inference_mode_()
     tokens = tokens.to(run_type(experts, tokens))
-    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, *experts.weights, experts.activation_kind)
+    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, experts.weights, experts.activation_kind)
 
 
 BACKEND = cpu

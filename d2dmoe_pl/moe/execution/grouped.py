@@ -20,10 +20,10 @@ def grouped(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     which has no gradients; calls that need them, or autocast, run as ``reference`` there.
     """
     if not torch.compiler.is_compiling():
-        return _run(experts.activation, experts.hidden_dropout, tokens, mask, *experts.weights)
+        return _run(experts.activation, experts.hidden_dropout, tokens, mask, *experts.weights_in(tokens.dtype))
     if torch.is_autocast_enabled(tokens.device.type) or obstacle(experts, tokens, [tokens.dtype]) is not None:
         return reference(experts, tokens, mask)
-    return moe_grouped(tokens, mask, *experts.weights, experts.activation_kind)
+    return moe_grouped(tokens, mask, *experts.weights_in(tokens.dtype), experts.activation_kind)
 
 
 def _run(

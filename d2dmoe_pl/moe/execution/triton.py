@@ -238,7 +238,7 @@ def triton(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
         why_not = f"needs tokens on a CUDA device, they are on {tokens.device}"
     check(why_not is None, f"backend='triton': {why_not}")
     dtype = run_type(experts, tokens)
-    cast = (None if tensor is None else tensor.to(dtype) for tensor in experts.weights)
+    cast = (None if tensor is None else tensor.to(dtype) for tensor in experts.weights_in(dtype))
     return moe_triton(tokens.to(dtype), mask, *cast, experts.activation_kind)
 
 

@@ -1,5 +1,7 @@
 """The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str)
     )
 
 
-Weights = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor | None]
+Weights = list[Any]  # tensors, and None where there is none
 
 
 class Experts(nn.Module):
@@ -46,6 +48,8 @@ class Experts(nn.Module):
     and ``gate_bias`` ``(E, s)``, ``down_bias`` ``(d_out,)``. Only in the place of an attention projection can ``d_out``
     be another width than ``d_model``.
     """
+
+    is_quantized = False
 
     num_experts: int
     up_weight: nn.Parameter
@@ -110,7 +114,11 @@ class Experts(nn.Module):
     @property
     def weights(self) -> Weights:
         """All parameters, in the order that kernels registered with ``torch.library`` take them."""
-        return self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.down_weight, self.down_bias
+        return [self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.down_weight, self.down_bias]
+
+    def weights_in(self, dtype: torch.dtype) -> Weights:
+        """The same as they are multiplied in ``dtype``: as they are, unless they are packed in a narrower type."""
+        return self.weights
 
     @torch.inference_mode(False)
     def leave_inference_mode_(self) -> None:
@@ -125,18 +133,19 @@ class Experts(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the activation (times the gated product) gives: ``(N, E, s)``."""
-        up_bias, gate_weight, gate_bias = (  # (E * s[, d])
-            None if rows is None else rows.flatten(0, 1) for rows in (self.up_bias, self.gate_weight, self.gate_bias)
+        up_weight: Any
+        up_weight, up_bias, gate_weight, gate_bias = (  # (E * s[, d])
+            None if rows is None else rows.flatten(0, 1) for rows in self.weights_in(tokens.dtype)[:4]
         )
-        up_weight = self.up_weight.flatten(0, 1)  # (E * s, d)
         hidden = hidden_activations(self.activation, tokens, up_weight, up_bias, gate_weight, gate_bias)
         hidden = self.hidden_dropout(hidden)  # (N, E * s)
         return hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
 
     def combine(self, hidden: Tensor) -> Tensor:
         """The output of the experts from their activations ``(N, E, s)``: ``(N, d_out)``."""
-        output = hidden.flatten(1) @ self.down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
-        return output if self.down_bias is None else output + self.down_bias
+        down_weight, down_bias = self.weights_in(hidden.dtype)[4:6]
+        output = hidden.flatten(1) @ down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
+        return output if down_bias is None else output + down_bias
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run the experts that ``mask`` selects, all of them if there is none.

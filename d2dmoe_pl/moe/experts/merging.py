@@ -12,6 +12,7 @@ from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import LayerFilterFn, expert_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.projections import mlp_ffn, projection_mlps, two_layers
+from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 
 
 def dense_weights(experts: Experts) -> dict[str, Tensor]:
@@ -71,6 +72,7 @@ def merge_to_dense_(model: nn.Module, filter_fn: LayerFilterFn | None = None) ->
         >>> torch.allclose(model(torch.tensor([[1, 2, 3]])).logits, before, atol=1e-6)
         True
     """
+    check_not_quantized(model)
     layers = select_moe_layers(model, filter_fn)
     adapter = adapter_for(model)
     with torch.device("meta"):

@@ -1,7 +1,8 @@
 """Gating rules, one file each, whose ``RULE`` is a function ``rule(scores, tau) -> mask``.
 
-Every rule takes router scores of shape ``(N, E)``, non-negative, and ``tau`` in [0, 1], and returns a boolean mask of
-shape ``(N, E)``: which experts run for which token. The contract, held by one test over all rules:
+Every rule takes router scores of shape ``(N, E)``, non-negative, and ``tau`` in [0, 1], a tensor without dimensions or
+a number, and returns a boolean mask of shape ``(N, E)``: which experts run for which token. The contract, held by one
+test over all rules:
 
 - a larger ``tau`` never runs fewer experts, and ``tau = 1`` runs all of them (the dense layer);
 - every token runs at least one expert;

@@ -1,9 +1,10 @@
 """The gate of a MoE layer: a gating rule, found by name, at a ``tau`` or a ``k``."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
@@ -14,10 +15,11 @@ class GatingRule(Protocol):
     """Which experts run, by their scores. See :mod:`d2dmoe_pl.moe.gating` for what a rule has to hold.
 
     A rule that can run a given number of experts has a further argument, ``k: int | None = None``, which then counts
-    instead of ``tau``.
+    instead of ``tau``. A :class:`Gate` gives it ``tau`` as a tensor without dimensions, so that a compiled model stays
+    good for every ``tau``; tensors' own operations take that as they take a number.
     """
 
-    def __call__(self, scores: Tensor, tau: float) -> Tensor:
+    def __call__(self, scores: Tensor, tau: Tensor | float) -> Tensor:
         """Scores ``(N, E)``, not negative, to a boolean mask ``(N, E)``."""
 
 
@@ -89,10 +91,13 @@ def takes_k(rule: GatingRule) -> bool:
 
 
 class Gate(nn.Module):
-    """Scores ``(N, E)`` to a boolean mask ``(N, E)``. Forward hooks on it see every decision.
+    """Scores ``(N, E)`` to a boolean mask ``(N, E)``. Forward hooks on it see every decision, those on padding too.
 
     Args:
         config: The rule and its setting.
+
+    Attributes:
+        tau: ``config.tau`` as a tensor without dimensions.
 
     Example:
         >>> import torch
@@ -106,9 +111,23 @@ class Gate(nn.Module):
         self.config = config
         self._rule = GATING_RULES.find(config.rule, "rule")
         self._count: dict[str, Any] = {} if config.k is None else {"k": config.k}
+        # no buffer: the type and device of the weights are none of its business
+        with torch.inference_mode(False):
+            self.tau = torch.tensor(config.tau, dtype=torch.float64, device="cpu")
+
+    def set_tau(self, tau: float) -> None:
+        """Go to another ``tau``, which then counts instead of a ``k``; compiled models see it.
+
+        Raises:
+            ConfigError: If it lies outside [0, 1].
+        """
+        self.config = replace(self.config, tau=tau, k=None)
+        self._count = {}
+        self.tau.fill_(tau)
 
     def forward(self, scores: Tensor) -> Tensor:
-        return self._rule(scores, self.config.tau, **self._count)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # whatever the type of the weights
+        return self._rule(scores, self.tau, **self._count)
 
     def extra_repr(self) -> str:
         how_many = f"tau={self.config.tau}" if self.config.k is None else f"k={self.config.k}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def dynk_cumulative(scores: Tensor, tau: float) -> Tensor:
+def dynk_cumulative(scores: Tensor, tau: Tensor | float) -> Tensor:
     """Run the fewest experts whose share of ``sum r`` reaches ``tau``, at least one.
 
     Args:
@@ -14,13 +14,11 @@ def dynk_cumulative(scores: Tensor, tau: float) -> Tensor:
     Returns:
         Boolean mask ``(N, E)``.
     """
-    if tau >= 1.0:
-        return torch.ones_like(scores, dtype=torch.bool)
     ordered, order = scores.sort(dim=-1, descending=True, stable=True)  # (N, E)
     reached_before = ordered.cumsum(dim=-1) - ordered  # (N, E): sum of the larger scores
-    ordered_mask = torch.logical_not(reached_before >= tau * scores.sum(dim=-1, keepdim=True))
+    ordered_mask = torch.logical_not(reached_before >= tau * ordered.sum(dim=-1, keepdim=True))
     ordered_mask[:, 0] = True
-    return torch.zeros_like(ordered_mask).scatter(-1, order, ordered_mask)
+    return torch.zeros_like(ordered_mask).scatter(-1, order, ordered_mask | (tau >= 1.0))
 
 
 RULE = dynk_cumulative

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def dynk_max(scores: Tensor, tau: float) -> Tensor:
+def dynk_max(scores: Tensor, tau: Tensor | float) -> Tensor:
     """Run expert ``e`` iff ``r_e >= (1 - tau) * max r``; the paper's threshold is our ``1 - tau``.
 
     Args:

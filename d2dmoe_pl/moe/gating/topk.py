@@ -1,12 +1,10 @@
 """A fixed number of experts for every token: MoEfication (arXiv 2110.01786), section 3.2."""
 
-import math
-
 import torch
 from torch import Tensor
 
 
-def topk(scores: Tensor, tau: float, k: int | None = None) -> Tensor:
+def topk(scores: Tensor, tau: Tensor | float, k: int | None = None) -> Tensor:
     """Run the ``k`` experts with the largest scores.
 
     Args:
@@ -24,8 +22,12 @@ def topk(scores: Tensor, tau: float, k: int | None = None) -> Tensor:
         tensor([[ True, False,  True, False]])
     """
     if k is None:
-        # the small step back keeps tau = 3/10 of 10 experts at 3, whatever binary fractions say
-        k = max(1, math.ceil(tau * scores.shape[-1] - 1e-9))
+        # the small step back keeps tau = 3/10 of 10 experts at 3, whatever binary fractions say; in float64, so
+        # that it is not lost
+        share = torch.as_tensor(tau, dtype=torch.float64) * scores.shape[-1] - 1e-9
+        ordered_mask = torch.arange(scores.shape[-1], device=scores.device) < share.ceil().clamp(min=1)  # (E,)
+        order = scores.argsort(dim=-1, descending=True, stable=True)  # (N, E)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, ordered_mask.expand_as(order))
     best = scores.topk(k, dim=-1).indices  # (N, k)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 

@@ -58,6 +58,11 @@ class Router(nn.Module, ABC):
         """FLOPs for one token; a multiply-add is 2."""
 
     @property
+    def is_quantized(self) -> bool | None:
+        """Whether the weights are packed in a narrow type, as :class:`Experts` may be; None if some are."""
+        return False
+
+    @property
     def is_trained(self) -> bool:
         """Whether there is anything to train."""
         return next(self.parameters(), None) is not None

@@ -1,5 +1,8 @@
 """A 2-layer MLP that predicts the norm of each expert's output: D2DMoE (arXiv 2310.04361), section 3.3."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +20,19 @@ class RegressionRouter(Router):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.down(self.up(tokens).relu()).abs()
+
+    @property
+    def weights(self) -> list[Tensor | None]:
+        """All parameters, in the order that kernels take them; those in int8 have their scales after them."""
+        up: Any = self.up
+        down: Any = self.down
+        weights = [up.weight, up.bias, down.weight, down.bias]
+        return [*weights, up.scale, down.scale] if self.is_quantized else weights
+
+    @property
+    def is_quantized(self) -> bool | None:
+        types = {self.up.weight.dtype == torch.int8, self.down.weight.dtype == torch.int8}
+        return types.pop() if len(types) == 1 else None
 
     def flops(self) -> int:
         return 2 * (self.up.weight.numel() + self.down.weight.numel())

@@ -206,15 +206,26 @@ class TestCompile:
 def test_operators_keep_torchs_rules():
     experts, x, mask = experts_of({**CASE, "tokens": 5}, "cpu")
     assert cpu.compile_failure() is None
-    weights = tuple(None if weight is None else weight.detach() for weight in experts.weights)
-    for operator in (torch.ops.d2dmoe_pl.moe_cpu, torch.ops.d2dmoe_pl.moe_grouped):
-        torch.library.opcheck(operator, (x, mask, *weights, "gelu"))
+    weights = [None if weight is None else weight.detach() for weight in experts.weights]
+    torch.library.opcheck(torch.ops.d2dmoe_pl.moe_grouped, (x, mask, *weights, "gelu"))
+    torch.library.opcheck(torch.ops.d2dmoe_pl.moe_cpu, (x, mask, weights, "gelu"))
+    router, tau = [torch.randn(4, x.shape[1]), None, torch.randn(mask.shape[1], 4), None], torch.tensor(0.5)
+    real = torch.tensor([True, False, True, True, False])
+    for padding in (None, real):
+        layer = (x, padding, router, "dynk_max", tau, 0, weights, "gelu")
+        torch.library.opcheck(torch.ops.d2dmoe_pl.moe_layer_cpu, layer)
+    linear = (x, torch.randint(-9, 9, (7, x.shape[1]), dtype=torch.int8), torch.rand(7), torch.rand(7))
+    torch.library.opcheck(torch.ops.d2dmoe_pl.int8_linear_cpu, linear)
 
 
 def test_the_operator_checks_its_arguments():
     assert cpu.compile_failure() is None
     x, weight = torch.randn(2, 6), torch.randn(3, 4, 6)
-    run = torch.ops.d2dmoe_pl.moe_cpu
+
+    def run(x, mask, *rest):
+        *weights, activation = rest
+        return torch.ops.d2dmoe_pl.moe_cpu(x, mask, weights, activation)
+
     with pytest.raises(ValueError, match=r"down_weight has shape \[3, 5, 6\], not \[3, 4, 6\]"):
         run(x, MASK, weight, None, None, None, torch.randn(3, 5, 6), None, "relu")
     with pytest.raises(ValueError, match="mask is Float, not bool"):

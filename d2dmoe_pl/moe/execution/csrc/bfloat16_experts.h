@@ -20,8 +20,10 @@ class BFloat16Experts {
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
   // Weights as `pack` gives them: up and gate transposed, down not.
   BFloat16Experts(
-      const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
+      const Problem& problem, const at::Tensor& x, const at::Tensor& up, const std::optional<at::Tensor>& gate,
+      const at::Tensor& down)
       : problem_(problem),
+        x_(x.const_data_ptr<scalar>()),
         up_(up.const_data_ptr<scalar>()),
         gate_(gate ? gate->const_data_ptr<scalar>() : nullptr),
         down_(down.const_data_ptr<scalar>()) {}
@@ -30,15 +32,15 @@ class BFloat16Experts {
     if (used_) at::native::cpublas::brgemm_release();
   }
 
-  // y[rows] += expert(x[rows]), without the output bias.
-  void run(int64_t expert, const scalar* x, const int32_t* rows, int64_t count, float* y) {
+  // y[rows] += expert(x[first + rows]), without the output bias.
+  void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
     used_ = true;
+    const scalar* x = x_ + first * problem_.width;
     const int64_t d = problem_.width, s = problem_.neurons, depth = even(d);
     const int64_t step = std::min(s, kNeuronsAtOnce), ld = even(step);
     for (int64_t m = 0; m < count; m += kTokensAtOnce) {
       const int64_t tokens = std::min(kTokensAtOnce, count - m);
-      // brgemm compiles a kernel for each number of rows: few numbers, and rows too many that nobody reads
-      const int64_t height = tokens <= 2 ? tokens : (tokens + 3) / 4 * 4;
+      const int64_t height = rounded_height(tokens);
       // neighbouring rows, as when every token runs, are read and added to where they are
       const bool in_place = rows[m + tokens - 1] - rows[m] == tokens - 1 && height == tokens && depth == d;
       const scalar* a = x + rows[m] * d;
@@ -109,7 +111,7 @@ class BFloat16Experts {
   }
 
   Problem problem_;
-  const scalar *up_, *gate_, *down_;
+  const scalar *x_, *up_, *gate_, *down_;
   bool used_ = false;
   std::vector<scalar> tokens_, narrow_; // (kTokensAtOnce, even(d)), (kTokensAtOnce, even(step))
   std::vector<float> hidden_, gated_, sums_;

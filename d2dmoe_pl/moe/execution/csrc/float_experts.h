@@ -14,17 +14,19 @@ namespace d2dmoe {
 
 class FloatExperts {
  public:
-  using scalar = float;
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
   FloatExperts(
-      const Problem& problem, const at::Tensor& up, const std::optional<at::Tensor>& gate, const at::Tensor& down)
+      const Problem& problem, const at::Tensor& x, const at::Tensor& up, const std::optional<at::Tensor>& gate,
+      const at::Tensor& down)
       : problem_(problem),
+        x_(x.const_data_ptr<float>()),
         up_(up.const_data_ptr<float>()),
         gate_(gate ? gate->const_data_ptr<float>() : nullptr),
         down_(down.const_data_ptr<float>()) {}
 
-  // y[rows] += expert(x[rows]), without the output bias.
-  void run(int64_t expert, const float* x, const int32_t* rows, int64_t count, float* y) {
+  // y[rows] += expert(x[first + rows]), without the output bias.
+  void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
+    const float* x = x_ + first * problem_.width;
     const int64_t d = problem_.width, s = problem_.neurons;
     const int64_t step = std::min(s, kNeuronsAtOnce);
     const int64_t height = std::min(count, kTokensAtOnce);
@@ -50,7 +52,7 @@ class FloatExperts {
   static constexpr int64_t kTokensAtOnce = 96;
   static constexpr int64_t kNeuronsAtOnce = 128;
   Problem problem_;
-  const float *up_, *gate_, *down_;
+  const float *x_, *up_, *gate_, *down_;
   std::vector<float> hidden_, gated_; // (kTokensAtOnce, step)
 };
 

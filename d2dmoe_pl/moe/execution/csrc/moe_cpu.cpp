@@ -1,13 +1,14 @@
-// The operator d2dmoe_pl::moe_cpu: runs, for every token, the experts that a mask selects.
+// The operators d2dmoe_pl::moe_cpu, which runs, for every token, the experts that a mask selects; and
+// d2dmoe_pl::moe_layer_cpu, which lets a router and a gate select them, and leaves padding out.
 
-#include "bfloat16_experts.h"
-#include "float_experts.h"
+#include "int8_linear.h"
+#include "operands.h"
 #include "plan.h"
 #include "problem.h"
 
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/functional.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -29,8 +30,8 @@ void sum_groups(const float* partial, int64_t groups, int64_t size, T* out) {
   });
 }
 
-template <typename Experts, typename T = typename Experts::scalar>
-void execute(const Problem& problem, Experts experts, const T* x, T* out) {
+template <typename Experts, typename T>
+void execute(const Problem& problem, const Experts& experts, T* out) {
   const int64_t d = problem.outputs;
   const Plan plan = make_plan(
       problem.mask, problem.tokens, problem.experts, at::get_num_threads(), kMinBlock, Experts::kMaxBlock);
@@ -64,7 +65,7 @@ void execute(const Problem& problem, Experts experts, const T* x, T* out) {
       buckets.fill(
           problem.mask + first * problem.experts + begin_expert, tokens, end_expert - begin_expert, problem.experts);
       for (int64_t e = begin_expert; e < end_expert; ++e) {
-        own.run(e, x + first * problem.width, buckets.rows(e - begin_expert), buckets.count(e - begin_expert), y);
+        own.run(e, first, buckets.rows(e - begin_expert), buckets.count(e - begin_expert), y);
       }
       if (plan.groups == 1 && !in_place) at::vec::convert(y, out + first * d, tokens * d);
     }
@@ -72,74 +73,89 @@ void execute(const Problem& problem, Experts experts, const T* x, T* out) {
   if (plan.groups > 1) sum_groups(partial.const_data_ptr<float>(), plan.groups, problem.tokens * d, out);
 }
 
-using Optional = std::optional<at::Tensor>;
-
-void check_inputs(
-    const at::Tensor& tokens, const at::Tensor& mask, const at::Tensor& up_weight, const Optional& up_bias,
-    const Optional& gate_weight, const Optional& gate_bias, const at::Tensor& down_weight, const Optional& down_bias) {
-  const auto is_float = [](const at::Tensor& t) {
-    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16;
-  };
-  const auto check = [&](const char* name, const Optional& tensor, at::IntArrayRef shape) {
-    TORCH_CHECK_VALUE(!tensor || tensor->sizes() == shape, name, " has shape ", tensor->sizes(), ", not ", shape);
-    TORCH_CHECK_VALUE(!tensor || is_float(*tensor), name, " is ", tensor->scalar_type(), ", not float32 or bfloat16");
-  };
-  TORCH_CHECK_VALUE(tokens.dim() == 2 && up_weight.dim() == 3, "tokens must be (N, d) and up_weight (E, s, d)");
-  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, "mask is ", mask.scalar_type(), ", not bool");
-  const int64_t experts = up_weight.size(0), neurons = up_weight.size(1), width = tokens.size(1);
-  const bool fits = mask.dim() == 2 && mask.size(0) == tokens.size(0) && mask.size(1) == experts;
-  TORCH_CHECK_VALUE(fits, "mask must be (N, E)");
-  check("tokens", tokens, {tokens.size(0), width});
-  check("up_weight", up_weight, {experts, neurons, width});
-  check("up_bias", up_bias, {experts, neurons});
-  check("gate_weight", gate_weight, {experts, neurons, width});
-  check("gate_bias", gate_bias, {experts, neurons});
-  check("down_weight", down_weight, {experts, neurons, down_weight.size(-1)});
-  check("down_bias", down_bias, {down_weight.size(-1)});
-  TORCH_CHECK_VALUE(tokens.size(0) <= INT32_MAX, "more tokens than a 32-bit number counts");
+// What experts give for tokens by a mask (N, E): (N, d_out) in `dtype`.
+at::Tensor run_experts(const Operands& operands, const Inputs& inputs, const at::Tensor& mask, at::ScalarType dtype) {
+  const Problem problem = operands.problem(mask.size(0), mask.const_data_ptr<bool>());
+  const at::Tensor out = at::empty({problem.tokens, problem.outputs}, dtype);
+  if (problem.tokens == 0) return out;
+  operands.with_experts(problem, inputs, [&](const auto& experts) {
+    if (dtype == at::kBFloat16) {
+      execute(problem, experts, out.mutable_data_ptr<at::BFloat16>());
+    } else {
+      execute(problem, experts, out.mutable_data_ptr<float>());
+    }
+  });
+  return out;
 }
 
 at::Tensor moe_cpu(
-    const at::Tensor& tokens, const at::Tensor& mask, const at::Tensor& up_weight, const Optional& up_bias,
-    const Optional& gate_weight, const Optional& gate_bias, const at::Tensor& down_weight, const Optional& down_bias,
-    const std::string& activation) {
-  check_inputs(tokens, mask, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias);
-  static PackedWeights& packed = *new PackedWeights; // lives to the end: tensors must not outlive their allocator
-  const bool in_bf16 = tokens.scalar_type() == at::kBFloat16 && has_brgemm();
-  const auto weight = [&](const at::Tensor& w, Form form) {
-    return form == Form::fp32 && w.scalar_type() == at::kFloat ? w.contiguous() : packed.get(w, form);
-  };
-  const Form first = in_bf16 ? Form::transposed_pairs : Form::fp32, second = in_bf16 ? Form::pairs : Form::fp32;
-  const at::Tensor up = weight(up_weight, first), down = weight(down_weight, second);
-  const Optional gate = gate_weight ? Optional(weight(*gate_weight, first)) : Optional();
-  const auto bias = [&](const Optional& b) { return b ? weight(*b, Form::fp32) : at::Tensor(); };
-  const auto data = [](const at::Tensor& b) { return b.defined() ? b.const_data_ptr<float>() : nullptr; };
-  const at::Tensor b1 = bias(up_bias), bg = bias(gate_bias), b2 = bias(down_bias), chosen = mask.contiguous();
-  const at::Tensor x = tokens.to(in_bf16 ? at::kBFloat16 : at::kFloat).contiguous();
-  const Problem problem{
-      x.size(0), up_weight.size(0), up_weight.size(1), x.size(1), down_weight.size(2), chosen.const_data_ptr<bool>(),
-      data(b1), data(bg), data(b2), activation_named(activation)};
-  at::Tensor out = at::empty({problem.tokens, problem.outputs}, x.options());
-  if (problem.tokens == 0) return out.to(tokens.scalar_type());
-  if (in_bf16) {
-    const BFloat16Experts experts(problem, up, gate, down);
-    execute(problem, experts, x.const_data_ptr<at::BFloat16>(), out.mutable_data_ptr<at::BFloat16>());
-  } else {
-    execute(problem, FloatExperts(problem, up, gate, down), x.const_data_ptr<float>(), out.mutable_data_ptr<float>());
+    const at::Tensor& tokens, const at::Tensor& mask, const Optionals& weights, const std::string& activation) {
+  const Operands operands(tokens, weights, activation);
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, "mask is ", mask.scalar_type(), ", not bool");
+  const bool fits = mask.dim() == 2 && mask.size(0) == tokens.size(0) && mask.size(1) == operands.experts();
+  TORCH_CHECK_VALUE(fits, "mask must be (N, E)");
+  return run_experts(operands, operands.inputs(tokens), mask.contiguous(), tokens.scalar_type());
+}
+
+at::Tensor moe_layer_cpu(
+    const at::Tensor& positions, const Optional& real, const Optionals& router, const std::string& rule,
+    const at::Tensor& tau, int64_t k, const Optionals& weights, const std::string& activation) {
+  const Operands operands(positions, weights, activation);
+  const Gate gate(rule, tau.item<double>(), k);
+  TORCH_CHECK_VALUE(k <= operands.experts(), "k=", k, ": must be at most ", operands.experts(), ", the experts");
+  const at::Tensor index = real ? real->nonzero().squeeze(1) : at::Tensor(); // (N,)
+  const Inputs inputs = operands.inputs(real ? positions.index_select(0, index) : positions);
+  const at::Tensor mask = at::empty({inputs.x.size(0), operands.experts()}, at::kBool);
+  operands.choose(inputs, router, gate, mask.mutable_data_ptr<bool>());
+  const at::Tensor out = run_experts(operands, inputs, mask, positions.scalar_type()); // (N, d_out)
+  if (!real) return out;
+  return at::zeros({positions.size(0), out.size(1)}, out.options()).index_copy_(0, index, out);
+}
+
+at::Tensor int8_linear_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const Optional& bias) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar, "weight must be int8 (N, K)");
+  const int64_t columns = weight.size(0), depth = weight.size(1);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == depth, "x has shape ", x.sizes(), ", not (M, ", depth, ")");
+  TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef{columns}, "scale has shape ", scale.sizes(), ", not ", columns);
+  TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
+  const bool in_bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK_VALUE(in_bf16 || x.scalar_type() == at::kFloat, "x is ", x.scalar_type(), ", not float32 or bfloat16");
+  const at::Tensor scales = in_fp32(scale), added = in_fp32(bias), rows = x.contiguous();
+  if (!has_int8_brgemm()) {
+    const at::Tensor multiplied = packed_weights().get(weight, Form::dequantised_rows, scales);
+    return at::linear(rows.to(at::kFloat), multiplied, bias ? Optional(added) : Optional()).to(x.scalar_type());
   }
-  return out.to(tokens.scalar_type());
+  const at::Tensor w = packed_weights().get(weight, Form::panels);
+  const at::Tensor sums = packed_weights().get(weight, Form::row_sums);
+  const at::Tensor out = at::empty({rows.size(0), columns}, x.options());
+  if (out.numel() == 0) return out;
+  const auto run = [&]<typename T>(const T* in) {
+    int8_linear(
+        in, rows.size(0), depth, w.const_data_ptr<int8_t>(), floats(scales), sums.const_data_ptr<int32_t>(),
+        floats(added), columns, out.mutable_data_ptr<T>());
+  };
+  if (in_bf16) {
+    run(rows.const_data_ptr<at::BFloat16>());
+  } else {
+    run(rows.const_data_ptr<float>());
+  }
+  return out;
 }
 
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
+  library.def("moe_cpu(Tensor tokens, Tensor mask, Tensor?[] weights, str activation) -> Tensor");
   library.def(
-      "moe_cpu(Tensor tokens, Tensor mask, Tensor up_weight, Tensor? up_bias, Tensor? gate_weight, Tensor? gate_bias, "
-      "Tensor down_weight, Tensor? down_bias, str activation) -> Tensor");
+      "moe_layer_cpu(Tensor positions, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
+      "Tensor?[] weights, str activation) -> Tensor");
+  library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(d2dmoe_pl, CPU, library) {
   library.impl("moe_cpu", moe_cpu);
+  library.impl("moe_layer_cpu", moe_layer_cpu);
+  library.impl("int8_linear_cpu", int8_linear_cpu);
 }
 
 } // namespace d2dmoe

@@ -1,19 +1,26 @@
-// bf16 weights in the order that matrix units read: pairs of rows interleaved ("VNNI"), packed once a change.
+// Weights in the order that matrix units read, packed once a change: rows interleaved ("VNNI"), in pairs of bf16 or in
+// fours of int8.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
-#include <ATen/ops/empty.h>
 
+#include <map>
 #include <mutex>
-#include <unordered_map>
+#include <optional>
+#include <utility>
 #include <vector>
 
 namespace d2dmoe {
 
 inline int64_t even(int64_t n) {
   return n + n % 2;
+}
+
+// brgemm compiles a kernel for each number of rows: few numbers, and rows too many that nobody reads.
+inline int64_t rounded_height(int64_t rows) {
+  return rows <= 2 ? rows : (rows + 3) / 4 * 4;
 }
 
 // bf16 (E, s, d) to (E, ceil(d / 2), s, 2) if `transposed`, of B = W^T, else to (E, ceil(s / 2), d, 2), of B = W.
@@ -38,46 +45,97 @@ inline at::Tensor interleave(const at::Tensor& weight, bool transposed) {
   return packed;
 }
 
-// How a copy of a weight (E, s, d) is kept.
-enum class Form { fp32, pairs, transposed_pairs };
+constexpr int64_t kChunk = 128; // neurons of an expert in int8 that are quantised together; a multiple of 4
 
-inline at::Tensor pack(const at::Tensor& weight, Form form) {
-  if (form == Form::fp32) return weight.to(at::kFloat).contiguous();
-  return interleave(weight.to(at::kBFloat16).contiguous(), form == Form::transposed_pairs);
+inline int64_t quads(int64_t n) {
+  return (n + 3) / 4;
+}
+
+// int8 (E, s, d) to (E, ceil(s / 4), d, 4), of B = W.
+inline at::Tensor in_quads(const at::Tensor& weight) {
+  const int64_t rest = quads(weight.size(1)) * 4 - weight.size(1);
+  const at::Tensor padded = at::constant_pad_nd(weight, {0, 0, 0, rest});
+  return padded.unflatten(1, {-1, 4}).transpose(2, 3).contiguous(); // (E, s / 4, 4, d) -> (E, s / 4, d, 4)
+}
+
+constexpr int64_t kPanel = 64; // columns
+
+// int8 (N, K) to (ceil(N / kPanel), ceil(K / 4), kPanel, 4), of B = W^T, with zeros where there is nothing.
+inline at::Tensor in_panels(const at::Tensor& weight) {
+  const int64_t rest = (kPanel - weight.size(0) % kPanel) % kPanel;
+  const at::Tensor padded = at::constant_pad_nd(weight, {0, 0, 0, rest});
+  return in_quads(padded.unflatten(0, {-1, kPanel}).transpose(1, 2)); // (panels, K, kPanel)
+}
+
+// What tokens and activations around 128 add to products: 128 times the sums of rows, (E, s); or of columns, over
+// `kChunk` rows each, (E, chunks, d).
+inline at::Tensor row_sums(const at::Tensor& weight) {
+  return (weight.sum(-1, /*keepdim=*/false, at::kInt) * 128).contiguous();
+}
+
+inline at::Tensor chunk_sums(const at::Tensor& weight) {
+  std::vector<at::Tensor> sums;
+  for (const at::Tensor& chunk : weight.split(kChunk, 1)) sums.push_back(chunk.sum(1, /*keepdim=*/false, at::kInt) * 128);
+  return at::stack(sums, 1).contiguous();
+}
+
+// How a copy of a weight (E, s, d) is kept.
+enum class Form { fp32, pairs, transposed_pairs, quads, panels, row_sums, chunk_sums, dequantised_rows, dequantised_columns };
+
+inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale) {
+  switch (form) {
+    case Form::fp32:
+      return weight.to(at::kFloat).contiguous();
+    case Form::pairs:
+    case Form::transposed_pairs:
+      return interleave(weight.to(at::kBFloat16).contiguous(), form == Form::transposed_pairs);
+    case Form::quads:
+      return in_quads(weight);
+    case Form::panels:
+      return in_panels(weight);
+    case Form::row_sums:
+      return row_sums(weight);
+    case Form::chunk_sums:
+      return chunk_sums(weight);
+    case Form::dequantised_rows:
+      return weight * scale->unsqueeze(-1); // (E, s, d) * (E, s, 1)
+    case Form::dequantised_columns:
+      return weight * scale->unsqueeze(1); // (E, s, d) * (E, 1, d)
+  }
 }
 
 // Packed copies by the weight they were made from, as long as it lives and is not written to.
 class PackedWeights {
  public:
-  at::Tensor get(const at::Tensor& weight, Form form) {
-    if (weight.is_inference()) return pack(weight, form); // has no version to tell a change by
+  at::Tensor get(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale = std::nullopt) {
+    if (weight.is_inference()) return pack(weight, form, scale); // has no version to tell a change by
     const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = entries_.find(weight.const_data_ptr());
-    if (found != entries_.end() && found->second.is_of(weight, form)) return found->second.packed;
+    const Key key{weight.const_data_ptr(), form};
+    const auto found = entries_.find(key);
+    if (found != entries_.end() && found->second.is_of(weight)) return found->second.packed;
     for (auto entry = entries_.begin(); entry != entries_.end();) { // those whose weight is gone
       entry = entry->second.storage.expired() ? entries_.erase(entry) : std::next(entry);
     }
-    at::Tensor packed = pack(weight, form);
+    at::Tensor packed = pack(weight, form, scale);
     entries_.insert_or_assign(
-        weight.const_data_ptr(),
-        Entry{weight.storage().getWeakStorageImpl(), weight._version(), weight.sizes().vec(), form, packed});
+        key, Entry{weight.storage().getWeakStorageImpl(), weight._version(), weight.sizes().vec(), packed});
     return packed;
   }
 
  private:
+  using Key = std::pair<const void*, Form>;
   struct Entry {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     int64_t version;
     std::vector<int64_t> sizes;
-    Form form;
     at::Tensor packed;
 
-    bool is_of(const at::Tensor& weight, Form wanted) const {
-      return !storage.expired() && version == weight._version() && weight.sizes() == sizes && form == wanted;
+    bool is_of(const at::Tensor& weight) const {
+      return !storage.expired() && version == weight._version() && weight.sizes() == sizes;
     }
   };
   std::mutex mutex_;
-  std::unordered_map<const void*, Entry> entries_;
+  std::map<Key, Entry> entries_;
 };
 
 // Whether ATen's brgemm multiplies bf16 pairs on this machine, by trying.

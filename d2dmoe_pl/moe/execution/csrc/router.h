@@ -1,0 +1,219 @@
+// Scores of the experts by a router of two layers, |down relu(up x)|, and which of them a gate admits.
+#pragma once
+
+#include "activations.h"
+#include "int8_experts.h"
+#include "packed.h"
+#include "products.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <string>
+#include <vector>
+
+namespace d2dmoe {
+
+// Sizes and biases (null for none) of a router; its weights are in a form for the type of the tokens.
+struct RouterProblem {
+  int64_t width;   // d
+  int64_t hidden;  // R
+  int64_t experts; // E
+  const float* up_bias;
+  const float* down_bias;
+};
+
+// Weights (R, d) and (E, R) as they are.
+class FloatRouter {
+ public:
+  using scalar = float;
+  FloatRouter(const RouterProblem& problem, const float* up, const float* down)
+      : problem_(problem), up_(up), down_(down) {}
+
+  // scores (count, E) of tokens x (count, d), without the last bias and absolute value
+  void run(const float* x, int64_t count, float* scores) {
+    const auto& p = problem_;
+    if (static_cast<int64_t>(rows_.size()) < count) {
+      rows_.resize(count);
+      std::iota(rows_.begin(), rows_.end(), 0);
+    }
+    hidden_.resize(count * p.hidden);
+    dot_product(x, p.width, rows_.data(), count, up_, p.hidden, hidden_.data(), p.hidden);
+    activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, count, p.hidden, p.hidden);
+    dot_product(hidden_.data(), p.hidden, rows_.data(), count, down_, p.experts, scores, p.experts);
+  }
+
+ private:
+  RouterProblem problem_;
+  const float *up_, *down_;
+  std::vector<int32_t> rows_;
+  std::vector<float> hidden_; // (count, R)
+};
+
+// Weights transposed, in pairs.
+class BFloat16Router {
+ public:
+  using scalar = at::BFloat16;
+  BFloat16Router(const RouterProblem& problem, const scalar* up, const scalar* down)
+      : problem_(problem), up_(up), down_(down) {}
+
+  void run(const scalar* x, int64_t count, float* scores) {
+    const auto& p = problem_;
+    const int64_t d = p.width, depth = even(d), ld = even(p.hidden);
+    const int64_t height = rounded_height(count); // so many rows are computed, of which nobody reads the last
+    if (depth != d || height != count) {
+      tokens_.assign(height * depth, scalar(0.f));
+      for (int64_t i = 0; i < count; ++i) std::copy_n(x + i * d, d, tokens_.data() + i * depth);
+      x = tokens_.data();
+    }
+    hidden_.resize(height * p.hidden);
+    narrow_.assign(height * ld, scalar(0.f));
+    scores_.resize(height * p.experts);
+    at::native::cpublas::brgemm(height, p.hidden, depth, depth, p.hidden, p.hidden, false, x, up_, hidden_.data());
+    activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, count, p.hidden, p.hidden);
+    for (int64_t i = 0; i < count; ++i) {
+      at::vec::convert(hidden_.data() + i * p.hidden, narrow_.data() + i * ld, p.hidden);
+    }
+    at::native::cpublas::brgemm(
+        height, p.experts, ld, ld, p.experts, p.experts, false, narrow_.data(), down_, scores_.data());
+    std::copy_n(scores_.data(), count * p.experts, scores);
+  }
+
+  ~BFloat16Router() {
+    if (!scores_.empty()) at::native::cpublas::brgemm_release();
+  }
+
+ private:
+  RouterProblem problem_;
+  const scalar *up_, *down_;
+  std::vector<scalar> tokens_, narrow_;
+  std::vector<float> hidden_, scores_;
+};
+
+#if defined(D2DMOE_VNNI)
+
+// Weights in int8 with a scale for each of their rows; tokens too.
+class Int8Router {
+ public:
+  using scalar = uint8_t;
+  Int8Router(const RouterProblem& problem, const Int8Tokens& x, const Int8Up& up, const Int8Up& down)
+      : problem_(problem),
+        x_(x.values.const_data_ptr<uint8_t>()),
+        scale_(x.scale.const_data_ptr<float>()),
+        up_(up),
+        down_(down) {}
+
+  void run(const uint8_t* x, int64_t count, float* scores) {
+    const auto& p = problem_;
+    if (static_cast<int64_t>(rows_.size()) < count) {
+      rows_.resize(count);
+      std::iota(rows_.begin(), rows_.end(), 0);
+    }
+    hidden_.resize(count * p.hidden);
+    narrow_.resize(count * p.hidden);
+    scales_.resize(count);
+    const float* scale = scale_ + (x - x_) / p.width;
+    int8_dot_product(x, p.width, scale, rows_.data(), count, up_.rows(0, p.width), p.hidden, hidden_.data(), p.hidden);
+    activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, count, p.hidden, p.hidden);
+    for (int64_t i = 0; i < count; ++i) {
+      scales_[i] = quantise(hidden_.data() + i * p.hidden, p.hidden, /*from_zero=*/false, narrow_.data() + i * p.hidden);
+    }
+    int8_dot_product(
+        narrow_.data(), p.hidden, scales_.data(), rows_.data(), count, down_.rows(0, p.hidden), p.experts, scores,
+        p.experts);
+  }
+
+ private:
+  RouterProblem problem_;
+  const uint8_t* x_;
+  const float* scale_;
+  Int8Up up_, down_;
+  std::vector<int32_t> rows_;
+  std::vector<float> hidden_, scales_;
+  std::vector<uint8_t> narrow_;
+};
+
+#endif
+
+// A gating rule of moe/gating at a tau, or at a k where that is positive.
+struct Gate {
+  enum class Rule { dynk_max, dynk_cumulative, topk } rule;
+  double tau;
+  int64_t k;
+
+  Gate(const std::string& name, double tau, int64_t k) : rule(named(name)), tau(tau), k(k) {}
+
+  static Rule named(const std::string& name) {
+    if (name == "dynk_max") return Rule::dynk_max;
+    if (name == "dynk_cumulative") return Rule::dynk_cumulative;
+    if (name == "topk") return Rule::topk;
+    TORCH_CHECK_VALUE(false, "rule='", name, "': allowed are dynk_max, dynk_cumulative, topk");
+  }
+
+  // scores and mask: (E,) of one token; order: work space
+  void choose(const float* scores, bool* mask, int64_t experts, std::vector<int32_t>& order) const {
+    if (rule == Rule::dynk_max) {
+      float largest = scores[0];
+      for (int64_t e = 1; e < experts; ++e) largest = scores[e] > largest || std::isnan(scores[e]) ? scores[e] : largest;
+      const float least = static_cast<float>(1.0 - tau) * largest;
+      for (int64_t e = 0; e < experts; ++e) mask[e] = !(scores[e] < least); // a NaN runs and shows in the output
+      return;
+    }
+    if (tau >= 1.0 && k <= 0) {
+      std::fill_n(mask, experts, true);
+      return;
+    }
+    order.resize(experts);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+      return scores[a] > scores[b] || (std::isnan(scores[a]) && !std::isnan(scores[b]));
+    });
+    std::fill_n(mask, experts, false);
+    if (rule == Rule::topk) {
+      const double share = std::ceil(tau * static_cast<double>(experts) - 1e-9);
+      const int64_t count = k > 0 ? k : std::max<int64_t>(1, static_cast<int64_t>(share));
+      for (int64_t i = 0; i < count; ++i) mask[order[i]] = true;
+      return;
+    }
+    double sum = 0., before = 0.; // as torch adds them; compared in float32, as torch does
+    for (int64_t i = 0; i < experts; ++i) sum += scores[order[i]];
+    const float enough = static_cast<float>(tau) * static_cast<float>(sum);
+    for (int64_t i = 0; i < experts; ++i) {
+      mask[order[i]] = i == 0 || !(static_cast<float>(before) >= enough);
+      before += scores[order[i]];
+    }
+  }
+};
+
+// mask (count, E) of tokens x (count, d)
+template <typename Router, typename T = typename Router::scalar>
+void choose_experts(
+    const Router& router, const RouterProblem& problem, const Gate& gate, const T* x, int64_t count, bool* mask) {
+  constexpr int64_t kTokens = 32; // at once
+  const int64_t experts = problem.experts;
+  at::parallel_for(0, (count + kTokens - 1) / kTokens, 1, [&](int64_t begin, int64_t end) {
+    Router own = router; // with its work space
+    std::vector<float> scores(kTokens * experts);
+    std::vector<int32_t> order;
+    for (int64_t first = begin * kTokens; first < std::min(count, end * kTokens); first += kTokens) {
+      const int64_t tokens = std::min(kTokens, count - first);
+      own.run(x + first * problem.width, tokens, scores.data());
+      for (int64_t t = 0; t < tokens; ++t) {
+        float* row = scores.data() + t * experts;
+        for (int64_t e = 0; e < experts; e += kWidth) {
+          const int64_t n = std::min(kWidth, experts - e);
+          Vec value = Vec::loadu(row + e, n);
+          if (problem.down_bias != nullptr) value = value + Vec::loadu(problem.down_bias + e, n);
+          value.abs().store(row + e, n);
+        }
+        gate.choose(row, mask + (first + t) * experts, experts, order);
+      }
+    }
+  });
+}
+
+} // namespace d2dmoe

@@ -1,0 +1,71 @@
+"""Router, gate and experts in one operator on the CPU (``csrc``), where all three are ones that it has.
+
+It does what they do one after the other, for tokens that are no padding; where somebody watches them, or something is
+of another kind, they run one after the other.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, needs_gradients
+from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.gating import Gate
+from d2dmoe_pl.moe.routers import Router
+from d2dmoe_pl.moe.routers.regression import RegressionRouter
+
+RULES = ("dynk_max", "dynk_cumulative", "topk")
+BACKENDS_TOO = ("auto", "cpu")  # that experts alone would run on the operator by
+
+
+def can_run_whole(experts: Experts, router: Router | None, gate: Gate | None, positions: Tensor) -> bool:
+    """Whether :func:`run_whole` can run this call."""
+    return (
+        gate is not None
+        and positions.device.type == "cpu"
+        and type(router) is RegressionRouter
+        and gate.config.rule in RULES
+        and experts.backend in BACKENDS_TOO
+        and experts.activation_kind is not None
+        and positions.dtype in TYPES
+        and (experts.is_quantized or positions.dtype == experts.up_weight.dtype)
+        and router.is_quantized == experts.is_quantized
+        and not torch.is_autocast_enabled("cpu")
+        and not (_is_watched(experts) or _is_watched(router) or _is_watched(gate))
+        and not needs_gradients(experts, positions)
+        and not has_active_dropout(experts)
+        and compile_failure() is None
+    )
+
+
+def run_whole(experts: Experts, router: Any, gate: Any, positions: Tensor, real: Tensor | None) -> Tensor:
+    """What the experts that the gate admits by the router's scores give.
+
+    Args:
+        experts: Of the layer.
+        router: The same; a ``RegressionRouter``.
+        gate: The same.
+        positions: ``(P, d_model)``.
+        real: Which of them hold tokens, ``(P,)`` boolean; None if all do.
+
+    Returns:
+        ``(P, d_out)``; rows of padding are zeros.
+    """
+    if not torch.compiler.is_compiling() and experts.up_weight.is_inference():
+        experts.leave_inference_mode_()
+    return torch.ops.d2dmoe_pl.moe_layer_cpu.default(
+        positions,
+        real,
+        router.weights,
+        gate.config.rule,
+        gate.tau,
+        gate.config.k or 0,
+        experts.weights,
+        experts.activation_kind,
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

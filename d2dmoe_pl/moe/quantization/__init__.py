@@ -1,0 +1,1 @@
+"""Weights as int8 numbers times a scale an output channel, for inference."""

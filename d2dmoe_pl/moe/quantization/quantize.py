@@ -1,0 +1,118 @@
+"""A model in int8, in place: experts, routers, and the linear layers and embeddings around them."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from d2dmoe_pl.adapters import Adapter, adapter_for
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.finite_weights import check_finite
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
+from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, Int8Module, check_not_quantized
+
+DTYPES = ("int8",)
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What weights become.
+
+    Attributes:
+        dtype: ``int8``: numbers with a scale for each output channel, or each row of an embedding.
+        embeddings: Whether embeddings are among them, which are half of a small model.
+
+    Raises:
+        ConfigError: For another type.
+    """
+
+    dtype: str = "int8"
+    embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        check(self.dtype in DTYPES, f"dtype={self.dtype!r}: allowed are {', '.join(DTYPES)}")
+
+
+def quantize_(
+    model: nn.Module,
+    config: QuantizationConfig | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """Have the weights of ``model`` in int8, for inference: experts, routers, linear layers and embeddings.
+
+    Activations are rounded when the model runs, with a scale a token, so that nothing has to be calibrated. Norms,
+    convolutions and biases stay as they are. ``tau`` can still be set; nothing can be trained any more.
+
+    Args:
+        model: A model at any stage; a converted one keeps its routers and gates.
+        config: What weights become; int8 with embeddings if not given.
+        filter_fn: ``(module, name) -> bool``; which modules to take, all if not given. Asked of experts, linear layers
+            and embeddings.
+
+    Raises:
+        ConfigError: If there is nothing to take, the model is in int8 already, or it has experts of another method. The
+            model is then as it was.
+        NonFiniteWeightsError: If a parameter holds a NaN or an infinity.
+
+    Example:
+        >>> import transformers
+        >>> from d2dmoe_pl import ExpertsConfig, convert_to_moe_, quantize_
+        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
+        >>> model = transformers.GPT2LMHeadModel(config).eval()
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> quantize_(model)
+        >>> model.transformer.h[0].mlp.experts.up_weight.dtype, model.transformer.h[0].attn.c_proj
+        (torch.int8, Int8Linear(in_features=8, out_features=8, bias=True))
+    """
+    config = config or QuantizationConfig()
+    check_not_quantized(model)
+    for name, layer in expert_layers(model).items():
+        check(
+            isinstance(layer, MoELayer),
+            f"{name}: {type(layer).__name__} has experts that quantize_ cannot take; must be what convert_to_moe_ made",
+        )
+    adapter = adapter_for(model)
+    found = {
+        name: module
+        for name, module in _candidates(model, adapter, config.embeddings)
+        if filter_fn is None or filter_fn(module, name)
+    }
+    if not found:
+        raise ConfigError(
+            f"{type(model).__name__}: no experts, linear layers or embeddings found"
+            + (" that the filter admits" if filter_fn else "")
+        )
+    check_finite(model.named_parameters(), "the weights", "nothing is in int8")
+    made: dict[int, Int8Module] = {}  # by what they are made of
+    for name, module in found.items():
+        weight = id(getattr(module, "weight", module))
+        int8 = made.get(id(module)) or _in_int8(module, adapter)
+        if weight in made:  # tied weights stay so
+            int8.weight, int8.scale = made[weight].weight, made[weight].scale
+        made[id(module)] = made[weight] = int8
+        model.set_submodule(name, int8.train(module.training))
+
+
+def restore_quantized_(model: nn.Module, names: Collection[str]) -> None:
+    """Have the modules called ``names`` in int8, as ``quantized_names`` recorded them."""
+    quantize_(model, filter_fn=lambda module, name: name in names)
+
+
+def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        is_taken = isinstance(module, Experts) or adapter.as_linear(module) is not None
+        if is_taken or (embeddings and type(module) is nn.Embedding):
+            yield name, module
+
+
+def _in_int8(module: nn.Module, adapter: Adapter) -> Int8Module:
+    if isinstance(module, Experts):
+        return Int8Experts(module)
+    if isinstance(module, nn.Embedding):
+        return Int8Embedding(module)
+    linear = adapter.as_linear(module)
+    assert linear is not None
+    return Int8Linear(linear.weight, linear.bias)

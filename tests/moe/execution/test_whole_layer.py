@@ -1,0 +1,178 @@
+"""A layer in one operator decides and computes what router, gate and experts do one after the other."""
+
+import pytest
+import tiny
+import torch
+from ffns import ACTIVATIONS, ffn_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from d2dmoe_pl import set_tau_
+from d2dmoe_pl.moe.execution.whole_layer import can_run_whole, run_whole
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import Gate, GateConfig
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.routers import RouterConfig, make_router
+from d2dmoe_pl.moe.token_context import TokenContext
+
+RULES = st.sampled_from(["dynk_max", "dynk_cumulative", "topk"])
+CASES = st.fixed_dictionaries(
+    {
+        "positions": st.integers(0, 90),
+        "num_experts": st.integers(1, 40),
+        "expert_dim": st.integers(1, 20),
+        "d_model": st.integers(1, 70),
+        "d_out": st.none() | st.integers(1, 70),
+        "width": st.integers(1, 40),
+        "gated": st.booleans(),
+        "bias": st.booleans(),
+        "activation": st.sampled_from(list(ACTIVATIONS)),
+        "rule": RULES,
+        "tau": st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+        "real": st.sampled_from([None, 0.0, 0.5, 1.0]),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+def layer_of(case, dtype=torch.float32):
+    """A layer, positions for it, and which of them are no padding. Scores are exact in every type."""
+    torch.manual_seed(case["seed"])
+    experts = Experts(ffn_of(case), case["num_experts"])
+    layer = MoELayer(experts, TokenContext(), nn.Identity()).eval()
+    layer.router = make_router(experts, RouterConfig(case["width"]))
+    for parameter in layer.router.parameters():
+        parameter.data = torch.randint(-2, 3, parameter.shape).to(parameter.dtype)
+    layer.gate = Gate(GateConfig(case["rule"], case["tau"]))
+    positions = torch.randint(-1, 2, (case["positions"], case["d_model"])).to(dtype)
+    real = None if case["real"] is None else torch.rand(case["positions"]) < case["real"]
+    return layer.to(dtype), positions, real
+
+
+def one_after_the_other(layer, positions, real):
+    """Reference experts in float64 at the positions that are real, zeros elsewhere."""
+    output = torch.zeros(len(positions), layer.experts.d_out, dtype=torch.float64)
+    real = torch.ones(len(positions), dtype=torch.bool) if real is None else real
+    mask = layer.gate(layer.router(positions[real]))
+    layer.experts.double().set_backend("reference")
+    output[real] = layer.experts(positions[real].double(), mask)
+    return output
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@given(CASES)
+@settings(deadline=None, max_examples=120)
+@torch.no_grad()
+def test_equals_router_gate_and_experts(dtype, tolerance, case):
+    layer, positions, real = layer_of(case, dtype)
+    assert can_run_whole(layer.experts, layer.router, layer.gate, positions)
+    got = run_whole(layer.experts, layer.router, layer.gate, positions, real)
+    assert got.dtype == dtype
+    expected = one_after_the_other(layer, positions, real)
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=tolerance)
+    if real is not None:
+        assert not got[~real].any()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@torch.no_grad()
+def test_any_number_of_threads(threads):
+    case = {"num_experts": 12, "expert_dim": 8, "d_model": 32, "d_out": None, "width": 16, "gated": False, "bias": True}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for positions in (1, 7, 300):
+            for_all = {"positions": positions, "activation": "gelu", "rule": "dynk_max", "tau": 0.6, "real": 0.7}
+            layer, x, real = layer_of({**case, **for_all, "seed": positions})
+            got = run_whole(layer.experts, layer.router, layer.gate, x, real)
+            torch.testing.assert_close(got.double(), one_after_the_other(layer, x, real), rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_a_nan_shows_in_its_own_row_only():
+    case = {"positions": 5, "num_experts": 4, "expert_dim": 3, "d_model": 6, "d_out": None, "width": 4, "gated": False}
+    for rule in ("dynk_max", "dynk_cumulative", "topk"):
+        layer, x, _ = layer_of(
+            {**case, "bias": True, "activation": "gelu", "rule": rule, "tau": 0.5, "real": None, "seed": 0}
+        )
+        x[2, 1] = torch.nan
+        got = run_whole(layer.experts, layer.router, layer.gate, x, None)
+        assert got.isnan().any(dim=1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@torch.no_grad()
+def test_a_number_of_experts(k):
+    layer = next(iter(moe_layers(tiny.routed()).values())).eval()
+    layer.gate = Gate(GateConfig("topk", k=k))
+    x = torch.randn(9, 16)
+    expected = layer.experts(x, layer.gate(layer.router(x)))
+    torch.testing.assert_close(run_whole(layer.experts, layer.router, layer.gate, x, None), expected)
+
+
+class TestWhen:
+    """It runs where nothing and nobody would miss it."""
+
+    def asked(self, layer, x=None):
+        return can_run_whole(layer.experts, layer.router, layer.gate, torch.randn(3, 16) if x is None else x)
+
+    def layer(self, kind="regression"):
+        torch.manual_seed(0)
+        layer = next(iter(moe_layers(tiny.routed()).values())).eval()
+        layer.router = make_router(layer.experts, RouterConfig(4, kind))
+        return layer
+
+    @torch.no_grad()
+    def test_what_it_has(self):
+        assert self.asked(self.layer())
+        assert not self.asked(self.layer("similarity"))
+        assert not self.asked(self.layer(), torch.randn(3, 16).double())
+        assert not self.asked(self.layer(), torch.randn(3, 16).bfloat16())
+        other = self.layer()
+        other.experts.set_backend("reference")
+        assert not self.asked(other)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not self.asked(self.layer())
+
+    def test_gradients(self):
+        layer = self.layer()
+        assert not self.asked(layer)
+        layer.requires_grad_(False)
+        assert self.asked(layer)
+        assert not self.asked(layer, torch.randn(3, 16, requires_grad=True))
+
+    @pytest.mark.parametrize("part", ["gate", "router", "experts"])
+    @torch.no_grad()
+    def test_whoever_watches_sees_everything(self, part):
+        layer, seen = self.layer(), []
+        handle = getattr(layer, part).register_forward_hook(lambda module, args, output: seen.append(output))
+        x = torch.randn(2, 3, 16)
+        watched = layer(x)
+        handle.remove()
+        assert len(seen) == 1
+        assert self.asked(layer)
+        torch.testing.assert_close(layer(x), watched)
+
+
+@torch.no_grad()
+def test_tau_is_read_at_each_call():
+    model = tiny.routed("bert").eval()
+    inputs = tiny.batch("bert")
+    for parameter in model.parameters():
+        parameter.mul_(8)  # the logits then differ visibly
+    results = []
+    for tau in (0.0, 0.5, 1.0):
+        set_tau_(model, tau)
+        results.append(tiny.logits(model, inputs))
+        layers = moe_layers(model).values()
+        handles = [layer.watch(lambda mask: None) for layer in layers]  # one after the other
+        torch.testing.assert_close(tiny.logits(model, inputs), results[-1], rtol=1e-4, atol=1e-4)
+        for handle in handles:
+            handle.remove()
+    assert not torch.allclose(results[0], results[1])
+    assert not torch.allclose(results[1], results[2])

@@ -1,0 +1,159 @@
+"""int8 computes what its plain twin does, and stays near what it was made from."""
+
+import pytest
+import torch
+from ffns import cases, experts_of, ffn_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
+from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, quantized
+
+CHUNK = 128  # neurons of an expert that are rounded together
+
+
+def rounded(values, steps):
+    """Each row as whole numbers of at most ``steps`` times its scale, multiplied out again."""
+    scale = values.abs().amax(dim=-1, keepdim=True) / steps
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (values / scale).round() * scale
+
+
+def twin(experts, tokens, mask):
+    """What the kernel computes, one expert and chunk at a time."""
+    up, up_bias, gate, gate_bias, down, down_bias = (
+        None if weight is None else weight.double() for weight in experts.weights_in(torch.float32)
+    )
+    tokens = rounded(tokens, 127).double()
+    output = torch.zeros(len(tokens), down.shape[2], dtype=torch.float64)
+    for e in range(experts.num_experts):
+        hidden = tokens @ up[e].t() + (0 if up_bias is None else up_bias[e])
+        if gate is None:
+            hidden = experts.activation(hidden)
+        else:
+            hidden = experts.activation(tokens @ gate[e].t() + (0 if gate_bias is None else gate_bias[e])) * hidden
+        steps = 255 if gate is None and isinstance(experts.activation, nn.ReLU) else 127
+        for chunk, weight in zip(hidden.split(CHUNK, 1), down[e].split(CHUNK), strict=True):
+            output += mask[:, e : e + 1] * (rounded(chunk, steps) @ weight)
+    return output + (0 if down_bias is None else down_bias)
+
+
+@given(cases(120, 9, 150, 150))
+@settings(deadline=None, max_examples=80)
+@torch.no_grad()
+def test_experts_equal_the_plain_twin(case):
+    torch.manual_seed(case["seed"])
+    experts, tokens, mask = experts_of(case, "cpu")
+    int8 = Int8Experts(experts)
+    got, expected = int8(tokens, mask).double(), twin(int8, tokens, mask)
+    scale = max(1e-3, expected.abs().max().item()) if expected.numel() else 1.0
+    # float32 now and then rounds to the neighbouring step
+    torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=0.02)
+    assert (got - expected).square().mean().sqrt() <= 0.003 * scale or not expected.numel()
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "grouped", "reference"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_experts_are_near_what_they_were_made_from(backend, gated, dtype):
+    torch.manual_seed(0)
+    case = {"num_experts": 6, "expert_dim": 40, "d_model": 96, "d_out": None, "gated": gated, "bias": True}
+    experts, tokens, mask = experts_of({**case, "tokens": 70, "activation": "gelu", "density": 0.4}, backend)
+    got = Int8Experts(experts)(tokens.to(dtype), mask)
+    expected = experts(tokens, mask)
+    assert got.dtype == dtype
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@torch.no_grad()
+def test_a_nan_shows():
+    int8 = Int8Experts(Experts(ffn_of(CASE), 3))
+    tokens = torch.randn(3, 6)
+    tokens[1, 2] = torch.nan
+    got = int8(tokens, torch.ones(3, 3, dtype=torch.bool))
+    assert got.isnan().all(dim=1).tolist() == [False, True, False]
+    linear = Int8Linear(torch.randn(5, 6), None)
+    assert linear(tokens).isnan().all(dim=1).tolist() == [False, True, False]
+
+
+CASE = {"num_experts": 3, "expert_dim": 4, "d_model": 6, "d_out": None, "gated": False, "bias": True}
+CASE = {**CASE, "activation": "relu"}
+
+
+@given(
+    st.integers(0, 140), st.integers(1, 150), st.integers(1, 150), st.booleans(), st.booleans(), st.integers(0, 2**31)
+)
+@settings(deadline=None, max_examples=80)
+@torch.no_grad()
+def test_a_linear_layer_equals_its_plain_twin(rows, d_in, d_out, has_bias, in_bfloat16, seed):
+    torch.manual_seed(seed)
+    linear = nn.Linear(d_in, d_out, bias=has_bias)
+    int8 = Int8Linear(linear.weight, linear.bias)
+    x = torch.randn(rows, d_in).to(torch.bfloat16 if in_bfloat16 else torch.float32)
+    weight = int8.weight.double() * int8.scale.double().unsqueeze(1)
+    expected = rounded(x.float(), 127).double() @ weight.t() + (0 if linear.bias is None else linear.bias.double())
+    got = int8(x)
+    assert got.dtype == x.dtype
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@torch.no_grad()
+def test_a_linear_layer_with_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        linear = nn.Linear(100, 333)
+        int8 = Int8Linear(linear.weight, linear.bias)
+        for rows in (1, 64, 500):
+            x = torch.randn(rows, 100)
+            assert (int8(x) - linear(x)).norm() < 0.02 * linear(x).norm()
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_what_was_written_to_a_weight_is_seen():
+    linear = Int8Linear(torch.randn(5, 8), None)
+    x = torch.randn(2, 8)
+    before = linear(x)
+    linear.weight.mul_(-1)
+    torch.testing.assert_close(linear(x), -before)
+    linear.scale.mul_(2)
+    torch.testing.assert_close(linear(x), -2 * before)
+
+
+def test_gradients_pass_through_a_linear_layer():
+    linear = Int8Linear(torch.randn(5, 8), torch.randn(5))
+    x = torch.randn(2, 8, requires_grad=True)
+    linear(x).sum().backward()
+    torch.testing.assert_close(x.grad, (linear.weight * linear.scale.unsqueeze(1)).sum(0).expand(2, 8))
+
+
+def test_an_embedding():
+    embedding = nn.Embedding(7, 16)
+    int8, ids = Int8Embedding(embedding), torch.tensor([[0, 6], [3, 3]])
+    torch.testing.assert_close(int8(ids), embedding(ids), rtol=0, atol=embedding.weight.abs().max().item() / 250)
+    assert int8.bfloat16()(ids).dtype == torch.bfloat16
+
+
+def test_scales_stay_exact_in_whatever_type():
+    experts = Int8Experts(Experts(ffn_of(CASE), 3))
+    before = experts.up_scale.clone()
+    experts.bfloat16()
+    assert torch.equal(experts.up_scale, before)
+    assert experts.up_bias.dtype == torch.bfloat16
+    assert experts.up_weight.dtype == torch.int8
+
+
+def test_rounding():
+    weight = torch.randn(4, 6, 9)
+    for dim in (1, 2):
+        numbers, scale = quantized(weight, dim)
+        assert numbers.abs().amax(dim=dim).eq(127).all()
+        assert ((numbers * scale.unsqueeze(dim) - weight).abs() <= scale.unsqueeze(dim) * 0.5001).all()
+    assert not quantized(torch.zeros(2, 3), 1)[0].any()

@@ -1,0 +1,137 @@
+"""Whole models in int8: what is taken, what it costs, and what it can no longer be."""
+
+import json
+import os
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from d2dmoe_pl import (
+    ConfigError,
+    ExpertsConfig,
+    QuantizationConfig,
+    RouterConfig,
+    add_routers_,
+    convert_to_moe_,
+    load_model,
+    merge_to_dense_,
+    quantize_,
+    replace_projections_,
+    save_artifact,
+    set_tau_,
+)
+from d2dmoe_pl.errors import NonFiniteWeightsError
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.projections import ProjectionConfig
+from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
+from d2dmoe_pl.moe.quantization.int8_layers import Int8Linear, quantized_names
+from d2dmoe_pl.phases import RecoveryTuning
+
+KINDS = [kind for kind in tiny.CONFIGS if "distilled" not in kind] + ["timm_vit"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_every_family_saved_and_loaded(kind, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = tiny.routed(kind, tau=1.0).eval(), tiny.batch(tiny.family_of(kind))
+    before = tiny.logits(model, inputs)
+    save_artifact(model, tmp_path / "whole")
+    quantize_(model)
+    assert all(isinstance(layer.experts, Int8Experts) for layer in moe_layers(model).values())
+    assert not any(type(module) is nn.Linear for module in model.modules())
+    got = tiny.logits(model, inputs)
+    assert (got - before).norm() < 0.1 * before.norm()
+    save_artifact(model, tmp_path / "int8")
+    for loaded in (load_model(tmp_path / "int8"), load_model(tmp_path / "whole", dtype="int8")):
+        assert torch.equal(tiny.logits(loaded, inputs), got)
+        assert quantized_names(loaded) == quantized_names(model)
+        assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    set_tau_(model, 0.3)
+    assert not torch.equal(tiny.logits(model, inputs), got)
+
+
+def test_files_are_a_quarter(tmp_path):
+    config = tiny.bert_config(hidden_size=128, intermediate_size=512, vocab_size=3000)
+    model = type(tiny.dense("bert"))(config).eval()
+    convert_to_moe_(model, ExpertsConfig(8))
+    add_routers_(model, RouterConfig(16))
+    save_artifact(model, tmp_path / "whole")
+    quantize_(model)
+    save_artifact(model, tmp_path / "int8")
+    sizes = [os.path.getsize(tmp_path / name / "d2dmoe.safetensors") for name in ("int8", "whole")]
+    assert sizes[0] < 0.3 * sizes[1]
+    assert json.loads((tmp_path / "int8" / "config.json").read_text())["d2dmoe"]["format"] == 3
+
+
+@torch.no_grad()
+def test_tied_weights_stay_tied(tmp_path):
+    model = tiny.routed("gpt2-causal-language-modeling").eval()
+    quantize_(model)
+    save_artifact(model, tmp_path)
+    for each in (model, load_model(tmp_path)):
+        assert each.lm_head.weight is each.transformer.wte.weight
+        assert each.lm_head.scale is each.transformer.wte.scale
+
+
+@torch.no_grad()
+def test_a_filter_and_a_dense_model(tmp_path):
+    model, inputs = tiny.dense("bert").eval(), tiny.batch("bert")
+    before = tiny.logits(model, inputs)
+    quantize_(model, QuantizationConfig(embeddings=False), lambda module, name: ".attention." in name)
+    assert all(".attention." in name for name in quantized_names(model))
+    assert isinstance(model.bert.encoder.layer[0].attention.self.query, Int8Linear)
+    assert (tiny.logits(model, inputs) - before).norm() < 0.1 * before.norm()
+    save_artifact(model, tmp_path)
+    assert quantized_names(load_model(tmp_path)) == quantized_names(model)
+
+
+@torch.no_grad()
+def test_a_router_in_part(tmp_path):
+    model = tiny.routed("bert", tau=0.5).eval()
+    quantize_(model, None, lambda module, name: name.endswith("router.up"))
+    layer = next(iter(moe_layers(model).values()))
+    assert layer.router.is_quantized is None
+    tiny.logits(model, tiny.batch("bert"))
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(ConfigError, match=r"^dtype='int4': allowed are int8$"):
+        QuantizationConfig("int4")
+    model = tiny.routed("bert").eval()
+    with pytest.raises(ConfigError, match=r"no experts, linear layers or embeddings found that the filter admits$"):
+        quantize_(model, None, lambda module, name: False)
+    with pytest.raises(ConfigError, match=r"has experts that quantize_ cannot take; must be what convert_to"):
+        quantize_(tiny.moebert())
+    broken = tiny.routed("bert")
+    broken.classifier.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteWeightsError, match=r"classifier\.weight"):
+        quantize_(broken)
+    assert not quantized_names(broken)
+    quantize_(model)
+    said = "BertForSequenceClassification: is in int8; must be converted, trained and merged before quantize_"
+    for change in (
+        quantize_,
+        merge_to_dense_,
+        lambda model: convert_to_moe_(model, ExpertsConfig(4)),
+        lambda model: add_routers_(model, RouterConfig(4)),
+        lambda model: replace_projections_(model, ProjectionConfig()),
+    ):
+        with pytest.raises(ConfigError, match=f"^{said}$"):
+            change(model)
+    save_artifact(model, tmp_path)
+    with pytest.raises(ConfigError, match=r"is in int8, which no phase can go on from; must be the artifact"):
+        RecoveryTuning(init_from=tmp_path).read_start()
+    with pytest.raises(ConfigError, match=r"^dtype='int2': allowed are float32, bfloat16, float16, int8$"):
+        load_model(tmp_path, dtype="int2")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "float32"])
+def test_load_model_in_a_type(dtype, tmp_path):
+    save_artifact(tiny.routed("bert"), tmp_path)
+    loaded = load_model(tmp_path, dtype=dtype)
+    assert {str(parameter.dtype).removeprefix("torch.") for parameter in loaded.parameters()} == {
+        str(dtype).removeprefix("torch.")
+    }
