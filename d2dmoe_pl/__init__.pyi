@@ -19,6 +19,7 @@ from .moe.execution import register_backend as register_backend
 from .moe.experts.merging import merge_to_dense_ as merge_to_dense_
 from .moe.gating import GateConfig as GateConfig
 from .moe.gating import register_gate as register_gate
+from .moe.optimization import optimize_ as optimize_
 from .moe.projections import ProjectionConfig as ProjectionConfig
 from .moe.projections import replace_projections_ as replace_projections_
 from .moe.quantization.quantize import QuantizationConfig as QuantizationConfig

@@ -22,6 +22,7 @@ from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.hub_folders import local_folder
+from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
 from d2dmoe_pl.moe.quantization.quantize import quantize_, restore_quantized_
@@ -227,7 +228,12 @@ def build_structure(artifact: Artifact) -> nn.Module:
     return model
 
 
-def load_model(path: str | Path, revision: str | None = None, dtype: str | torch.dtype | None = None) -> nn.Module:
+def load_model(
+    path: str | Path,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    optimize: bool = False,
+) -> nn.Module:
     """The model saved in ``path``, at whatever stage, ready to run, on the CPU.
 
     Args:
@@ -235,6 +241,7 @@ def load_model(path: str | Path, revision: str | None = None, dtype: str | torch
         revision: Of a model on the hub: a branch, a tag or a commit.
         dtype: ``float32``, ``bfloat16`` or ``float16``, which weights are cast to, or ``int8``, by
             :func:`d2dmoe_pl.quantize_`; as they were saved if not given.
+        optimize: Whether it is made fast by :func:`d2dmoe_pl.optimize_`.
 
     Raises:
         ConfigError: If ``path`` is no whole artifact, that of a newer version of this package, or a name that the hub
@@ -266,6 +273,8 @@ def load_model(path: str | Path, revision: str | None = None, dtype: str | torch
             quantize_(model)
     elif dtype is not None:
         model.to(getattr(torch, name))
+    if optimize:
+        optimize_(model)
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from d2dmoe_pl.recipe import is_recipe, read_recipe
 
 DEFAULT_BACKEND = "auto"
 SCOPES = ("layer", "model")
-DTYPES = ("float32", "bfloat16", "float16")  # of torch
+DTYPES = ("float32", "bfloat16", "float16", "int8")  # of torch
 
 
 class CommaSeparated:
@@ -56,7 +56,7 @@ def benchmark_arguments(data: type | None = None) -> ArgumentParser:
         "-c", "--config", action=DataConfigFile, help="YAML with the settings below, or a recipe, for its data."
     )
     parser.add_argument("--output_dir", type=str, default="runs/benchmark", help="Gets benchmark.csv, benchmark.png.")
-    parser.add_argument("--scope", type=words, default=list(SCOPES), help="layer: FFNs alone; model: whole models.")
+    parser.add_argument("--scope", type=words, default=["model"], help="model: whole models; layer: FFNs alone.")
     parser.add_argument("--dtype", type=words, default=["float32"], help=f"Some of {', '.join(DTYPES)}.")
     parser.add_argument("--batch_size", type=numbers, default=[1, 8], help="Samples a call of a whole model.")
     parser.add_argument("--backend", type=str, default=DEFAULT_BACKEND, help="Name of a file in moe/execution.")
@@ -64,7 +64,12 @@ def benchmark_arguments(data: type | None = None) -> ArgumentParser:
         "--compare",
         type=words,
         default=[],
-        help="Other ways to run the experts of layers: loop, grouped_mm, or files in moe/execution.",
+        help="Whole models: what to run the dense model on, of onnxruntime, onnxruntime-int8, openvino, openvino-int8, "
+        "torch-int8, compile. Layers: other ways to run experts, loop, grouped_mm, or files in moe/execution.",
+    )
+    parser.add_argument("--optimize", type=bool, default=False, help="Have models with experts compiled.")
+    parser.add_argument(
+        "--scored_samples", type=int, default=2000, help="Test samples that predictions are judged on; 0 for none."
     )
     parser.add_argument("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu or cuda.")
     parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; PyTorch's choice if not given.")

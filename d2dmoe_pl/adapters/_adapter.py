@@ -1,7 +1,7 @@
 """What the rest of the package asks of a model family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -109,6 +109,14 @@ class Adapter(ABC):
             By head: classification ``(B, C)``; regression ``(B, 1)``; question answering, of a token as the answer's
             first and last, ``(B, 2, L)``; language modelling, over a vocabulary of ``V``, ``(B, L, V)``.
         """
+
+    def traced_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What :meth:`logits` gives for a batch as :meth:`in_order` gives it: nothing in it depends on values."""
+        return self.logits(model, batch)
+
+    def in_order(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]:
+        """A batch with padding where the model has learnt it, and the way back for the logits."""
+        return batch, lambda logits: logits
 
     @abstractmethod
     def random_inputs(self, model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:

@@ -74,6 +74,17 @@ class HuggingFaceAdapter(Adapter):
         behind, back = padded_behind(batch)
         return self._logits(self._call(model, behind), back)
 
+    def traced_logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return self._logits(self._call(model, batch), lambda logits, dim: logits)
+
+    def in_order(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]:
+        behind, back = padded_behind(batch)
+        return behind, lambda logits: logits if logits.dim() == 2 else back(logits, self._token_dim(logits))
+
+    @staticmethod
+    def _token_dim(logits: Tensor) -> int:
+        return 2 if logits.shape[1] == 2 else 1
+
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         behind, back = padded_behind(batch)
         output = self._call(model, behind, output_hidden_states=True)

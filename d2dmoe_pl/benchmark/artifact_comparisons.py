@@ -1,6 +1,7 @@
-"""Comparisons over a converted model, each of its MoE layers and the whole, at each ``tau``."""
+"""Comparisons over a converted model, the whole of it and each of its MoE layers, at each ``tau``."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -10,24 +11,24 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model, read_artifact
 from d2dmoe_pl.benchmark.compared_modules import Choice, layer_comparison, layer_inputs, model_comparison
 from d2dmoe_pl.benchmark.comparison import Comparison, Settings
+from d2dmoe_pl.benchmark.runtimes import RUNTIMES
+from d2dmoe_pl.benchmark.scoring import Scoring, first_batches, scoring_of
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.conversion import set_backend_, temporary_gate
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
-from d2dmoe_pl.moe.gating import GateConfig
-from d2dmoe_pl.moe.layer import MoELayer
-from d2dmoe_pl.phases._model_checks import check_head
+from d2dmoe_pl.moe.optimization import optimize_
 
-# of a batch's samples in, a batch out
-Batches = Callable[[int], Batch]
+# of a batch's samples in, batches out
+Batches = Callable[[int], list[Batch]]
 
 
 def artifact_comparisons(
     path: str, taus: Sequence[float], data: TaskData | None, length: int, settings: Settings
 ) -> Iterator[Comparison]:
-    """Every combination of dtype and batch size, whole model first, then layer by layer.
+    """Whole models at every batch size, all types beside each other, then layer by layer, one type after the other.
 
     Args:
         path: Of the artifact.
@@ -40,67 +41,103 @@ def artifact_comparisons(
         ConfigError: If the artifact is none, or has no MoE layers with routers and gates, or the data does not fit.
     """
     artifact = read_artifact(path, "artifact")
-    for dtype in settings.dtype:
-        moe = load_model(path)
-        layers = moe_layers(moe)
-        check(
-            len(layers) > 0 and all(layer.gate is not None for layer in layers.values()),
-            f"artifact={path!r}: is the work of {artifact.phase}, at stage {artifact.stage!r}; must have MoE layers "
-            "with routers and a tau, which RouterRegression makes",
-        )
-        set_backend_(moe, settings.backend)
-        batches = partial(random_batch, moe, length=length) if data is None else partial(first_batch, moe, data)
-        dense = load_model(path)
-        merge_to_dense_(dense)
-        for model in (dense, moe):
-            model.to(settings.device, dtype)
+    check(
+        not artifact.quantized,
+        f"artifact={path!r}: is in int8, which has no dense twin; must be the artifact that it was made from",
+    )
+    dense = load_model(path)
+    layers = moe_layers(dense)
+    check(
+        len(layers) > 0 and all(layer.gate is not None for layer in layers.values()),
+        f"artifact={path!r}: is the work of {artifact.phase}, at stage {artifact.stage!r}; must have MoE layers "
+        "with routers and a tau, which RouterRegression makes",
+    )
+    merge_to_dense_(dense)
+    moes = {dtype: _converted(path, dtype, settings) for dtype in settings.dtype}
+    some = next(iter(moes.values()))
+    batches = partial(random_batches, some, length=length) if data is None else partial(first_batches, some, data)
+    scoring = None if data is None else scoring_of(some, data, settings.scored_samples)
+    if "model" in settings.scope:
         for batch_size in settings.batch_size:
-            batch = _to(batches(batch_size), settings.device, dtype)
-            yield from _comparisons(dense, moe, batch, taus, settings)
+            yield _whole(dense, moes, batches(batch_size), taus, scoring, settings)
+    if "layer" in settings.scope:
+        for dtype, moe in moes.items():
+            dense.to(settings.device, _floating(dtype))
+            for batch_size in settings.batch_size:
+                batch = _to(batches(batch_size)[0], settings.device, _floating(dtype))
+                yield from _layers(dense, moe, batch, taus, settings)
 
 
-def _comparisons(
+def _converted(path: str, dtype: torch.dtype, settings: Settings) -> nn.Module:
+    moe = load_model(path, dtype=dtype)
+    set_backend_(moe, settings.backend)
+    return moe.to(settings.device)
+
+
+def _whole(
+    dense: nn.Module,
+    moes: dict[torch.dtype, nn.Module],
+    batches: list[Batch],
+    taus: Sequence[float],
+    scoring: Scoring | None,
+    settings: Settings,
+) -> Comparison:
+    dense.to(settings.device, settings.dense_dtype)
+    rivals = {name: RUNTIMES[name](dense, batches) for name in settings.compare if name in RUNTIMES}
+    choices = {dtype: _choices(moe, taus) for dtype, moe in moes.items()}
+    placed = {
+        dtype: [_to(batch, settings.device, _floating(dtype)) for batch in batches]
+        for dtype in {*moes, settings.dense_dtype}
+    }
+    first = next(iter(moes))
+    with temporary_gate(moes[first], None):
+        inputs = [layer_inputs(moes[first], batch) for batch in placed[first]]
+    if settings.optimize:
+        for moe in moes.values():
+            if moe._compiled_call_impl is None:
+                optimize_(moe)
+    return model_comparison(dense, moes, placed, inputs, choices, rivals, scoring)
+
+
+def _layers(
     dense: nn.Module, moe: nn.Module, batch: Batch, taus: Sequence[float], settings: Settings
 ) -> Iterator[Comparison]:
     with temporary_gate(moe, None):
         inputs = layer_inputs(moe, batch)
-    if "model" in settings.scope:
-        yield model_comparison(dense, moe, batch, inputs, _choices(moe, taus))
-    if "layer" in settings.scope:
-        ffns = {ffn.name: ffn for ffn in select_ffns(dense)}
-        for name, layer in moe_layers(moe).items():
-            choices = _choices(layer, taus)
-            compare = dict.fromkeys(settings.compare, choices)
-            yield layer_comparison(name, ffns[name], layer, inputs[name].tokens, choices, compare)
+    ffns = {ffn.name: ffn for ffn in select_ffns(dense)}
+    for name, layer in moe_layers(moe).items():
+        choices = _choices(layer, taus)
+        compare = {name: choices for name in settings.compare if name not in RUNTIMES}
+        yield layer_comparison(name, ffns[name], layer, inputs[name].tokens, choices, compare)
 
 
 def _choices(module: nn.Module, taus: Sequence[float]) -> list[Choice]:
     """The gating rule that the model was saved with, at each ``tau``."""
-    layer: MoELayer = next(iter(moe_layers(module).values()))
-    rule = layer.get_gate().config.rule
-    return [Choice(partial(temporary_gate, module, GateConfig(rule, tau)), router=True, tau=tau) for tau in taus]
+    return [Choice(partial(_at_tau, module, tau), router=True, tau=tau) for tau in taus]
 
 
-def random_batch(model: nn.Module, batch_size: int, length: int) -> Batch:
+@contextmanager
+def _at_tau(module: nn.Module, tau: float) -> Iterator[None]:
+    """Run the body at ``tau``, by gates that stay the same, so that what is compiled stays good."""
+    gates = [layer.get_gate() for layer in moe_layers(module).values()]
+    before = [gate.config for gate in gates]
+    for gate in gates:
+        gate.set_tau(tau)
+    try:
+        yield
+    finally:
+        for gate, config in zip(gates, before, strict=True):
+            gate.set_config(config)
+
+
+def random_batches(model: nn.Module, batch_size: int, length: int) -> list[Batch]:
     """A batch of noise for ``model``."""
-    return adapter_for(model).random_inputs(model, batch_size, length)
+    return [adapter_for(model).random_inputs(model, batch_size, length)]
 
 
-def first_batch(model: nn.Module, data: TaskData, batch_size: int) -> Batch:
-    """The first samples of the test split.
-
-    Raises:
-        ConfigError: If there are fewer, or the model has not the head that the data needs.
-    """
-    check_head(model, data.head)
-    data.prepare_data()
-    data.setup()
-    data.batch_size = batch_size
-    loader = data.predict_dataloader()  # in order, as samples come
-    batch = next(iter(loader[0] if isinstance(loader, list) else loader))
-    samples = len(batch["labels"])
-    check(samples == batch_size, f"batch_size={batch_size}: must be at most {samples}, the samples of the test split")
-    return batch
+def _floating(dtype: torch.dtype) -> torch.dtype:
+    """The type of what a model in ``dtype`` is given."""
+    return dtype if dtype.is_floating_point else torch.float32
 
 
 def _to(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:

@@ -12,7 +12,8 @@ from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
 from d2dmoe_pl.benchmark.compared_modules import find_way
 from d2dmoe_pl.benchmark.comparison import Comparison, Settings, measure
 from d2dmoe_pl.benchmark.machine import Machine, this_machine
-from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_up, write_csv
+from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_up, verdict, write_csv
+from d2dmoe_pl.benchmark.runtimes import RUNTIMES, check_runtimes
 from d2dmoe_pl.benchmark.shape_comparisons import Shape, shape_comparisons
 from d2dmoe_pl.benchmark.timing import NOISE_BOUND
 from d2dmoe_pl.benchmark_arguments import DTYPES, SCOPES, benchmark_arguments
@@ -22,7 +23,7 @@ from d2dmoe_pl.moe.execution import BACKENDS
 from d2dmoe_pl.moe.gating import check_tau
 
 DEVICES = ("auto", "cpu", "cuda")
-TABLE_WIDTH = 110
+TABLE_WIDTH = 120
 INTERRUPTED = 130  # what shells give a program that Ctrl-C ended
 
 
@@ -62,7 +63,10 @@ def _settings(given: Namespace) -> Settings:
         check(batch_size > 0, f"batch_size={batch_size}: must be positive")
     BACKENDS.find(given.backend, "backend")
     for name in given.compare:
-        find_way(name)
+        if name not in RUNTIMES:
+            find_way(name)
+    check_runtimes(name for name in given.compare if name in RUNTIMES)
+    check(given.scored_samples >= 0, f"scored_samples={given.scored_samples}: must be positive, or 0 for none")
     check(given.rounds > 1, f"rounds={given.rounds}: must be at least 2")
     check(given.threads is None or given.threads > 0, f"threads={given.threads}: must be positive")
     check(given.device in DEVICES, f"device={given.device!r}: allowed are {', '.join(DEVICES)}")
@@ -76,6 +80,8 @@ def _settings(given: Namespace) -> Settings:
         compare=given.compare,
         rounds=given.rounds,
         device=torch.device("cuda" if gpu and given.device != "cpu" else "cpu"),
+        optimize=given.optimize,
+        scored_samples=given.scored_samples,
     )
 
 
@@ -104,6 +110,9 @@ def _run(comparisons: Iterator[Comparison], settings: Settings, folder: Path) ->
             rows += measured
             write_csv(rows, machine, folder / "benchmark.csv")
             console.print(as_table(measured), highlight=False)
+            said = verdict(measured)
+            if said is not None:
+                console.print(f"{said}.", style="bold", highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         _finish(rows, machine, folder)
         console.print(f"Interrupted: {len(rows)} rows were measured.", style="bold", highlight=False)

@@ -1,9 +1,9 @@
 """What is measured: a layer or a model with experts, with its choice among them set from outside."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.utils.hooks import RemovableHandle
 from d2dmoe_pl.adapters import FFN, TransposedLinear, adapter_for
 from d2dmoe_pl.benchmark.alternatives import ALTERNATIVES
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
+from d2dmoe_pl.benchmark.result_rows import PYTORCH
+from d2dmoe_pl.benchmark.runtimes import RUNTIMES
+from d2dmoe_pl.benchmark.scoring import Predict, Scoring
 from d2dmoe_pl.benchmark.timing import Contender
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
@@ -57,7 +60,7 @@ def find_way(name: str) -> Backend:
     Raises:
         ConfigError: If there is none.
     """
-    allowed = [*ALTERNATIVES.names(), *BACKENDS.names()]
+    allowed = [*ALTERNATIVES.names(), *BACKENDS.names(), *RUNTIMES]
     check(name in allowed, f"compare={name!r}: allowed are {', '.join(allowed)}")
     return (ALTERNATIVES if name in ALTERNATIVES.names() else BACKENDS).find(name, "compare")
 
@@ -88,7 +91,14 @@ def layer_inputs(model: nn.Module, batch: Batch) -> dict[str, LayerInput]:
 
 
 @torch.no_grad()
-def way(name: str, choice: Choice, module: nn.Module, call: Callable[[], object], positions: Mapping[str, int]) -> Way:
+def way(
+    name: str,
+    choice: Choice,
+    module: nn.Module,
+    call: Callable[[], object],
+    positions: Mapping[str, int],
+    parts: int = 1,
+) -> Way:
     """One way to be timed, after one call to see what share of the experts runs.
 
     Args:
@@ -96,12 +106,14 @@ def way(name: str, choice: Choice, module: nn.Module, call: Callable[[], object]
         choice: How experts are chosen.
         module: A model, or a MoE layer.
         call: Runs it.
-        positions: Of each MoE layer in ``module``, how many positions its dense FFN would compute.
+        positions: Of each MoE layer in ``module``, how many positions its dense FFN would compute in a call.
+        parts: Of a call, see :class:`Contender`.
     """
-    masks: dict[str, Tensor] = {}
     layers = moe_layers(module)
-    with choice.context(), hooked(layer.watch(partial(masks.__setitem__, key)) for key, layer in layers.items()):
+    seen: dict[str, list[Tensor]] = {key: [] for key in layers}
+    with choice.context(), hooked(layer.watch(seen[key].append) for key, layer in layers.items()):
         call()
+    masks = {key: torch.cat(some) for key, some in seen.items()}
     pairs = {key: int(mask.sum()) for key, mask in masks.items()}
     flops = sum(
         pairs[key] * pair_flops(layer.experts) + (layer.routing_flops(len(masks[key]), 1) if choice.router else 0)
@@ -114,7 +126,7 @@ def way(name: str, choice: Choice, module: nn.Module, call: Callable[[], object]
         tau=choice.tau,
         share=sum(pairs.values()) / sum(mask.numel() for mask in masks.values()),
         cost=flops / dense_flops,
-        contender=Contender(call, choice.context),
+        contender=Contender(call, choice.context, parts),
     )
 
 
@@ -153,33 +165,79 @@ def layer_comparison(
 
 
 def model_comparison(
-    dense: nn.Module, moe: nn.Module, batch: Batch, inputs: Mapping[str, LayerInput], choices: list[Choice]
+    dense: nn.Module,
+    moes: Mapping[torch.dtype, nn.Module],
+    batches: Mapping[torch.dtype, Sequence[Batch]],
+    inputs: Sequence[Mapping[str, LayerInput]],
+    choices: Mapping[torch.dtype, list[Choice]],
+    rivals: Mapping[str, Predict],
+    scoring: Scoring | None = None,
 ) -> Comparison:
-    """A model with experts against its dense twin, on the same batch.
+    """A model with experts, in one or more types, against its dense twin, on the same batches.
 
     Args:
-        dense: The dense model.
-        moe: The same with experts; its backend is set.
-        batch: Samples in the first dimension.
-        inputs: What :func:`layer_inputs` gave.
-        choices: To be timed.
+        dense: The dense model, in float32 where there is more than one type.
+        moes: The same with experts, by type; their backends are set.
+        batches: By type, those of the dense model too: samples in the first dimension.
+        inputs: Of each batch, what :func:`layer_inputs` gave.
+        choices: To be timed, by type.
+        rivals: The dense model on other runtimes, by name.
+        scoring: By what predictions are judged; None if they are not.
     """
-    layers = moe_layers(moe)
-    first, experts = next(iter(inputs.values())), next(iter(layers.values())).experts
-    positions = {name: given.positions for name, given in inputs.items()}
+    dense_type = next(dense.parameters()).dtype
+    first = next(iter(moes))
+    positions = {name: sum(given[name].positions for given in inputs) for name in inputs[0]}
 
-    def call(model: nn.Module) -> Callable[[], Tensor]:
+    def predict(model: nn.Module, dtype: torch.dtype) -> Predict:
         adapter = adapter_for(model)
-        return lambda: adapter.logits(model, batch)
+        return lambda batch: adapter.logits(model, _floats_in(batch, dtype))
 
+    def over(predicted: Predict, dtype: torch.dtype) -> Callable[[], object]:
+        return lambda: [predicted(batch) for batch in batches[dtype]][-1]
+
+    def score(predicted: Predict, choice: Choice | None = None) -> float | None:
+        if scoring is None:
+            return None
+        with nullcontext() if choice is None else choice.context():
+            return scoring.score(predicted)
+
+    parts = len(inputs)
+    ways = [
+        Way(name, False, None, 1.0, 1.0, Contender(over(rival, dense_type), parts=parts), None, True, score(rival))
+        for name, rival in rivals.items()
+    ]
+    for dtype, moe in moes.items():
+        floating = dtype if dtype.is_floating_point else dense_type
+        if floating != dense_type:
+            twin = copy.deepcopy(dense).to(floating)
+            own = predict(twin, floating)
+            timed = Contender(over(own, floating), parts=parts)
+            ways.append(Way(PYTORCH, False, None, 1.0, 1.0, timed, floating, True, score(own)))
+        own = predict(moe, floating)
+        backend = next(iter(moe_layers(moe).values())).experts.backend
+        for choice in choices[dtype]:
+            made = way(backend, choice, moe, over(own, floating), positions, parts)
+            ways.append(replace(made, dtype=dtype, score=score(own, choice)))
+    experts, moe = next(iter(moe_layers(moes[first]).values())).experts, moes[first]
+    floating = first if first.is_floating_point else dense_type
+    tokens = [len(next(iter(given.values())).tokens) for given in inputs]
+    uncompiled = moe if moe._compiled_call_impl is None else None
     return Comparison(
         scope="model",
         name=type(dense).__name__,
-        dtype=first.tokens.dtype,
+        dtype=dense_type,
         num_experts=experts.num_experts,
-        batch_size=len(next(iter(batch.values()))),
-        tokens=len(first.tokens),
-        dense=Contender(call(dense)),
-        ways=[way(experts.backend, choice, moe, call(moe), positions) for choice in choices],
-        rest=Contender(call(moe), lambda: skipped(layers.values())),
+        batch_size=len(next(iter(batches[dense_type][0].values()))),
+        tokens=round(sum(tokens) / parts),
+        dense=Contender(over(predict(dense, dense_type), dense_type), parts=parts),
+        ways=ways,
+        rest=None
+        if uncompiled is None
+        else Contender(over(predict(moe, floating), floating), lambda: skipped(moe_layers(moe).values()), parts),
+        scoring=scoring,
+        dense_score=score(predict(dense, dense_type)),
     )
+
+
+def _floats_in(batch: Batch, dtype: torch.dtype) -> Batch:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 
 from d2dmoe_pl.benchmark.result_rows import BenchmarkRow
+from d2dmoe_pl.benchmark.runtimes import RUNTIMES
+from d2dmoe_pl.benchmark.scoring import Scoring
 from d2dmoe_pl.benchmark.timing import Contender, Timing, alternate, peak_memory
 
 Scope = Literal["layer", "model"]
@@ -24,6 +26,8 @@ class Settings:
         compare: Names of files in ``benchmark/alternatives`` or ``moe/execution``: what else to run the experts with.
         rounds: Samples of each time.
         device: Where it runs.
+        optimize: Whether models with experts are compiled.
+        scored_samples: Test samples that predictions are judged on, at most; 0 for none.
     """
 
     scope: list[Scope]
@@ -33,11 +37,20 @@ class Settings:
     compare: list[str]
     rounds: int
     device: torch.device
+    optimize: bool = False
+    scored_samples: int = 0
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """Of the whole dense model that all are timed against: the one type asked for, or float32."""
+        has_rivals = any(name in RUNTIMES for name in self.compare)
+        alone = len(self.dtype) == 1 and self.dtype[0].is_floating_point and not has_rivals
+        return self.dtype[0] if alone else torch.float32
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to compute with experts what the dense computation does.
+    """One way to compute what the dense computation does: with experts, or the dense model on another runtime.
 
     Attributes:
         name: Of its backend.
@@ -46,6 +59,9 @@ class Way:
         share: Executed share of all (token, expert) pairs.
         cost: Its FLOPs, those of routers among them where there are any, over the dense FFNs' FLOPs.
         contender: To be timed.
+        dtype: Of weights; the comparison's if not given.
+        is_dense: Whether it has no experts.
+        score: Of its predictions, where they are judged.
     """
 
     name: str
@@ -54,6 +70,9 @@ class Way:
     share: float
     cost: float
     contender: Contender
+    dtype: torch.dtype | None = None
+    is_dense: bool = False
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,8 @@ class Comparison:
         dense: The dense computation.
         ways: To replace it.
         rest: The same model with its FFNs left out; None for a layer, which is nothing but one.
+        scoring: By what predictions are judged; None if they are not.
+        dense_score: Of the dense model's predictions.
     """
 
     scope: Scope
@@ -81,6 +102,8 @@ class Comparison:
     dense: Contender
     ways: list[Way]
     rest: Contender | None = None
+    scoring: Scoring | None = None
+    dense_score: float | None = None
 
 
 def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[BenchmarkRow]:
@@ -92,6 +115,7 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
     dense, rest = timings["dense"], timings.get("rest")
     dense_memory = peak_memory(comparison.dense, device)
     items = comparison.batch_size or comparison.tokens
+    scoring, dense_score = comparison.scoring, comparison.dense_score or 0.0
     rows = []
     for i, way in enumerate(comparison.ways):
         timing = timings[str(i)]
@@ -101,7 +125,7 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
                 name=comparison.name,
                 backend=way.name,
                 router=way.router,
-                dtype=str(comparison.dtype).removeprefix("torch."),
+                dtype=str(way.dtype or comparison.dtype).removeprefix("torch."),
                 num_experts=comparison.num_experts,
                 batch_size=comparison.batch_size,
                 tokens=comparison.tokens,
@@ -119,6 +143,11 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
                 dense_memory_mib=dense_memory / MIB,
                 moe_memory_mib=peak_memory(way.contender, device) / MIB,
                 noisy=dense.is_noisy,
+                dense_dtype=str(comparison.dtype).removeprefix("torch."),
+                is_dense=way.is_dense,
+                score=way.score,
+                dense_score=comparison.dense_score,
+                score_loss=None if way.score is None or scoring is None else scoring.loss(way.score, dense_score),
             )
         )
     return rows

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.layer import MoELayer
 
 
@@ -24,35 +23,28 @@ class PresetGate(nn.Module):
 
     Args:
         mask: Boolean ``(N, E)``.
-        gate: Run for what it costs, its choice not used; None where routing is not to count.
     """
 
-    def __init__(self, mask: Tensor, gate: Gate | None) -> None:
+    def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.mask = mask
-        self.gate = gate
 
     def forward(self, scores: Tensor) -> Tensor:
-        if self.gate is not None:
-            self.gate(scores)
         return self.mask
 
 
 @contextmanager
-def preset_masks(layers: Mapping[str, MoELayer], masks: Mapping[str, Tensor], routed: bool) -> Iterator[None]:
-    """Run the body with these masks in these layers, then put routers and gates back.
+def preset_masks(layers: Mapping[str, MoELayer], masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run the body with these masks in these layers, without routers, then put routers and gates back.
 
     Args:
         layers: MoE layers by name.
         masks: Boolean ``(N, E)`` of each.
-        routed: Whether their routers and gates run as well, for what they cost.
     """
     before = {name: (layer.router, layer.gate) for name, layer in layers.items()}
     layer: Any  # neither a preset mask nor Identity is a gate or router, but both are called alike
     for name, layer in layers.items():
-        layer.gate = PresetGate(masks[name], layer.gate if routed else None)
-        if not routed:
-            layer.router = nn.Identity()
+        layer.router, layer.gate = nn.Identity(), PresetGate(masks[name])
     try:
         yield
     finally:

@@ -17,6 +17,8 @@ from rich.table import Table
 from d2dmoe_pl.benchmark.machine import Machine
 from d2dmoe_pl.whole_files import replaced_file
 
+ENOUGH = 0.5  # of a score's points that may be lost
+PYTORCH = "PyTorch"
 TITLES = {"layer": "FFN alone", "model": "whole model"}
 
 
@@ -47,6 +49,11 @@ class BenchmarkRow:
         dense_memory_mib: What a dense call holds at its peak beyond weights and input.
         moe_memory_mib: The same with experts.
         noisy: Whether the spread of the dense calls is too wide to tell.
+        dense_dtype: Of the dense computation that it is timed against.
+        is_dense: Whether it is the dense model on another runtime or in another type, rather than experts.
+        score: The task's main metric over test samples, in percent if it is a share; None if none was run.
+        dense_score: The same of the dense model.
+        score_loss: How much worse ``score`` is.
     """
 
     scope: str
@@ -71,10 +78,17 @@ class BenchmarkRow:
     dense_memory_mib: float
     moe_memory_mib: float
     noisy: bool
+    dense_dtype: str = "float32"
+    is_dense: bool = False
+    score: float | None = None
+    dense_score: float | None = None
+    score_loss: float | None = None
 
     @property
     def way(self) -> str:
-        """The backend, and whether routers are in."""
+        """The backend, and whether routers are in; of a dense model, what it runs on."""
+        if self.is_dense:
+            return f"dense, {self.backend}"
         return f"{self.backend} + router" if self.router else self.backend
 
     @property
@@ -97,13 +111,18 @@ def write_csv(rows: Sequence[BenchmarkRow], machine: Machine, file: Path) -> Non
 def as_table(rows: Sequence[BenchmarkRow]) -> Table:
     """The ways that were timed in turn with one dense computation, for the terminal."""
     first = rows[0]
-    title = f"{first.name}, E={first.num_experts}, {first.dtype}, {first.amount}"
-    table = Table("way", title=title, title_justify="left", caption=_caption(first), caption_justify="left", box=SIMPLE)
+    types = ", ".join(dict.fromkeys(row.dtype for row in rows if not row.is_dense))
+    title = f"{first.name}, E={first.num_experts}, {types}, {first.amount}"
+    is_scored = first.dense_score is not None
+    table = Table(
+        "way", "type", title=title, title_justify="left", caption=_caption(first), caption_justify="left", box=SIMPLE
+    )
     unit = "tokens/s" if first.batch_size is None else "samples/s"
-    for header in ("tau", "experts run %", "ms", unit, "speed-up", "ideal", "peak MiB"):
+    for header in ("tau", "experts run %", "ms", unit, "speed-up", "ideal", "peak MiB", *(["score"] * is_scored)):
         table.add_column(header, justify="right")
     table.add_row(
         "dense",
+        first.dense_dtype,
         "",
         "",
         _milliseconds(first.dense_ms, first.dense_spread_ms),
@@ -111,19 +130,59 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
         "1.00x",
         "",
         f"{first.dense_memory_mib:.1f}",
+        *([_score(first.dense_score)] * is_scored),
     )
     for row in rows:
         table.add_row(
             row.way,
+            "" if row.is_dense and row.backend != PYTORCH else row.dtype,
             "" if row.tau is None else f"{row.tau:g}",
-            f"{row.share_percent:.1f}",
+            "" if row.is_dense else f"{row.share_percent:.1f}",
             _milliseconds(row.moe_ms, row.moe_spread_ms),
             f"{row.moe_throughput:,.0f}",
             f"{row.speed_up:.2f}x",
-            f"{row.ideal:.2f}x",
-            f"{row.moe_memory_mib:.1f}",
+            "" if row.is_dense else f"{row.ideal:.2f}x",
+            "" if row.is_dense and row.backend != PYTORCH else f"{row.moe_memory_mib:.1f}",
+            *([_score(row.score)] * is_scored),
         )
     return table
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{score:.2f}"
+
+
+def verdict(rows: Sequence[BenchmarkRow]) -> str | None:
+    """What to do about it, in a line: the fastest way that is as good as dense, and by how much; None for layers alone.
+
+    As good is a loss of at most ``ENOUGH`` in the score, where predictions were judged.
+
+    Args:
+        rows: Timed in turn with one dense computation.
+    """
+    first = rows[0]
+    if first.batch_size is None:
+        return None
+    is_good = [row.score_loss is None or row.score_loss <= ENOUGH for row in rows]
+    good = [row for row, fine in zip(rows, is_good, strict=True) if fine and not row.is_dense]
+    dense = [row for row, fine in zip(rows, is_good, strict=True) if fine and row.is_dense]
+    best_dense = min(dense, key=lambda row: row.moe_ms, default=None)
+    if best_dense is None or first.dense_ms <= best_dense.moe_ms:
+        rival, rival_ms = "dense PyTorch", first.dense_ms
+    else:
+        rival, rival_ms = best_dense.way, best_dense.moe_ms
+    what = f"{first.amount}: "
+    near = "" if first.dense_score is None else f" within {ENOUGH:g} of the dense {first.dense_score:.2f}"
+    if not good:
+        return f"{what}no tau is{near}; take {rival}, {rival_ms:.2f} ms, or train on"
+    best = min(good, key=lambda row: row.moe_ms)
+    setting = "" if best.tau is None else f" at tau {best.tau:g}"
+    score = "" if best.score is None else f", score {best.score:.2f}"
+    mine = f"experts in {best.dtype}{setting} ({best.moe_ms:.2f} ms{score})"
+    ratio = rival_ms / best.moe_ms
+    if ratio >= 1:
+        return f"{what}fastest{near}: {mine}, {ratio:.2f}x as fast as {rival} ({rival_ms:.2f} ms)"
+    return f"{what}fastest{near}: {rival} ({rival_ms:.2f} ms), {1 / ratio:.2f}x as fast as {mine}"
 
 
 def _milliseconds(median_ms: float, spread_ms: float) -> str:
@@ -147,7 +206,7 @@ def draw_speed_up(rows: Sequence[BenchmarkRow], machine: Machine) -> Figure:
     run the experts: its median over layers, in a band from the slowest layer to the fastest. Dashed is the ideal.
     """
     panels: dict[tuple, list[BenchmarkRow]] = {}
-    for row in rows:
+    for row in (row for row in rows if not row.is_dense):
         panels.setdefault((row.scope, row.dtype, row.num_experts), []).append(row)
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)

@@ -14,6 +14,7 @@ from d2dmoe_pl.adapters import FFN, TimmModel, adapter_for
 from d2dmoe_pl.benchmark.compared_modules import Choice, layer_comparison, layer_inputs, model_comparison
 from d2dmoe_pl.benchmark.comparison import Comparison, Settings
 from d2dmoe_pl.benchmark.preset_masks import preset_masks, random_mask
+from d2dmoe_pl.benchmark.runtimes import RUNTIMES
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.conversion import (
     ActivationConfig,
@@ -23,11 +24,14 @@ from d2dmoe_pl.moe.conversion import (
     set_backend_,
     set_gate_,
     swap_activation_,
+    temporary_gate,
 )
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.optimization import optimize_
+from d2dmoe_pl.moe.quantization.quantize import quantize_, quantize_layer_
 from d2dmoe_pl.moe.routers import RouterConfig
 from d2dmoe_pl.moe.token_context import TokenContext
 
@@ -83,7 +87,7 @@ class Shape:
 
 
 def shape_comparisons(shape: Shape, settings: Settings) -> Iterator[Comparison]:
-    """Every combination of dtype, number of experts, and number of tokens or batch size.
+    """Every combination of dtype, number of experts, and tokens; or of experts and batch size, all types at once.
 
     Raises:
         ConfigError: For a whole model of gated FFNs, which the architecture does not have.
@@ -97,9 +101,8 @@ def shape_comparisons(shape: Shape, settings: Settings) -> Iterator[Comparison]:
             for num_experts in shape.num_experts:
                 yield from _layer_comparisons(shape, num_experts, settings, dtype)
     if "model" in settings.scope:
-        for dtype in settings.dtype:
-            for num_experts in shape.num_experts:
-                yield from _model_comparisons(shape, num_experts, settings, dtype)
+        for num_experts in shape.num_experts:
+            yield from _model_comparisons(shape, num_experts, settings)
 
 
 def random_ffn(shape: Shape) -> FFN:
@@ -141,31 +144,59 @@ def _layer_comparisons(shape: Shape, num_experts: int, settings: Settings, dtype
     ffn = random_ffn(shape)
     layer = MoELayer(Experts(ffn, num_experts, None, settings.backend), TokenContext(), nn.Identity()).eval()
     _route_(layer, shape)
-    layer.to(settings.device, dtype)
+    floating = _cast_(layer, dtype, settings.device)
     part: Any
     for part in filter(None, (ffn.up, ffn.down, ffn.gate_proj)):
-        part.to(settings.device, dtype)
+        part.to(settings.device, floating)
     for tokens in shape.tokens:
-        x = torch.randn(tokens, shape.d_model, device=settings.device, dtype=dtype)
+        x = torch.randn(tokens, shape.d_model, device=settings.device, dtype=floating)
         plain, routed = _choices(layer, {"": tokens}, shape)
-        compare = dict.fromkeys(settings.compare, plain)
+        compare = {name: plain for name in settings.compare if name not in RUNTIMES}
         yield layer_comparison(f"{shape.d_model} x {shape.d_ff}", ffn, layer, x, [*plain, *routed], compare)
 
 
-def _model_comparisons(shape: Shape, num_experts: int, settings: Settings, dtype: torch.dtype) -> Iterator[Comparison]:
-    dense = random_model(shape).to(settings.device, dtype)
-    moe = copy.deepcopy(dense)
-    convert_to_moe_(moe, ExpertsConfig(num_experts))
-    set_backend_(moe, settings.backend)
-    _route_(moe, shape)
+def _model_comparisons(shape: Shape, num_experts: int, settings: Settings) -> Iterator[Comparison]:
+    dense = random_model(shape).to(settings.device, settings.dense_dtype)
+    moes = {}
+    for dtype in settings.dtype:
+        moe = copy.deepcopy(dense)
+        convert_to_moe_(moe, ExpertsConfig(num_experts))
+        set_backend_(moe, settings.backend)
+        _route_(moe, shape)
+        _cast_(moe, dtype, settings.device)
+        moes[dtype] = moe
     for batch_size in settings.batch_size:
-        batch = {
-            key: value.to(settings.device, dtype)
-            for key, value in adapter_for(dense).random_inputs(dense, batch_size, length=1).items()
+        noise = adapter_for(dense).random_inputs(dense, batch_size, length=1)
+        batches = {
+            dtype: [{key: value.to(settings.device, dtype) for key, value in noise.items()}]
+            for dtype in {settings.dense_dtype, *(dtype for dtype in settings.dtype if dtype.is_floating_point)}
         }
-        inputs = layer_inputs(moe, batch)
-        plain, routed = _choices(moe, {name: len(given.tokens) for name, given in inputs.items()}, shape)
-        yield model_comparison(dense, moe, batch, inputs, [*plain, *routed])
+        first = next(iter(moes))
+        inputs = layer_inputs(moes[first], batches[first if first.is_floating_point else settings.dense_dtype][0])
+        positions = {name: len(given.tokens) for name, given in inputs.items()}
+        choices = {}
+        for dtype, moe in moes.items():
+            plain, routed = _choices(moe, positions, shape)
+            choices[dtype] = [*plain, *routed]
+            if settings.optimize and moe._compiled_call_impl is None:
+                optimize_(moe)
+        rivals = {
+            name: RUNTIMES[name](dense, batches[settings.dense_dtype]) for name in settings.compare if name in RUNTIMES
+        }
+        yield model_comparison(dense, moes, batches, [inputs], choices, rivals)
+
+
+def _cast_(module: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Have a model, or a layer, with experts in ``dtype``; the type of what it is given then."""
+    if dtype.is_floating_point:
+        module.to(device, dtype)
+        return dtype
+    if isinstance(module, MoELayer):
+        quantize_layer_(module)
+    else:
+        quantize_(module)
+    module.to(device)
+    return torch.float32
 
 
 def _route_(module: nn.Module, shape: Shape) -> None:
@@ -183,7 +214,8 @@ def _choices(module: nn.Module, tokens: Mapping[str, int], shape: Shape) -> tupl
         masks = {
             name: random_mask(tokens[name], layer.experts.num_experts, share, device) for name, layer in layers.items()
         }
-        plain.append(Choice(partial(preset_masks, layers, masks, False), router=False))
+        plain.append(Choice(partial(preset_masks, layers, masks), router=False))
         if shape.router_width:
-            routed.append(Choice(partial(preset_masks, layers, masks, True), router=True))
+            # so many experts as the share says, chosen by the router, which is random too
+            routed.append(Choice(partial(temporary_gate, module, GateConfig("topk", tau=share)), router=True))
     return plain, routed

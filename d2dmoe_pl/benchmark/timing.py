@@ -28,10 +28,12 @@ class Contender:
     Attributes:
         call: What is timed.
         setting: A context, outside the clock, in which it is called.
+        parts: How many equal things one call does; times are of one of them.
     """
 
     call: Callable[[], object]
     setting: Callable[[], AbstractContextManager] = nullcontext
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def alternate(contenders: Mapping[str, Contender], rounds: int, device: torch.de
     for contender in contenders.values():
         _seconds(contender, 1, device)  # the first call may compile
     once = {name: _seconds(contender, 1, device) for name, contender in contenders.items()}
-    calls = {name: max(1, math.ceil(SAMPLE / seconds)) for name, seconds in once.items()}
+    calls = {name: max(1, math.ceil(SAMPLE / seconds / contenders[name].parts)) for name, seconds in once.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
@@ -79,14 +81,14 @@ def alternate(contenders: Mapping[str, Contender], rounds: int, device: torch.de
 
 
 def _seconds(contender: Contender, calls: int, device: torch.device) -> float:
-    """Mean seconds of a call."""
+    """Mean seconds of a call, or of one of its parts."""
     with contender.setting():
         _wait(device)
         start = time.perf_counter()
         for _ in range(calls):
             contender.call()
         _wait(device)
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - start) / calls / contender.parts
 
 
 def _wait(device: torch.device) -> None:

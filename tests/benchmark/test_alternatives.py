@@ -8,10 +8,9 @@ from torch.nn import functional as F
 from d2dmoe_pl.adapters import FFN
 from d2dmoe_pl.benchmark.alternatives import ALTERNATIVES
 from d2dmoe_pl.benchmark.compared_modules import find_way, run_dense
-from d2dmoe_pl.benchmark.preset_masks import PresetGate, random_mask
+from d2dmoe_pl.benchmark.preset_masks import random_mask
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.experts.experts import Experts
-from d2dmoe_pl.moe.gating import Gate, GateConfig
 
 CPU = torch.device("cpu")
 
@@ -65,12 +64,3 @@ def test_a_random_mask_has_exactly_its_share(share, pairs):
     assert int(mask.sum()) == pairs
     if share == 0.5:
         assert not torch.equal(mask, random_mask(5, 8, share, CPU))
-
-
-def test_a_forced_gate_runs_the_rule_and_ignores_it():
-    mask, scores, seen = random_mask(5, 8, 0.5, CPU), torch.rand(5, 8), []
-    gate = Gate(GateConfig(tau=1.0))
-    gate.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    assert PresetGate(mask, gate)(scores) is mask
-    assert seen[0] is scores
-    assert PresetGate(mask, None)(scores) is mask

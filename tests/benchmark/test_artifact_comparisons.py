@@ -5,8 +5,9 @@ import tiny
 import torch
 
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
-from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons, first_batch
+from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
 from d2dmoe_pl.benchmark.comparison import Settings
+from d2dmoe_pl.benchmark.scoring import first_batches
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
@@ -83,7 +84,7 @@ def test_the_share_is_that_of_the_model_run_as_ever(tmp_path):
     path = saved(model, tmp_path)
     [whole] = artifact_comparisons(path, [0.4], tiny.TextData(), 6, settings(scope=["model"], batch_size=[8]))
     set_tau_(model, 0.4)
-    batch = first_batch(model, tiny.TextData(), 8)
+    batch, *_ = first_batches(model, tiny.TextData(), 8)
     masks = []
     for layer in moe_layers(model).values():
         layer.watch(masks.append)
@@ -116,12 +117,12 @@ def test_the_models_own_rule_is_used_and_its_gates_are_put_back(tmp_path):
 
 def test_more_samples_than_there_are():
     with pytest.raises(ConfigError, match=r"^batch_size=500: must be at most 400, the samples of the test split$"):
-        first_batch(tiny.dense(), Digits(), 500)
+        first_batches(tiny.dense(), Digits(), 500)
 
 
 def test_data_for_another_head():
     with pytest.raises(ConfigError, match=r"^head='regression' of Bert.*: the data needs a model with head 'classifi"):
-        first_batch(tiny.dense("bert-regression"), Digits(), 5)
+        first_batches(tiny.dense("bert-regression"), Digits(), 5)
 
 
 def without_gates(kind="timm_vit"):

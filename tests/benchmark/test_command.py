@@ -61,7 +61,8 @@ def test_an_artifact_on_the_data_of_a_recipe(artifact, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"shared": shared, "phases": {"fine_tuning": {}}}))
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"tau": [0.2, 1.0], "rounds": 2}))
     config = [f"--config={tmp_path / name}.yaml" for name in ("recipe", "plain")] + ["--artifact", artifact]
-    records = benchmark(tmp_path / "out", *config, "--batch_size", "4")
+    more = ["--batch_size", "4", "--scope", "layer,model", "--scored_samples", "0"]
+    records = benchmark(tmp_path / "out", *config, *more)
     assert [(r["scope"], r["name"], r["batch_size"], r["tokens"], r["tau"]) for r in records] == [
         (scope, name, batch, "20", tau)
         for scope, name, batch in (
@@ -86,7 +87,7 @@ def test_a_recipe_without_data(tmp_path, capsys):
 def test_the_same_artifact_on_noise_runs_other_experts(artifact, tmp_path):
     more = ["--artifact", artifact, "--scope", "model", "--tau", "0.2", "--batch_size", "4", "--rounds", "2"]
     [noise] = benchmark(tmp_path / "noise", *more)
-    [real] = benchmark(tmp_path / "real", *more, "--data", "Digits")
+    [real] = benchmark(tmp_path / "real", *more, "--data", "Digits", "--scored_samples", "0")
     assert noise["share_percent"] != real["share_percent"]
 
 
@@ -133,7 +134,7 @@ def test_a_noisy_machine_is_said(tmp_path, monkeypatch, capsys):
     ("more", "message"),
     [
         (["--scope", "block"], "scope='block': allowed are layer, model"),
-        (["--dtype", "float32,int8"], "dtype='int8': allowed are float32, bfloat16, float16"),
+        (["--dtype", "float32,int4"], "dtype='int4': allowed are float32, bfloat16, float16, int8"),
         (["--batch_size", "0"], "batch_size=0: must be positive"),
         (["--rounds", "1"], "rounds=1: must be at least 2"),
         (["--threads", "0"], "threads=0: must be positive"),
@@ -205,6 +206,7 @@ def test_the_table_holds_the_numbers():
     assert table.caption is None
     assert [list(column.cells) for column in table.columns] == [
         ["dense", "grouped + router", "grouped"],
+        ["float32", "float32", "float32"],
         ["", "0.5", ""],
         ["", "25.0", "25.0"],
         ["12.0 ± 0.2", "4.000 ± 0.125", "4.000 ± 0.125"],
@@ -214,7 +216,7 @@ def test_the_table_holds_the_numbers():
         ["8.0", "2.0", "2.0"],
     ]
     model = as_table([row(scope="model", batch_size=8, rest_percent=40.0, noisy=True)])
-    assert model.columns[4].header == "samples/s"
+    assert model.columns[5].header == "samples/s"
     assert model.caption == (
         "Attention and all else outside the FFNs take 40% of the dense model's time.\nToo noisy to tell."
     )

@@ -49,7 +49,8 @@ def test_every_combination_is_there():
     ]
     assert {r.dense.call().dtype for r in layers if r.dtype is torch.bfloat16} == {torch.bfloat16}
     ways = [(way.name, way.router, round(way.share, 2)) for way in layers[1].ways]
-    plain, routed = [("grouped", False, 0.2), ("grouped", False, 1.0)], [("grouped", True, 0.2), ("grouped", True, 1.0)]
+    plain = [("grouped", False, 0.2), ("grouped", False, 1.0)]
+    routed = [("grouped", True, 0.25), ("grouped", True, 1.0)]  # whole experts a token
     assert ways == [*plain, *routed, ("loop", False, 0.2), ("loop", False, 1.0)]
     assert {way.router for r in comparisons(settings(scope=["layer"]), router_width=0) for way in r.ways} == {False}
 

@@ -29,6 +29,9 @@ def choose(experts: Experts, tokens: Tensor) -> Backend:
     anything in PyTorch. Without, computing executed pairs only is faster, and compiled kernels are far faster still.
     """
     device = tokens.device.type
+    if torch.onnx.is_in_onnx_export():
+        _warn_once("backend='auto': exported to ONNX, every expert is computed and masked, which saves no time there")
+        return reference
     if needs_gradients(experts, tokens) or has_active_dropout(experts) or device not in ("cpu", "cuda"):
         return reference
     if device == "cuda":

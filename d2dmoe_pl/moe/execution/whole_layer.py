@@ -36,6 +36,7 @@ def can_run_whole(experts: Experts, router: Router | None, gate: Gate | None, po
         and not (_is_watched(experts) or _is_watched(router) or _is_watched(gate))
         and not needs_gradients(experts, positions)
         and not has_active_dropout(experts)
+        and not torch.onnx.is_in_onnx_export()
         and compile_failure() is None
     )
 

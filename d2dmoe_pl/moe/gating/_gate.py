@@ -108,12 +108,13 @@ class Gate(nn.Module):
 
     def __init__(self, config: GateConfig) -> None:
         super().__init__()
-        self.config = config
         self._rule = GATING_RULES.find(config.rule, "rule")
-        self._count: dict[str, Any] = {} if config.k is None else {"k": config.k}
+        self._count: dict[str, Any]
+        self.config = config
         # no buffer: the type and device of the weights are none of its business
         with torch.inference_mode(False):
             self.tau = torch.tensor(config.tau, dtype=torch.float64, device="cpu")
+        self.set_config(config)
 
     def set_tau(self, tau: float) -> None:
         """Go to another ``tau``, which then counts instead of a ``k``; compiled models see it.
@@ -121,9 +122,14 @@ class Gate(nn.Module):
         Raises:
             ConfigError: If it lies outside [0, 1].
         """
-        self.config = replace(self.config, tau=tau, k=None)
-        self._count = {}
-        self.tau.fill_(tau)
+        self.set_config(replace(self.config, tau=tau, k=None))
+
+    def set_config(self, config: GateConfig) -> None:
+        """Go to another ``tau`` or ``k`` of the same rule."""
+        assert config.rule == self.config.rule
+        self.config = config
+        self._count = {} if config.k is None else {"k": config.k}
+        self.tau.fill_(config.tau)
 
     def forward(self, scores: Tensor) -> Tensor:
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # whatever the type of the weights

@@ -94,7 +94,7 @@ class Int8Linear(Int8Module):
         """``(..., d_in)`` to ``(..., d_out)``."""
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        if x.device.type == "cpu" and x.dtype in TYPES and compile_failure() is None and not _wants_gradients(x):
+        if _runs_in_int8(x):
             rows = x.reshape(-1, self.in_features)  # (M, d_in)
             output = torch.ops.d2dmoe_pl.int8_linear_cpu.default(rows, self.weight, self.scale, self.bias)
             return output.view(*x.shape[:-1], self.out_features)
@@ -150,5 +150,12 @@ def check_not_quantized(model: nn.Module) -> None:
     )
 
 
-def _wants_gradients(x: Tensor) -> bool:
-    return torch.is_grad_enabled() and x.requires_grad
+def _runs_in_int8(x: Tensor) -> bool:
+    """Whether there is a product of int8 numbers for ``x``: without gradients, and where ours can run."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in TYPES
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not torch.onnx.is_in_onnx_export()
+        and compile_failure() is None
+    )

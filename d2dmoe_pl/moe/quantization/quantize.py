@@ -96,6 +96,15 @@ def quantize_(
         model.set_submodule(name, int8.train(module.training))
 
 
+def quantize_layer_(layer: MoELayer) -> None:
+    """Have a MoE layer alone in int8, with its router."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, Experts):
+            layer.set_submodule(name, Int8Experts(module).train(module.training))
+        elif isinstance(module, nn.Linear):
+            layer.set_submodule(name, Int8Linear(module.weight, module.bias).train(module.training))
+
+
 def restore_quantized_(model: nn.Module, names: Collection[str]) -> None:
     """Have the modules called ``names`` in int8, as ``quantized_names`` recorded them."""
     quantize_(model, filter_fn=lambda module, name: name in names)
