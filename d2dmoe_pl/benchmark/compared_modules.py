@@ -1,8 +1,8 @@
 """What is measured: a layer or a model with experts, with its choice among them set from outside."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -216,7 +216,8 @@ def model_comparison(
         own = predict(moe, floating)
         backend = next(iter(moe_layers(moe).values())).experts.backend
         for choice in choices[dtype]:
-            made = way(backend, choice, moe, over(own, floating), positions, parts)
+            with _uncompiled(moe):  # which experts run is the same, and hooks would be compiled for
+                made = way(backend, choice, moe, over(own, floating), positions, parts)
             ways.append(replace(made, dtype=dtype, score=score(own, choice)))
     experts, moe = next(iter(moe_layers(moes[first]).values())).experts, moes[first]
     floating = first if first.is_floating_point else dense_type
@@ -237,6 +238,16 @@ def model_comparison(
         scoring=scoring,
         dense_score=score(predict(dense, dense_type)),
     )
+
+
+@contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    compiled = model._compiled_call_impl
+    model._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = compiled
 
 
 def _floats_in(batch: Batch, dtype: torch.dtype) -> Batch:

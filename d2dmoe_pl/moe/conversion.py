@@ -239,6 +239,7 @@ def set_tau_(model: nn.Module, tau: float, filter_fn: LayerFilterFn | None = Non
     check_tau(tau)
     for layer in layers.values():
         layer.get_gate().set_tau(tau)
+        layer.experts.measured.clear()
 
 
 def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None = None) -> None:

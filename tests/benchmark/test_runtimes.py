@@ -143,8 +143,8 @@ def dense(**changes):
     [
         (
             [dense(), row()],
-            "fastest within 0.5 of the dense 90.00: experts in int8 at tau 0.5 (4.00 ms, score 89.80), 1.50x as fast as "
-            "dense, openvino (6.00 ms)",
+            "fastest within 0.5 of the dense 90.00: experts in int8 at tau 0.5 (4.00 ms, score 89.80), 1.50x as fast "
+            "as dense, openvino (6.00 ms)",
         ),
         (
             [dense(moe_ms=2.0), row()],
@@ -153,8 +153,8 @@ def dense(**changes):
         ),
         (
             [dense(moe_ms=2.0, score_loss=0.6), row(), row(moe_ms=1.0, tau=0.1, score_loss=3.0)],
-            "fastest within 0.5 of the dense 90.00: experts in int8 at tau 0.5 (4.00 ms, score 89.80), 3.00x as fast as "
-            "dense PyTorch (12.00 ms)",
+            "fastest within 0.5 of the dense 90.00: experts in int8 at tau 0.5 (4.00 ms, score 89.80), 3.00x as fast "
+            "as dense PyTorch (12.00 ms)",
         ),
         (
             [row(score_loss=0.9)],

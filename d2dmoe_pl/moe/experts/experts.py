@@ -1,5 +1,6 @@
 """The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ class Experts(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Choose how the experts run, by the name of a file in ``moe/execution``."""
         self.backend = backend
+        self.measured: dict[Hashable, Any] = {}  # what ``auto`` found fastest
         self._run = BACKENDS.find(backend, "backend")
 
     def hidden(self, tokens: Tensor) -> Tensor:

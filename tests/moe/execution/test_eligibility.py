@@ -11,7 +11,7 @@ from ffns import assert_close, experts_of, make_ffn
 from torch import nn
 
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import set_backend_
+from d2dmoe_pl.moe.conversion import set_backend_, set_tau_
 from d2dmoe_pl.moe.execution import auto, cpu, grouped, reference
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -168,6 +168,43 @@ class TestAuto:
         torch.testing.assert_close(got, experts(x))
 
 
+class TestMeasuring:
+    """Of more than one kernel the fastest is taken, by a measurement on first use; as on a GPU, by another clock."""
+
+    def backends(self, calls):
+        def made(name):
+            def backend(experts, tokens, mask):
+                calls.append(name)
+                return name
+
+            return backend
+
+        return [made("slow"), made("fast")]
+
+    def test_once_for_a_power_of_two_of_tokens(self):
+        experts, calls = Experts(make_ffn(6, 12), 3), []
+        backends, times = self.backends(calls), {"slow": 2.0, "fast": 1.0}
+
+        def asked(tokens):
+            milliseconds = lambda call: times[call()]  # noqa: E731
+            return auto.fastest(backends, experts, torch.randn(tokens, 6), MASK, milliseconds)
+
+        assert [asked(tokens) for tokens in (5, 6, 7)] == [backends[1]] * 3
+        assert calls == ["slow", "fast"] * 2  # to warm up, and to be timed
+        times["slow"] = 0.5
+        assert asked(7) is backends[1]
+        assert asked(8) is backends[0]
+        experts.set_backend("auto")
+        assert asked(7) is backends[0]
+
+    def test_another_tau_is_measured_anew(self):
+        model = tiny.routed()
+        experts = next(iter(moe_layers(model).values())).experts
+        experts.measured["shape"] = "slow"
+        set_tau_(model, 0.3)
+        assert not experts.measured
+
+
 @pytest.mark.parametrize("backend", ["auto", "cpu", "grouped", "reference"])
 class TestCompile:
     @torch.no_grad()
@@ -209,7 +246,10 @@ def test_operators_keep_torchs_rules():
     weights = [None if weight is None else weight.detach() for weight in experts.weights]
     torch.library.opcheck(torch.ops.d2dmoe_pl.moe_grouped, (x, mask, *weights, "gelu"))
     torch.library.opcheck(torch.ops.d2dmoe_pl.moe_cpu, (x, mask, weights, "gelu"))
-    router, tau = [torch.randn(4, x.shape[1]), None, torch.randn(mask.shape[1], 4), None], torch.tensor(0.5)
+    router, tau = (
+        [torch.randn(4, x.shape[1]), None, torch.randn(mask.shape[1], 4), None],
+        torch.tensor(0.5, dtype=torch.float64),
+    )
     real = torch.tensor([True, False, True, True, False])
     for padding in (None, real):
         layer = (x, padding, router, "dynk_max", tau, 0, weights, "gelu")

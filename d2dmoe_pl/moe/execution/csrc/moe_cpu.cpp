@@ -11,7 +11,9 @@
 #include <ATen/cpu/vec/functional.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <optional>
+#include <vector>
 
 namespace d2dmoe {
 namespace {
@@ -97,19 +99,63 @@ at::Tensor moe_cpu(
   return run_experts(operands, operands.inputs(tokens), mask.contiguous(), tokens.scalar_type());
 }
 
+// The rows that are no padding, by plain copies: tensors' own operations take longer than a small layer.
+class RealRows {
+ public:
+  RealRows(const Optional& real, int64_t positions) : positions_(positions), all_(true) {
+    if (!real) return;
+    const bool fits = real->scalar_type() == at::kBool && real->sizes() == at::IntArrayRef{positions};
+    TORCH_CHECK_VALUE(fits, "real must be boolean (P,)");
+    const at::Tensor dense = real->contiguous();
+    const bool* is_real = dense.const_data_ptr<bool>();
+    for (int64_t p = 0; p < positions; ++p) {
+      if (is_real[p]) rows_.push_back(p);
+    }
+    all_ = static_cast<int64_t>(rows_.size()) == positions;
+  }
+
+  // (P, d) to (N, d)
+  at::Tensor picked(const at::Tensor& positions) const {
+    if (all_) return positions;
+    const at::Tensor from = positions.contiguous();
+    const at::Tensor to = at::empty({static_cast<int64_t>(rows_.size()), from.size(1)}, from.options());
+    const int64_t bytes = from.size(1) * from.element_size();
+    const auto* in = static_cast<const char*>(from.const_data_ptr());
+    auto* out = static_cast<char*>(to.mutable_data_ptr());
+    for (size_t i = 0; i < rows_.size(); ++i) std::memcpy(out + i * bytes, in + rows_[i] * bytes, bytes);
+    return to;
+  }
+
+  // (N, d) to (P, d), zeros elsewhere
+  at::Tensor placed(const at::Tensor& rows) const {
+    if (all_) return rows;
+    const at::Tensor to = at::zeros({positions_, rows.size(1)}, rows.options());
+    const int64_t bytes = rows.size(1) * rows.element_size();
+    const auto* in = static_cast<const char*>(rows.const_data_ptr());
+    auto* out = static_cast<char*>(to.mutable_data_ptr());
+    for (size_t i = 0; i < rows_.size(); ++i) std::memcpy(out + rows_[i] * bytes, in + i * bytes, bytes);
+    return to;
+  }
+
+ private:
+  int64_t positions_;
+  bool all_;
+  std::vector<int64_t> rows_;
+};
+
 at::Tensor moe_layer_cpu(
     const at::Tensor& positions, const Optional& real, const Optionals& router, const std::string& rule,
     const at::Tensor& tau, int64_t k, const Optionals& weights, const std::string& activation) {
   const Operands operands(positions, weights, activation);
-  const Gate gate(rule, tau.item<double>(), k);
+  TORCH_CHECK_VALUE(tau.scalar_type() == at::kDouble && tau.numel() == 1, "tau must be one number in float64");
+  const Gate gate(rule, *tau.const_data_ptr<double>(), k);
   TORCH_CHECK_VALUE(k <= operands.experts(), "k=", k, ": must be at most ", operands.experts(), ", the experts");
-  const at::Tensor index = real ? real->nonzero().squeeze(1) : at::Tensor(); // (N,)
-  const Inputs inputs = operands.inputs(real ? positions.index_select(0, index) : positions);
+  const RealRows rows(real, positions.size(0));
+  const Inputs inputs = operands.inputs(rows.picked(positions));
   const at::Tensor mask = at::empty({inputs.x.size(0), operands.experts()}, at::kBool);
   operands.choose(inputs, router, gate, mask.mutable_data_ptr<bool>());
   const at::Tensor out = run_experts(operands, inputs, mask, positions.scalar_type()); // (N, d_out)
-  if (!real) return out;
-  return at::zeros({positions.size(0), out.size(1)}, out.options()).index_copy_(0, index, out);
+  return rows.placed(out);
 }
 
 at::Tensor int8_linear_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const Optional& bias) {
