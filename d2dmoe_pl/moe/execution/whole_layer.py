@@ -54,17 +54,12 @@ def run_whole(experts: Experts, router: Any, gate: Any, positions: Tensor, real:
     Returns:
         ``(P, d_out)``; rows of padding are zeros.
     """
-    if not torch.compiler.is_compiling() and experts.up_weight.is_inference():
+    weights, config = experts.weights, gate.config
+    if not torch.compiler.is_compiling() and weights[0].is_inference():
         experts.leave_inference_mode_()
+        weights = experts.weights
     return torch.ops.d2dmoe_pl.moe_layer_cpu.default(
-        positions,
-        real,
-        router.weights,
-        gate.config.rule,
-        gate.tau,
-        gate.config.k or 0,
-        experts.weights,
-        experts.activation_kind,
+        positions, real, router.weights, config.rule, gate.tau, config.k or 0, weights, experts.activation_kind
     )
 
 

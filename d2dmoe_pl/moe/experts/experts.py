@@ -1,6 +1,6 @@
 """The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,14 @@ def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str)
 
 
 Weights = list[Any]  # tensors, and None where there is none
+
+
+WEIGHTS = ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "down_bias")
+
+
+def tensors_of(module: Any) -> Mapping[str, Any]:
+    """The parameters or, of a module without any, the buffers that ``module`` has itself, without a search for each."""
+    return module._parameters or module._buffers
 
 
 class Experts(nn.Module):
@@ -115,7 +123,8 @@ class Experts(nn.Module):
     @property
     def weights(self) -> Weights:
         """All parameters, in the order that kernels registered with ``torch.library`` take them."""
-        return [self.up_weight, self.up_bias, self.gate_weight, self.gate_bias, self.down_weight, self.down_bias]
+        tensors = tensors_of(self)
+        return [tensors.get(name) for name in WEIGHTS]
 
     def weights_in(self, dtype: torch.dtype) -> Weights:
         """The same as they are multiplied in ``dtype``: as they are, unless they are packed in a narrower type."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.moe.experts.experts import Experts, Weights
+from d2dmoe_pl.moe.experts.experts import WEIGHTS, Experts, Weights, tensors_of
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Module
 
 
@@ -39,15 +39,8 @@ class Int8Experts(Int8Module, Experts):
 
     @property
     def weights(self) -> Weights:
-        numbers: Weights = [
-            self.up_weight,
-            self.up_bias,
-            self.gate_weight,
-            self.gate_bias,
-            self.down_weight,
-            self.down_bias,
-        ]
-        return [*numbers, self.up_scale, self.gate_scale, self.down_scale]
+        tensors = tensors_of(self)
+        return [tensors[name] for name in (*WEIGHTS, "up_scale", "gate_scale", "down_scale")]
 
     def weights_in(self, dtype: torch.dtype) -> Weights:
         def multiplied(weight: Tensor | None, scale: Tensor | None, dim: int) -> Tensor | None:

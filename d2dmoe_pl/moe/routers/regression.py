@@ -1,12 +1,9 @@
 """A 2-layer MLP that predicts the norm of each expert's output: D2DMoE (arXiv 2310.04361), section 3.3."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.experts.experts import Experts, tensors_of
 from d2dmoe_pl.moe.routers import Router, RouterConfig
 
 
@@ -24,15 +21,14 @@ class RegressionRouter(Router):
     @property
     def weights(self) -> list[Tensor | None]:
         """All parameters, in the order that kernels take them; those in int8 have their scales after them."""
-        up: Any = self.up
-        down: Any = self.down
-        weights = [up.weight, up.bias, down.weight, down.bias]
-        return [*weights, up.scale, down.scale] if self.is_quantized else weights
+        up, down = (tensors_of(self._modules[name]) for name in ("up", "down"))
+        weights = [up["weight"], up["bias"], down["weight"], down["bias"]]
+        return [*weights, up["scale"], down["scale"]] if "scale" in up and "scale" in down else weights
 
     @property
     def is_quantized(self) -> bool | None:
-        types = {self.up.weight.dtype == torch.int8, self.down.weight.dtype == torch.int8}
-        return types.pop() if len(types) == 1 else None
+        up, down = ("scale" in tensors_of(self._modules[name]) for name in ("up", "down"))
+        return up if up == down else None
 
     def flops(self) -> int:
         return 2 * (self.up.weight.numel() + self.down.weight.numel())
