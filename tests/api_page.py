@@ -23,7 +23,15 @@ describes them. Whatever else a module of the package holds may change without n
 """
 GROUPS = {
     "Loading and saving": ["load_model", "save_artifact", "push_to_hub", "PhaseRecord"],
-    "Running": ["set_tau_", "set_gate_", "GateConfig", "set_backend_"],
+    "Running": [
+        "set_tau_",
+        "set_gate_",
+        "GateConfig",
+        "set_backend_",
+        "quantize_",
+        "QuantizationConfig",
+        "optimize_",
+    ],
     "Conversion": [
         "swap_activation_",
         "ActivationConfig",

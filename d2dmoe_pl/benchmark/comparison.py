@@ -1,5 +1,6 @@
 """One dense computation and all that is to replace it, timed in turn: what a benchmark is made of."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,7 +89,7 @@ class Comparison:
         tokens: That each FFN gets in one call, without padding.
         dense: The dense computation.
         ways: To replace it.
-        rest: The same model with its FFNs left out; None for a layer, which is nothing but one.
+        rest: The same model with its FFNs left out; None for a layer, which is nothing but one, and if compiled.
         scoring: By what predictions are judged; None if they are not.
         dense_score: Of the dense model's predictions.
     """
@@ -115,6 +116,7 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
     dense, rest = timings["dense"], timings.get("rest")
     dense_memory = peak_memory(comparison.dense, device)
     items = comparison.batch_size or comparison.tokens
+    is_unknown = rest is None and comparison.scope == "model"  # what cannot become less
     scoring, dense_score = comparison.scoring, comparison.dense_score or 0.0
     rows = []
     for i, way in enumerate(comparison.ways):
@@ -138,7 +140,7 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
                 dense_throughput=items / dense.median,
                 moe_throughput=items / timing.median,
                 speed_up=dense.median / timing.median,
-                ideal=ideal_speed_up(dense, rest, way.cost),
+                ideal=math.nan if is_unknown else ideal_speed_up(dense, rest, way.cost),
                 rest_percent=None if rest is None else 100 * rest.median / dense.median,
                 dense_memory_mib=dense_memory / MIB,
                 moe_memory_mib=peak_memory(way.contender, device) / MIB,

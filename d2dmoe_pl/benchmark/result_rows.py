@@ -44,7 +44,8 @@ class BenchmarkRow:
         dense_throughput: Samples a second of a whole model, tokens a second of a layer.
         moe_throughput: The same with experts.
         speed_up: ``dense_ms / moe_ms``.
-        ideal: The speed-up if an FFN's time were in proportion to its FLOPs, routers in, and the rest stayed as it is.
+        ideal: The speed-up if an FFN's time were in proportion to its FLOPs, routers in, and the rest stayed as it is;
+            NaN where the rest was not measured, as of a compiled model.
         rest_percent: Share of the dense model's time outside its FFNs; None for a layer.
         dense_memory_mib: What a dense call holds at its peak beyond weights and input.
         moe_memory_mib: The same with experts.
@@ -114,9 +115,10 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
     types = ", ".join(dict.fromkeys(row.dtype for row in rows if not row.is_dense))
     title = f"{first.name}, E={first.num_experts}, {types}, {first.amount}"
     is_scored = first.dense_score is not None
-    table = Table(
-        "way", "type", title=title, title_justify="left", caption=_caption(first), caption_justify="left", box=SIMPLE
-    )
+    caption = _caption(first)
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE)
+    for header in ("way", "type"):
+        table.add_column(header, no_wrap=True)
     unit = "tokens/s" if first.batch_size is None else "samples/s"
     for header in ("tau", "experts run %", "ms", unit, "speed-up", "ideal", "peak MiB", *(["score"] * is_scored)):
         table.add_column(header, justify="right")
@@ -141,7 +143,7 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
             _milliseconds(row.moe_ms, row.moe_spread_ms),
             f"{row.moe_throughput:,.0f}",
             f"{row.speed_up:.2f}x",
-            "" if row.is_dense else f"{row.ideal:.2f}x",
+            "" if row.is_dense or math.isnan(row.ideal) else f"{row.ideal:.2f}x",
             "" if row.is_dense and row.backend != PYTORCH else f"{row.moe_memory_mib:.1f}",
             *([_score(row.score)] * is_scored),
         )
