@@ -160,7 +160,7 @@ def layer_comparison(
         batch_size=None,
         tokens=len(tokens),
         dense=Contender(lambda: run_dense(ffn, tokens)),
-        ways=[*own, *others],
+        ways=[replace(each, dtype=torch.int8) if layer.experts.is_quantized else each for each in (*own, *others)],
     )
 
 

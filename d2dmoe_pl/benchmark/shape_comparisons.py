@@ -208,7 +208,7 @@ def _route_(module: nn.Module, shape: Shape) -> None:
 def _choices(module: nn.Module, tokens: Mapping[str, int], shape: Shape) -> tuple[list[Choice], list[Choice]]:
     """The preset choices at each share, without routers and with them; none of the latter where there is no router."""
     layers = moe_layers(module)
-    device = next(module.parameters()).device
+    device = next(iter(layers.values())).experts.up_weight.device
     plain, routed = [], []
     for share in shape.share:
         masks = {

@@ -128,3 +128,18 @@ def test_impossible_shapes(changes, message):
     with pytest.raises(ConfigError) as error:
         comparisons(**changes)
     assert str(error.value) == message
+
+
+@torch.no_grad()
+def test_int8_beside_other_types():
+    whole = settings(scope=["layer", "model"], dtype=[torch.bfloat16, torch.int8], compare=[], backend="auto")
+    *layers, model = comparisons(whole, num_experts=[10], tokens=[20], d_model=64)
+    assert [str(layer.dtype) for layer in layers] == ["torch.bfloat16", "torch.float32"]
+    assert {str(way.dtype) for way in model.ways} == {"torch.bfloat16", "torch.int8"}
+    for comparison in (*layers, model):
+        expected = comparison.dense.call().float()
+        for way in comparison.ways:
+            with way.contender.setting():
+                got = way.contender.call().float()
+            if way.share == 1.0:
+                assert (got - expected).norm() < 0.05 * expected.norm()

@@ -15,53 +15,6 @@
 
 namespace d2dmoe {
 
-// Whether ATen's brgemm multiplies uint8 with int8 in fours on this machine, by trying.
-inline bool has_int8_brgemm() {
-  static const bool has = [] {
-    const uint8_t a[4] = {1, 200, 3, 255};
-    int8_t b[64];
-    int32_t c[16];
-    for (int i = 0; i < 64; ++i) b[i] = static_cast<int8_t>(i - 32);
-    try {
-      at::native::cpublas::brgemm(1, 16, 4, 4, 16, 16, /*add_C=*/false, a, b, c);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    at::native::cpublas::brgemm_release();
-    for (int i = 0; i < 16; ++i) {
-      int32_t sum = 0;
-      for (int k = 0; k < 4; ++k) sum += a[k] * b[i * 4 + k];
-      if (c[i] != sum) return false;
-    }
-    return true;
-  }();
-  return has;
-}
-
-// to = (from - less) * scale * of_row + bias, each (count,); bias may be null
-template <typename T>
-void dequantise(
-    const int32_t* from, const int32_t* less, const float* scale, float of_row, const float* bias, int64_t count, T* to) {
-  using Whole = at::vec::Vectorized<int32_t>;
-  const auto values = [&](int64_t i) {
-    const Vec value = at::vec::convert<float>(Whole::loadu(from + i) - Whole::loadu(less + i)) *
-        (Vec(of_row) * Vec::loadu(scale + i));
-    return bias == nullptr ? value : value + Vec::loadu(bias + i);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
-    if constexpr (std::is_same_v<T, float>) {
-      values(i).store(to + i);
-      values(i + kWidth).store(to + i + kWidth);
-    } else {
-      at::vec::convert_from_float<T>(values(i), values(i + kWidth)).store(to + i);
-    }
-  }
-  for (; i < count; ++i) {
-    to[i] = static_cast<float>(from[i] - less[i]) * scale[i] * of_row + (bias == nullptr ? 0.f : bias[i]);
-  }
-}
-
 // out (M, N) = x (M, K) w^T + bias; w (N, K) as `in_panels` gives it, with a scale and 128 times the sum of each row.
 template <typename T>
 void int8_linear(

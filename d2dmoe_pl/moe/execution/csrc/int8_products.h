@@ -46,6 +46,43 @@ inline float quantise(const float* values, int64_t count, bool from_zero, uint8_
   return scale;
 }
 
+// to = (from - less) * scale * of_row + bias, each (count,); bias may be null
+template <typename T>
+void dequantise(
+    const int32_t* from, const int32_t* less, const float* scale, float of_row, const float* bias, int64_t count, T* to) {
+  using Whole = at::vec::Vectorized<int32_t>;
+  const auto values = [&](int64_t i) {
+    const Vec value = at::vec::convert<float>(Whole::loadu(from + i) - Whole::loadu(less + i)) *
+        (Vec(of_row) * Vec::loadu(scale + i));
+    return bias == nullptr ? value : value + Vec::loadu(bias + i);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+    if constexpr (std::is_same_v<T, float>) {
+      values(i).store(to + i);
+      values(i + kWidth).store(to + i + kWidth);
+    } else {
+      at::vec::convert_from_float<T>(values(i), values(i + kWidth)).store(to + i);
+    }
+  }
+  for (; i < count; ++i) {
+    to[i] = static_cast<float>(from[i] - less[i]) * scale[i] * of_row + (bias == nullptr ? 0.f : bias[i]);
+  }
+}
+
+// to += (from - less) * scale * of_row, each (count,); less may be null
+inline void dequantise_add(
+    const int32_t* from, const int32_t* less, const float* scale, float of_row, int64_t count, float* to) {
+  using Whole = at::vec::Vectorized<int32_t>;
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    const Whole whole = less == nullptr ? Whole::loadu(from + i) : Whole::loadu(from + i) - Whole::loadu(less + i);
+    const Vec scales = Vec(of_row) * Vec::loadu(scale + i);
+    at::vec::fmadd(at::vec::convert<float>(whole), scales, Vec::loadu(to + i)).store(to + i);
+  }
+  for (; i < count; ++i) to[i] += static_cast<float>(from[i] - (less == nullptr ? 0 : less[i])) * scale[i] * of_row;
+}
+
 #if defined(D2DMOE_VNNI)
 
 // Sums over the lanes of four vectors, to four neighbouring numbers.

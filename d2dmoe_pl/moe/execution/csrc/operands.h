@@ -112,7 +112,9 @@ class Operands {
       };
       return f(Int8Experts(
           problem, inputs.int8, rows(up_, up_scale_, up_sums_), gate ? rows(gate_, gate_scale_, gate_sums_) : Int8Up{},
-          down_.const_data_ptr<int8_t>(), floats(down_scale_), down_sums_.const_data_ptr<int32_t>()));
+          down_.const_data_ptr<int8_t>(), floats(down_scale_), down_sums_.const_data_ptr<int32_t>(),
+          up_quads_.defined() ? up_quads_.const_data_ptr<int8_t>() : nullptr,
+          gate_quads_.defined() ? gate_quads_.const_data_ptr<int8_t>() : nullptr));
     }
 #endif
     if (type_ == at::kBFloat16) return f(BFloat16Experts(problem, inputs.x, up_, gate, down_));
@@ -179,6 +181,9 @@ class Operands {
     up_ = up.contiguous(), up_sums_ = packed.get(up, Form::row_sums);
     if (gate) gate_ = gate->contiguous(), gate_sums_ = packed.get(*gate, Form::row_sums);
     down_ = packed.get(down, Form::quads), down_sums_ = packed.get(down, Form::chunk_sums);
+    if (!has_int8_brgemm()) return;
+    up_quads_ = packed.get(up, Form::transposed_quads);
+    if (gate) gate_quads_ = packed.get(*gate, Form::transposed_quads);
   }
 
   static at::Tensor in(const at::Tensor& w, Form form) {
@@ -198,7 +203,7 @@ class Operands {
   at::ScalarType type_; // of products, but for those in int8
   int64_t experts_, neurons_, width_, outputs_;
   at::Tensor up_, gate_, down_, up_bias_, gate_bias_, down_bias_;
-  at::Tensor up_scale_, gate_scale_, down_scale_, up_sums_, gate_sums_, down_sums_; // of int8
+  at::Tensor up_scale_, gate_scale_, down_scale_, up_sums_, gate_sums_, down_sums_, up_quads_, gate_quads_; // of int8
 };
 
 } // namespace d2dmoe

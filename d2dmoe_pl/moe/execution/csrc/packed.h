@@ -80,7 +80,7 @@ inline at::Tensor chunk_sums(const at::Tensor& weight) {
 }
 
 // How a copy of a weight (E, s, d) is kept.
-enum class Form { fp32, pairs, transposed_pairs, quads, panels, row_sums, chunk_sums, dequantised_rows, dequantised_columns };
+enum class Form { fp32, pairs, transposed_pairs, quads, transposed_quads, panels, row_sums, chunk_sums, dequantised_rows, dequantised_columns };
 
 inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale) {
   switch (form) {
@@ -91,6 +91,8 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
       return interleave(weight.to(at::kBFloat16).contiguous(), form == Form::transposed_pairs);
     case Form::quads:
       return in_quads(weight);
+    case Form::transposed_quads: // (E, ceil(d / 4), s, 4), of B = W^T
+      return in_quads(weight.transpose(1, 2));
     case Form::panels:
       return in_panels(weight);
     case Form::row_sums:
@@ -153,6 +155,29 @@ inline bool has_brgemm() {
     at::native::cpublas::brgemm_release();
     for (int i = 0; i < 16; ++i) {
       if (c[i] != 2.f * (2 * i) + 3.f * (2 * i + 1)) return false;
+    }
+    return true;
+  }();
+  return has;
+}
+
+// Whether ATen's brgemm multiplies uint8 with int8 in fours on this machine, by trying.
+inline bool has_int8_brgemm() {
+  static const bool has = [] {
+    const uint8_t a[4] = {1, 200, 3, 255};
+    int8_t b[64];
+    int32_t c[16];
+    for (int i = 0; i < 64; ++i) b[i] = static_cast<int8_t>(i - 32);
+    try {
+      at::native::cpublas::brgemm(1, 16, 4, 4, 16, 16, /*add_C=*/false, a, b, c);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    at::native::cpublas::brgemm_release();
+    for (int i = 0; i < 16; ++i) {
+      int32_t sum = 0;
+      for (int k = 0; k < 4; ++k) sum += a[k] * b[i * 4 + k];
+      if (c[i] != sum) return false;
     }
     return true;
   }();
