@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, needs_gradients
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
-from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.experts.experts import Experts, leave_inference_mode_
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.routers.regression import RegressionRouter
@@ -54,12 +54,13 @@ def run_whole(experts: Experts, router: Any, gate: Any, positions: Tensor, real:
     Returns:
         ``(P, d_out)``; rows of padding are zeros.
     """
-    weights, config = experts.weights, gate.config
-    if not torch.compiler.is_compiling() and weights[0].is_inference():
-        experts.leave_inference_mode_()
-        weights = experts.weights
+    weights, of_router, config = experts.weights, router.weights, gate.config
+    if not torch.compiler.is_compiling() and (weights[0].is_inference() or of_router[0].is_inference()):
+        for module in (experts, router):
+            leave_inference_mode_(module)
+        weights, of_router = experts.weights, router.weights
     return torch.ops.d2dmoe_pl.moe_layer_cpu.default(
-        positions, real, router.weights, config.rule, gate.tau, config.k or 0, weights, experts.activation_kind
+        positions, real, of_router, config.rule, gate.tau, config.k or 0, weights, experts.activation_kind
     )
 
 

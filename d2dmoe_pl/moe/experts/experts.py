@@ -37,6 +37,18 @@ def tensors_of(module: Any) -> Mapping[str, Any]:
     return module._parameters or module._buffers
 
 
+@torch.inference_mode(False)
+def leave_inference_mode_(module: nn.Module) -> None:
+    """Have tensors that were made in inference mode as others are, whose changes kernels can tell; a copy, once."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.is_inference():
+                    copied: Any = tensor.clone()
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+
+
 class Experts(nn.Module):
     """``E`` experts that together are one dense FFN: ``y = b2 + sum_e expert_e(x)``.
 
@@ -129,12 +141,6 @@ class Experts(nn.Module):
     def weights_in(self, dtype: torch.dtype) -> Weights:
         """The same as they are multiplied in ``dtype``: as they are, unless they are packed in a narrower type."""
         return self.weights
-
-    @torch.inference_mode(False)
-    def leave_inference_mode_(self) -> None:
-        """Have weights that were made in inference mode as others are, whose changes kernels can tell; a copy, once."""
-        for name, parameter in list(self.named_parameters(recurse=False)):
-            setattr(self, name, nn.Parameter(parameter.clone(), requires_grad=False))
 
     def set_backend(self, backend: str) -> None:
         """Choose how the experts run, by the name of a file in ``moe/execution``."""

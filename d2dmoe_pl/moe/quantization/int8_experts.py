@@ -55,8 +55,3 @@ class Int8Experts(Int8Module, Experts):
             multiplied(self.down_weight, self.down_scale, 1),
             biases[2],
         ]
-
-    @torch.inference_mode(False)
-    def leave_inference_mode_(self) -> None:
-        for name, buffer in list(self.named_buffers(recurse=False)):
-            setattr(self, name, buffer.clone())

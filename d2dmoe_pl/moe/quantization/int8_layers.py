@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
+from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 
 LARGEST = 127  # of an int8 that has its negative
 
@@ -95,6 +96,8 @@ class Int8Linear(Int8Module):
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         if _runs_in_int8(x):
+            if not torch.compiler.is_compiling() and self.weight.is_inference():
+                leave_inference_mode_(self)
             rows = x.reshape(-1, self.in_features)  # (M, d_in)
             output = torch.ops.d2dmoe_pl.int8_linear_cpu.default(rows, self.weight, self.scale, self.bias)
             return output.view(*x.shape[:-1], self.out_features)

@@ -135,3 +135,15 @@ def test_load_model_in_a_type(dtype, tmp_path):
     assert {str(parameter.dtype).removeprefix("torch.") for parameter in loaded.parameters()} == {
         str(dtype).removeprefix("torch.")
     }
+
+
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode_is_packed_once():
+    torch.manual_seed(0)
+    model, inputs = tiny.routed("bert", tau=0.5).eval(), tiny.batch("bert")
+    quantize_(model)
+    before = tiny.logits(model, inputs)
+    for layer in moe_layers(model).values():
+        assert not any(tensor.is_inference() for tensor in layer.buffers())
+    assert not model.classifier.weight.is_inference()
+    assert torch.equal(tiny.logits(model, inputs), before)

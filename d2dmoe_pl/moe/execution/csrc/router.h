@@ -169,16 +169,19 @@ struct Gate {
     }
     order.resize(experts);
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-      return scores[a] > scores[b] || (std::isnan(scores[a]) && !std::isnan(scores[b]));
-    });
+    const auto is_before = [&](int32_t a, int32_t b) { // NaN first, equal ones as they stand
+      if (std::isnan(scores[a]) != std::isnan(scores[b])) return std::isnan(scores[a]);
+      return scores[a] > scores[b] || (!(scores[a] < scores[b]) && a < b);
+    };
     std::fill_n(mask, experts, false);
     if (rule == Rule::topk) {
       const double share = std::ceil(tau * static_cast<double>(experts) - 1e-9);
       const int64_t count = k > 0 ? k : std::max<int64_t>(1, static_cast<int64_t>(share));
+      std::nth_element(order.begin(), order.begin() + count - 1, order.end(), is_before);
       for (int64_t i = 0; i < count; ++i) mask[order[i]] = true;
       return;
     }
+    std::sort(order.begin(), order.end(), is_before);
     double sum = 0., before = 0.; // as torch adds them; compared in float32, as torch does
     for (int64_t i = 0; i < experts; ++i) sum += scores[order[i]];
     const float enough = static_cast<float>(tau) * static_cast<float>(sum);
