@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.moe.execution.whole_layer import can_run_whole, run_whole
+from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
@@ -114,8 +114,8 @@ class MoELayer(ExpertLayer):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros.
 
-        Shapes depend on those of ``x`` alone, whatever is padding, but where gradients are wanted: what padding would
-        cost there, forward and back, is saved.
+        Compiled, exported or on a GPU, shapes depend on those of ``x`` alone, whatever is padding. Elsewhere, and where
+        gradients are wanted, parts that run one after the other are given real tokens only.
         """
         positions = x.reshape(-1, x.shape[-1])  # (P, d)
         output = self._run(positions, self.context.real)  # (P, d_out)
@@ -159,7 +159,8 @@ class MoELayer(ExpertLayer):
             return run_whole(experts, router, gate, positions, real)
         if real is None:
             return self._run_tokens(positions)
-        if self.observer is not None or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
+        is_static = positions.device.type != "cpu" and not torch.is_grad_enabled()
+        if self.observer is not None or not (torch.compiler.is_compiling() or is_static):
             return run_on_real_tokens(self._run_tokens, positions, self.context.token_index)
         return torch.where(real.unsqueeze(1), self._run_tokens(positions, real), 0)
 

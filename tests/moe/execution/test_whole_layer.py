@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from d2dmoe_pl import set_tau_
-from d2dmoe_pl.moe.execution.whole_layer import can_run_whole, run_whole
+from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import Gate, GateConfig
