@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from d2dmoe_pl import set_tau_
+from d2dmoe_pl.moe.execution import cpu
 from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -16,6 +17,13 @@ from d2dmoe_pl.moe.gating import Gate, GateConfig
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.routers import RouterConfig, make_router
 from d2dmoe_pl.moe.token_context import TokenContext
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    """The operators are there, as they are once a layer has asked for them."""
+    assert cpu.compile_failure() is None
+
 
 RULES = st.sampled_from(["dynk_max", "dynk_cumulative", "topk"])
 CASES = st.fixed_dictionaries(
