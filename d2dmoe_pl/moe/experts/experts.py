@@ -1,6 +1,6 @@
 """The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -30,11 +30,6 @@ Weights = list[Any]  # tensors, and None where there is none
 
 
 WEIGHTS = ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "down_bias")
-
-
-def tensors_of(module: Any) -> Mapping[str, Any]:
-    """The parameters or, of a module without any, the buffers that ``module`` has itself, without a search for each."""
-    return module._parameters or module._buffers
 
 
 @torch.inference_mode(False)
@@ -135,8 +130,7 @@ class Experts(nn.Module):
     @property
     def weights(self) -> Weights:
         """All parameters, in the order that kernels registered with ``torch.library`` take them."""
-        tensors = tensors_of(self)
-        return [tensors.get(name) for name in WEIGHTS]
+        return [getattr(self, name) for name in WEIGHTS]  # by attribute, as what is parametrised is
 
     def weights_in(self, dtype: torch.dtype) -> Weights:
         """The same as they are multiplied in ``dtype``: as they are, unless they are packed in a narrower type."""

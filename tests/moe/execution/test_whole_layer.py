@@ -184,3 +184,33 @@ def test_tau_is_read_at_each_call():
             handle.remove()
     assert not torch.allclose(results[0], results[1])
     assert not torch.allclose(results[1], results[2])
+
+
+class Adapted(nn.Linear):
+    """As adapters do: more than its weights."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@torch.no_grad()
+def test_layers_that_are_more_than_their_weights_are_run_as_they_are():
+    layer, x = next(iter(moe_layers(tiny.routed()).values())).eval(), torch.randn(5, 16)
+    assert can_run_whole(layer.experts, layer.router, layer.gate, x)
+    layer.router.up = Adapted(16, layer.router.up.out_features)
+    assert not can_run_whole(layer.experts, layer.router, layer.gate, x)
+    expected = layer.experts(x, layer.gate(layer.router(x)))
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+def test_parametrised_experts():
+    layer, x = next(iter(moe_layers(tiny.routed()).values())).eval(), torch.randn(5, 16)
+
+    class Shifted(nn.Module):
+        def forward(self, bias):
+            return bias + 1
+
+    torch.nn.utils.parametrize.register_parametrization(layer.experts, "up_bias", Shifted())
+    expected = layer.experts.combine(layer.experts.hidden(x) * layer.gate(layer.router(x)).unsqueeze(-1))
+    torch.testing.assert_close(layer(x), expected)
