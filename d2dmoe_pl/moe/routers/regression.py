@@ -31,7 +31,7 @@ class RegressionRouter(Router):
     @property
     def is_quantized(self) -> bool | None:
         # None for a layer of another kind too, as an adapter's, or one that is watched: it is more than its weights
-        layers = (self._modules["up"], self._modules["down"])
+        layers: list[Any] = [self._modules["up"], self._modules["down"]]
         kinds = {"scale" in layer._buffers if _is_plain(layer) else None for layer in layers}
         return kinds.pop() if len(kinds) == 1 else None
 
