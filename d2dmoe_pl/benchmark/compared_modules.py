@@ -116,7 +116,8 @@ def way(
     masks = {key: torch.cat(some) for key, some in seen.items()}
     pairs = {key: int(mask.sum()) for key, mask in masks.items()}
     flops = sum(
-        pairs[key] * pair_flops(layer.experts) + (layer.routing_flops(len(masks[key]), 1) if choice.router else 0)
+        pairs[key] * pair_flops(layer.experts)
+        + (layer.flops_beside_experts(len(masks[key]), 1) if choice.router else 0)
         for key, layer in layers.items()
     )
     dense_flops = sum(positions[key] * dense_ffn_flops(layer.experts) for key, layer in layers.items())

@@ -111,7 +111,7 @@ def sweep_row(
     moe = list(layers.values())
     possible = [n * layer.sizes.num_experts for n, layer in zip(tokens, moe, strict=True)]
     executed_flops = sum(
-        p * pair_flops(layer.sizes) + layer.routing_flops(n, samples)
+        p * pair_flops(layer.sizes) + layer.flops_beside_experts(n, samples)
         for p, n, layer in zip(pairs, tokens, moe, strict=True)
     )
     dense_flops = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, moe, strict=True))

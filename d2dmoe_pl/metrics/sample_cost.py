@@ -50,7 +50,7 @@ def sample_cost(
     for layer, mask in zip(layers, masks, strict=True):
         num_experts = layer.sizes.num_experts
         for i, pairs in enumerate(pairs_by_sample(mask, tokens)):
-            flops[i] += pairs * pair_flops(layer.sizes) + layer.routing_flops(tokens[i], 1)
+            flops[i] += pairs * pair_flops(layer.sizes) + layer.flops_beside_experts(tokens[i], 1)
             ran[i] += pairs
             possible[i] += tokens[i] * num_experts
     shares = [100 * some / every if every else 100.0 for some, every in zip(ran, possible, strict=True)]

@@ -19,6 +19,7 @@ from d2dmoe_pl.moe.gating import Gate, GateConfig, check_tau
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 from d2dmoe_pl.moe.routers import RouterConfig, make_router
+from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig, make_stand_in
 from d2dmoe_pl.moe.token_context import shared_context_
 
 
@@ -170,6 +171,24 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterF
         layer.router = make_router(layer.experts, config)
 
 
+def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilterFn | None = None) -> None:
+    """Give every MoE layer a stand-in for skipped experts that is zero until it is fitted; with rank 0, take it away.
+
+    Raises:
+        ConfigError: If there is no MoE layer, one without a router or a gate, or one narrower than the rank.
+    """
+    check_not_quantized(model)
+    layers = select_moe_layers(model, filter_fn)
+    for name, layer in layers.items():
+        check(
+            config.rank == 0 or (layer.router is not None and layer.gate is not None),
+            f"{name}: has no router or no gate yet; run RouterRegression or ExpertSelection first",
+        )
+        config.check_fits(layer.experts, name)
+    for layer in layers.values():
+        layer.stand_in = None if config.rank == 0 else make_stand_in(layer.experts, config)
+
+
 def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilterFn | None = None) -> None:
     """Set the gating rule, and ``tau`` or ``k``, of every MoE layer; ``None`` runs every expert without routing.
 
@@ -274,3 +293,5 @@ def restore_moe_(model: nn.Module, name: str, made: Mapping[str, Any]) -> None:
         add_routers_(model, RouterConfig(**made["router"]), this)
     if made["gate"] is not None:
         set_gate_(model, GateConfig(**made["gate"]), this)
+    if "stand_in" in made:
+        add_stand_ins_(model, StandInConfig(**made["stand_in"]), this)

@@ -15,6 +15,7 @@ from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
+from d2dmoe_pl.moe.stand_ins.stand_in import StandIn
 from d2dmoe_pl.moe.token_context import TokenContext, run_on_real_tokens
 
 
@@ -68,8 +69,8 @@ class ExpertLayer(nn.Module, ABC):
         """Call ``observer`` with the boolean mask ``(N, E)`` of every decision, until the handle is removed."""
 
     @abstractmethod
-    def routing_flops(self, tokens: int, samples: int) -> int:
-        """FLOPs of choosing experts for ``tokens`` of ``samples``; a multiply-add is 2."""
+    def flops_beside_experts(self, tokens: int, samples: int) -> int:
+        """FLOPs of choosing experts, and of standing in for the others, for ``tokens`` of ``samples``."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -89,6 +90,7 @@ class MoELayer(ExpertLayer):
     Attributes:
         router: Scores the experts of each token; None until there is one.
         gate: Turns scores into a choice; None to run every expert.
+        stand_in: Gives about what the skipped experts would have; None for nothing.
         observer: Called with ``(tokens (N, d_model), hidden (N, E, s))``, the activations of all experts, whichever of
             them the gate admits. How routers get inputs and targets from the pass that the model makes anyway.
     """
@@ -96,6 +98,7 @@ class MoELayer(ExpertLayer):
     experts: Experts
     router: Router | None
     gate: Gate | None
+    stand_in: StandIn | None
     output_dropout: nn.Module
 
     def __init__(self, experts: Experts, context: TokenContext, output_dropout: nn.Module) -> None:
@@ -103,6 +106,7 @@ class MoELayer(ExpertLayer):
         self.experts = experts
         self.router = None
         self.gate = None
+        self.stand_in = None
         self.output_dropout = output_dropout
         self.context = context
         self.observer: Callable[[Tensor, Tensor], None] | None = None
@@ -128,8 +132,8 @@ class MoELayer(ExpertLayer):
 
         return self.get_gate().register_forward_hook(hook)
 
-    def routing_flops(self, tokens: int, samples: int) -> int:
-        return 0 if self.router is None else tokens * self.router.flops()
+    def flops_beside_experts(self, tokens: int, samples: int) -> int:
+        return tokens * sum(part.flops() for part in (self.router, self.stand_in) if part is not None)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -137,6 +141,7 @@ class MoELayer(ExpertLayer):
             "backend": self.experts.backend,
             "router": None if self.router is None else asdict(self.router.config),
             "gate": None if self.gate is None else asdict(self.gate.config),
+            **({} if self.stand_in is None else {"stand_in": asdict(self.stand_in.config)}),
         }
 
     def get_router(self) -> Router:
@@ -155,8 +160,9 @@ class MoELayer(ExpertLayer):
         experts: Any = parts["experts"]
         router: Any = parts.get("router")
         gate: Any = parts.get("gate")
-        if self.observer is None and can_run_whole(experts, router, gate, positions):
-            return run_whole(experts, router, gate, positions, real)
+        stand_in: Any = parts.get("stand_in")
+        if self.observer is None and can_run_whole(experts, router, gate, stand_in, positions):
+            return run_whole(experts, router, gate, stand_in, positions, real)
         if real is None:
             return self._run_tokens(positions)
         is_static = positions.device.type != "cpu" and not torch.is_grad_enabled()
@@ -166,9 +172,16 @@ class MoELayer(ExpertLayer):
 
     def _run_tokens(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """Tokens ``(N, d_model)``, of which those not ``real`` run no expert, to ``(N, d_out)``."""
-        mask = None if self.router is None or self.gate is None else self.gate(self.router(tokens))  # (N, E)
-        if mask is not None and real is not None:
+        if self.router is None or self.gate is None:
+            return self._run_experts(tokens, None)
+        scores = self.router(tokens)
+        mask = self.gate(scores)  # (N, E)
+        if real is not None:
             mask = mask & real.unsqueeze(1)
+        output = self._run_experts(tokens, mask)
+        return output if self.stand_in is None else output + self.stand_in(tokens, scores, mask)
+
+    def _run_experts(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if self.observer is None:
             return self.experts(tokens, mask)
         hidden = self.experts.hidden(tokens)  # (N, E, s)

@@ -94,7 +94,7 @@ class MoEBERTLayer(ExpertLayer):
 
         return self.routing.register_forward_hook(hook)
 
-    def routing_flops(self, tokens: int, samples: int) -> int:
+    def flops_beside_experts(self, tokens: int, samples: int) -> int:
         return self.routing.flops(tokens, samples)
 
     def describe(self) -> dict[str, Any]:

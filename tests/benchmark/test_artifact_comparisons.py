@@ -71,7 +71,7 @@ def test_comparisons_over_noise(kind, tmp_path):
         some, every = comparison.ways
         assert some.share < every.share == 1.0
         experts = next(iter(moe_layers(model).values())).experts
-        router = next(iter(moe_layers(model).values())).routing_flops(1, 1) / dense_ffn_flops(experts)
+        router = next(iter(moe_layers(model).values())).flops_beside_experts(1, 1) / dense_ffn_flops(experts)
         assert pair_flops(experts) * experts.num_experts == dense_ffn_flops(experts)
         assert some.cost == pytest.approx(some.share + router)
         with every.contender.setting():
@@ -95,7 +95,7 @@ def test_the_share_is_that_of_the_model_run_as_ever(tmp_path):
     # the dense model computes padding as well
     padding = batch["attention_mask"].numel() / whole.tokens
     layer = next(iter(moe_layers(model).values()))
-    router = layer.routing_flops(1, 1) / dense_ffn_flops(layer.experts)
+    router = layer.flops_beside_experts(1, 1) / dense_ffn_flops(layer.experts)
     assert way.cost == pytest.approx((way.share + router) / padding)
     with way.contender.setting():
         torch.testing.assert_close(way.contender.call(), expected, rtol=1e-4, atol=1e-5)

@@ -32,7 +32,7 @@ def test_formulas_by_hand():
     layer = next(iter(moe_layers(tiny.routed()).values()))  # d_model 16, d_ff 48, E 8, router width 8
     assert pair_flops(layer.experts) == 2 * 2 * 16 * 6
     assert dense_ffn_flops(layer.experts) == 2 * 2 * 16 * 48
-    assert layer.routing_flops(1, 1) == 2 * (16 * 8 + 8 * 8)
+    assert layer.flops_beside_experts(1, 1) == 2 * (16 * 8 + 8 * 8)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,15 @@ from d2dmoe_pl.moe.experts.experts import Experts, leave_inference_mode_
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.routers.regression import RegressionRouter
+from d2dmoe_pl.moe.stand_ins.stand_in import StandIn
 
 RULES = ("dynk_max", "dynk_cumulative", "topk")
 BACKENDS_TOO = ("auto", "cpu")  # that experts alone would run on the operator by
 
 
-def can_run_whole(experts: Experts, router: Router | None, gate: Gate | None, positions: Tensor) -> bool:
+def can_run_whole(
+    experts: Experts, router: Router | None, gate: Gate | None, stand_in: StandIn | None, positions: Tensor
+) -> bool:
     """Whether :func:`run_whole` can run this call."""
     return (
         gate is not None
@@ -32,8 +35,10 @@ def can_run_whole(experts: Experts, router: Router | None, gate: Gate | None, po
         and positions.dtype in TYPES
         and (experts.is_quantized or positions.dtype == experts.up_weight.dtype)
         and router.is_quantized == experts.is_quantized
+        and (stand_in is None or (type(stand_in) is StandIn and stand_in.down.dtype == positions.dtype))
         and not torch.is_autocast_enabled("cpu")
         and not (_is_watched(experts) or _is_watched(router) or _is_watched(gate))
+        and (stand_in is None or not _is_watched(stand_in))
         and not needs_gradients(experts, positions)
         and not has_active_dropout(experts)
         and not torch.onnx.is_in_onnx_export()
@@ -41,13 +46,16 @@ def can_run_whole(experts: Experts, router: Router | None, gate: Gate | None, po
     )
 
 
-def run_whole(experts: Experts, router: Any, gate: Any, positions: Tensor, real: Tensor | None) -> Tensor:
-    """What the experts that the gate admits by the router's scores give.
+def run_whole(
+    experts: Experts, router: Any, gate: Any, stand_in: Any, positions: Tensor, real: Tensor | None
+) -> Tensor:
+    """What the experts that the gate admits by the router's scores give, and what stands in for the others.
 
     Args:
         experts: Of the layer.
         router: The same; a ``RegressionRouter``.
         gate: The same.
+        stand_in: The same; None for nothing.
         positions: ``(P, d_model)``.
         real: Which of them hold tokens, ``(P,)`` boolean; None if all do.
 
@@ -60,7 +68,15 @@ def run_whole(experts: Experts, router: Any, gate: Any, positions: Tensor, real:
             leave_inference_mode_(module)
         weights, of_router = experts.weights, router.weights
     return torch.ops.d2dmoe_pl.moe_layer_cpu.default(
-        positions, real, of_router, config.rule, gate.tau, config.k or 0, weights, experts.activation_kind
+        positions,
+        real,
+        of_router,
+        config.rule,
+        gate.tau,
+        config.k or 0,
+        [] if stand_in is None else [stand_in.down, stand_in.up],
+        weights,
+        experts.activation_kind,
     )
 
 

@@ -251,8 +251,9 @@ def test_operators_keep_torchs_rules():
         torch.tensor(0.5, dtype=torch.float64),
     )
     real = torch.tensor([True, False, True, True, False])
-    for padding in (None, real):
-        layer = (x, padding, router, "dynk_max", tau, 0, weights, "gelu")
+    stand_in = [torch.randn(3, x.shape[1]), torch.randn(4, x.shape[1])]
+    for padding, beside in ((None, []), (real, []), (real, stand_in)):
+        layer = (x, padding, router, "dynk_max", tau, 0, beside, weights, "gelu")
         torch.library.opcheck(torch.ops.d2dmoe_pl.moe_layer_cpu, layer)
     linear = (x, torch.randint(-9, 9, (7, x.shape[1]), dtype=torch.int8), torch.rand(7), torch.rand(7))
     torch.library.opcheck(torch.ops.d2dmoe_pl.int8_linear_cpu, linear)

@@ -16,6 +16,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import Gate, GateConfig
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.routers import RouterConfig, make_router
+from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig, make_stand_in
 from d2dmoe_pl.moe.token_context import TokenContext
 
 
@@ -40,6 +41,7 @@ CASES = st.fixed_dictionaries(
         "rule": RULES,
         "tau": st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
         "real": st.sampled_from([None, 0.0, 0.5, 1.0]),
+        "rank": st.sampled_from([0, 0, 1, 5]),
         "seed": st.integers(0, 2**31),
     }
 )
@@ -54,18 +56,33 @@ def layer_of(case, dtype=torch.float32):
     for parameter in layer.router.parameters():
         parameter.data = torch.randint(-2, 3, parameter.shape).to(parameter.dtype)
     layer.gate = Gate(GateConfig(case["rule"], case["tau"]))
+    if case["rank"]:
+        layer.stand_in = make_stand_in(experts, StandInConfig(case["rank"]))
+        for parameter in layer.stand_in.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     positions = torch.randint(-1, 2, (case["positions"], case["d_model"])).to(dtype)
     real = None if case["real"] is None else torch.rand(case["positions"]) < case["real"]
     return layer.to(dtype), positions, real
+
+
+def can_run(layer, positions):
+    return can_run_whole(layer.experts, layer.router, layer.gate, layer.stand_in, positions)
+
+
+def whole(layer, positions, real):
+    return run_whole(layer.experts, layer.router, layer.gate, layer.stand_in, positions, real)
 
 
 def one_after_the_other(layer, positions, real):
     """Reference experts in float64 at the positions that are real, zeros elsewhere."""
     output = torch.zeros(len(positions), layer.experts.d_out, dtype=torch.float64)
     real = torch.ones(len(positions), dtype=torch.bool) if real is None else real
-    mask = layer.gate(layer.router(positions[real]))
+    scores = layer.router(positions[real])
+    mask = layer.gate(scores)
     layer.experts.double().set_backend("reference")
     output[real] = layer.experts(positions[real].double(), mask)
+    if layer.stand_in is not None:
+        output[real] += layer.stand_in.double()(positions[real].double(), scores.double(), mask)
     return output
 
 
@@ -75,8 +92,8 @@ def one_after_the_other(layer, positions, real):
 @torch.no_grad()
 def test_equals_router_gate_and_experts(dtype, tolerance, case):
     layer, positions, real = layer_of(case, dtype)
-    assert can_run_whole(layer.experts, layer.router, layer.gate, positions)
-    got = run_whole(layer.experts, layer.router, layer.gate, positions, real)
+    assert can_run(layer, positions)
+    got = whole(layer, positions, real)
     assert got.dtype == dtype
     expected = one_after_the_other(layer, positions, real)
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
@@ -93,9 +110,16 @@ def test_any_number_of_threads(threads):
     try:
         torch.set_num_threads(threads)
         for positions in (1, 7, 300):
-            for_all = {"positions": positions, "activation": "gelu", "rule": "dynk_max", "tau": 0.6, "real": 0.7}
+            for_all = {
+                "positions": positions,
+                "activation": "gelu",
+                "rule": "dynk_max",
+                "tau": 0.6,
+                "real": 0.7,
+                "rank": 4,
+            }
             layer, x, real = layer_of({**case, **for_all, "seed": positions})
-            got = run_whole(layer.experts, layer.router, layer.gate, x, real)
+            got = whole(layer, x, real)
             torch.testing.assert_close(got.double(), one_after_the_other(layer, x, real), rtol=1e-5, atol=1e-5)
     finally:
         torch.set_num_threads(before)
@@ -106,10 +130,10 @@ def test_a_nan_shows_in_its_own_row_only():
     case = {"positions": 5, "num_experts": 4, "expert_dim": 3, "d_model": 6, "d_out": None, "width": 4, "gated": False}
     for rule in ("dynk_max", "dynk_cumulative", "topk"):
         layer, x, _ = layer_of(
-            {**case, "bias": True, "activation": "gelu", "rule": rule, "tau": 0.5, "real": None, "seed": 0}
+            {**case, "bias": True, "activation": "gelu", "rule": rule, "tau": 0.5, "real": None, "rank": 3, "seed": 0}
         )
         x[2, 1] = torch.nan
-        got = run_whole(layer.experts, layer.router, layer.gate, x, None)
+        got = whole(layer, x, None)
         assert got.isnan().any(dim=1).tolist() == [False, False, True, False, False]
 
 
@@ -120,14 +144,14 @@ def test_a_number_of_experts(k):
     layer.gate = Gate(GateConfig("topk", k=k))
     x = torch.randn(9, 16)
     expected = layer.experts(x, layer.gate(layer.router(x)))
-    torch.testing.assert_close(run_whole(layer.experts, layer.router, layer.gate, x, None), expected)
+    torch.testing.assert_close(whole(layer, x, None), expected)
 
 
 class TestWhen:
     """It runs where nothing and nobody would miss it."""
 
     def asked(self, layer, x=None):
-        return can_run_whole(layer.experts, layer.router, layer.gate, torch.randn(3, 16) if x is None else x)
+        return can_run(layer, torch.randn(3, 16) if x is None else x)
 
     def layer(self, kind="regression"):
         torch.manual_seed(0)
@@ -196,9 +220,9 @@ class Adapted(nn.Linear):
 @torch.no_grad()
 def test_layers_that_are_more_than_their_weights_are_run_as_they_are():
     layer, x = next(iter(moe_layers(tiny.routed()).values())).eval(), torch.randn(5, 16)
-    assert can_run_whole(layer.experts, layer.router, layer.gate, x)
+    assert can_run(layer, x)
     layer.router.up = Adapted(16, layer.router.up.out_features)
-    assert not can_run_whole(layer.experts, layer.router, layer.gate, x)
+    assert not can_run(layer, x)
     expected = layer.experts(x, layer.gate(layer.router(x)))
     torch.testing.assert_close(layer(x), expected)
 

@@ -11,6 +11,7 @@
 #include <ATen/cpu/vec/functional.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -143,18 +144,39 @@ class RealRows {
   std::vector<int64_t> rows_;
 };
 
+// Adds to `out` (N, d_out) what stands in for the experts that tokens x (N, d) skip: share (up (down x) + mean).
+// `skipped` (N, 1) is that share; `down` (R, d); `up` (R + 1, d_out), whose last row is the mean.
+void add_stand_in(
+    const at::Tensor& out, const at::Tensor& x, const at::Tensor& skipped, const at::Tensor& down,
+    const at::Tensor& up) {
+  const int64_t rank = down.size(0);
+  TORCH_CHECK_VALUE(down.sizes() == at::IntArrayRef({rank, x.size(1)}), "the stand-in's down must be (R, d)");
+  TORCH_CHECK_VALUE(up.sizes() == at::IntArrayRef({rank + 1, out.size(1)}), "the stand-in's up must be (R + 1, d_out)");
+  const float* share = skipped.const_data_ptr<float>();
+  if (std::all_of(share, share + skipped.numel(), [](float each) { return each == 0.f; })) return;
+  const at::Tensor shares = skipped.to(x.scalar_type());
+  out.addmm_(at::cat({at::linear(x, down).mul_(shares), shares}, 1), up);
+}
+
 at::Tensor moe_layer_cpu(
     const at::Tensor& positions, const Optional& real, const Optionals& router, const std::string& rule,
-    const at::Tensor& tau, int64_t k, const Optionals& weights, const std::string& activation) {
+    const at::Tensor& tau, int64_t k, at::TensorList stand_in, const Optionals& weights,
+    const std::string& activation) {
   const Operands operands(positions, weights, activation);
   TORCH_CHECK_VALUE(tau.scalar_type() == at::kDouble && tau.numel() == 1, "tau must be one number in float64");
   const Gate gate(rule, *tau.const_data_ptr<double>(), k);
   TORCH_CHECK_VALUE(k <= operands.experts(), "k=", k, ": must be at most ", operands.experts(), ", the experts");
   const RealRows rows(real, positions.size(0));
-  const Inputs inputs = operands.inputs(rows.picked(positions));
-  const at::Tensor mask = at::empty({inputs.x.size(0), operands.experts()}, at::kBool);
-  operands.choose(inputs, router, gate, mask.mutable_data_ptr<bool>());
+  const at::Tensor tokens = rows.picked(positions); // (N, d)
+  const Inputs inputs = operands.inputs(tokens);
+  const at::Tensor mask = at::empty({tokens.size(0), operands.experts()}, at::kBool);
+  TORCH_CHECK_VALUE(stand_in.empty() || stand_in.size() == 2, "stand_in must be 2 tensors, or none");
+  const bool stands_in = !stand_in.empty() && tokens.size(0) > 0;
+  const at::Tensor skipped = stands_in ? at::empty({tokens.size(0), 1}, at::kFloat) : at::Tensor();
+  operands.choose(
+      inputs, router, gate, mask.mutable_data_ptr<bool>(), stands_in ? skipped.mutable_data_ptr<float>() : nullptr);
   const at::Tensor out = run_experts(operands, inputs, mask, positions.scalar_type()); // (N, d_out)
+  if (stands_in) add_stand_in(out, tokens, skipped, stand_in[0], stand_in[1]);
   return rows.placed(out);
 }
 
@@ -194,7 +216,7 @@ TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
   library.def("moe_cpu(Tensor tokens, Tensor mask, Tensor?[] weights, str activation) -> Tensor");
   library.def(
       "moe_layer_cpu(Tensor positions, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
-      "Tensor?[] weights, str activation) -> Tensor");
+      "Tensor[] stand_in, Tensor?[] weights, str activation) -> Tensor");
   library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
 }
 

@@ -123,7 +123,7 @@ class Operands {
 
   // mask (N, E): what `gate` admits by the scores of a router, whose weights are up (R, d), bias (R,), down (E, R),
   // bias (E,); where they are int8, also scales of up (R,) and down (E,).
-  void choose(const Inputs& inputs, const Optionals& router, const Gate& gate, bool* mask) const {
+  void choose(const Inputs& inputs, const Optionals& router, const Gate& gate, bool* mask, float* skipped) const {
     TORCH_CHECK_VALUE(router.size() == 4 || router.size() == 6, "router must be 4 tensors, or 6 with scales");
     const auto given = [&](size_t i) { return i < router.size() ? router.get(i) : Optional(); };
     TORCH_CHECK_VALUE(given(0) && given(2), "the router's weights must be given");
@@ -149,12 +149,12 @@ class Operands {
       const Int8Up first{u.const_data_ptr<int8_t>(), floats(s1), t1.const_data_ptr<int32_t>()};
       const Int8Up second{v.const_data_ptr<int8_t>(), floats(s2), t2.const_data_ptr<int32_t>()};
       const Int8Router scorer(problem, inputs.int8, first, second);
-      return choose_experts(scorer, problem, gate, inputs.int8.values.const_data_ptr<uint8_t>(), tokens, mask);
+      return choose_experts(scorer, problem, gate, inputs.int8.values.const_data_ptr<uint8_t>(), tokens, mask, skipped);
 #else
       const at::Tensor w1 = packed_weights().get(up, Form::dequantised_rows, s1);
       const at::Tensor w2 = packed_weights().get(down, Form::dequantised_rows, s2);
       const FloatRouter scorer(problem, floats(w1), floats(w2));
-      return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<float>(), tokens, mask);
+      return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<float>(), tokens, mask, skipped);
 #endif
     }
     if (type_ == at::kBFloat16) {
@@ -162,11 +162,11 @@ class Operands {
       const at::Tensor w2 = in(down.unsqueeze(0), Form::transposed_pairs);
       const BFloat16Router scorer(
           problem, w1.const_data_ptr<at::BFloat16>(), w2.const_data_ptr<at::BFloat16>());
-      return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<at::BFloat16>(), tokens, mask);
+      return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<at::BFloat16>(), tokens, mask, skipped);
     }
     const at::Tensor w1 = in(up, Form::fp32), w2 = in(down, Form::fp32);
     const FloatRouter scorer(problem, floats(w1), floats(w2));
-    choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<float>(), tokens, mask);
+    choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<float>(), tokens, mask, skipped);
   }
 
  private:

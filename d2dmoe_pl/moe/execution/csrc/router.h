@@ -192,10 +192,21 @@ struct Gate {
   }
 };
 
-// mask (count, E) of tokens x (count, d)
+// The share of a token's scores (E,) that those experts have which do not run: 0 where all run.
+inline float skipped_share(const float* scores, const bool* mask, int64_t experts) {
+  float all = 0.f, skipped = 0.f;
+  for (int64_t e = 0; e < experts; ++e) {
+    all += scores[e];
+    if (!mask[e]) skipped += scores[e];
+  }
+  return skipped == 0.f ? 0.f : skipped / all;
+}
+
+// mask (count, E) of tokens x (count, d); the share that each skips, (count,), where that is not null
 template <typename Router, typename T = typename Router::scalar>
 void choose_experts(
-    const Router& router, const RouterProblem& problem, const Gate& gate, const T* x, int64_t count, bool* mask) {
+    const Router& router, const RouterProblem& problem, const Gate& gate, const T* x, int64_t count, bool* mask,
+    float* skipped) {
   constexpr int64_t kTokens = 32; // at once
   const int64_t experts = problem.experts;
   at::parallel_for(0, (count + kTokens - 1) / kTokens, 1, [&](int64_t begin, int64_t end) {
@@ -213,7 +224,9 @@ void choose_experts(
           if (problem.down_bias != nullptr) value = value + Vec::loadu(problem.down_bias + e, n);
           value.abs().store(row + e, n);
         }
-        gate.choose(row, mask + (first + t) * experts, experts, order);
+        bool* chosen = mask + (first + t) * experts;
+        gate.choose(row, chosen, experts, order);
+        if (skipped != nullptr) skipped[first + t] = skipped_share(row, chosen, experts);
       }
     }
   });

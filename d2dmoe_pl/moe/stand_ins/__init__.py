@@ -1,0 +1,1 @@
+"""What stands in, at a small part of the cost, for the experts that a token skips."""
