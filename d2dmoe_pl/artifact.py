@@ -22,6 +22,7 @@ from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.hub_folders import local_folder
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, budget_path, path_from_json, set_budget_path_
 from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
@@ -36,8 +37,9 @@ WEIGHTS = "model.safetensors"
 CONVERTED_WEIGHTS = "d2dmoe.safetensors"
 DTYPES = ("float32", "bfloat16", "float16", "int8")  # to load a model in
 IN_CODE = "code"  # stands for the phase where there was none
-# of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
-DENSE_FORMAT, CONVERTED_FORMAT, FORMAT = 1, 2, 3
+# of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1. The
+# last is of models that have stand-ins or budgets
+DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, FORMAT = 1, 2, 3, 4
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Artifact:
         projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
         weights: The file of the weights.
         quantized: The modules that are in int8, by name.
+        budgets: What ``BudgetCalibration`` found; None if it has not been run.
     """
 
     path: Path
@@ -71,6 +74,7 @@ class Artifact:
     projections: dict[str, dict] = field(default_factory=dict)
     weights: Path = Path(WEIGHTS)
     quantized: list[str] = field(default_factory=list)
+    budgets: BudgetPath | None = None
 
     @property
     def stage(self) -> str:
@@ -126,16 +130,26 @@ def save_artifact(
         check_finite(values.items(), f"the tensors of {name}", advice)
     adapter = adapter_for(model)
     converted, config, quantized = is_converted(model), adapter.config(model), quantized_names(model)
+    layers, budgets = describe(model), budget_path(model)
+    stands_in = any("stand_in" in made for made in layers.values())
     made: dict[str, Any] = {
-        "format": FORMAT if quantized else CONVERTED_FORMAT if converted else DENSE_FORMAT,
+        "format": FORMAT
+        if stands_in or budgets
+        else INT8_FORMAT
+        if quantized
+        else CONVERTED_FORMAT
+        if converted
+        else DENSE_FORMAT,
         "family": adapter.family,
         "projections": describe_projections(model),
-        "layers": describe(model),
+        "layers": layers,
         "history": [asdict(record) for record in history or [PhaseRecord(IN_CODE)]],
         "tensors": sorted(tensors),
     }
     if quantized:
         made["quantized"] = quantized
+    if budgets is not None:
+        made["budgets"] = budgets.as_json()
     if converted and "model_type" in config:
         made["model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
     with replaced_folder(path) as aside:
@@ -189,15 +203,20 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     history = [PhaseRecord(**record) for record in made["history"]]
     projections = made.get("projections", {})
     quantized = made.get("quantized", [])
-    return Artifact(path, made["family"], made["layers"], history, tensors, projections, path / weights, quantized)
+    budgets = path_from_json(made["budgets"]) if "budgets" in made else None
+    return Artifact(
+        path, made["family"], made["layers"], history, tensors, projections, path / weights, quantized, budgets
+    )
 
 
 def _check_parts(made: Any, where: str) -> None:
     """Raise ``ConfigError`` unless an artifact's description has all of its parts, as they are written."""
     check(isinstance(made, dict), f"{where}: no artifact, the key {KEY!r} in {CONFIG} holds {type(made).__name__}")
     kinds = {"family": str, "layers": dict, "history": list, "tensors": list, "projections": dict, "quantized": list}
+    kinds["budgets"] = dict
     for part, kind in kinds.items():
-        is_there = part in made or part in ("tensors", "projections", "quantized")  # the first artifacts had none
+        # the first artifacts had none of these, or others have none
+        is_there = part in made or part in ("tensors", "projections", "quantized", "budgets")
         check(
             is_there and isinstance(made.get(part, kind()), kind),
             f"{where}: no artifact, {KEY}.{part} in {CONFIG} is missing or no {kind.__name__}",
@@ -223,6 +242,7 @@ def build_structure(artifact: Artifact) -> nn.Module:
         restore_(model, artifact.layers)
         if artifact.quantized:
             restore_quantized_(model, artifact.quantized)
+    set_budget_path_(model, artifact.budgets)
     if is_converted(model):
         adapter_named(artifact.family).mark_converted_(model)
     return model

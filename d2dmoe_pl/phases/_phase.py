@@ -14,6 +14,7 @@ from d2dmoe_pl.data.epoch_order import folded, seed_generators
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
 from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._model_checks import (
@@ -193,6 +194,7 @@ class Phase(L.LightningModule):
             if data.preprocessing is not None:
                 adapter_for(self.model).set_preprocessing_(self.model, data.preprocessing)
             self.model.train()
+            set_budget_path_(self.model, None)  # of the model as it was
             self.transform_(self.model)
         else:
             self.prepare_evaluation_(self.model)

@@ -1,0 +1,138 @@
+"""Which layer to lower next: greedy allocation of a budget to layers.
+
+As TEAL (arXiv 2408.14690) does for the sparsity of activations; here for the tau of each layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from d2dmoe_pl.moe.gating._gate import GATING_RULES
+
+# where shares are looked at, to find a grid of each layer's own
+FINE_TAUS = (*(i / 100 for i in range(100)), 0.995, 0.999, 1.0)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a setting of all layers gives.
+
+    Attributes:
+        taus: Of each layer.
+        divergence: From the predictions with every expert on.
+        cost: FLOPs, in whatever unit.
+    """
+
+    taus: tuple[float, ...]
+    divergence: float
+    cost: float
+
+
+def shares_at(scores: Tensor, rule: str) -> Tensor:
+    """The share of experts that run at each of ``FINE_TAUS``.
+
+    Args:
+        scores: ``(N, E)``.
+        rule: Gating rule.
+
+    Returns:
+        ``(len(FINE_TAUS),)`` float64.
+    """
+    choose = GATING_RULES.find(rule, "rule")
+    return torch.stack([choose(scores, tau).double().mean() for tau in FINE_TAUS])
+
+
+def tau_grid(shares: Sequence[float], keep: float) -> list[float]:
+    """Settings of one layer from 1 down to 0, each of which runs about ``keep`` of the experts of the one before.
+
+    Args:
+        shares: That run at each of ``FINE_TAUS``, rising.
+        keep: In (0, 1).
+
+    Returns:
+        Falling; 1 first and 0 last.
+    """
+    grid = [1.0]
+    wanted = keep
+    while wanted > shares[0]:
+        # the largest setting that runs no more than is wanted
+        tau = max((tau for tau, share in zip(FINE_TAUS, shares, strict=True) if share <= wanted), default=0.0)
+        if tau < grid[-1]:
+            grid.append(tau)
+        wanted *= keep
+    return grid if grid[-1] == 0.0 else [*grid, 0.0]
+
+
+def greedy_path(grids: Sequence[Sequence[float]], measure: Callable[[Sequence[float]], Measured]) -> list[Measured]:
+    """The settings on the way from every expert on to the fewest: each lowers one layer by one step of its grid.
+
+    The layer whose step adds the least divergence per FLOP that it saves goes first. What a step is worth is measured
+    anew when its turn comes, and only then: the layers before it in the order have moved since.
+
+    Args:
+        grids: Of each layer, falling from the dense end.
+        measure: Runs the calibration samples with a tau for each layer.
+
+    Returns:
+        The first has every layer at the start of its grid, the last at its end.
+
+    Example:
+        >>> from d2dmoe_pl.moe.budgets.allocation import Measured, greedy_path
+        >>> harm = [1.0, 10.0]
+        >>> def measure(taus):
+        ...     return Measured(tuple(taus), sum(h * (1 - tau) for h, tau in zip(harm, taus)), sum(taus))
+        >>> [each.taus for each in greedy_path([[1.0, 0.5, 0.0]] * 2, measure)]
+        [(1.0, 1.0), (0.5, 1.0), (0.0, 1.0), (0.0, 0.5), (0.0, 0.0)]
+    """
+    places = [0] * len(grids)
+    now = measure([grid[0] for grid in grids])
+    path = [now]
+    prices: dict[int, float] = {layer: -float("inf") for layer, grid in enumerate(grids) if len(grid) > 1}
+    tried: dict[int, Measured] = {}  # at the present places
+    while prices:
+        layer = min(prices, key=lambda each: prices[each])
+        if layer not in tried:
+            taus = [grid[place] for grid, place in zip(grids, places, strict=True)]
+            taus[layer] = grids[layer][places[layer] + 1]
+            tried[layer] = measure(taus)
+            prices[layer] = _price(now, tried[layer])
+            continue
+        now = tried[layer]
+        path.append(now)
+        tried = {}
+        places[layer] += 1
+        if places[layer] + 1 == len(grids[layer]):
+            del prices[layer]
+    return path
+
+
+def _price(before: Measured, after: Measured) -> float:
+    """Added divergence per FLOP saved; a step that saves nothing is taken at once."""
+    saved = before.cost - after.cost
+    return (after.divergence - before.divergence) / saved if saved > 0 else -float("inf")
+
+
+def uniform_path(
+    taus: Sequence[float], num_layers: int, measure: Callable[[Sequence[float]], Measured]
+) -> list[Measured]:
+    """One tau for all layers, to compare with."""
+    return [measure([tau] * num_layers) for tau in taus]
+
+
+def interpolated(points: Mapping[float, float], at: float) -> float:
+    """The value at ``at`` on the lines through ``points``; that of the nearest beyond their ends.
+
+    Args:
+        points: Values by where they are.
+        at: Where the value is wanted.
+    """
+    places = sorted(points)
+    if at <= places[0]:
+        return points[places[0]]
+    for low, high in pairwise(places):
+        if at <= high:
+            return points[low] + (points[high] - points[low]) * (at - low) / (high - low)
+    return points[places[-1]]
