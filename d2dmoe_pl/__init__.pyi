@@ -7,6 +7,7 @@ from .artifact import save_artifact as save_artifact
 from .errors import ConfigError as ConfigError
 from .errors import NonFiniteLossError as NonFiniteLossError
 from .hub import push_to_hub as push_to_hub
+from .moe.budgets.budget_path import set_budget_ as set_budget_
 from .moe.conversion import ActivationConfig as ActivationConfig
 from .moe.conversion import ExpertsConfig as ExpertsConfig
 from .moe.conversion import add_routers_ as add_routers_

@@ -25,6 +25,7 @@ GROUPS = {
     "Loading and saving": ["load_model", "save_artifact", "push_to_hub", "PhaseRecord"],
     "Running": [
         "set_tau_",
+        "set_budget_",
         "set_gate_",
         "GateConfig",
         "set_backend_",

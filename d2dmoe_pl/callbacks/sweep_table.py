@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from d2dmoe_pl.callbacks.sweep_settings import SweepSetting
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.metrics.expert_load import executed_pairs
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
@@ -22,27 +24,27 @@ LAYER_PREFIX = "experts_percent/"
 
 @dataclass
 class SweepRow:
-    """What the model does at one ``tau`` or ``k``, or with a routing that has neither, on one split.
+    """What the model does at one setting, or with a routing that has none, on one split.
 
     Attributes:
         stage: Name of the split, ``validation`` or ``test``, or a further one of the data's.
-        tau: The gate's setting; None where ``k`` is swept, and for a routing that has none.
+        setting: Value of what is swept; None for a routing that has no setting.
         loss: Mean task loss.
         metric: Name of the task's main metric.
         score: Its value, in percent if it is a share.
         in_percent: Whether it is.
         higher_is_better: Whether a larger score is better.
         experts_percent: Executed share of all (token, expert) pairs, over layers.
-        ffn_flops_percent: FLOPs of experts and routers, percent of the dense FFNs' FLOPs; MLPs in the place of
-            attention projections are FFNs.
+        ffn_flops_percent: FLOPs of experts, routers and stand-ins, percent of the dense FFNs' FLOPs; MLPs in the place
+            of attention projections are FFNs.
         model_flops: FLOPs of the whole model for the average sample; a multiply-add is 2.
         model_flops_percent: The same, percent of the dense model's.
         layers: ``experts_percent`` of each layer by name.
-        k: Experts that each token runs, where that is swept.
+        swept: Name of what is swept: ``tau``, ``k`` or ``budget``, a share of the dense FFNs' FLOPs.
     """
 
     stage: str
-    tau: float | None
+    setting: float | None
     loss: float
     metric: str
     score: float
@@ -53,17 +55,7 @@ class SweepRow:
     model_flops: float
     model_flops_percent: float
     layers: dict[str, float]
-    k: int | None = None
-
-    @property
-    def swept(self) -> str:
-        """Name of what is swept, ``tau`` or ``k``."""
-        return "tau" if self.k is None else "k"
-
-    @property
-    def setting(self) -> float | None:
-        """Its value."""
-        return self.tau if self.k is None else self.k
+    swept: str = "tau"
 
     def as_record(self) -> dict[str, str | float | None]:
         """One flat CSV record; columns are named after the metric, and after what is swept."""
@@ -82,7 +74,7 @@ class SweepRow:
 
 def sweep_row(
     stage: str,
-    tau: float | None,
+    setting: SweepSetting | None,
     loss: float,
     task: Task,
     score: float,
@@ -90,13 +82,12 @@ def sweep_row(
     histograms: Sequence[Tensor],
     samples: int,
     flops_outside: int,
-    k: int | None = None,
 ) -> SweepRow:
-    """Cost accounting of one ``tau`` or ``k``.
+    """Cost accounting of one setting.
 
     Args:
         stage: Name of the split.
-        tau: The gate's setting; None where ``k`` is swept, and for a routing that has none.
+        setting: Of the model; None for a routing that has none.
         loss: Mean task loss.
         task: What the model does.
         score: Value of the task's main metric.
@@ -104,7 +95,6 @@ def sweep_row(
         histograms: Per layer, the number of tokens that ran 0, 1, ..., E experts, ``(E + 1,)``.
         samples: Samples seen.
         flops_outside: FLOPs of all samples outside the FFNs.
-        k: Experts that each token runs, where that is swept.
     """
     pairs = [executed_pairs(histogram) for histogram in histograms]
     tokens = [int(histogram.sum()) for histogram in histograms]
@@ -117,7 +107,7 @@ def sweep_row(
     dense_flops = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, moe, strict=True))
     return SweepRow(
         stage=stage,
-        tau=tau,
+        setting=None if setting is None else setting.value,
         loss=loss,
         metric=task.main_metric,
         score=shown(score, task),
@@ -128,7 +118,7 @@ def sweep_row(
         model_flops=(flops_outside + executed_flops) / samples,
         model_flops_percent=100 * (flops_outside + executed_flops) / (flops_outside + dense_flops),
         layers={name: 100 * p / n for name, p, n in zip(layers, pairs, possible, strict=True)},
-        k=k,
+        swept="tau" if setting is None else setting.swept,
     )
 
 
@@ -193,6 +183,35 @@ def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Fig
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right" if rows[0].higher_is_better else "upper right")
     return figure
+
+
+def draw_layers(rows: Sequence[SweepRow]) -> Figure:
+    """Experts run by each layer at each setting, as a heat map.
+
+    Args:
+        rows: Of one split.
+    """
+    shares = [[row.layers[name] for row in rows] for name in rows[0].layers]  # (layers, settings)
+    figure = Figure(figsize=(2.5 + 0.5 * len(rows), 1.5 + 0.3 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, aspect="auto", cmap="viridis", norm=LogNorm(vmin=1, vmax=100))
+    axes.set_xticks(range(len(rows)), ["-" if row.setting is None else f"{row.setting:g}" for row in rows])
+    axes.set_yticks(range(len(shares)), [name if len(name) <= 24 else f"...{name[-22:]}" for name in rows[0].layers])
+    axes.set_xlabel(rows[0].swept)
+    figure.colorbar(image, label="experts run, %")
+    return figure
+
+
+def as_markdown(rows: Sequence[SweepRow]) -> str:
+    """The rows as a table for TensorBoard."""
+    header = (rows[0].swept, _score_name(rows[0]), "loss", "experts run %", "FFN FLOPs %", "model FLOPs %")
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for row in rows:
+        setting = "-" if row.setting is None else f"{row.setting:g}"
+        numbers = (row.experts_percent, row.ffn_flops_percent, row.model_flops_percent)
+        cells = (setting, f"{row.score:.2f}", f"{row.loss:.4f}", *(f"{number:.1f}" for number in numbers))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _range(rows: Sequence[SweepRow]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,29 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor
 from torchmetrics import MetricCollection
 
-from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, shown, sweep_row, write_csv
+from d2dmoe_pl.callbacks.sweep_settings import BUDGET, SweepSetting, reachable
+from d2dmoe_pl.callbacks.sweep_table import (
+    SweepRow,
+    as_markdown,
+    as_table,
+    draw_curve,
+    draw_layers,
+    shown,
+    sweep_row,
+    write_csv,
+)
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.expert_load import ExpertLoad
 from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
 from d2dmoe_pl.metrics.model_cost import ModelCost
-from d2dmoe_pl.moe.conversion import temporary_gate
+from d2dmoe_pl.moe.budgets.budget_path import budget_path
 from d2dmoe_pl.moe.find_layers import expert_layers, moe_layers
-from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.phases import Phase
 
 DEFAULT_TAUS = [0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99, 1.0]
@@ -41,10 +50,10 @@ class _SplitMetrics:
 
 
 class TauSweep(L.Callback):
-    """Run every validation and test batch at each ``tau`` or ``k``, and report the task's main metric and FLOPs.
+    """Run every validation and test batch at each setting, and report the task's main metric and FLOPs.
 
-    Writes ``tau_sweep.csv`` and ``tau_sweep.png`` to the run's folder, a table to the terminal, and scalars, the curve
-    and histograms of experts per token to TensorBoard. FLOPs count a multiply-add as 2, the routers in, padding out.
+    Writes ``tau_sweep.csv`` and ``tau_sweep.png`` to the run's folder, a table to the terminal, and the table, the
+    curve and a heat map of the layers to TensorBoard. FLOPs count a multiply-add as 2, the routers in, padding out.
 
     A model whose routing has no ``tau``, such as MoEBERT's, is one point instead of a curve.
 
@@ -52,16 +61,38 @@ class TauSweep(L.Callback):
         taus: Values in [0, 1]; larger runs more experts, 1 is the dense layer.
         rule: Gating rule, e.g. the name of a file in ``moe/gating``.
         ks: With rule ``topk``, numbers of experts that each token runs, swept instead of ``taus``.
+        budgets: With ``BudgetCalibration``, shares of the dense FFNs' FLOPs, swept instead of ``taus``, with a ``tau``
+            for each layer; ``rule`` is then the model's.
 
     Raises:
-        ConfigError: If there is no ``tau`` or ``k``, one out of range, ``ks`` with another rule, or an unknown rule.
+        ConfigError: If there is no ``tau``, ``k`` or budget, one out of range, ``ks`` with another rule, or an unknown
+            rule.
     """
 
-    def __init__(self, taus: list[float] = DEFAULT_TAUS, rule: str = "dynk_max", ks: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        taus: list[float] = DEFAULT_TAUS,
+        rule: str = "dynk_max",
+        ks: list[int] | None = None,
+        budgets: list[float] | None = None,
+    ) -> None:
         check(len(taus) > 0, "taus=[]: must hold at least one value in [0, 1]")
         check(ks != [], "ks=[]: must hold at least one number of experts")
+        check(budgets != [], "budgets=[]: must hold at least one share of the dense FFNs' FLOPs")
         check(ks is None or taus == DEFAULT_TAUS, f"ks={ks}: allowed only without taus")
-        self.gates = [GateConfig(rule, tau) for tau in taus] if ks is None else [GateConfig(rule, k=k) for k in ks]
+        check(
+            budgets is None or (ks is None and taus == DEFAULT_TAUS),
+            f"budgets={budgets}: allowed only without taus and ks",
+        )
+        for budget in budgets or []:
+            check(budget > 0, f"budgets={budget}: must be positive, a share of the dense FFNs' FLOPs")
+        if budgets is not None:
+            self.settings = [SweepSetting(BUDGET, budget) for budget in budgets]
+        else:
+            swept: list[float] = list(taus) if ks is None else list(ks)
+            self.settings = [SweepSetting("tau" if ks is None else "k", value, rule) for value in swept]
+            for setting in self.settings:
+                setting.gate  # noqa: B018 (which checks it)
         self.rows: dict[str, list[SweepRow]] = {}
         self._flops_outside: dict[int | None, int] = {}
 
@@ -69,7 +100,12 @@ class TauSweep(L.Callback):
         return {"rows": {split: [asdict(row) for row in rows] for split, rows in self.rows.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = {split: [SweepRow(**row) for row in rows] for split, rows in state_dict["rows"].items()}
+        known = {field.name for field in fields(SweepRow)}  # an earlier version's rows are made anew
+        self.rows = {
+            split: [SweepRow(**row) for row in rows]
+            for split, rows in state_dict["rows"].items()
+            if all(row.keys() == known for row in rows)
+        }
 
     def setup(self, trainer: L.Trainer, phase: Any, stage: str) -> None:
         check(
@@ -103,7 +139,11 @@ class TauSweep(L.Callback):
 
     def _start(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         self._layers = expert_layers(phase.model)
-        self._settings = self.gates if moe_layers(phase.model) else [None]
+        self._settings: Sequence[SweepSetting | None] = [None]
+        if trainer.sanity_checking and self.settings[0].swept == BUDGET:
+            self._settings = []  # they are not known yet
+        elif moe_layers(phase.model):
+            self._settings = reachable(self.settings, phase.model)
         num_experts = [layer.sizes.num_experts for layer in self._layers.values()]
         self._splits = [
             _SplitMetrics(
@@ -117,9 +157,9 @@ class TauSweep(L.Callback):
 
     @torch.no_grad()
     def _sweep_batch(self, phase: Phase, batch: Batch, split: _SplitMetrics) -> None:
-        for gate, metrics, load in zip(self._settings, split.metrics, split.loads, strict=True):
-            at_gate = nullcontext() if gate is None else temporary_gate(phase.model, gate)
-            with at_gate, self._watched(load):
+        for setting, metrics, load in zip(self._settings, split.metrics, split.loads, strict=True):
+            set_so = nullcontext() if setting is None else setting.on(phase.model)
+            with set_so, self._watched(load):
                 logits = phase.logits(batch)
             metrics.update(logits, batch)
         lengths: Sequence[int | None] = sample_lengths(batch) or [None] * len(batch["labels"])
@@ -143,7 +183,7 @@ class TauSweep(L.Callback):
         self.rows[split] = [
             sweep_row(
                 split,
-                None if gate is None or gate.k is not None else gate.tau,
+                setting,
                 float(value["loss"]),
                 phase.task,
                 float(value[metric]),
@@ -151,9 +191,8 @@ class TauSweep(L.Callback):
                 histogram,
                 samples,
                 flops_outside,
-                None if gate is None else gate.k,
             )
-            for gate, value, histogram in zip(self._settings, values, histograms, strict=True)
+            for setting, value, histogram in zip(self._settings, values, histograms, strict=True)
         ]
         folder = trainer.log_dir
         if not trainer.is_global_zero:
@@ -165,58 +204,27 @@ class TauSweep(L.Callback):
         if folder is not None:
             write_csv(rows, Path(folder) / "tau_sweep.csv")
             draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)
-        self._log(trainer, split, histograms if final else [], draw_curve(rows, references))
+        self._log(trainer, split, draw_curve(rows, references))
         if final:
             Console().print(as_table(self.rows[split], self._title(split, phase)))
             if folder is not None:
                 Console().print(f"Curve and table: {Path(folder) / 'tau_sweep.png'}, tau_sweep.csv", soft_wrap=True)
 
     def _title(self, split: str, phase: Phase) -> str:
-        gate = self._settings[0]
-        if gate is None:
+        setting = self._settings[0]
+        if setting is None:
             return split
+        path = budget_path(phase.model)
+        rule = path.rule if setting.swept == BUDGET and path is not None else setting.rule
         routers = {layer.get_router().config.kind for layer in moe_layers(phase.model).values()}
-        return f"{split}, rule {gate.rule}, router {' and '.join(sorted(routers))}"
+        return f"{split}, rule {rule}, router {' and '.join(sorted(routers))}"
 
-    def _log(self, trainer: L.Trainer, split: str, histograms: list[list[Tensor]], figure: Any) -> None:
+    def _log(self, trainer: L.Trainer, split: str, curve: Figure) -> None:
+        """The curve, a heat map of the layers and the table; scalars at each setting would be hundreds."""
+        rows = self.rows[split]
         for logger in trainer.loggers:
-            for row in self.rows[split]:
-                values = {
-                    row.metric: row.score,
-                    "loss": row.loss,
-                    "ffn_flops_percent": row.ffn_flops_percent,
-                    "model_flops_percent": row.model_flops_percent,
-                }
-                setting = _setting(row)
-                scalars = {f"tau_sweep_{split}_{key}/{setting}": value for key, value in values.items()}
-                shares = {f"experts_percent_{split}_{name}/{setting}": share for name, share in row.layers.items()}
-                logger.log_metrics({**scalars, **shares}, step=trainer.global_step)
-            if not isinstance(logger, TensorBoardLogger):
-                continue
-            logger.experiment.add_figure(f"tau_sweep/{split}", figure, trainer.global_step)
-            for row, per_layer in zip(self.rows[split], histograms, strict=False):
-                for name, histogram in zip(self._layers, per_layer, strict=True):
-                    tag = f"experts_per_token_{split}/{name}/{_setting(row)}"
-                    logger.experiment.add_histogram_raw(
-                        tag, **raw_histogram(histogram), global_step=trainer.global_step
-                    )
-
-
-def _setting(row: SweepRow) -> str:
-    return f"{row.swept}=none" if row.setting is None else f"{row.swept}={row.setting:g}"
-
-
-def raw_histogram(histogram: Tensor) -> dict[str, Any]:
-    """TensorBoard's form of counts of 0, 1, ..., E; ``histogram`` is ``(E + 1,)``."""
-    counts = histogram.double().cpu()
-    values = torch.arange(len(counts), dtype=torch.float64)
-    present = counts.nonzero()
-    return {
-        "min": int(present.min()),
-        "max": int(present.max()),
-        "num": int(counts.sum()),
-        "sum": float((counts * values).sum()),
-        "sum_squares": float((counts * values.square()).sum()),
-        "bucket_limits": (values + 0.5).tolist(),
-        "bucket_counts": counts.tolist(),
-    }
+            if isinstance(logger, TensorBoardLogger):
+                step = trainer.global_step
+                logger.experiment.add_figure(f"tau_sweep/{split}", curve, step)
+                logger.experiment.add_figure(f"tau_sweep/{split}_layers", draw_layers(rows), step)
+                logger.experiment.add_text(f"tau_sweep/{split}_table", as_markdown(rows), step)

@@ -39,11 +39,16 @@ class Calibration(OrderedPass):
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             self.calibrate_()
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int:
-        return -1  # ends the epoch
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._limit = self.trainer.limit_train_batches
+        self.trainer.limit_train_batches = 1  # an epoch of none would have no validation at its end
+
+    def teardown(self, stage: str) -> None:
+        self.trainer.limit_train_batches = self._limit
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Never taken."""
+        """Nothing to do."""
 
     def moved(self, batch: Any) -> dict[str, Tensor]:
         """A batch of the data as a step is given it."""

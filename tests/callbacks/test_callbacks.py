@@ -12,7 +12,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, StopOnNonFinite, TauSweep
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, draw_curve, shown
-from d2dmoe_pl.callbacks.tau_sweep import raw_histogram
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.data.language_modeling.token_prediction import TokenPrediction
 from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
@@ -44,7 +43,7 @@ class TestTauSweep:
         for row in sweep.rows["test"]:
             plain = trainer(logger=False)
             plain.test(
-                RouterRegression(8, tau=row.tau, init_from=routed_text), datamodule=tiny.TextData(3), verbose=False
+                RouterRegression(8, tau=row.setting, init_from=routed_text), datamodule=tiny.TextData(3), verbose=False
             )
             assert row.score == pytest.approx(100 * float(plain.callback_metrics["test/accuracy"]))
             assert row.loss == pytest.approx(float(plain.callback_metrics["test/loss"]), rel=1e-4)
@@ -82,16 +81,14 @@ class TestTauSweep:
         assert float(records[0]["experts_percent/bert.encoder.layer.0.intermediate"]) == 25
         assert (tmp_path / "run" / "tau_sweep.png").read_bytes().startswith(b"\x89PNG")
         assert "test, rule topk" in capsys.readouterr().out
-        events = EventAccumulator(str(tmp_path / "run"), size_guidance={"histograms": 0})
+        events = EventAccumulator(str(tmp_path / "run"))
         events.Reload()
         tags = events.Tags()
-        assert "tau_sweep/test" in tags["images"]
-        assert "tau_sweep_test_accuracy/tau=0.25" in tags["scalars"]
-        histogram = events.Histograms("experts_per_token_test/bert.encoder.layer.0.intermediate/tau=0.25")[
-            0
-        ].histogram_value
-        assert (histogram.min, histogram.max) == (2, 2)  # 2 of 8 experts, for every token
-        assert histogram.num == sum(1 + n % 9 for n in range(40, 48))
+        assert {"tau_sweep/test", "tau_sweep/test_layers"} == set(tags["images"])
+        assert not [tag for tag in tags["scalars"] if "tau" in tag]  # a dot a setting, hundreds of them
+        table = events.Tensors("tau_sweep/test_table/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "| 0.25 |" in table
+        assert len(table.splitlines()) == 2 + 2
 
     def test_while_fitting_and_after_a_resume(self, trainer, tmp_path):
         save_artifact(experts_only(), tmp_path / "experts", [PhaseRecord("ExpertClustering")])
@@ -99,7 +96,7 @@ class TestTauSweep:
         checkpoint = ModelCheckpoint(tmp_path / "checkpoints", filename="last")
         phase = RouterRegression(8, init_from=str(tmp_path / "experts"))
         trainer(callbacks=[sweep, checkpoint], enable_checkpointing=True).fit(phase, datamodule=tiny.TextData(5))
-        assert [row.tau for row in sweep.rows["validation"]] == [0.5, 1.0]
+        assert [row.setting for row in sweep.rows["validation"]] == [0.5, 1.0]
         resumed = TauSweep([0.5, 1.0])
         run = trainer(callbacks=[resumed], max_epochs=1)
         phase = RouterRegression(8, init_from=str(tmp_path / "experts"))
@@ -127,12 +124,6 @@ def experts_only():
         if hasattr(module, "router"):
             module.router = module.gate = None
     return model
-
-
-def test_raw_histogram():
-    raw = raw_histogram(torch.tensor([0, 3, 0, 1]))
-    assert (raw["min"], raw["max"], raw["num"], raw["sum"], raw["sum_squares"]) == (1, 3, 4, 6, 12)
-    assert raw["bucket_limits"] == [0.5, 1.5, 2.5, 3.5]
 
 
 def test_table_and_curve_hold_the_numbers():

@@ -122,7 +122,7 @@ def uniform_path(
     return [measure([tau] * num_layers) for tau in taus]
 
 
-def interpolated(points: Mapping[float, float], at: float) -> float:
+def interpolated(points: Mapping[int, float], at: float) -> float:
     """The value at ``at`` on the lines through ``points``; that of the nearest beyond their ends.
 
     Args:

@@ -165,6 +165,23 @@ def set_budget_(
     Raises:
         ConfigError: If not exactly one of the three is given, it cannot be reached, or the model has no path of
             budgets, or not the layers that the path is of.
+
+    Example:
+        >>> import timm
+        >>> from d2dmoe_pl import ExpertsConfig, GateConfig, RouterConfig
+        >>> from d2dmoe_pl import add_routers_, convert_to_moe_, set_budget_, set_gate_
+        >>> from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_path_
+        >>> model = timm.create_model("vit_tiny_patch16_224", embed_dim=12, depth=1, num_heads=1)
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> add_routers_(model, RouterConfig(width=4))
+        >>> set_gate_(model, GateConfig("dynk_max"))
+        >>> points = (BudgetPoint((1.0,), 1.0, 1.0, 0.0, 90.0), BudgetPoint((0.0,), 0.2, 0.6, 0.4, 80.0))
+        >>> path = BudgetPath(("blocks.0.mlp",), "dynk_max", "accuracy", True, True, samples=100, points=points)
+        >>> set_budget_path_(model, path)  # BudgetCalibration measures such a path
+        >>> set_budget_(model, ffn_flops=0.4).score
+        82.5
+        >>> model.blocks[0].mlp.gate
+        Gate(rule=dynk_max, tau=0.25)
     """
     given = {"ffn_flops": ffn_flops, "flops": flops, "drop": drop}
     wanted = {name: value for name, value in given.items() if value is not None}

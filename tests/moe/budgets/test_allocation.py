@@ -1,0 +1,72 @@
+"""Greedy allocation: cheap steps first, whole ways down, as few measurements as are needed."""
+
+import itertools
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2dmoe_pl.moe.budgets.allocation import FINE_TAUS, Measured, greedy_path, interpolated, shares_at, tau_grid
+
+HARMS = st.lists(st.floats(0.01, 10), min_size=1, max_size=5)
+
+
+def additive(harms, calls=None):
+    """Each layer costs its tau, and harms by the square of what it lacks."""
+
+    def measure(taus):
+        if calls is not None:
+            calls.append(tuple(taus))
+        harm = sum(harm * (1 - tau) ** 2 for harm, tau in zip(harms, taus, strict=True))
+        return Measured(tuple(taus), harm, sum(taus))
+
+    return measure
+
+
+@given(HARMS, st.integers(2, 6))
+@settings(deadline=None)
+def test_each_point_is_the_best_of_its_cost_where_layers_do_not_act_on_one_another(harms, steps):
+    grid = [1 - i / (steps - 1) for i in range(steps)]
+    path = greedy_path([grid] * len(harms), additive(harms))
+    assert len(path) == 1 + len(harms) * (steps - 1)
+    assert path[0].taus == (1.0,) * len(harms)
+    assert path[-1].taus == (0.0,) * len(harms)
+    prices = [b.divergence - a.divergence for a, b in itertools.pairwise(path)]  # all steps save the same
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(prices))
+    for before, after in itertools.pairwise(path):
+        assert sum(a != b for a, b in zip(before.taus, after.taus, strict=True)) == 1
+
+
+def test_only_what_may_be_next_is_measured():
+    calls = []
+    path = greedy_path([[1.0, 0.5, 0.0]] * 6, additive([1, 2, 4, 8, 16, 32], calls))
+    assert len(calls) < 2.5 * len(path)  # and not six for each
+    assert len(set(calls)) >= len(path)
+
+
+def test_a_step_that_saves_nothing_is_taken_at_once():
+    def measure(taus):
+        return Measured(tuple(taus), 1 - taus[0], taus[0])
+
+    assert [each.taus for each in greedy_path([[1.0, 0.0], [1.0, 0.0]], measure)][-1] == (0.0, 0.0)
+
+
+@given(
+    st.integers(1, 30), st.integers(2, 40), st.sampled_from(["dynk_max", "dynk_cumulative", "topk"]), st.integers(0, 99)
+)
+@settings(deadline=None, max_examples=40)
+def test_a_grid_falls_by_about_one_share_a_step(tokens, num_experts, rule, seed):
+    torch.manual_seed(seed)
+    shares = shares_at(torch.rand(tokens, num_experts).square(), rule).tolist()
+    assert all(a <= b for a, b in itertools.pairwise(shares))
+    grid = tau_grid(shares, 0.75)
+    assert grid[0] == 1.0
+    assert grid[-1] == 0.0
+    assert all(a > b for a, b in itertools.pairwise(grid))
+    share = dict(zip(FINE_TAUS, shares, strict=True))
+    for before, after in itertools.pairwise(grid):
+        assert share[after] < share[before] or share[after] <= 0.75
+
+
+def test_interpolation():
+    assert [interpolated({0: 1.0, 4: 3.0, 6: 0.0}, at) for at in (-1, 0, 2, 4, 5, 9)] == [1.0, 1.0, 2.0, 3.0, 1.5, 0.0]
