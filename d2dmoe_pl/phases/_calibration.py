@@ -1,10 +1,10 @@
 """What phases share that set something up from a small part of the data, at once, and train nothing."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
@@ -49,15 +49,3 @@ class Calibration(OrderedPass):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Nothing to do."""
-
-    def moved(self, batch: Any) -> dict[str, Tensor]:
-        """A batch of the data as a step is given it."""
-        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
-        moved: dict[str, Tensor] = strategy.batch_to_device(precision.convert_input(batch))
-        return moved
-
-    def summed(self, value: Tensor) -> Tensor:
-        """The sum over processes."""
-        total = self.trainer.strategy.reduce(value, reduce_op="sum")
-        assert isinstance(total, Tensor)
-        return total

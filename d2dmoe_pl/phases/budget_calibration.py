@@ -27,6 +27,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._calibration import Calibration
+from d2dmoe_pl.phases._held_out import held_out, moved, summed
 
 PATH = "budget_path"  # key in checkpoints
 SAMPLES_A_LAYER = 4  # at least
@@ -109,7 +110,7 @@ class BudgetCalibration(Calibration):
     def calibrate_(self) -> None:
         layers = moe_layers(self.model)
         samples = self._calls(self.num_samples)
-        found = int(self.summed(torch.tensor(sum(map(_size, samples.batches)), device=self.device)))
+        found = int(summed(self, torch.tensor(sum(map(_size, samples.batches)), device=self.device)))
         needed = SAMPLES_A_LAYER * len(layers)
         check(
             found >= needed,
@@ -132,18 +133,11 @@ class BudgetCalibration(Calibration):
         set_budget_(self.model, ffn_flops=max(self.ffn_flops, least))
 
     def _calls(self, num_samples: int) -> _Calls:
-        """This process's share of the first so many validation samples."""
-        wanted = -(-num_samples // self.trainer.world_size)
-        loader = self.data.val_dataloader()
-        batches: list[Batch] = []
-        for batch in loader[0] if isinstance(loader, list) else loader:
-            left = wanted - sum(map(_size, batches))
-            batches.append({key: value[:left] for key, value in batch.items()})
-            if left <= _size(batch):
-                break
+        """This process's share of the first so many validation samples, and what is said of them."""
+        batches = held_out(self, num_samples)
         set_tau_(self.model, 1.0)
         replay = BlockReplay(self.model, list(moe_layers(self.model)))
-        return _Calls(batches, [self.logits(self.moved(batch)) for batch in batches], replay)
+        return _Calls(batches, [self.logits(moved(self, batch)) for batch in batches], replay)
 
     def _grids(self, calls: _Calls, rule: str) -> list[list[float]]:
         """Settings of each layer, by the scores that its router gives with every expert on."""
@@ -157,8 +151,8 @@ class BudgetCalibration(Calibration):
         handles = (layer.get_gate().register_forward_pre_hook(partial(see, name)) for name, layer in layers.items())
         with hooked(handles):
             for batch in calls.batches:
-                self.logits(self.moved(batch))
-        totals = {name: self.summed(each.to(self.device)) for name, each in sums.items()}
+                self.logits(moved(self, batch))
+        totals = {name: summed(self, each.to(self.device)) for name, each in sums.items()}
         return [tau_grid((totals[name][:-1] / totals[name][-1]).tolist(), self.keep) for name in layers]
 
     def _measure(self, calls: _Calls, taus: Sequence[float]) -> Measured:
@@ -179,18 +173,18 @@ class BudgetCalibration(Calibration):
 
         with hooked(layer.watch(partial(count, index)) for index, layer in enumerate(layers)):
             for number, (batch, dense) in enumerate(zip(calls.batches, calls.dense, strict=True)):
-                moved, weight = self.moved(batch), self.task.weight(batch)
+                on_device, weight = moved(self, batch), self.task.weight(batch)
                 counts = {} if number not in calls.counts else dict(calls.counts[number])
                 with calls.replay.running(number, taus):
-                    logits = self.logits(moved)
+                    logits = self.logits(on_device)
                 calls.counts[number] = counts
-                sums[0] += weight * self.task.prediction_loss(logits, dense, moved)
+                sums[0] += weight * self.task.prediction_loss(logits, dense, on_device)
                 sums[1:3] += _ffn_flops(layers, counts).to(sums)
                 sums[3] += weight
                 if metrics is not None:
-                    sums[4] += self._outside(moved)
-                    metrics.update(logits, moved)
-        sums = self.summed(sums)
+                    sums[4] += self._outside(on_device)
+                    metrics.update(logits, on_device)
+        sums = summed(self, sums)
         return torch.stack([sums[0] / sums[3], sums[1], sums[2], sums[4], sums[3]])
 
     def _outside(self, batch: Batch) -> int:

@@ -1,6 +1,7 @@
 """Phase 5, beyond the paper: let experts get used to being alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,23 +16,40 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig, check_tau
 from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.routers import gram_matrices, output_norms
+from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty
+from d2dmoe_pl.notices import notice
+from d2dmoe_pl.phases._held_out import held_out, moved, summed
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._teacher import Teacher
+from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_of, put_best_, put_parameters_
+
+FULL_WEIGHT_SAMPLES = 100_000
+DEFAULT_ALPHA = 1e-3
+AVERAGE = "weight_average"  # key in checkpoints
 
 
 class RecoveryTuning(OptimizedPhase):
     """Fine-tune a routed model with its gate on, at another ``tau`` each step: one model for the whole curve.
 
     The mask of executed experts is a constant in the backward pass: only executed experts learn from the task. The loss
-    is the task's ``+ beta * distance to the predictions of the model before this phase with every expert on +
-    router_weight * mean over layers of the routers' loss``, so that routers follow the norms as the experts move. That
-    last part reaches the routers alone.
+    is ``task_weight *`` the task's ``+ beta * distance to the predictions of the model before this phase with every
+    expert on + alpha * sparsity penalty + router_weight * mean over layers of the routers' loss``, so that routers
+    follow the norms as the experts move. That last part reaches the routers alone. Stand-ins are trained along.
+
+    What goes on are those weights that are nearest, over the whole range of ``tau`` and on held-out samples, to what
+    the dense model says: those before, those after, their mean over the last half, or what lies half-way to the first.
+    So the curve after is not below the curve before.
 
     Args:
         tau_min: Lower end of the range from which ``tau`` is drawn, uniformly.
         tau_max: Upper end.
+        task_weight: Weight of the labels; if not given, a share of ``FULL_WEIGHT_SAMPLES`` that the training samples
+            are, at most 1: few labels are soon learnt by heart, and the dense model has seen them already.
         beta: Weight of the distillation; with 0 there is no teacher.
+        alpha: Weight of the penalty that keeps activations sparse; if not given, 1e-3 where all are ReLU, else 0.
+        penalty: Its kind, as for ``SparsityEnforcement``.
+        num_held_out: Validation samples that weights are chosen by; 0 to keep those of the end.
         router_weight: Weight of the routers' loss; with 0 they stay as they are.
         router_lr: Learning rate of the routers; the optimizer's own if not given. They are small and have to keep up
             with experts that move, so that a larger one than the model's can pay.
@@ -49,9 +67,13 @@ class RecoveryTuning(OptimizedPhase):
 
     def __init__(
         self,
-        tau_min: float = 0.3,
-        tau_max: float = 0.9,
+        tau_min: float = 0.2,
+        tau_max: float = 1.0,
+        task_weight: float | None = None,
         beta: float = 1.0,
+        alpha: float | None = None,
+        penalty: Penalty = "hoyer",
+        num_held_out: int = 1000,
         router_weight: float = 1.0,
         router_lr: float | None = None,
         teacher: str | None = None,
@@ -61,8 +83,9 @@ class RecoveryTuning(OptimizedPhase):
         check_tau(tau_min, "tau_min")
         check_tau(tau_max, "tau_max")
         check(tau_min <= tau_max, f"tau_min={tau_min}: must be at most tau_max={tau_max}")
-        check(beta >= 0, f"beta={beta}: must not be negative")
-        check(router_weight >= 0, f"router_weight={router_weight}: must not be negative")
+        numbers = {"task_weight": task_weight, "beta": beta, "alpha": alpha, "router_weight": router_weight}
+        for name, number in {**numbers, "num_held_out": num_held_out}.items():
+            check(number is None or number >= 0, f"{name}={number}: must not be negative")
         check(router_lr is None or router_lr > 0, f"router_lr={router_lr}: must be positive")
         check(
             router_lr is None or router_weight > 0,
@@ -70,11 +93,16 @@ class RecoveryTuning(OptimizedPhase):
         )
         self.tau_min = tau_min
         self.tau_max = tau_max
+        self.task_weight = task_weight
         self.beta = beta
+        self.alpha = alpha
+        self.penalty = penalty
+        self.num_held_out = num_held_out
         self.router_weight = router_weight
         self.router_lr = router_lr
         self.teacher = teacher
         self._teacher: Teacher | None = None
+        self._average = WeightAverage()
 
     def transform_(self, model: nn.Module) -> None:
         layers = moe_layers(model)
@@ -112,13 +140,20 @@ class RecoveryTuning(OptimizedPhase):
 
     def on_fit_start(self) -> None:
         self._layers = moe_layers(self.model)
+        is_sparse = all(layer.experts.activation_kind == "relu" for layer in self._layers.values())
+        self._alpha = (DEFAULT_ALPHA if is_sparse else 0.0) if self.alpha is None else self.alpha
+        own = min(1.0, self.data.num_training_samples / FULL_WEIGHT_SAMPLES)
+        self._task_weight = own if self.task_weight is None else self.task_weight
         if self._teacher is not None:
             self._teacher.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits, router_losses = self._forward(batch, self._tau(batch_idx))
-        loss = task_loss = self.task_loss(logits, batch)
-        parts = {"task_loss": task_loss}
+        logits, penalties, router_losses = self._forward(batch, self._tau(batch_idx))
+        parts = {"task_loss": self.task_loss(logits, batch)}
+        loss = self._task_weight * parts["task_loss"]
+        if penalties:
+            parts["penalty"] = torch.stack(penalties).mean()
+            loss = loss + self._alpha * parts["penalty"]
         if self._teacher is not None:
             parts["prediction_loss"] = self.task.prediction_loss(logits, self._teacher.logits(batch), batch)
             loss = loss + self.beta * parts["prediction_loss"]
@@ -127,8 +162,60 @@ class RecoveryTuning(OptimizedPhase):
             loss = loss + self.router_weight * parts["router_loss"]
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()})
-        self.log_dict({f"train/router_loss/{name}": value.detach() for name, value in router_losses.items()})
         return loss
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        if self.global_step >= self.trainer.estimated_stepping_batches / 2:
+            self._average.add(self.model)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[AVERAGE] = self._average.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if AVERAGE in checkpoint:
+            self._average.load_state_dict(checkpoint[AVERAGE])
+
+    @torch.no_grad()
+    def conclude(self) -> None:
+        """Keep the weights that are nearest to the dense model over the whole range of ``tau``."""
+        if self.num_held_out == 0:
+            return
+        assert self.init_from is not None
+        before, after = parameters_of(load_model(self.init_from).to(self.device)), parameters_of(self.model)
+        states = {"those before": before, "those at the end": after, "half-way to the end": between(before, after, 0.5)}
+        if self._average.steps > 0:
+            mean = {name: value.to(self.device) for name, value in self._average.mean.items()}
+            states |= {"their mean": mean, "half-way to their mean": between(before, mean, 0.5)}
+        batches = held_out(self, self.num_held_out)
+        was_training = self.model.training
+        self.model.eval()
+        put_parameters_(self.model, before)
+        with self.trainer.precision_plugin.forward_context():
+            with temporary_gate(self.model, None):
+                dense = [self.logits(moved(self, batch)) for batch in batches]
+            best, found = put_best_(self.model, states, partial(self._distances, batches, dense))
+        self.model.train(was_training)
+        notice(
+            f"Of the weights, {best} go on: their distance to the dense model on held-out samples, over all tau, is "
+            f"{found[best]:.3f} of what it was before; at the end {found['those at the end']:.3f}."
+        )
+
+    def _distances(self, batches: Sequence[Batch], dense: Sequence[Tensor]) -> list[float]:
+        """How far predictions are from the dense model's, at settings over the whole range."""
+        rule = next(iter(self._layers.values())).get_gate().config.rule
+        distances = []
+        for tau in (*torch.linspace(self.tau_min, self.tau_max, 4).tolist(), 1.0):
+            sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+            with temporary_gate(self.model, GateConfig(rule, min(tau, 1.0))):
+                for batch, expected in zip(batches, dense, strict=True):
+                    on_device, weight = moved(self, batch), self.task.weight(batch)
+                    distance = self.task.prediction_loss(self.logits(on_device), expected, on_device)
+                    sums += torch.stack([weight * distance.double(), torch.full_like(sums[0], weight)])
+            total, weights = summed(self, sums).tolist()
+            distances.append(total / weights)
+        return distances
 
     def _tau(self, batch_idx: int) -> float:
         """What is drawn for a step, the same on all processes."""
@@ -136,12 +223,15 @@ class RecoveryTuning(OptimizedPhase):
         drawn = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
         return self.tau_min + (self.tau_max - self.tau_min) * drawn
 
-    def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The logits at ``tau``, and the loss of each layer's router if routers learn."""
+    def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor]]:
+        """The logits at ``tau``, the layers' penalties if there are any, and the loss of each router that learns."""
         losses: dict[str, Tensor] = {}
+        penalties: list[Tensor] = []
 
         def learn(name: str, tokens: Tensor, hidden: Tensor) -> None:
             layer = self._layers[name]
+            if self._alpha > 0:
+                penalties.append(PENALTIES[self.penalty](hidden.flatten(1)).mean())  # of (N, E * s)
             if self.router_weight > 0:
                 with torch.no_grad():
                     target = output_norms(hidden, gram_matrices(layer.experts.down_weight))  # (N, E)
@@ -149,4 +239,4 @@ class RecoveryTuning(OptimizedPhase):
 
         rule = next(iter(self._layers.values())).get_gate().config.rule
         with temporary_gate(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
-            return self.logits(batch), losses
+            return self.logits(batch), penalties, losses

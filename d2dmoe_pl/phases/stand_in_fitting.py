@@ -1,6 +1,7 @@
 """A phase of ours: stand-ins for the experts that tokens skip, fitted in closed form. Trains nothing."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.fitting import FittingConfig, fit_stand_ins_, joined
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
 from d2dmoe_pl.phases._calibration import Calibration
+from d2dmoe_pl.phases._held_out import moved, summed
 
 TAUS = [0.2, 0.5, 0.7, 0.85]
 
@@ -53,8 +55,8 @@ class StandInFitting(Calibration):
         add_stand_ins_(model, StandInConfig(self.config.rank))
 
     def calibrate_(self) -> None:
-        batch = self.moved(joined(self._gathered()))
-        fit_stand_ins_(self.model, self.config, run=self.logits, batch=batch, reduce=self.summed)
+        batch = moved(self, joined(self._gathered()))
+        fit_stand_ins_(self.model, self.config, run=self.logits, batch=batch, reduce=partial(summed, self))
 
     def _gathered(self) -> Sequence[Batch]:
         """This process's batches with its share of the tokens."""
@@ -77,7 +79,7 @@ class StandInFitting(Calibration):
             seen: list[int] = []
             layer = next(iter(moe_layers(self.model).values()))
             handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
-            self.logits(self.moved({key: value[:1] for key, value in batch.items()}))
+            self.logits(moved(self, {key: value[:1] for key, value in batch.items()}))
             handle.remove()
             self._tokens_a_sample = seen[0]
         return self._tokens_a_sample * len(batch["labels"])

@@ -76,7 +76,7 @@ def test_routers_learn_the_norms_at_the_gate_and_nothing_else_learns_from_that(t
 
     for name, layer in moe_layers(phase.model).items():
         layer.router.register_forward_pre_hook(keep(name))
-    _, losses = phase._forward(batch, tau=0.5)
+    _, _, losses = phase._forward(batch, tau=0.5)
     sum(losses.values()).backward()
     trained = {name for name, parameter in phase.model.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in phase.model.named_parameters() if ".router." in name}
@@ -138,7 +138,9 @@ def test_the_curve_gets_better(trainer, routed, tmp_path):
         return float(sum(errors))
 
     before = distance(load_model(routed))
-    phase = RecoveryTuning(0.0, 0.5, beta=20.0, init_from=routed, optimizer=partial(torch.optim.Adam, lr=3e-3))
+    phase = RecoveryTuning(
+        0.0, 0.5, beta=20.0, alpha=0.0, init_from=routed, optimizer=partial(torch.optim.Adam, lr=3e-3)
+    )
     fit(trainer, phase, max_epochs=30)
     assert distance(load_model(tmp_path / "run" / "artifact")) < 0.7 * before
 

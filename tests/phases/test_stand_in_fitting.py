@@ -74,7 +74,7 @@ def test_recovery_trains_stand_ins(trainer, tmp_path):
     run = trainer(callbacks=[SaveArtifact()])
     run.fit(StandInFitting(rank=4, init_from=str(tmp_path / "routed")), datamodule=tiny.TextData(8))
     fitted = load_model(tmp_path / "run" / "artifact")
-    phase = RecoveryTuning(tau_min=0.0, tau_max=0.5, init_from=str(tmp_path / "run" / "artifact"))
+    phase = RecoveryTuning(0.0, 0.5, num_held_out=0, init_from=str(tmp_path / "run" / "artifact"))
     trainer(max_epochs=2).fit(phase, datamodule=tiny.TextData(8))
     for before, after in zip(moe_layers(fitted).values(), moe_layers(phase.model).values(), strict=True):
         assert not torch.equal(before.stand_in.down, after.stand_in.down)

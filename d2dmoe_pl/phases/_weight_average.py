@@ -1,0 +1,87 @@
+"""The mean of a model's weights along the way, and which of several weights go on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+
+
+class WeightAverage:
+    """The mean of a model's parameters over its steps.
+
+    Attributes:
+        steps: How many it is of.
+        mean: By the parameter's name; empty before the first.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.mean: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, model: nn.Module) -> None:
+        """Add the parameters as they are."""
+        self.steps += 1
+        for name, parameter in model.named_parameters():
+            if name in self.mean:
+                self.mean[name].lerp_(parameter, 1 / self.steps)
+            else:
+                self.mean[name] = parameter.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and numbers."""
+        return {"steps": self.steps, "mean": self.mean}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+        self.steps, self.mean = state["steps"], dict(state["mean"])
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's parameters by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def put_parameters_(model: nn.Module, state: State) -> None:
+    """Give a model parameters by name."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(state[name])
+
+
+def between(one: State, other: State, part: float) -> dict[str, Tensor]:
+    """What lies ``part`` of the way from one state to another."""
+    return {name: value.lerp(other[name].to(value.device), part) for name, value in one.items()}
+
+
+def put_best_(
+    model: nn.Module, states: Mapping[str, State], distances: Callable[[], Sequence[float]]
+) -> tuple[str, dict[str, float]]:
+    """Give a model those of several weights that are nearest to what is wanted, over a whole range of settings.
+
+    Each distance is judged beside that of the first state at the same setting, so that what is small counts as much as
+    what is large; one that is small as it is, a twentieth of the first state's mean, counts little.
+
+    Args:
+        model: Is given one state after another.
+        states: By a name for people; the first is the one to be better than.
+        distances: Of the model as it is, at each setting.
+
+    Returns:
+        Name of the state that the model has, and by name how far each is: 1 for the first, less is better.
+    """
+    found: dict[str, float] = {}
+    first: Tensor | None = None
+    for name, state in states.items():
+        put_parameters_(model, state)
+        measured = torch.tensor(distances(), dtype=torch.float64)
+        if first is None:
+            first = measured
+        floor = first.mean().clamp(min=torch.finfo(torch.float32).tiny) / 20
+        found[name] = float(((measured + floor) / (first + floor)).mean())
+    best = min(found, key=lambda name: found[name])
+    put_parameters_(model, states[best])
+    return best, found
