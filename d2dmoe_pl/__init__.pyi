@@ -4,6 +4,7 @@ from .adapters import register_adapter as register_adapter
 from .artifact import PhaseRecord as PhaseRecord
 from .artifact import load_model as load_model
 from .artifact import save_artifact as save_artifact
+from .compression.command import compress as compress
 from .errors import ConfigError as ConfigError
 from .errors import NonFiniteLossError as NonFiniteLossError
 from .hub import push_to_hub as push_to_hub

@@ -33,6 +33,7 @@ from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import phase_config, recipe_file
+from d2dmoe_pl.report.writing import write_report
 from d2dmoe_pl.whole_files import clean_up, is_file_name
 
 
@@ -98,7 +99,7 @@ def _run_what_is_left(
     for index in range(first, len(names)):
         say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
         try:
-            _run_phase(output_dir / names[index], arguments[index], computed[index], plan[index])
+            finished = _run_phase(output_dir / names[index], arguments[index], computed[index], plan[index])
         except (KeyboardInterrupt, SystemExit):
             say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
             raise
@@ -108,6 +109,9 @@ def _run_what_is_left(
             raise InterruptedPhaseError(names[index], output_dir / names[index]) from error
     end_redo(output_dir)
     say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
+    if finished.trainer.is_global_zero:
+        page = write_report(output_dir, names, finished.model, finished.trainer)
+        say(f"Report: {page}", style="bold")
 
 
 def _check_writable(output_dir: Path) -> None:
@@ -180,7 +184,7 @@ def _clean_up(output_dir: Path, names: Sequence[str]) -> None:
         clean_up(folder / CHECKPOINTS)
 
 
-def _run_phase(folder: Path, arguments: list[str], computed: dict[str, Any], todo: Todo) -> None:
+def _run_phase(folder: Path, arguments: list[str], computed: dict[str, Any], todo: Todo) -> PhaseCLI:
     """Fit and test one phase; its artifact, with the test metrics, is then complete and its status ``finished``."""
     resume_from = checkpoint_of(folder) if todo is Todo.RESUME else None
     if todo is Todo.RUN:
@@ -196,6 +200,7 @@ def _run_phase(folder: Path, arguments: list[str], computed: dict[str, Any], tod
     opening.trainer.strategy.barrier()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return opening
 
 
 def default_recipe() -> Path:

@@ -1,4 +1,6 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` of LightningCLI, ``chain`` and ``benchmark``."""
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` of LightningCLI, ``chain``,
+``compress`` and ``benchmark``.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -16,6 +18,8 @@ from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
 from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.chain import default_recipe, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.compress_arguments import compress_parser
+from d2dmoe_pl.compression.command import run_compress
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
 from d2dmoe_pl.phase_cli import EVALUATING, PhaseCLI, without_needless_warnings
@@ -25,7 +29,11 @@ from d2dmoe_pl.signals import ending_in_order
 CHAIN = "chain"
 DEBUG = "--debug"
 # subcommands that are no phase's run: what parses their arguments, and what runs them
-OWN = {CHAIN: (chain_parser, run_chain), "benchmark": (benchmark_parser, run_benchmark)}
+OWN = {
+    CHAIN: (chain_parser, run_chain),
+    "compress": (compress_parser, run_compress),
+    "benchmark": (benchmark_parser, run_benchmark),
+}
 
 
 class D2DMoECLI(PhaseCLI):

@@ -8,8 +8,9 @@ from pkgutil import resolve_name
 
 from d2dmoe_pl.benchmark_arguments import benchmark_arguments
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.compress_arguments import compress_parser
 
-PARSERS = {"chain": chain_parser, "benchmark": benchmark_arguments}
+PARSERS = {"chain": chain_parser, "compress": compress_parser, "benchmark": benchmark_arguments}
 USAGE = """\
 usage: d2dmoe-pl {command} ... [--debug]
 
@@ -17,6 +18,7 @@ Turn a trained dense Transformer into a Mixture-of-Experts with less compute per
 
 commands:
     chain               Run the phases of a recipe, in order; run again after an interruption, it goes on.
+    compress            Make a model cost what you say: choose a recipe, run it, report.
     fit                 Run one phase.
     validate            Evaluate on the validation split: of a finished run, by --run FOLDER.
     test                The same on the test split.

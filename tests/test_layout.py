@@ -19,7 +19,7 @@ PACKAGE = ROOT / "d2dmoe_pl"
 FLOW = [
     ["errors", "finite_weights", "hooks", "hub_folders", "notices", "signals", "whole_files"],
     ["auto_classes", "checkpoints", "failures", "plugins", "recipe"],
-    ["benchmark_arguments", "chain_arguments"],
+    ["benchmark_arguments", "chain_arguments", "compress_arguments"],
     ["__main__", "entry"],
     ["data"],
     ["adapters"],
@@ -32,10 +32,12 @@ FLOW = [
     ["phases"],
     ["callbacks"],
     ["benchmark"],
+    ["report"],
     ["run_folders"],
     ["phase_cli"],
     ["chain_lock", "chain_status"],
     ["chain"],
+    ["compression"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}

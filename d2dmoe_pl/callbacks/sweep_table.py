@@ -41,6 +41,7 @@ class SweepRow:
         model_flops_percent: The same, percent of the dense model's.
         layers: ``experts_percent`` of each layer by name.
         swept: Name of what is swept: ``tau``, ``k`` or ``budget``, a share of the dense FFNs' FLOPs.
+        samples: That it is measured on.
     """
 
     stage: str
@@ -56,6 +57,15 @@ class SweepRow:
     model_flops_percent: float
     layers: dict[str, float]
     swept: str = "tau"
+    samples: int = 0
+
+    @property
+    def standard_error(self) -> float | None:
+        """How far the score may be off for the samples being few, where it is a share of them."""
+        if not self.in_percent or self.samples == 0:
+            return None
+        share = min(max(self.score / 100, 0.0), 1.0)
+        return 100 * (share * (1 - share) / self.samples) ** 0.5
 
     def as_record(self) -> dict[str, str | float | None]:
         """One flat CSV record; columns are named after the metric, and after what is swept."""
@@ -119,6 +129,7 @@ def sweep_row(
         model_flops_percent=100 * (flops_outside + executed_flops) / (flops_outside + dense_flops),
         layers={name: 100 * p / n for name, p, n in zip(layers, pairs, possible, strict=True)},
         swept="tau" if setting is None else setting.swept,
+        samples=samples,
     )
 
 
@@ -139,7 +150,7 @@ def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
 def as_table(rows: Sequence[SweepRow], title: str) -> Table:
     """The rows for the terminal."""
     swept = rows[0].swept
-    score = _score_name(rows[0])
+    score = score_name(rows[0])
     unit, prefix = _unit(max(row.model_flops for row in rows))
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for header in (swept, score, "loss", "experts run %", "FFN FLOPs %", f"{prefix}FLOPs a sample", "model FLOPs %"):
@@ -178,7 +189,7 @@ def draw_curve(rows: Sequence[SweepRow], references: Mapping[str, float]) -> Fig
     for i, (label, score) in enumerate(references.items()):
         axes.axhline(score, linestyle="--", linewidth=1, color=f"C{7 - i % 4}", label=f"{label}: {score:.2f}{unit}")
     axes.set_xlabel("FFN FLOPs, % of dense (router included)")
-    axes.set_ylabel(_score_name(rows[0]))
+    axes.set_ylabel(score_name(rows[0]))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right" if rows[0].higher_is_better else "upper right")
@@ -204,7 +215,7 @@ def draw_layers(rows: Sequence[SweepRow]) -> Figure:
 
 def as_markdown(rows: Sequence[SweepRow]) -> str:
     """The rows as a table for TensorBoard."""
-    header = (rows[0].swept, _score_name(rows[0]), "loss", "experts run %", "FFN FLOPs %", "model FLOPs %")
+    header = (rows[0].swept, score_name(rows[0]), "loss", "experts run %", "FFN FLOPs %", "model FLOPs %")
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for row in rows:
         setting = "-" if row.setting is None else f"{row.setting:g}"
@@ -220,7 +231,7 @@ def _range(rows: Sequence[SweepRow]) -> str:
     return f", {rows[0].swept} from {min(settings):g} to {max(settings):g}" if settings else ""
 
 
-def _score_name(row: SweepRow) -> str:
+def score_name(row: SweepRow) -> str:
     """The metric's name for people, with its unit, and its direction if that is not the usual one."""
     words = row.metric.replace("_", " ")
     return f"{words}{' %' if row.in_percent else ''}{'' if row.higher_is_better else ' (lower is better)'}"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -107,3 +108,14 @@ class DrawnSamples(Dataset):
         indices = [pair.place for pair in pairs]
         samples = at_once(indices) if at_once else [self.dataset[index] for index in indices]
         return [(sample, pair.seed) for sample, pair in zip(samples, pairs, strict=True)]
+
+
+def ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None:
+    """This process's share of ``dataset`` in order, dealt out in turn; None without other processes.
+
+    Lightning's own choice would shuffle training data, and repeat samples in evaluation until processes have equally
+    many (``repeat``), which falsifies metrics.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return (DistributedSampler if repeat else UnrepeatedDistributedSampler)(dataset, shuffle=False)

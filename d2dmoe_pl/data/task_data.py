@@ -10,12 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from d2dmoe_pl.data.cacheable_loader import CacheableLoader
-from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, seeded
+from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, ordered_sampler, seeded
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import places, renumbered
@@ -239,6 +238,25 @@ class TaskData(L.LightningDataModule):
         loaders = [self._loader(name, False, in_order) for name in self.split_names(stage)]
         return loaders if len(loaders) > 1 else loaders[0]
 
+    def drawn_loader(self, split: str, number: int | None = None) -> DataLoader | None:
+        """Samples of a split, drawn at random but the same every time, unaugmented: this process's share.
+
+        Args:
+            split: Its name.
+            number: How many over all processes, in the order that costs least; None for all, in the order drawn.
+
+        Returns:
+            None for a split that is streamed.
+        """
+        if split not in self._splits:
+            return None
+        dataset: Any = self._splits[split]
+        order = torch.randperm(_size(dataset), generator=torch.Generator().manual_seed(0)).tolist()[:number]
+        drawn = dataset.select(order) if hasattr(dataset, "select") else Subset(dataset, order)
+        if number is not None:
+            drawn = self.rearranged(drawn)
+        return self._loader_of(drawn, False, ordered_sampler(drawn, repeat=False))
+
     def drawn_batch(self, drawn: Sequence[tuple[Any, int]], augment: bool) -> dict[str, Tensor]:
         """A batch of samples, each with the seed of what is random about it."""
         with seeded(drawn[0][1]):
@@ -253,7 +271,7 @@ class TaskData(L.LightningDataModule):
     def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
         dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
         if not train:
-            return self._loader_of(dataset, False, _ordered_sampler(dataset, repeat=split == "train"))
+            return self._loader_of(dataset, False, ordered_sampler(dataset, repeat=split == "train"))
         return self._loader_of(dataset, True, EpochOrder(dataset, partial(self.training_order, dataset), self.seed))
 
     def _loader_of(self, dataset: Dataset, train: bool, sampler: Sampler | None) -> DataLoader:
@@ -271,14 +289,3 @@ class TaskData(L.LightningDataModule):
 def _size(split: Any) -> int:
     """Samples of a split; torch's type of a dataset need not have a length, ours have."""
     return len(split)
-
-
-def _ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None:
-    """This process's share of ``dataset`` in order, dealt out in turn; None without other processes.
-
-    Lightning's own choice would shuffle training data, and repeat samples in evaluation until processes have equally
-    many (``repeat``), which falsifies metrics.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    return (DistributedSampler if repeat else UnrepeatedDistributedSampler)(dataset, shuffle=False)

@@ -9,21 +9,15 @@ from d2dmoe_pl.phases._phase import Phase
 
 
 def held_out(phase: Phase, num_samples: int) -> list[Batch]:
-    """This process's share of the first so many validation samples.
+    """This process's share of so many validation samples, drawn at random but the same every time.
 
     Args:
         phase: In its trainer.
         num_samples: Over all processes.
     """
-    left = -(-num_samples // phase.trainer.world_size)
-    loader = phase.data.val_dataloader()
-    batches: list[Batch] = []
-    for batch in loader[0] if isinstance(loader, list) else loader:
-        batches.append({key: value[:left] for key, value in batch.items()})
-        left -= len(batch["labels"])
-        if left <= 0:
-            break
-    return batches
+    loader = phase.data.drawn_loader("validation", num_samples)
+    assert loader is not None  # splits to evaluate on are not streamed
+    return list(loader)
 
 
 def moved(phase: Phase, batch: Any) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class StandInFitting(Calibration):
         batches: list[Batch] = []
         tokens = 0
         with self.data.in_order():
-            for batch in self.data.training_loader():
+            for batch in self.data.drawn_loader("train") or self.data.training_loader():
                 batches.append(batch)
                 tokens += self._num_tokens(batch)
                 if tokens * self.trainer.world_size >= self.num_tokens:

@@ -1,0 +1,177 @@
+"""The recipe for a model and its data: settings chosen from the sizes of both."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from d2dmoe_pl.adapters import FFN, adapter_for
+from d2dmoe_pl.metrics.flops import flops_outside_ffns
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.moe.find_layers import select_ffns
+
+BUDGETS = [0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75]
+EXPERT_DIM = 24  # neurons of an expert, about
+EXPERTS = (8, 128)  # of a layer
+SHORTEST = 8  # tokens of a text, of which attention is next to nothing
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What settings are chosen from, but for the data.
+
+    Attributes:
+        d_model: Of the widest FFN.
+        d_ff: The same.
+        is_sparse: Whether all FFNs have ReLU.
+        parameters: Of the whole model.
+        num_experts: ``E``, chosen.
+        router_width: Chosen.
+        rank: Of stand-ins, chosen.
+        least_ffn_flops: Share of the FFNs' FLOPs that is left with one expert of each layer on.
+        least_flops: The same for the whole model, of very short samples.
+    """
+
+    d_model: int
+    d_ff: int
+    is_sparse: bool
+    parameters: int
+    num_experts: int
+    router_width: int
+    rank: int
+    least_ffn_flops: float
+    least_flops: float
+
+
+def sizes_of(structure: nn.Module) -> Sizes:
+    """Sizes of a dense model on the meta device, which is converted on the way."""
+    ffns = select_ffns(structure)
+    widest = max(ffns, key=lambda ffn: ffn.d_ff)
+    num_experts = _num_experts([ffn.d_ff for ffn in ffns])
+    width = max(8, round(widest.d_model / 12 / 8) * 8)
+    rank = max(4, round(widest.d_ff / 96))  # 1% of an FFN
+    is_sparse = all(ffn.is_sparse for ffn in ffns)
+    dense = sum(map(_neurons_cost, ffns))
+    beside = sum(width * (ffn.d_model + num_experts) + rank * 2 * ffn.d_model + ffn.d_model for ffn in ffns)
+    least = 1 / num_experts + beside / dense
+    parameters = sum(parameter.numel() for parameter in structure.parameters())
+    inputs = {
+        key: value.to("meta") for key, value in adapter_for(structure).random_inputs(structure, 1, SHORTEST).items()
+    }
+    tokens = _tokens(structure, ffns[0].name, inputs)
+    convert_to_moe_(structure, ExpertsConfig(num_experts))
+    outside = flops_outside_ffns(structure, {key: value for key, value in inputs.items() if key != "attention_mask"})
+    share = outside / (outside + 2 * tokens * dense)
+    return Sizes(
+        widest.d_model,
+        widest.d_ff,
+        is_sparse,
+        parameters,
+        num_experts,
+        width,
+        rank,
+        least,
+        share + (1 - share) * least,
+    )
+
+
+def chosen_phases(
+    sizes: Sizes, start: Mapping[str, Any], effort: str, needs_head: bool, is_image: bool, num_samples: int
+) -> dict[str, Any]:
+    """The phases of a recipe.
+
+    Args:
+        sizes: Of the model.
+        start: ``source`` or ``init_from`` of the first phase.
+        effort: ``minutes`` trains nothing but routers; ``hours`` the model as well.
+        needs_head: Whether the model has no head for the data yet.
+        is_image: Whether samples are pictures, which training changes at random.
+        num_samples: Of the training split.
+    """
+    phases: dict[str, Any] = {}
+    tuned = {"optimizer": _adamw(_learning_rate(sizes.parameters), 0.01)}
+    clipped = {"gradient_clip_val": 1.0}
+    if effort == "hours":
+        if needs_head or not sizes.is_sparse:
+            swap = {} if sizes.is_sparse else {"activation": "relu"}
+            phases["fine_tuning"] = _phase(
+                "FineTuning", {**swap, **tuned}, {"max_epochs": _epochs(32_000, num_samples)} | clipped
+            )
+        phases["sparsity_enforcement"] = _phase(
+            "SparsityEnforcement",
+            {"penalty": "hoyer", "alpha": 1e-3, "schedule": "warmup", **tuned},
+            {"max_epochs": _epochs(48_000, num_samples)} | clipped,
+        )
+    sparse = sizes.is_sparse or effort == "hours"
+    phases["expert_clustering"] = _phase(
+        "ExpertClustering",
+        {"num_experts": sizes.num_experts, "split": "activation" if sparse else "parameter", "num_samples": 1024},
+    )
+    epochs = _epochs(80_000, num_samples)
+    phases["router_regression"] = _phase(
+        "RouterRegression",
+        {"width": sizes.router_width, "rule": "dynk_max", "optimizer": _adamw(2e-3, 0.0), "decay": "cosine"},
+        {"max_epochs": epochs, "check_val_every_n_epoch": epochs},
+    )
+    if is_image:  # as they are, so that what routers see is the same in every epoch, and kept
+        phases["router_regression"]["data"] = {"init_args": {"augment": False}}
+    phases["stand_in_fitting"] = _phase("StandInFitting", {"rank": sizes.rank})
+    if effort == "hours":
+        epochs = _epochs(32_000, num_samples)
+        phases["recovery_tuning"] = _phase(
+            "RecoveryTuning", tuned, {"max_epochs": epochs, "check_val_every_n_epoch": epochs} | clipped
+        )
+    sweep = {"class_path": "TauSweep", "init_args": {"budgets": [*BUDGETS]}}
+    phases["budget_calibration"] = _phase("BudgetCalibration", {}, {"callbacks": [sweep]})
+    first = next(iter(phases.values()))
+    first["model"]["init_args"] |= start
+    return phases
+
+
+def _num_experts(widths: Sequence[int]) -> int:
+    """The divisor of all widths that is nearest to what gives experts of ``EXPERT_DIM`` neurons."""
+    common = math.gcd(*widths)
+    wanted = min(max(widths[0] / EXPERT_DIM, EXPERTS[0]), EXPERTS[1])
+    divisors = [each for each in range(1, common + 1) if common % each == 0]
+    return min(divisors, key=lambda each: abs(math.log(each / wanted)))
+
+
+def _neurons_cost(ffn: FFN) -> int:
+    """Multiply-adds of a dense FFN for one token."""
+    return ffn.d_ff * ffn.d_model * (2 if ffn.gate_proj is None else 3)
+
+
+def _tokens(structure: nn.Module, name: str, inputs: Mapping[str, torch.Tensor]) -> int:
+    """How many tokens an FFN is given for such inputs."""
+    seen: list[int] = []
+    handle = structure.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[:-1].numel())
+    )
+    try:
+        with torch.no_grad():
+            adapter_for(structure).logits(structure, inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _learning_rate(parameters: int) -> float:
+    """Smaller models take larger steps."""
+    return 1e-4 if parameters < 5e7 else 5e-5 if parameters < 2e8 else 2e-5
+
+
+def _epochs(samples: int, num_samples: int) -> int:
+    """So many that about so many samples are seen; one at least, and not too many."""
+    return min(max(round(samples / num_samples), 1), 20)
+
+
+def _adamw(lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": weight_decay}}
+
+
+def _phase(name: str, init_args: Mapping[str, Any], trainer: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    phase: dict[str, Any] = {"model": {"class_path": name, "init_args": dict(init_args)}}
+    return phase | ({"trainer": dict(trainer)} if trainer else {})

@@ -1,0 +1,252 @@
+"""``compress``: writes a recipe for a model and a wish, runs it, sets the model to the wish, and reports."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from torch import nn
+
+from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
+from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.callbacks.sweep_table import SweepRow
+from d2dmoe_pl.callbacks.tau_sweep import TauSweep
+from d2dmoe_pl.chain import run_chain
+from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.chain_status import say
+from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
+from d2dmoe_pl.compression.recipe_for_model import recipe_for
+from d2dmoe_pl.compression.target import Target, parse_target
+from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, budget_path, set_taus_
+from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.recipe import phase_config, read_recipe
+from d2dmoe_pl.report.measured_speed import measured_times
+from d2dmoe_pl.report.writing import write_report
+from d2dmoe_pl.whole_files import replaced_file
+
+RECIPE = "recipe.yaml"
+LAST = "budget_calibration"  # the phase that finds budgets
+MODEL = "model"  # in the output folder, what was wished for
+START = "start"  # and the model that was given in memory
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What came of a wish.
+
+    Attributes:
+        folder: With the recipe, the phases, the model and the report.
+        target: What was wished for.
+        promised: What the budget costs and gives on the validation split.
+        test: The same on the test split.
+        dense: With every expert on, on the test split.
+    """
+
+    folder: Path
+    target: Target
+    promised: BudgetPoint
+    test: SweepRow
+    dense: SweepRow
+
+    def load(self) -> nn.Module:
+        """The model."""
+        return load_model(self.folder / MODEL)
+
+
+def compress(
+    model: str | nn.Module | None = None,
+    data: str | Mapping[str, Any] | None = None,
+    *,
+    target: str = "ffn_flops=25%",
+    effort: str = "minutes",
+    output_dir: str | Path = "runs/compress",
+    **options: Any,
+) -> Compressed:
+    """Make a model cost what is wished for, by a recipe that is chosen from the model and its data.
+
+    Args:
+        model: Folder or hub name of a Hugging Face model, name of a timm model, artifact, or a dense model in memory.
+        data: A file or a folder of files, a dataset on the hub, or what a recipe's data says.
+        target: ``ffn_flops=10%``, ``flops=45%``, ``speed=2x`` or ``drop=0.5``.
+        effort: ``minutes`` trains nothing but routers; ``hours`` the model as well.
+        output_dir: Gets the recipe, a folder a phase, the model, the report. Run again, it goes on where it was.
+        options: The others that ``python main.py compress --help`` describes.
+
+    Returns:
+        What came of it.
+
+    Raises:
+        ConfigError: For a wish that cannot be read or reached, and whatever is wrong with model or data.
+    """
+    given = compress_parser().get_defaults()
+    for name, value in {
+        "data": data,
+        "target": target,
+        "effort": effort,
+        "output_dir": str(output_dir),
+        **options,
+    }.items():
+        check(name in given, f"{name}={value!r}: no option of compress; see compress --help")
+        given[name] = value
+    if isinstance(model, nn.Module):
+        start = Path(output_dir) / START
+        if not start.is_dir():
+            save_artifact(model, start)
+        given.model = str(start)
+    else:
+        given.model = model
+    made = run_compress(given)
+    assert made is not None
+    return made
+
+
+def run_compress(given: Namespace) -> Compressed | None:
+    """What the command does.
+
+    Args:
+        given: What :func:`compress_parser` parsed.
+
+    Returns:
+        None where the recipe was only to be printed.
+
+    Raises:
+        ConfigError: As :func:`compress`.
+    """
+    target = parse_target(given.target)
+    check(given.effort in EFFORTS, f"effort={given.effort!r}: allowed are {', '.join(EFFORTS)}")
+    check(given.batch_size > 0, f"batch_size={given.batch_size}: must be positive")
+    recipe = recipe_for(given, target)
+    if given.print_config is not None:
+        print(yaml.safe_dump(recipe, sort_keys=False), end="")
+        return None
+    folder = Path(given.output_dir)
+    _write_recipe(folder / RECIPE, recipe, f"effort {given.effort}; python main.py chain --config {folder / RECIPE}")
+    arguments = ["--config", str(folder / RECIPE), "--output_dir", str(folder), "--seed", str(given.seed)]
+    run_chain(chain_parser().parse_args(arguments))
+    return _set_and_measured(target, folder, given)
+
+
+def _write_recipe(file: Path, recipe: Mapping[str, Any], comment: str) -> None:
+    """Write a recipe; one that is there for the same model and data stays, as it may have been edited."""
+    if file.is_file():
+        there = read_recipe(file)
+        check(
+            _subject(there) == _subject(recipe),
+            f"{file}: is there already, for another model or other data; must be another --output_dir",
+        )
+        if there["phases"] != recipe["phases"] or there.get("shared") != recipe.get("shared"):
+            say(f"{file} is another than this command would write, and is run as it is.", "yellow")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(file) as aside:
+        aside.write_text(f"# {comment}\n" + yaml.safe_dump(dict(recipe), sort_keys=False))
+
+
+def _subject(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model and the data that a recipe is for."""
+    first = next(iter(recipe["phases"].values()))["model"]["init_args"]
+    data = recipe["shared"]["data"].get("init_args", {})
+    return (first.get("source"), first.get("init_from")), data.get("source")
+
+
+def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compressed:
+    """Save the model as it was wished for, measure that on the test split, and report."""
+    artifact = read_artifact(folder / LAST / FOLDER)
+    model = load_model(artifact.path)
+    path = budget_path(model)
+    assert path is not None
+    opening = _opened(folder, folder / MODEL)
+    trainer: Any = opening.trainer
+    point = _point(target, path, model, opening.datamodule, given.batch_size)
+    set_taus_(model, path, point.taus)
+    save_artifact(model, folder / MODEL, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
+    sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
+    sweeps = [callback for callback in trainer.callbacks if isinstance(callback, TauSweep)]
+    trainer.callbacks = [sweep, *sweeps]
+    opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
+    rows = sweep.rows["test"]
+    trainer.callbacks = sweeps  # what was asked for stands apart from the curve
+    names = list(read_recipe(folder / RECIPE)["phases"])
+    page = write_report(folder, names, opening.model, opening.trainer, str(target), point, rows)
+    say(f"{headline_of(target, point, rows)} The model: {folder / MODEL}. Report: {page}", "bold")
+    return Compressed(folder, target, point, rows[0], rows[-1])
+
+
+def headline_of(target: Target, promised: BudgetPoint, rows: Sequence[SweepRow]) -> str:
+    """What was asked for and what came of it, in a sentence."""
+    got, dense = rows[0], rows[-1]
+    error = "" if got.standard_error is None else f" ± {got.standard_error:.2f}"
+    return (
+        f"{target}: {got.ffn_flops_percent:.1f}% of the FFNs' FLOPs, {got.model_flops_percent:.1f}% of the model's, "
+        f"{got.metric.replace('_', ' ')} {got.score:.2f}{error} on test (promised {promised.score:.2f}, with every "
+        f"expert on {dense.score:.2f})."
+    )
+
+
+def _opened(folder: Path, artifact: Path) -> PhaseCLI:
+    """The last phase of the recipe in ``folder``, ready to evaluate ``artifact``."""
+    config = phase_config(read_recipe(folder / RECIPE), LAST)
+    return PhaseCLI(
+        args=[
+            *("--config", json.dumps(config)),
+            f"--trainer.default_root_dir={folder / 'evaluation'}",
+            "--trainer.logger=false",
+            f"--model.init_args.init_from={artifact}",
+        ],
+        run=False,
+    )
+
+
+def _point(target: Target, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
+    """The budget that does what is wished for; the nearest that there is, which is said."""
+    if target.kind == "drop":
+        return path.at_drop(target.value)
+    if target.kind == "speed":
+        return _fast_enough(target.value, path, model, data, batch_size)
+    least = getattr(path.points[-1], target.kind)
+    if target.value < least:
+        say(
+            f"{target} cannot be reached: {100 * least:.1f}% is the least of this model, and what it is set to.",
+            "yellow",
+        )
+    return path.at_cost(target.kind, max(target.value, least))
+
+
+def _fast_enough(speed: float, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
+    """The largest budget that is so many times as fast as dense, by times that are measured here."""
+    least = path.points[-1].ffn_flops
+    budgets = torch.logspace(math.log10(least), 0, 10).clamp(min=least).tolist()
+    data.setup()
+    loader: Any = data.drawn_loader("test", batch_size)
+    batch = {key: value for key, value in next(iter(loader)).items() if key != "labels"}
+    dense, times = measured_times(model, batch, budgets)
+    check(
+        not dense.is_noisy,
+        f"target='speed={speed:g}x': this machine is too noisy to tell, the dense model's times are spread by "
+        f"{dense.spread / dense.median:.0%}; stop what else runs, and run this again: nothing is trained anew",
+    )
+    found = {budget: dense.median / timing.median for budget, timing in times.items()}
+    enough = [budget for budget, times_as_fast in found.items() if times_as_fast >= speed]
+    if not enough:
+        budget = max(found, key=lambda each: found[each])
+        say(
+            f"speed={speed:g}x cannot be reached here: {found[budget]:.2f}x is the most, and what it is set to.",
+            "yellow",
+        )
+        return path.at_cost("ffn_flops", budget)
+    return path.at_cost("ffn_flops", max(enough))
+
+
+def _copy_processor(artifact: Path, aside: Path) -> None:
+    """The tokenizer or image processor that lies beside a model."""
+    for file in artifact.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name != CONFIG:
+            shutil.copy(file, aside / file.name)

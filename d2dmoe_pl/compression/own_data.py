@@ -1,0 +1,142 @@
+"""The data of a recipe, from a file, a folder or the name of a dataset: which splits there are, and which columns."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, load_dataset_builder
+from datasets.exceptions import DatasetsError
+from transformers import AutoTokenizer
+
+from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource
+from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.errors import ConfigError, check
+
+TASKS = ("text-classification", "text-regression", "image-classification", "causal-language-modeling")
+LABELS = ("label", "labels", "class", "target", "category", "emotion", "sentiment", "fine_label", "coarse_label")
+TEXTS = ("text", "sentence", "content", "review", "tweet", "document", "question", "query", "title", "comment")
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b"))
+IMAGES = ("image", "img", "picture", "file_name", "path")
+SAMPLED = 1000  # texts whose lengths are looked at
+LONGEST = 512
+BLOCK = 256  # tokens of a language model's samples
+
+
+def source_of(data: str) -> dict[str, Any]:
+    """The splits of ``data``, as :class:`d2dmoe_pl.data.DatasetSource` takes them; those not there are held out.
+
+    Args:
+        data: A file, a folder, or the name of a dataset on the hub.
+
+    Raises:
+        ConfigError: If there is no such thing, or no training split in it.
+    """
+    path = Path(data)
+    if path.is_file():
+        check(path.suffix in ENDINGS, f"data={data!r}: the ending must be one of {', '.join(ENDINGS)}")
+        return {"train": str(path if path.parent != Path() else Path(".") / path), "validation": None, "test": None}
+    looks_local = data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix in ENDINGS
+    check(path.is_dir() or not looks_local, f"data={data!r}: no such file or folder")
+    try:
+        builder = load_dataset_builder(data)
+        splits = list(builder.config.data_files or builder.info.splits or {})
+    except (OSError, ValueError, DatasetsError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ConfigError(f"data={data!r}: no file, no folder, and no dataset that can be loaded: {first}") from error
+    check("train" in splits, f"data={data!r}: has no training split; there are {', '.join(map(str, splits))}")
+    return {"dataset": data, **{name: None for name in ("validation", "test") if name not in splits}}
+
+
+def data_config(
+    data: str,
+    task: str | None,
+    model: str | None,
+    tokenizer: str | None,
+    columns: Mapping[str, Any],
+    picture: Mapping[str, Any],
+    batch_size: int,
+) -> tuple[dict[str, Any], str]:
+    """What a recipe says of its data, and the task.
+
+    Args:
+        data: A file, a folder, or the name of a dataset on the hub.
+        task: One of ``TASKS``; None to go by the columns.
+        model: Folder or hub name that a tokenizer or an image processor comes from; None if it has none.
+        tokenizer: The same for the tokenizer, instead.
+        columns: ``text_columns``, ``label_column`` and ``image_column``, each None to go by the names.
+        picture: What is known of a model's pictures, for a model that has no image processor.
+        batch_size: Samples a batch.
+
+    Raises:
+        ConfigError: If a column cannot be told, or the text has no tokenizer.
+    """
+    check(task is None or task in TASKS, f"task={task!r}: allowed are {', '.join(TASKS)}")
+    source = source_of(data)
+    train = DatasetSource(**source).load()["train"]
+    image = columns["image_column"] or next((name for name in train.column_names if _is_image(train, name)), None)
+    if task is None:
+        text_only = columns["label_column"] is None and not set(LABELS) & set(train.column_names)
+        task = "image-classification" if image else "causal-language-modeling" if text_only else TASKS[0]
+    if task == "image-classification":
+        check(
+            image is not None,
+            f"image_column=None: none of {', '.join(train.column_names)} is one of pictures; say which",
+        )
+        assert image is not None
+        label = _label_column(train, columns["label_column"], [image])
+        own = {"processor": model} if model is not None and not picture else {**picture}
+        arguments = {"source": source, "image_column": image, "label_column": label, "batch_size": batch_size, **own}
+        return {"class_path": "ImageClassification", "init_args": arguments}, task
+    tokenizer = tokenizer or model
+    check(tokenizer is not None, "tokenizer=None: must be the folder or hub name of the model's tokenizer")
+    assert tokenizer is not None
+    if task == "causal-language-modeling":
+        arguments = {
+            "source": source,
+            "tokenizer": tokenizer,
+            "text_column": _text_columns(train, columns["text_columns"], [])[0],
+        }
+        arguments |= {"length": BLOCK, "batch_size": max(1, batch_size // 4)}
+        return {"class_path": "LanguageModeling", "init_args": arguments}, task
+    label = _label_column(train, columns["label_column"], list(columns["text_columns"] or []))
+    texts = _text_columns(train, columns["text_columns"], [label])
+    arguments = {"source": source, "tokenizer": tokenizer, "text_columns": texts, "label_column": label}
+    arguments |= {"max_length": _max_length(train, texts, tokenizer), "batch_size": batch_size, "group_by_length": True}
+    name = "TextRegression" if task == "text-regression" else "TextClassification"
+    return {"class_path": name, "init_args": arguments}, task
+
+
+def _is_image(train: Dataset, name: str) -> bool:
+    return isinstance(train.features[name], Image) or (name in IMAGES and "text" not in train.column_names)
+
+
+def _label_column(train: Dataset, given: str | None, others: Sequence[str]) -> str:
+    if given is not None:
+        return given
+    found = [name for name in LABELS if name in train.column_names]
+    left = [name for name in train.column_names if name not in others]
+    if not found and len(left) == 1 and others:
+        return left[0]
+    check(bool(found), f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which")
+    return found[0]
+
+
+def _text_columns(train: Dataset, given: Sequence[str] | None, others: Sequence[str]) -> list[str]:
+    if given is not None:
+        return list(given)
+    names = [name for name in train.column_names if name not in others]
+    for pair in PAIRS:
+        if set(pair) <= set(names):
+            return list(pair)
+    found = [name for name in TEXTS if name in names] or (names if len(names) == 1 else [])
+    check(bool(found), f"text_columns=None: none of {', '.join(names)} has a name that tells; say which")
+    return found[:1]
+
+
+def _max_length(train: Dataset, texts: Sequence[str], tokenizer: str) -> int:
+    """Tokens that all but a hundredth of the texts have, rounded up to eights."""
+    made: Any = load_pretrained(AutoTokenizer, tokenizer, "tokenizer")
+    some = train.select(range(min(SAMPLED, len(train))))
+    lengths = sorted(map(len, made(*(list(map(str, some[name])) for name in texts))["input_ids"]))
+    longest = lengths[int(0.99 * (len(lengths) - 1))]
+    return min(LONGEST, int(made.model_max_length), -(-longest // 8) * 8)

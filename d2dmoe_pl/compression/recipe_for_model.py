@@ -1,0 +1,108 @@
+"""The recipe for a model and data that are known by what people call them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jsonargparse import Namespace
+
+from d2dmoe_pl import data as data_classes
+from d2dmoe_pl.adapters import KEY, HuggingFaceModel, ModelSource, TimmModel
+from d2dmoe_pl.artifact import CONFIG, build_structure, read_artifact
+from d2dmoe_pl.chain import default_recipe
+from d2dmoe_pl.compression.chosen_recipe import Sizes, chosen_phases, sizes_of
+from d2dmoe_pl.compression.own_data import data_config
+from d2dmoe_pl.compression.target import Target
+from d2dmoe_pl.data import DatasetSource
+from d2dmoe_pl.data.output_names import places
+from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.recipe import read_recipe
+
+
+def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
+    """The recipe that is run.
+
+    Raises:
+        ConfigError: As :func:`compress`.
+    """
+    if given.model is None and given.data is None:
+        return read_recipe(default_recipe())
+    check(given.model is not None, "model=None: must be given with data")
+    check(given.data is not None, "data=None: must be given with model")
+    is_timm = not Path(given.model).exists() and timm.is_model(given.model.removeprefix("timm/"))
+    own, task = _data(given, None if is_timm else given.model)
+    source, start = _start(given.model, task, is_timm)
+    loaded = _loaded(own)
+    if source is None:
+        structure, outputs = build_structure(read_artifact(given.model, "model")), None
+    else:
+        structure = source.build_structure(loaded.class_names)
+        outputs = source.output_names() if loaded.head == "classification" else None
+    needs_head = outputs is not None and places(loaded.class_names, outputs) is None
+    check(
+        given.effort == "hours" or not needs_head,
+        f"effort='minutes': {given.model} has no head for {', '.join(loaded.class_names[:5])}, and minutes trains "
+        "none; must be hours, or a model that has been trained on these labels",
+    )
+    sizes = sizes_of(structure)
+    _check_reachable(target, sizes)
+    is_image = task == "image-classification"
+    phases = chosen_phases(sizes, start, given.effort, needs_head, is_image, loaded.num_training_samples)
+    trainer: dict[str, Any] = {"log_every_n_steps": 50, "enable_model_summary": False}
+    if torch.cuda.is_available() or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        trainer["precision"] = "bf16-mixed"
+    return {"seed": given.seed, "shared": {"data": own, "trainer": trainer}, "phases": phases}
+
+
+def _data(given: Namespace, place: str | None) -> tuple[dict[str, Any], str]:
+    if not isinstance(given.data, str):
+        check(given.task is not None, "task=None: must be given with data that is no name")
+        return dict(given.data), given.task
+    columns = {name: given[name] for name in ("text_columns", "label_column", "image_column")}
+    picture: dict[str, Any] = {}
+    if place is None:
+        described: Any = timm.models.get_pretrained_cfg(given.model.removeprefix("timm/"))
+        found = timm.data.resolve_data_config({}, pretrained_cfg=described.to_dict())
+        picture = {name: list(found[name]) for name in ("mean", "std")}
+        picture |= {"image_size": found["input_size"][-1], "crop_pct": found["crop_pct"]}
+    return data_config(given.data, given.task, place, given.tokenizer, columns, picture, given.batch_size)
+
+
+def _start(model: str, task: str, is_timm: bool) -> tuple[ModelSource | None, dict[str, Any]]:
+    """The source of a model, None for an artifact; and what its first phase says of it."""
+    if is_timm:
+        arguments: dict[str, Any] = {"architecture": model.removeprefix("timm/"), "pretrained": True}
+        return TimmModel(**arguments), {"source": {"class_path": "TimmModel", "init_args": arguments}}
+    config = Path(model) / CONFIG
+    if config.is_file() and KEY in json.loads(config.read_text()):
+        stage = read_artifact(model, "model").stage
+        check(stage == "dense", f"model={model!r}: is at stage {stage!r}; must be a dense model")
+        return None, {"init_from": model}
+    named: dict[str, Any] = {"task": task, "name": model}
+    return HuggingFaceModel(**named), {"source": {"class_path": "HuggingFaceModel", "init_args": named}}
+
+
+def _loaded(config: Mapping[str, Any]) -> TaskData:
+    """The data of a recipe, set up."""
+    arguments = dict(config.get("init_args", {}))
+    if isinstance(arguments.get("source"), Mapping):
+        arguments["source"] = DatasetSource(**arguments["source"])
+    made: TaskData = getattr(data_classes, config["class_path"].rpartition(".")[2])(**arguments)
+    made.setup()
+    return made
+
+
+def _check_reachable(target: Target, sizes: Sizes) -> None:
+    """Raise ``ConfigError`` for FLOPs that this model cannot get down to."""
+    least = {"ffn_flops": sizes.least_ffn_flops, "flops": sizes.least_flops}.get(target.kind, 0.0)
+    check(
+        target.value >= least,
+        f"target='{target}': cannot be reached; {100 * least:.1f}% is the least of this model, with one expert of each "
+        "layer on",
+    )

@@ -1,0 +1,1 @@
+"""What a chain has come to, on one page."""

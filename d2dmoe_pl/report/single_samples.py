@@ -1,0 +1,134 @@
+"""Where compute goes in single samples: the share of experts that each token runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.data.tokenized import TokenizedData
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.metrics.flops import sample_lengths
+from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
+from d2dmoe_pl.phases import Phase
+
+
+@dataclass(frozen=True)
+class SampleCompute:
+    """One sample.
+
+    Attributes:
+        words: Its tokens as text; empty for a picture.
+        picture: ``(H, W)`` or ``(H, W, 3)`` in [0, 1]; None for a text.
+        shares: Of experts that each token runs, mean over layers; in a picture, of its patches, row by row.
+        said: What the model says of it, and its label, where both have names.
+    """
+
+    words: Sequence[str]
+    picture: Tensor | None
+    shares: Sequence[float]
+    said: str
+
+
+@torch.no_grad()
+def expert_loads(phase: Phase, number: int) -> dict[str, list[float]]:
+    """The share of tokens that run each expert, by layer, on some test samples.
+
+    Args:
+        phase: With its model and data, which is set up.
+        number: Of samples.
+    """
+    counts: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+
+    def count(name: str, mask: Tensor) -> None:
+        counts[name] = counts.get(name, torch.zeros(mask.shape[1], device=mask.device)) + mask.sum(dim=0)
+        tokens[name] = tokens.get(name, 0) + len(mask)
+
+    was_training = phase.model.training
+    phase.model.eval()
+    with hooked(layer.watch(partial(count, name)) for name, layer in deciding_layers(phase).items()):
+        for batch in phase.data.drawn_loader("test", number) or ():
+            phase.logits({key: value.to(phase.device) for key, value in batch.items()})
+    phase.model.train(was_training)
+    return {name: (count / tokens[name]).tolist() for name, count in counts.items()}
+
+
+def deciding_layers(phase: Phase) -> dict[str, ExpertLayer]:
+    """The layers that choose among their experts; those without a gate run all."""
+    layers = expert_layers(phase.model).items()
+    return {name: layer for name, layer in layers if not isinstance(layer, MoELayer) or layer.gate is not None}
+
+
+@torch.no_grad()
+def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
+    """The first test samples.
+
+    Args:
+        phase: With its model and data, which is set up.
+        number: Of samples.
+    """
+    loader = phase.data.drawn_loader("test", number)
+    masks: dict[str, Tensor] = {}
+    found: list[SampleCompute] = []
+    layers = deciding_layers(phase)
+    was_training = phase.model.training
+    phase.model.eval()
+
+    def see(name: str, mask: Tensor) -> None:
+        masks[name] = mask
+
+    with hooked(layer.watch(partial(see, name)) for name, layer in layers.items()):
+        for batch in loader or ():
+            moved = {key: value.to(phase.device) for key, value in batch.items()}
+            logits = phase.logits(moved)
+            tokens = {len(mask) for mask in masks.values()}
+            if len(tokens) == 1:  # projections of another width see the same tokens
+                shares = torch.stack([mask.float().mean(dim=1) for mask in masks.values()]).mean(dim=0)  # (N,)
+                found += _of_batch(phase, batch, logits, shares.cpu())
+    phase.model.train(was_training)
+    return found
+
+
+def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Tensor) -> list[SampleCompute]:
+    size = len(batch["labels"])
+    lengths = sample_lengths(batch) or [len(shares) // size] * size
+    data: Any = phase.data
+    found = []
+    for index, own in enumerate(shares.split(lengths)):
+        words: list[str] = []
+        picture = None
+        if isinstance(data, TokenizedData):
+            ids = batch["input_ids"][index][batch["attention_mask"][index].bool()]
+            words = list(data.tokenizer.convert_ids_to_tokens(ids.tolist()))
+        elif "pixel_values" in batch:
+            picture, own = _picture(batch["pixel_values"][index]), _patches(own)
+        found.append(SampleCompute(words, picture, own.tolist(), _said(phase, batch, logits, index)))
+    return [sample for sample in found if sample.words or sample.picture is not None]
+
+
+def _said(phase: Phase, batch: Batch, logits: Tensor, index: int) -> str:
+    """What the model says of a sample, beside its label."""
+    if phase.task.head != "classification":
+        return ""
+    names = phase.task.label_names
+    label = batch["labels"][index]
+    of_label = names[int(label if label.dim() == 0 else label.argmax())]
+    return f"{names[int(logits[index].argmax())]} (label: {of_label})"
+
+
+def _picture(pixels: Tensor) -> Tensor:
+    """Pixels ``(C, H, W)`` as people see them, ``(H, W)`` or ``(H, W, 3)`` in [0, 1]."""
+    low, high = pixels.min(), pixels.max()
+    seen = (pixels - low) / (high - low).clamp(min=1e-6)
+    return seen[0] if len(seen) != 3 else seen.permute(1, 2, 0)
+
+
+def _patches(shares: Tensor) -> Tensor:
+    """The shares of those tokens that are patches, which are a square number and come last."""
+    side = int(len(shares) ** 0.5)
+    return shares[len(shares) - side * side :]

@@ -1,0 +1,98 @@
+"""A report is made from what is in the folder of a chain, and from its last phase as it is in memory."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from d2dmoe_pl.benchmark.machine import this_machine
+from d2dmoe_pl.benchmark.timing import Timing
+from d2dmoe_pl.callbacks.sweep_table import SweepRow
+from d2dmoe_pl.callbacks.tau_sweep import TauSweep
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint, budget_path, set_taus_
+from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.phases import Phase
+from d2dmoe_pl.report.findings import Findings, phase_findings
+from d2dmoe_pl.report.measured_speed import measured_times
+from d2dmoe_pl.report.page import as_html, as_markdown
+from d2dmoe_pl.report.single_samples import expert_loads, single_samples
+from d2dmoe_pl.whole_files import replaced_file
+
+HTML, MARKDOWN = "report.html", "report.md"
+SAMPLES = 6  # that are shown
+LOAD_SAMPLES = 128
+TIMED_SAMPLES = 8  # of a batch that is timed
+
+
+def write_report(
+    folder: Path,
+    names: Sequence[str],
+    phase: Phase,
+    trainer: Trainer,
+    asked: str | None = None,
+    promised: BudgetPoint | None = None,
+    measured: Sequence[SweepRow] = (),
+) -> Path:
+    """Write ``report.html`` and ``report.md`` into the folder of a chain.
+
+    Args:
+        folder: Of the chain.
+        names: Of its phases, all finished.
+        phase: The last one, with its model and data.
+        trainer: That has tested it.
+        asked: What was asked for, in words.
+        promised: The budget that does that.
+        measured: On the test split: at that budget, and with every expert on.
+
+    Returns:
+        The page.
+    """
+    sweeps = [callback for callback in trainer.callbacks if isinstance(callback, TauSweep)]  # type: ignore[attr-defined]
+    rows = [row for sweep in sweeps for split in sweep.rows.values() for row in split]
+    has_experts = bool(expert_layers(phase.model))
+    times, timed = _times(phase, promised) if has_experts else ({}, "")
+    test, dense_test = (measured[0], measured[-1]) if measured else (None, None)
+    found = Findings(
+        folder,
+        asked,
+        phase.task.main_metric,
+        phase_findings(folder, names, phase.task.main_metric),
+        rows,
+        budget_path(phase.model),
+        promised,
+        test,
+        dense_test,
+        times,
+        timed,
+        str(this_machine(torch.device("cpu"))) if times else "",
+        single_samples(phase, SAMPLES) if has_experts else (),
+        expert_loads(phase, LOAD_SAMPLES) if has_experts else {},
+    )
+    for name, text in ((HTML, as_html(found)), (MARKDOWN, as_markdown(found))):
+        with replaced_file(folder / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    return folder / HTML
+
+
+def _times(phase: Phase, promised: BudgetPoint | None) -> tuple[Mapping[float | None, Timing], str]:
+    """Times of a batch of test samples at some budgets beside dense, and what they are of."""
+    path = budget_path(phase.model)
+    loader: Any = phase.data.drawn_loader("test", TIMED_SAMPLES)
+    if path is None or loader is None or phase.device.type != "cpu":
+        return {}, ""
+    batch = {key: value for key, value in next(iter(loader)).items() if key != "labels"}
+    least = path.points[-1].ffn_flops
+    own = [] if promised is None else [promised.ffn_flops]
+    budgets = sorted({*own, *(budget for budget in (least, 0.1, 0.25, 0.5) if budget >= least)})
+    was_training = phase.model.training
+    phase.model.eval()
+    dense, times = measured_times(phase.model, batch, budgets)
+    phase.model.train(was_training)
+    if promised is not None:
+        set_taus_(phase.model, path, promised.taus)
+    size, threads = len(next(iter(batch.values()))), torch.get_num_threads()
+    by_budget: dict[float | None, Timing] = {None: dense}
+    by_budget |= times  # type: ignore[arg-type] # none of them is None
+    return by_budget, f"a batch of {size}, {threads} thread{'s' if threads > 1 else ''}, as it is saved"
