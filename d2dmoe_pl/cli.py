@@ -57,6 +57,11 @@ class D2DMoECLI(PhaseCLI):
             assert parser._subcommands_action is not None
             parser._subcommands_action.add_subcommand(name, own, help=own.description)
 
+    def before_instantiate_classes(self) -> None:
+        """As for a phase; our own subcommands have none."""
+        if self.subcommand not in OWN:
+            super().before_instantiate_classes()
+
     def before_predict(self) -> None:
         """Write predictions; for what is given on the command line, if anything is."""
         config = self.config[self.subcommand]

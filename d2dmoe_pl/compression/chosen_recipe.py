@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.metrics.flops import flops_outside_ffns
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
-from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.find_layers import expert_layers, select_ffns
 
 BUDGETS = [0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75]
 EXPERT_DIM = 24  # neurons of an expert, about
@@ -61,9 +60,13 @@ def sizes_of(structure: nn.Module) -> Sizes:
     inputs = {
         key: value.to("meta") for key, value in adapter_for(structure).random_inputs(structure, 1, SHORTEST).items()
     }
-    tokens = _tokens(structure, ffns[0].name, inputs)
     convert_to_moe_(structure, ExpertsConfig(num_experts))
+    seen: list[int] = []
+    first = next(iter(expert_layers(structure).values()))
+    handle = first.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
     outside = flops_outside_ffns(structure, {key: value for key, value in inputs.items() if key != "attention_mask"})
+    handle.remove()
+    tokens = seen[0]
     share = outside / (outside + 2 * tokens * dense)
     return Sizes(
         widest.d_model,
@@ -142,20 +145,6 @@ def _num_experts(widths: Sequence[int]) -> int:
 def _neurons_cost(ffn: FFN) -> int:
     """Multiply-adds of a dense FFN for one token."""
     return ffn.d_ff * ffn.d_model * (2 if ffn.gate_proj is None else 3)
-
-
-def _tokens(structure: nn.Module, name: str, inputs: Mapping[str, torch.Tensor]) -> int:
-    """How many tokens an FFN is given for such inputs."""
-    seen: list[int] = []
-    handle = structure.get_submodule(name).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].shape[:-1].numel())
-    )
-    try:
-        with torch.no_grad():
-            adapter_for(structure).logits(structure, inputs)
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 def _learning_rate(parameters: int) -> float:

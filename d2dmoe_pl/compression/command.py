@@ -1,14 +1,12 @@
 """``compress``: writes a recipe for a model and a wish, runs it, sets the model to the wish, and reports."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from torch import nn
@@ -34,6 +32,7 @@ from d2dmoe_pl.whole_files import replaced_file
 
 RECIPE = "recipe.yaml"
 LAST = "budget_calibration"  # the phase that finds budgets
+STEPS = 9  # from the least to every expert on, whose speed is measured
 MODEL = "model"  # in the output folder, what was wished for
 START = "start"  # and the model that was given in memory
 
@@ -223,7 +222,7 @@ def _point(target: Target, path: BudgetPath, model: nn.Module, data: TaskData, b
 def _fast_enough(speed: float, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
     """The largest budget that is so many times as fast as dense, by times that are measured here."""
     least = path.points[-1].ffn_flops
-    budgets = torch.logspace(math.log10(least), 0, 10).clamp(min=least).tolist()
+    budgets = [least ** (1 - step / STEPS) for step in range(STEPS + 1)]
     data.setup()
     loader: Any = data.drawn_loader("test", batch_size)
     batch = {key: value for key, value in next(iter(loader)).items() if key != "labels"}

@@ -48,8 +48,11 @@ class ActivationSparsity(Metric):
         self.below[index] += sparsity_counts(activation)
         self.total[index] += activation.numel()
 
-    def compute(self) -> dict[str, Tensor]:
-        """Scalars in [0, 1] by ``zeros/<FFN>``, ``below_0.1/<FFN>`` and so on."""
+    def compute(self) -> dict[str, dict[str, Tensor]]:
+        """Scalars in [0, 1] by ``zeros``, ``below_0.1`` and so on, and by the FFN's name."""
         shares = self.below / self.total.clamp(min=1).unsqueeze(1)  # (FFNs, 4)
         kinds = ["zeros", *(f"below_{share}" for share in SHARES)]
-        return {f"{kind}/{name}": shares[i, j] for i, name in enumerate(self.names) for j, kind in enumerate(kinds)}
+        return {
+            kind: {name: shares[i, j] for i, name in enumerate(self.names)}  # scalars
+            for j, kind in enumerate(kinds)
+        }

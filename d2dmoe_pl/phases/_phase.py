@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -17,6 +18,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
 from d2dmoe_pl.phases._labels import build_for, number_as_model
+from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
 from d2dmoe_pl.phases._model_checks import (
     check_head,
     check_length,
@@ -89,6 +91,7 @@ class Phase(L.LightningModule):
         self.best: BestEpoch | None = None
         self.measured: dict[str, float] = {}
         self._is_ended = False
+        self._layers_over_steps = LayersOverSteps()
 
     def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
         """Raise ``ConfigError`` unless this phase can be fitted from what another left.
@@ -205,6 +208,7 @@ class Phase(L.LightningModule):
         return [SeededCourse()]
 
     def on_train_end(self) -> None:
+        self._draw_layers()
         self.end_training()
 
     def end_training(self) -> None:
@@ -251,6 +255,23 @@ class Phase(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("validation")
+        self._draw_layers()
+
+    def log_by_layer(self, kind: str, values: Mapping[str, Tensor]) -> None:
+        """Log a scalar of each layer: one picture of all in TensorBoard, as often as curves have a point.
+
+        Args:
+            kind: What it is.
+            values: By the layer's name.
+        """
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or not self.trainer.training:  # type: ignore[attr-defined]
+            self._layers_over_steps.add(kind, self.global_step, values)
+
+    def _draw_layers(self) -> None:
+        for kind, figure in self._layers_over_steps.figures().items():
+            for logger in self.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(f"layers/{kind}", figure, self.global_step)
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")

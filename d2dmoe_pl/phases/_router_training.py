@@ -122,7 +122,7 @@ class RouterTraining(OptimizedPhase):
         losses = self._cached_losses(batch) if isinstance(batch, Tensor) else self._router_losses(batch)
         loss = torch.stack(list(losses.values())).mean()
         self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/router_loss/{name}": value.detach() for name, value in losses.items()})
+        self.log_by_layer("router_loss", losses)
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 State = Mapping[str, Tensor]
+WORSE = 5.0
 
 
 class WeightAverage:
@@ -58,30 +59,30 @@ def between(one: State, other: State, part: float) -> dict[str, Tensor]:
 
 
 def put_best_(
-    model: nn.Module, states: Mapping[str, State], distances: Callable[[], Sequence[float]]
+    model: nn.Module, states: Mapping[str, State], losses: Callable[[], Sequence[float]]
 ) -> tuple[str, dict[str, float]]:
-    """Give a model those of several weights that are nearest to what is wanted, over a whole range of settings.
+    """Give a model those of several weights whose losses are least over a whole range of settings.
 
-    Each distance is judged beside that of the first state at the same setting, so that what is small counts as much as
-    what is large; one that is small as it is, a twentieth of the first state's mean, counts little.
+    Each loss is judged beside that of the first state at the same setting, so that what is small counts as much as what
+    is large; what is worse than the first anywhere counts ``WORSE`` times.
 
     Args:
         model: Is given one state after another.
         states: By a name for people; the first is the one to be better than.
-        distances: Of the model as it is, at each setting.
+        losses: Of the model as it is, at each setting; positive.
 
     Returns:
-        Name of the state that the model has, and by name how far each is: 1 for the first, less is better.
+        Name of the state that the model has, and each one's score: 1 for the first, less is better.
     """
     found: dict[str, float] = {}
     first: Tensor | None = None
     for name, state in states.items():
         put_parameters_(model, state)
-        measured = torch.tensor(distances(), dtype=torch.float64)
+        measured = torch.tensor(losses(), dtype=torch.float64).clamp(min=torch.finfo(torch.float32).tiny)
         if first is None:
             first = measured
-        floor = first.mean().clamp(min=torch.finfo(torch.float32).tiny) / 20
-        found[name] = float(((measured + floor) / (first + floor)).mean())
+        ratios = measured / first
+        found[name] = float(ratios.mean() + WORSE * (ratios.max() - 1).clamp(min=0))
     best = min(found, key=lambda name: found[name])
     put_parameters_(model, states[best])
     return best, found

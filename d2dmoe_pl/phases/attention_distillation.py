@@ -97,7 +97,7 @@ class AttentionDistillation(OptimizedPhase):
         mean = torch.stack(list(relative.values())).mean()
         self.log_dict({"train/loss": loss, "train/relative_error": mean}, prog_bar=True)
         self.log_dict({"train/squared_error": error, "train/penalty": penalty, "train/alpha": alpha})
-        self.log_dict({f"train/relative_error/{name}": value for name, value in relative.items()})
+        self.log_by_layer("relative_error", relative)
         return loss
 
     def _is_replaced(self, projection: Projection, name: str) -> bool:

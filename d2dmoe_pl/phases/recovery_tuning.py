@@ -22,7 +22,7 @@ from d2dmoe_pl.phases._held_out import held_out, moved, summed
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._teacher import Teacher
-from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_of, put_best_, put_parameters_
+from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_of, put_best_
 
 FULL_WEIGHT_SAMPLES = 100_000
 DEFAULT_ALPHA = 1e-3
@@ -37,9 +37,9 @@ class RecoveryTuning(OptimizedPhase):
     expert on + alpha * sparsity penalty + router_weight * mean over layers of the routers' loss``, so that routers
     follow the norms as the experts move. That last part reaches the routers alone. Stand-ins are trained along.
 
-    What goes on are those weights that are nearest, over the whole range of ``tau`` and on held-out samples, to what
-    the dense model says: those before, those after, their mean over the last half, or what lies half-way to the first.
-    So the curve after is not below the curve before.
+    What goes on are those weights whose loss is least, over the whole range of ``tau`` and on held-out samples: those
+    before, those at the end, their mean over the last half, or what lies on the way to one of these. So the curve after
+    is not below the curve before.
 
     Args:
         tau_min: Lower end of the range from which ``tau`` is drawn, uniformly.
@@ -162,9 +162,12 @@ class RecoveryTuning(OptimizedPhase):
             loss = loss + self.router_weight * parts["router_loss"]
         self.log("train/loss", loss, prog_bar=True)
         self.log_dict({f"train/{name}": part.detach() for name, part in parts.items()})
+        if router_losses:
+            self.log_by_layer("router_loss", router_losses)
         return loss
 
-    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # of the step before; at a batch's end, callbacks have saved a checkpoint already
         if self.global_step >= self.trainer.estimated_stepping_batches / 2:
             self._average.add(self.model)
 
@@ -179,43 +182,43 @@ class RecoveryTuning(OptimizedPhase):
 
     @torch.no_grad()
     def conclude(self) -> None:
-        """Keep the weights that are nearest to the dense model over the whole range of ``tau``."""
+        """Keep the weights whose loss is least over the whole range of ``tau``."""
         if self.num_held_out == 0:
             return
         assert self.init_from is not None
-        before, after = parameters_of(load_model(self.init_from).to(self.device)), parameters_of(self.model)
-        states = {"those before": before, "those at the end": after, "half-way to the end": between(before, after, 0.5)}
+        before = parameters_of(load_model(self.init_from).to(self.device))
+        ends = {"the end": parameters_of(self.model)}
         if self._average.steps > 0:
-            mean = {name: value.to(self.device) for name, value in self._average.mean.items()}
-            states |= {"their mean": mean, "half-way to their mean": between(before, mean, 0.5)}
-        batches = held_out(self, self.num_held_out)
+            ends["their mean"] = {name: value.to(self.device) for name, value in self._average.mean.items()}
+        states = {"those before": before} | {
+            f"{part:.0%} of the way to {name}": between(before, state, part)
+            for name, state in ends.items()
+            for part in (0.5, 0.75, 1.0)
+        }
         was_training = self.model.training
         self.model.eval()
-        put_parameters_(self.model, before)
         with self.trainer.precision_plugin.forward_context():
-            with temporary_gate(self.model, None):
-                dense = [self.logits(moved(self, batch)) for batch in batches]
-            best, found = put_best_(self.model, states, partial(self._distances, batches, dense))
+            best, found = put_best_(self.model, states, partial(self._losses, held_out(self, self.num_held_out)))
         self.model.train(was_training)
         notice(
-            f"Of the weights, {best} go on: their distance to the dense model on held-out samples, over all tau, is "
-            f"{found[best]:.3f} of what it was before; at the end {found['those at the end']:.3f}."
+            f"Of the weights, {best} go on: their loss on held-out samples is {found[best]:.3f} of what it was before, "
+            f"over all tau; {found['100% of the way to the end']:.3f} at the end."
         )
 
-    def _distances(self, batches: Sequence[Batch], dense: Sequence[Tensor]) -> list[float]:
-        """How far predictions are from the dense model's, at settings over the whole range."""
+    def _losses(self, batches: Sequence[Batch]) -> list[float]:
+        """The task's loss at settings over the whole range."""
         rule = next(iter(self._layers.values())).get_gate().config.rule
-        distances = []
+        losses = []
         for tau in (*torch.linspace(self.tau_min, self.tau_max, 4).tolist(), 1.0):
             sums = torch.zeros(2, dtype=torch.float64, device=self.device)
             with temporary_gate(self.model, GateConfig(rule, min(tau, 1.0))):
-                for batch, expected in zip(batches, dense, strict=True):
+                for batch in batches:
                     on_device, weight = moved(self, batch), self.task.weight(batch)
-                    distance = self.task.prediction_loss(self.logits(on_device), expected, on_device)
-                    sums += torch.stack([weight * distance.double(), torch.full_like(sums[0], weight)])
+                    loss = self.task_loss(self.logits(on_device), on_device).double()
+                    sums += torch.stack([weight * loss, torch.full_like(loss, weight)])
             total, weights = summed(self, sums).tolist()
-            distances.append(total / weights)
-        return distances
+            losses.append(total / weights)
+        return losses
 
     def _tau(self, batch_idx: int) -> float:
         """What is drawn for a step, the same on all processes."""

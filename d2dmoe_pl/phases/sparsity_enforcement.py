@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.data.task import Batch
@@ -89,11 +90,13 @@ class SparsityEnforcement(OptimizedPhase):
             return super().validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
         if self.is_fitting:
-            shares = {f"sparsity_{key}": value for key, value in self.sparsity.compute().items()}
-            self.log_dict(shares, sync_dist=True)  # the same on all processes by now; Lightning cannot know
+            for kind, shares in self.sparsity.compute().items():
+                mean = torch.stack(list(shares.values())).mean()
+                self.log(f"sparsity/{kind}", mean, sync_dist=True)  # the same on all processes; Lightning cannot know
+                self.log_by_layer(f"sparsity_{kind}", shares)
             self.sparsity.reset()
+        super().on_validation_epoch_end()
 
     def _watched(self, pre: Tensor, post: Tensor) -> Tensor:
         """What the penalty acts on, from what the activation function takes and gives."""

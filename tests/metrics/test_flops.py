@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2dmoe_pl.callbacks.sweep_settings import SweepSetting
 from d2dmoe_pl.callbacks.sweep_table import sweep_row
 from d2dmoe_pl.data import Classification
 from d2dmoe_pl.metrics.expert_load import experts_histogram
@@ -80,7 +81,17 @@ def test_executed_flops_equal_the_products_really_run(kind, tau):
     with torch.no_grad():
         tiny.logits(model, inputs)
     histograms = [experts_histogram(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
-    row = sweep_row("test", tau, 0.0, Classification(["a", "b"]), 0.0, layers, histograms, samples=4, flops_outside=0)
+    row = sweep_row(
+        "test",
+        SweepSetting("tau", tau),
+        0.0,
+        Classification(["a", "b"]),
+        0.0,
+        layers,
+        histograms,
+        samples=4,
+        flops_outside=0,
+    )
     assert row.model_flops * 4 == inside
     dense = sum(
         int(h.sum()) * dense_ffn_flops(layer.experts) for h, layer in zip(histograms, layers.values(), strict=True)

@@ -35,9 +35,9 @@ def test_sparsity_by_hand():
     metric.update("a", activation[:1])
     metric.update("a", activation[1:])
     shares = metric.compute()
-    assert shares["zeros/a"] == 3 / 8
-    assert shares["below_0.1/a"] == 6 / 8
-    assert shares["zeros/b"] == 0
+    assert shares["zeros"]["a"] == 3 / 8
+    assert shares["below_0.1"]["a"] == 6 / 8
+    assert shares["zeros"]["b"] == 0
 
 
 def test_model_cost_keeps_large_sums_exact():

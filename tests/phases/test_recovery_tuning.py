@@ -2,9 +2,11 @@
 
 from functools import partial
 
+import lightning as L
 import pytest
 import tiny
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
@@ -89,7 +91,9 @@ def test_routers_learn_the_norms_at_the_gate_and_nothing_else_learns_from_that(t
 def test_routers_have_their_own_learning_rate(trainer, routed, tmp_path):
     """With the model's at 0, routers alone move; both rates are warmed up alike."""
     before = load_model(routed).state_dict()
-    phase = RecoveryTuning(router_lr=0.01, init_from=routed, optimizer=partial(torch.optim.Adam, lr=0.0), warmup=0.5)
+    phase = RecoveryTuning(
+        router_lr=0.01, num_held_out=0, init_from=routed, optimizer=partial(torch.optim.Adam, lr=0.0), warmup=0.5
+    )
     rates, log = [], phase.on_before_optimizer_step
     phase.on_before_optimizer_step = lambda optimizer: (
         rates.append({group["lr"] for group in optimizer.param_groups}) or log(optimizer)
@@ -139,7 +143,14 @@ def test_the_curve_gets_better(trainer, routed, tmp_path):
 
     before = distance(load_model(routed))
     phase = RecoveryTuning(
-        0.0, 0.5, beta=20.0, alpha=0.0, init_from=routed, optimizer=partial(torch.optim.Adam, lr=3e-3)
+        0.0,
+        0.5,
+        task_weight=1.0,
+        num_held_out=0,
+        beta=20.0,
+        alpha=0.0,
+        init_from=routed,
+        optimizer=partial(torch.optim.Adam, lr=3e-3),
     )
     fit(trainer, phase, max_epochs=30)
     assert distance(load_model(tmp_path / "run" / "artifact")) < 0.7 * before
@@ -174,3 +185,64 @@ def test_starts_that_do_not_fit(tmp_path):
     fixed = saved(model, tmp_path / "fixed", "ExpertSelection")
     with pytest.raises(ConfigError, match="must be one that is set by tau, since RecoveryTuning draws it"):
         preflight([RecoveryTuning(init_from=fixed)])
+
+
+def losses(model, taus=(0.2, 0.5, 1.0)):
+    """The loss on all held-out samples at some settings."""
+    data, found = tiny.TextData(8), []
+    data.setup()
+    batches = list(data.val_dataloader())
+    for tau in taus:
+        set_tau_(model.eval(), tau)
+        logits = torch.cat([tiny.logits(model, batch) for batch in batches])
+        found.append(F.cross_entropy(logits, torch.cat([batch["labels"] for batch in batches])).item())
+    return found
+
+
+@torch.no_grad()
+def test_what_was_better_before_is_kept(trainer, routed, tmp_path, caplog):
+    phase = RecoveryTuning(init_from=routed, optimizer=partial(torch.optim.SGD, lr=1.0, maximize=True))
+    fit(trainer, phase, max_epochs=2)
+    before, after = load_model(routed).state_dict(), load_model(tmp_path / "run" / "artifact").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "Of the weights, those before go on: their loss on held-out samples is 1.000 of what it was" in caplog.text
+
+
+def test_no_loss_is_larger_afterwards(trainer, routed, tmp_path):
+    phase = RecoveryTuning(0.2, 1.0, task_weight=1.0, init_from=routed, optimizer=partial(torch.optim.Adam, lr=1e-3))
+    fit(trainer, phase, max_epochs=6)
+    before, after = losses(load_model(routed)), losses(load_model(tmp_path / "run" / "artifact"))
+    assert sum(after) < sum(before)
+    assert all(a <= b * 1.02 for a, b in zip(after, before, strict=True))
+
+
+def test_few_labels_weigh_little(trainer, routed):
+    phase = attached(trainer, RecoveryTuning(init_from=routed))
+    assert phase._task_weight == pytest.approx(32 / 100_000)
+    phase = attached(trainer, RecoveryTuning(task_weight=0.5, init_from=routed))
+    assert phase._task_weight == 0.5
+
+
+def test_activations_are_kept_sparse(trainer, routed):
+    phase = attached(trainer, RecoveryTuning(init_from=routed))
+    _, penalties, _ = phase._forward(tiny.batch("bert"), tau=0.5)
+    assert len(penalties) == 2
+    assert all(1 <= penalty <= tiny.WIDTH for penalty in penalties)  # the neurons that fire, at most
+    phase = attached(trainer, RecoveryTuning(alpha=0.0, init_from=routed))
+    assert phase._forward(tiny.batch("bert"), tau=0.5)[1] == []
+
+
+def test_the_mean_of_the_last_half_survives_a_resumption(trainer, routed, tmp_path):
+    def run(ckpt_path=None, callbacks=()):
+        L.seed_everything(3, verbose=False)
+        phase = RecoveryTuning(num_held_out=0, init_from=routed)
+        settings = {"limit_train_batches": 1.0, "max_epochs": 4, "enable_checkpointing": bool(callbacks)}
+        own = trainer(**settings, callbacks=callbacks)
+        own.fit(phase, datamodule=tiny.TextData(8), ckpt_path=ckpt_path, weights_only=True)
+        return phase
+
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
+    whole, torn = run(callbacks=[checkpoint]), run(tmp_path / "checkpoints" / "epoch=2.ckpt")
+    assert whole._average.steps == torn._average.steps == 8
+    for name, mean in whole._average.mean.items():
+        torch.testing.assert_close(torn._average.mean[name], mean)

@@ -5,6 +5,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from d2dmoe_pl import load_model, merge_to_dense_, quantize_, save_artifact, set_tau_
 from d2dmoe_pl.errors import ConfigError
@@ -169,6 +170,14 @@ def test_flops_are_counted():
     layer = next(iter(moe_layers(fitted(rank=4)).values()))
     without = layer.flops_beside_experts(3, 1) - 3 * layer.router.flops()
     assert without == 3 * 2 * (4 * 16 + 5 * 16)
+
+
+def test_flops_are_those_of_its_products():
+    layer = next(iter(moe_layers(fitted(rank=4)).values()))
+    mask = torch.zeros(5, 8, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter:
+        layer.stand_in(torch.randn(5, 16), torch.rand(5, 8), mask)
+    assert counter.get_total_flops() == 5 * layer.stand_in.flops()
 
 
 def test_merged_to_dense_it_is_gone():

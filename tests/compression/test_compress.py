@@ -1,0 +1,210 @@
+"""From a model, data and a wish to a model that does it: chosen, run, resumed, refused in time."""
+
+import shutil
+
+import pytest
+import stand_ins
+import tiny
+import transformers
+import yaml
+
+from d2dmoe_pl import compress, load_model
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.benchmark.timing import Timing
+from d2dmoe_pl.cli import main
+from d2dmoe_pl.compression.chosen_recipe import chosen_phases, sizes_of
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.find_layers import moe_layers
+
+LABELS = stand_ins.ANIMALS[:5]
+
+
+def write(folder):
+    """Texts, and a classifier that has been trained on their labels."""
+    stand_ins.write_emotion(folder / "texts")
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    model = transformers.BertForSequenceClassification(tiny.bert_config(**labels, hidden_act="relu"))
+    model.save_pretrained(folder / "model")
+    tiny.tokenizer(folder / "model", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The working folder."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder in which the command has run."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write(folder)
+        recipe_of(folder, "--target", "flops=90%")
+    return folder
+
+
+def recipe_of(place, *more):
+    main(
+        ["compress", "--model", "model", "--data", "texts", "--output_dir", "out", *(more or ("--target", "drop=100"))]
+    )
+    return yaml.safe_load((place / "out" / "recipe.yaml").read_text())
+
+
+def test_in_minutes(finished):
+    recipe = yaml.safe_load((finished / "out" / "recipe.yaml").read_text())
+    assert list(recipe["phases"]) == [
+        "expert_clustering",
+        "router_regression",
+        "stand_in_fitting",
+        "budget_calibration",
+    ]
+    assert "flops=90%" in (finished / "out" / "report.html").read_text()
+    assert (finished / "out" / "model" / "tokenizer.json").is_file()
+
+
+def test_another_wish_needs_no_training(calibrated, capfd):
+    taus = [layer.gate.config.tau for layer in moe_layers(load_model("out/model")).values()]
+    main(["compress", "--model", "model", "--data", "texts", "--output_dir", "out", "--target", "drop=100"])
+    said = capfd.readouterr().err
+    assert "budget_calibration: finished" in said
+    assert "drop=100: " in said
+    assert "Report: out/report.html" in said
+    assert [layer.gate.config.tau for layer in moe_layers(load_model("out/model")).values()] != taus
+
+
+def test_a_recipe_that_was_edited_is_run_as_it_is(calibrated, capfd):
+    edited = calibrated / "out" / "recipe.yaml"
+    recipe = yaml.safe_load(edited.read_text())
+    recipe["phases"]["budget_calibration"]["model"]["init_args"]["keep"] = 0.5
+    edited.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    said = "out/recipe.yaml is another than this command would write, and is run as it is."
+    with pytest.raises(ConfigError, match="its config has changed since it was finished"):
+        compress("model", "texts", target="drop=100", output_dir="out")
+    assert said in capfd.readouterr().err
+    other = transformers.BertForSequenceClassification.from_pretrained("model")
+    with pytest.raises(ConfigError, match="is there already, for another model or other data"):
+        compress(other, "texts", output_dir="out", tokenizer="model", target="drop=9")
+
+
+def test_a_model_in_memory(place):
+    dense = transformers.BertForSequenceClassification.from_pretrained("model")
+    made = compress(dense, "texts", target="ffn_flops=80%", output_dir="out", tokenizer="model", batch_size=4)
+    assert made.test.ffn_flops_percent == pytest.approx(80, rel=0.1)
+    assert made.promised.ffn_flops == pytest.approx(0.8)
+    assert made.dense.experts_percent == 100
+    layers = moe_layers(made.load())
+    assert [layer.gate.config.tau for layer in layers.values()] == pytest.approx(list(made.promised.taus))
+
+
+def test_the_recipe_is_printed_and_nothing_is_run(place, capsys):
+    stand_ins.write_bert(place / "bare")
+    main(
+        ["compress", "--model", "bare", "--data", "texts", "--effort", "hours", "--target", "drop=1", "--print_config"]
+    )
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    assert list(recipe["phases"]) == [
+        "fine_tuning",
+        "sparsity_enforcement",
+        "expert_clustering",
+        "router_regression",
+        "stand_in_fitting",
+        "recovery_tuning",
+        "budget_calibration",
+    ]
+    assert recipe["phases"]["fine_tuning"]["model"]["init_args"]["activation"] == "relu"
+    assert not (place / "runs").exists()
+
+
+def refused(*arguments):
+    with pytest.raises(ConfigError) as error:
+        compress(*arguments[:2], **dict(arguments[2:]))
+    return str(error.value)
+
+
+def test_refused_before_anything_is_trained(place):
+    stand_ins.write_bert(place / "bare")
+    assert refused("bare", "texts").startswith(
+        "effort='minutes': bare has no head for cat, dog, eel, fox, gnu, and minutes trains none; must be hours"
+    )
+    said = refused("model", "texts", ("target", "ffn_flops=5%"))
+    assert said.startswith("target='ffn_flops=5%': cannot be reached; ")
+    assert said.endswith("is the least of this model, with one expert of each layer on")
+    assert "cannot be reached" in refused("model", "texts", ("target", "flops=30%"))
+    assert refused("model", None) == "data=None: must be given with model"
+    assert refused(None, "texts") == "model=None: must be given with data"
+    assert refused("model", "texts", ("effort", "days")) == "effort='days': allowed are minutes, hours"
+    assert refused("model", "texts", ("colour", "red")) == "colour='red': no option of compress; see compress --help"
+    assert not (place / "runs" / "compress" / "expert_clustering").exists()
+
+
+def test_a_converted_model_is_refused(calibrated):
+    assert refused("out/model", "texts") == "model='out/model': is at stage 'routed'; must be a dense model"
+
+
+@pytest.mark.parametrize("kind", ["timm_vit", "bert", "gpt2", "llama", "gemma"])
+def test_what_is_said_to_be_the_least_is(kind):
+    model = tiny.dense(kind)
+    sizes = sizes_of(tiny.dense(kind))
+    assert 48 % sizes.num_experts == 0
+    assert sizes.is_sparse
+    assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert sizes.least_ffn_flops > 0
+    assert adapter_for(model) is not None
+    phases = chosen_phases(sizes, {"init_from": "a"}, "minutes", False, False, 10_000)
+    assert phases["expert_clustering"]["model"]["init_args"]["init_from"] == "a"
+    assert phases["expert_clustering"]["model"]["init_args"]["split"] == "activation"
+
+
+def test_what_cannot_be_sparse_is_split_by_its_weights():
+    sizes = sizes_of(tiny.dense("bert", "gelu"))
+    phases = chosen_phases(sizes, {}, "minutes", False, False, 1000)
+    assert phases["expert_clustering"]["model"]["init_args"]["split"] == "parameter"
+    assert phases["router_regression"]["trainer"]["max_epochs"] == 20
+
+
+def clock(seconds_at_full, spread=0.0):
+    """Times that fall in proportion to a budget, in the place of those that are measured."""
+
+    def measured(model, batch, budgets):
+        assert {"input_ids", "attention_mask"} <= set(batch)
+        times = {budget: Timing(seconds_at_full * budget, 0.0) for budget in budgets}
+        return Timing(1.0, spread), times
+
+    return measured
+
+
+@pytest.fixture
+def calibrated(place, finished):
+    """A working folder in which the command has run."""
+    shutil.copytree(finished, place, dirs_exist_ok=True)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("wanted", "seconds", "share", "said"),
+    [
+        ("speed=1.25x", 1.0, 0.8, ""),
+        ("speed=50x", 1.0, 0.33, "speed=50x cannot be reached here: 3.0"),
+        ("speed=1.25x", 2.0, 0.4, ""),
+    ],
+)
+def test_a_speed_is_found_by_the_clock(calibrated, monkeypatch, capfd, wanted, seconds, share, said):
+    monkeypatch.setattr("d2dmoe_pl.compression.command.measured_times", clock(seconds))
+    made = compress("model", "texts", target=wanted, output_dir="out")
+    assert made.promised.ffn_flops <= share + 0.01
+    assert made.promised.ffn_flops > share * 0.85  # the next step up would be too slow
+    assert said in capfd.readouterr().err
+
+
+def test_a_machine_too_noisy_to_tell(calibrated, monkeypatch):
+    monkeypatch.setattr("d2dmoe_pl.compression.command.measured_times", clock(1.0, spread=0.3))
+    with pytest.raises(ConfigError) as error:
+        compress("model", "texts", target="speed=2x", output_dir="out")
+    assert str(error.value) == (
+        "target='speed=2x': this machine is too noisy to tell, the dense model's times are spread by 30%; stop what "
+        "else runs, and run this again: nothing is trained anew"
+    )

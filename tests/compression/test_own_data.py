@@ -1,0 +1,129 @@
+"""Files and folders of any usual make become a recipe's data; what cannot be told is asked for."""
+
+import csv
+import json
+
+import pytest
+import stand_ins
+import tiny
+
+from d2dmoe_pl.compression.own_data import data_config, source_of
+from d2dmoe_pl.errors import ConfigError
+
+NONE = {"text_columns": None, "label_column": None, "image_column": None}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return tiny.tokenizer(tmp_path / "tokenizer", stand_ins.WORDS)
+
+
+def write(file, rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(file)
+
+
+def rows_of(*columns, size=30):
+    return [{column: f"{column} cat {i % 3}" for column in columns} for i in range(size)]
+
+
+def config(data, tokenizer=None, task=None, model=None, picture=(), **columns):
+    return data_config(data, task, model, tokenizer, {**NONE, **columns}, dict(picture), 8)
+
+
+def test_a_file(tmp_path, tokenizer):
+    made, task = config(write(tmp_path / "all.csv", rows_of("text", "label")), tokenizer)
+    assert task == "text-classification"
+    assert made["class_path"] == "TextClassification"
+    arguments = made["init_args"]
+    assert arguments["source"] == {"train": str(tmp_path / "all.csv"), "validation": None, "test": None}
+    assert (arguments["text_columns"], arguments["label_column"]) == (["text"], "label")
+    assert arguments["max_length"] == 8
+
+
+def test_a_file_beside_is_no_split_of_a_name(tmp_path):
+    write(tmp_path / "train.csv", rows_of("text", "label"))
+    assert source_of("train.csv")["train"] == "train.csv"
+
+
+def test_a_folder_and_what_is_held_out_of_it(tmp_path):
+    write(tmp_path / "data" / "train.csv", rows_of("text", "label"))
+    assert source_of("data") == {"dataset": "data", "validation": None, "test": None}
+    write(tmp_path / "data" / "test.csv", rows_of("text", "label"))
+    assert source_of("data") == {"dataset": "data", "validation": None}
+
+
+def test_columns_by_other_names(tmp_path, tokenizer):
+    pairs = write(tmp_path / "pairs.csv", rows_of("id", "premise", "hypothesis", "label"))
+    assert config(pairs, tokenizer)[0]["init_args"]["text_columns"] == ["premise", "hypothesis"]
+    reviews = write(tmp_path / "reviews.csv", rows_of("review", "sentiment"))
+    arguments = config(reviews, tokenizer)[0]["init_args"]
+    assert (arguments["text_columns"], arguments["label_column"]) == (["review"], "sentiment")
+    odd = write(tmp_path / "odd.csv", rows_of("a", "b", "c"))
+    arguments = config(odd, tokenizer, "text-classification", text_columns=["c"], label_column="a")[0]["init_args"]
+    assert (arguments["text_columns"], arguments["label_column"]) == (["c"], "a")
+    with pytest.raises(ConfigError) as error:
+        config(odd, tokenizer, "text-classification")
+    assert str(error.value) == "label_column=None: none of a, b, c has a name that tells; say which"
+    with pytest.raises(ConfigError) as error:
+        config(odd, tokenizer, "text-classification", label_column="a")
+    assert str(error.value) == "text_columns=None: none of b, c has a name that tells; say which"
+
+
+def test_text_alone_is_for_a_language_model(tmp_path, tokenizer):
+    (tmp_path / "all.txt").write_text("cat dog\n\neel fox\n\n" * 30)
+    made, task = config(str(tmp_path / "all.txt"), tokenizer)
+    assert (task, made["class_path"], made["init_args"]["text_column"]) == (
+        "causal-language-modeling",
+        "LanguageModeling",
+        "text",
+    )
+
+
+def test_pictures(tmp_path):
+    stand_ins.write_images(tmp_path / "pictures", {"train": 12, "validation": 6})
+    made, task = config(str(tmp_path / "pictures"), model="vit")
+    assert (task, made["class_path"]) == ("image-classification", "ImageClassification")
+    assert made["init_args"]["processor"] == "vit"
+    made, _ = config(str(tmp_path / "pictures"), picture={"image_size": 8})
+    assert made["init_args"]["image_size"] == 8
+    assert made["init_args"]["source"]["test"] is None
+
+
+def test_numbers(tmp_path, tokenizer):
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps({"text": "cat", "label": i / 7}) + "\n" for i in range(20)))
+    assert config(str(file), tokenizer, "text-regression")[0]["class_path"] == "TextRegression"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("./not/there.csv", "data='./not/there.csv': no such file or folder"),
+        ("readme.md", "data='readme.md': the ending must be one of"),
+        ("empty", "data='empty': no file, no folder, and no dataset that can be loaded"),
+    ],
+)
+def test_what_is_no_data(tmp_path, data, message):
+    (tmp_path / "readme.md").write_text("no rows")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError) as error:
+        source_of(data)
+    assert str(error.value).startswith(message)
+
+
+def test_an_unknown_task(tmp_path, tokenizer):
+    file = write(tmp_path / "all.csv", rows_of("text", "label"))
+    with pytest.raises(ConfigError, match="task='translation': allowed are text-classification, text-regression"):
+        config(file, tokenizer, "translation")
+    with pytest.raises(ConfigError, match="tokenizer=None: must be the folder or hub name"):
+        config(file)

@@ -1,0 +1,49 @@
+"""Means of weights, and the choice among several."""
+
+import pytest
+import torch
+from torch import nn
+
+from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_of, put_best_
+
+
+def test_the_mean_is_that_of_all_steps():
+    model, average, seen = nn.Linear(3, 2), WeightAverage(), []
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.normal_()
+        average.add(model)
+        seen.append(model.weight.detach().clone())
+    torch.testing.assert_close(average.mean["weight"], torch.stack(seen).mean(dim=0))
+    again = WeightAverage()
+    again.load_state_dict(average.state_dict())
+    assert (again.steps, set(again.mean)) == (5, {"weight", "bias"})
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({"before": [1.0, 0.1], "after": [0.5, 0.1]}, "after"),
+        ({"before": [1.0, 0.1], "after": [0.9, 0.2]}, "before"),  # twice as large where it is small
+        ({"before": [1.0, 0.1], "a": [0.8, 0.1], "b": [0.5, 0.105]}, "a"),  # a little worse somewhere
+        ({"before": [1.0, 1.0], "a": [1.0, 1.0]}, "before"),
+    ],
+)
+def test_what_is_better_and_nowhere_worse_is_taken(losses, best):
+    model = nn.Linear(1, 1, bias=False)
+    states = {name: {"weight": torch.full((1, 1), float(index))} for index, name in enumerate(losses)}
+    in_order = list(losses.values())
+    found, scores = put_best_(model, states, lambda: in_order[int(model.weight)])
+    assert found == best
+    assert scores["before"] == 1
+    assert torch.equal(model.weight, states[best]["weight"])
+
+
+def test_between():
+    one, other = ({"a": torch.tensor([value])} for value in (1.0, 3.0))
+    assert between(one, other, 0.25)["a"].item() == 1.5
+    model = nn.Linear(1, 1)
+    copied = parameters_of(model)
+    with torch.no_grad():
+        model.weight.add_(1)
+    assert not torch.equal(copied["weight"], model.weight)

@@ -1,0 +1,103 @@
+"""A report holds what the run's own files say, in one file that needs nothing else."""
+
+import csv
+import re
+from html.parser import HTMLParser
+
+import pytest
+import stand_ins
+import tiny
+import torch
+import transformers
+from recipe import arguments, write_recipe
+
+from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
+from d2dmoe_pl.callbacks.sweep_table import SweepRow
+from d2dmoe_pl.cli import main
+from d2dmoe_pl.data import DatasetSource, TextClassification
+from d2dmoe_pl.phases import BudgetCalibration
+from d2dmoe_pl.report.drawings import as_svg, layers, loads, shortened
+from d2dmoe_pl.report.single_samples import _patches, expert_loads, single_samples
+
+
+class Balance(HTMLParser):
+    """Knows whether every tag is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in {"meta", "br", "link"}:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    main(arguments(write_recipe(folder / "recipe.yaml"), folder / "run"))
+    return folder / "run"
+
+
+def test_a_chain_ends_in_a_page_of_its_own_figures(run):
+    page, text = (run / "report.html").read_text(), (run / "report.md").read_text()
+    Balance().feed(page)
+    assert not re.search(r"(?:src|href)=\"(?!#|data:)", page)  # nothing is fetched
+    with (run / "router_regression" / "tau_sweep.csv").open() as opened:
+        rows = [row for row in csv.DictReader(opened) if row["stage"] == "test"]
+    for row in rows:
+        for shown in (f"{float(row['accuracy']):.2f}", f"{float(row['ffn_flops_percent']):.1f}"):
+            assert shown in page
+            assert shown in text
+    metrics = read_artifact(run / "router_regression" / "artifact").history[-1].metrics
+    assert f"{100 * metrics['test/accuracy']:.2f}" in text
+    for phase in ("fine_tuning", "sparsity_enforcement", "expert_clustering", "router_regression"):
+        assert phase in page
+        assert phase in text
+    assert page.count("<svg") == 4  # curve, layers, loads, pictures; nothing was logged often enough for courses
+    assert "Where compute goes" in page
+
+
+def test_run_again_with_nothing_to_do_it_stays(run):
+    before = (run / "report.html").read_bytes()
+    main(arguments(str(run.parent / "recipe.yaml"), run))
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_words_of_texts_and_their_loads(trainer, tmp_path):
+    stand_ins.write_emotion(tmp_path / "texts")
+    tiny.tokenizer(tmp_path / "words", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+    labels = {"id2label": dict(enumerate(stand_ins.ANIMALS[:5])), "hidden_act": "relu"}
+    model = transformers.BertForSequenceClassification(tiny.bert_config(**labels))
+    save_artifact(tiny.route_(model), tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    data = TextClassification(DatasetSource(dataset=str(tmp_path / "texts")), str(tmp_path / "words"), max_length=12)
+    phase = BudgetCalibration(init_from=str(tmp_path / "routed"))
+    trainer().test(phase, datamodule=data, verbose=False)
+    samples = single_samples(phase, 4)
+    assert len(samples) == 4
+    for sample in samples:
+        assert len(sample.words) == len(sample.shares)
+        assert (sample.words[0], sample.words[-1]) == ("[CLS]", "[SEP]")
+        assert all(1 / 8 <= share <= 1 for share in sample.shares)
+        assert "(label: " in sample.said
+    shares = expert_loads(phase, 8)
+    assert all(len(own) == 8 and 1 <= sum(own) <= 8 for own in shares.values())
+    assert "<svg" in as_svg(loads(shares))
+
+
+def test_patches_come_last():
+    assert _patches(torch.arange(5.0)).tolist() == [1, 2, 3, 4]
+    assert len(_patches(torch.arange(18.0))) == 16
+
+
+def test_pictures_are_the_same_for_the_same_figures():
+    rows = [SweepRow("test", 0.5, 0.1, "accuracy", 97.5, True, True, 12.0, 16.0, 2e6, 44.0, {"a": 12.0, "b" * 40: 3.0})]
+    assert as_svg(layers(rows)) == as_svg(layers(rows))
+    assert shortened("b" * 40) == "…" + "b" * 21
+    assert rows[0].standard_error is None
