@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import KEY, adapter_for, adapter_named
+from d2dmoe_pl.artifact_parts import check_parts
 from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
@@ -191,7 +192,7 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
         f"{argument}={str(path)!r}: has format {written}, that of a newer d2dmoe_pl; this one reads formats up to "
         f"{FORMAT}",
     )
-    _check_parts(made, f"{argument}={str(path)!r}")
+    check_parts(made, f"{argument}={str(path)!r}")
     tensors = made.get("tensors", [])
     weights = CONVERTED_WEIGHTS if written >= CONVERTED_FORMAT else WEIGHTS
     for file in (weights, *map(_tensor_file, tensors)):
@@ -207,31 +208,6 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     return Artifact(
         path, made["family"], made["layers"], history, tensors, projections, path / weights, quantized, budgets
     )
-
-
-def _check_parts(made: Any, where: str) -> None:
-    """Raise ``ConfigError`` unless an artifact's description has all of its parts, as they are written."""
-    check(isinstance(made, dict), f"{where}: no artifact, the key {KEY!r} in {CONFIG} holds {type(made).__name__}")
-    kinds = {"family": str, "layers": dict, "history": list, "tensors": list, "projections": dict, "quantized": list}
-    kinds["budgets"] = dict
-    for part, kind in kinds.items():
-        # the first artifacts had none of these, or others have none
-        is_there = part in made or part in ("tensors", "projections", "quantized", "budgets")
-        check(
-            is_there and isinstance(made.get(part, kind()), kind),
-            f"{where}: no artifact, {KEY}.{part} in {CONFIG} is missing or no {kind.__name__}",
-        )
-    for record in made["history"]:
-        check(
-            isinstance(record, dict) and "phase" in record and record.keys() <= {"phase", "metrics"},
-            f"{where}: no artifact, {KEY}.history in {CONFIG} must hold records of phase and metrics",
-        )
-    check(bool(made["history"]), f"{where}: no artifact, {KEY}.history in {CONFIG} is empty")
-    for name in made.get("tensors", []):
-        check(
-            is_file_name(name),
-            f"{where}: no artifact, {KEY}.tensors in {CONFIG} names {name!r}, which is no file in the folder",
-        )
 
 
 def build_structure(artifact: Artifact) -> nn.Module:

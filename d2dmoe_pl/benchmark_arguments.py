@@ -78,6 +78,9 @@ def benchmark_arguments(data: type | None = None) -> ArgumentParser:
     artifact = parser.add_argument_group("a converted model")
     artifact.add_argument("--artifact", type=str | None, default=None, help="Folder that RouterRegression wrote.")
     artifact.add_argument("--tau", type=shares, default=[0.5, 0.7, 0.8, 0.9, 1.0], help="In [0, 1]; 1 is dense.")
+    artifact.add_argument(
+        "--budget", type=shares, default=[], help="Of a calibrated model, shares of the dense FFNs' FLOPs, not taus."
+    )
     artifact.add_argument("--length", type=int, default=128, help="Tokens of each text, if no data is given.")
     data_help = "Whose test samples are run. Noise otherwise, of which routers make what they will."
     if data is None:

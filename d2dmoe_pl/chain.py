@@ -110,7 +110,7 @@ def _run_what_is_left(
     end_redo(output_dir)
     say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
     if finished.trainer.is_global_zero:
-        page = write_report(output_dir, names, finished.model, finished.trainer)
+        page = write_report(output_dir, names, finished.model)
         say(f"Report: {page}", style="bold")
 
 

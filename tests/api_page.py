@@ -22,6 +22,7 @@ What `d2dmoe_pl` exports; `python tests/api_page.py` writes this page from the d
 describes them. Whatever else a module of the package holds may change without notice.
 """
 GROUPS = {
+    "In one call": ["compress"],
     "Loading and saving": ["load_model", "save_artifact", "push_to_hub", "PhaseRecord"],
     "Running": [
         "set_tau_",

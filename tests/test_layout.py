@@ -26,7 +26,7 @@ FLOW = [
     ["moe"],
     ["metrics"],
     ["moebert"],
-    ["structure", "weights_reading"],
+    ["artifact_parts", "structure", "weights_reading"],
     ["artifact", "auto_models"],
     ["hub"],
     ["phases"],

@@ -6,6 +6,8 @@ import tiny
 from registries import REGISTRIES
 
 from d2dmoe_pl.artifact import save_artifact
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_path_
+from d2dmoe_pl.moe.find_layers import moe_layers
 
 WITH_PYTHON = [page for page in pages.PAGES if pages.blocks(page, "python")]
 NOT_RUN = "# not run by the tests"  # the first line of a block that needs more than this project
@@ -23,7 +25,12 @@ def _own_registries(monkeypatch):
 def test_python_runs(page, tmp_path, monkeypatch):
     """All of a page's blocks, one after the other in one namespace, in a folder with what the default chain leaves."""
     monkeypatch.chdir(tmp_path)
-    save_artifact(tiny.routed(), tmp_path / "runs" / "digits_vit" / "router_regression" / "artifact")
+    model = tiny.routed()
+    save_artifact(model, tmp_path / "runs" / "digits_vit" / "router_regression" / "artifact")
+    points = tuple(BudgetPoint((tau,) * 2, cost, cost, 0.0, 90.0) for tau, cost in ((1.0, 1.1), (0.0, 0.1)))
+    names = tuple(moe_layers(model))
+    set_budget_path_(model, BudgetPath(names, "dynk_max", "accuracy", True, True, samples=150, points=points))
+    save_artifact(model, tmp_path / "runs" / "digits_vit" / "budget_calibration" / "artifact")
     namespace = {"__name__": page.stem}
     for block in pages.blocks(page, "python"):
         if not block.text.startswith(NOT_RUN):

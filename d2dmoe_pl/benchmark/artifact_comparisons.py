@@ -16,6 +16,7 @@ from d2dmoe_pl.benchmark.scoring import Scoring, first_batches, scoring_of
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_budget_
 from d2dmoe_pl.moe.conversion import set_backend_, temporary_gate
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
@@ -52,6 +53,15 @@ def artifact_comparisons(
         f"artifact={path!r}: is the work of {artifact.phase}, at stage {artifact.stage!r}; must have MoE layers "
         "with routers and a tau, which RouterRegression makes",
     )
+    path_of_budgets = budget_path(dense)
+    if settings.budgets:
+        check(
+            path_of_budgets is not None,
+            f"artifact={path!r}: knows no budgets; must be what BudgetCalibration left, or have taus",
+        )
+        check("layer" not in settings.scope, "budget: only of whole models; leave --scope layer out")
+        for budget in settings.budgets:
+            path_of_budgets.at_cost("ffn_flops", budget)  # type: ignore[union-attr] # which it is not, by now
     merge_to_dense_(dense)
     moes = {dtype: _converted(path, dtype, settings) for dtype in settings.dtype}
     some = next(iter(moes.values()))
@@ -84,7 +94,7 @@ def _whole(
 ) -> Comparison:
     dense.to(settings.device, settings.dense_dtype)
     rivals = {name: RUNTIMES[name](dense, batches) for name in settings.compare if name in RUNTIMES}
-    choices = {dtype: _choices(moe, taus) for dtype, moe in moes.items()}
+    choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
     placed = {
         dtype: [_to(batch, settings.device, _floating(dtype)) for batch in batches]
         for dtype in {*moes, settings.dense_dtype}
@@ -114,6 +124,21 @@ def _layers(
 def _choices(module: nn.Module, taus: Sequence[float]) -> list[Choice]:
     """The gating rule that the model was saved with, at each ``tau``."""
     return [Choice(partial(_at_tau, module, tau), router=True, tau=tau) for tau in taus]
+
+
+def _whole_choices(model: nn.Module, taus: Sequence[float], budgets: Sequence[float]) -> list[Choice]:
+    """Budgets, with a ``tau`` for each layer, if there are any."""
+    if not budgets:
+        return _choices(model, taus)
+    return [Choice(partial(_at_budget, model, budget), router=True, budget=budget) for budget in budgets]
+
+
+@contextmanager
+def _at_budget(model: nn.Module, budget: float) -> Iterator[None]:
+    """Run the body at a budget, by gates that stay the same."""
+    with _at_tau(model, 1.0):
+        set_budget_(model, ffn_flops=budget)
+        yield
 
 
 @contextmanager

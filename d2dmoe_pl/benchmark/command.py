@@ -82,6 +82,7 @@ def _settings(given: Namespace) -> Settings:
         device=torch.device("cuda" if gpu and given.device != "cpu" else "cpu"),
         optimize=given.optimize,
         scored_samples=given.scored_samples,
+        budgets=given.budget,
     )
 
 

@@ -33,12 +33,14 @@ class Choice:
     Attributes:
         context: Sets the choice.
         router: Whether routers and gates run.
-        tau: The gates' setting; None for preset masks.
+        tau: The gates' setting; None for preset masks and budgets.
+        budget: Share of the dense FFNs' FLOPs that the gates are set to, instead.
     """
 
     context: Callable[[], AbstractContextManager]
     router: bool
     tau: float | None = None
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def way(
         share=sum(pairs.values()) / sum(mask.numel() for mask in masks.values()),
         cost=flops / dense_flops,
         contender=Contender(call, choice.context, parts),
+        budget=choice.budget,
     )
 
 

@@ -1,6 +1,7 @@
 """One dense computation and all that is to replace it, timed in turn: what a benchmark is made of."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,7 @@ class Settings:
         device: Where it runs.
         optimize: Whether models with experts are compiled.
         scored_samples: Test samples that predictions are judged on, at most; 0 for none.
+        budgets: Shares of the dense FFNs' FLOPs that a whole model is set to, instead of a ``tau``.
     """
 
     scope: list[Scope]
@@ -40,6 +42,7 @@ class Settings:
     device: torch.device
     optimize: bool = False
     scored_samples: int = 0
+    budgets: Sequence[float] = ()
 
     @property
     def dense_dtype(self) -> torch.dtype:
@@ -56,13 +59,14 @@ class Way:
     Attributes:
         name: Of its backend.
         router: Whether routers and gates run as well.
-        tau: The gates' setting; None for preset masks.
+        tau: The gates' setting; None for preset masks and budgets.
         share: Executed share of all (token, expert) pairs.
         cost: Its FLOPs, those of routers among them where there are any, over the dense FFNs' FLOPs.
         contender: To be timed.
         dtype: Of weights; the comparison's if not given.
         is_dense: Whether it has no experts.
         score: Of its predictions, where they are judged.
+        budget: Share of the dense FFNs' FLOPs that the gates are set to, instead of a ``tau``.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Way:
     dtype: torch.dtype | None = None
     is_dense: bool = False
     score: float | None = None
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
                 dense_dtype=str(comparison.dtype).removeprefix("torch."),
                 is_dense=way.is_dense,
                 score=way.score,
+                budget=way.budget,
                 dense_score=comparison.dense_score,
                 score_loss=None if way.score is None or scoring is None else scoring.loss(way.score, dense_score),
             )

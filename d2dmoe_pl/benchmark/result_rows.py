@@ -35,7 +35,7 @@ class BenchmarkRow:
         num_experts: ``E``.
         batch_size: Samples a call of a whole model.
         tokens: That each FFN got in one call, without padding.
-        tau: The gates' setting; None for preset masks.
+        tau: The gates' setting; None for preset masks and budgets.
         share_percent: Executed share of all (token, expert) pairs.
         dense_ms: Median time of a dense call, milliseconds.
         dense_spread_ms: Half the interquartile range of the same.
@@ -55,6 +55,7 @@ class BenchmarkRow:
         score: The task's main metric over test samples, in percent if it is a share; None if none was run.
         dense_score: The same of the dense model.
         score_loss: How much worse ``score`` is.
+        budget: Share of the dense FFNs' FLOPs that the gates are set to, instead of a ``tau``.
     """
 
     scope: str
@@ -84,6 +85,7 @@ class BenchmarkRow:
     score: float | None = None
     dense_score: float | None = None
     score_loss: float | None = None
+    budget: float | None = None
 
     @property
     def way(self) -> str:
@@ -120,7 +122,9 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
     for header in ("way", "type"):
         table.add_column(header, no_wrap=True)
     unit = "tokens/s" if first.batch_size is None else "samples/s"
-    for header in ("tau", "experts run %", "ms", unit, "speed-up", "ideal", "peak MiB", *(["score"] * is_scored)):
+    has_budgets = any(row.budget is not None for row in rows)
+    swept = "budget" if has_budgets else "tau"
+    for header in (swept, "experts run %", "ms", unit, "speed-up", "ideal", "peak MiB", *(["score"] * is_scored)):
         table.add_column(header, justify="right")
     table.add_row(
         "dense",
@@ -138,7 +142,7 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
         table.add_row(
             row.way,
             "" if row.is_dense and row.backend != PYTORCH else row.dtype,
-            "" if row.tau is None else f"{row.tau:g}",
+            _setting(row),
             "" if row.is_dense else f"{row.share_percent:.1f}",
             _milliseconds(row.moe_ms, row.moe_spread_ms),
             f"{row.moe_throughput:,.0f}",
@@ -176,15 +180,23 @@ def verdict(rows: Sequence[BenchmarkRow]) -> str | None:
     what = f"{first.amount}: "
     near = "" if first.dense_score is None else f" within {ENOUGH:g} of the dense {first.dense_score:.2f}"
     if not good:
-        return f"{what}no tau is{near}; take {rival}, {rival_ms:.2f} ms, or train on"
+        swept = "tau" if all(row.budget is None for row in rows) else "budget"
+        return f"{what}no {swept} is{near}; take {rival}, {rival_ms:.2f} ms, or train on"
     best = min(good, key=lambda row: row.moe_ms)
-    setting = "" if best.tau is None else f" at tau {best.tau:g}"
+    swept = "tau" if best.budget is None else "a budget of"
+    setting = f" at {swept} {_setting(best)}" if _setting(best) else ""
     score = "" if best.score is None else f", score {best.score:.2f}"
     mine = f"experts in {best.dtype}{setting} ({best.moe_ms:.2f} ms{score})"
     ratio = rival_ms / best.moe_ms
     if ratio >= 1:
         return f"{what}fastest{near}: {mine}, {ratio:.2f}x as fast as {rival} ({rival_ms:.2f} ms)"
     return f"{what}fastest{near}: {rival} ({rival_ms:.2f} ms), {1 / ratio:.2f}x as fast as {mine}"
+
+
+def _setting(row: BenchmarkRow) -> str:
+    """What the gates are set to; nothing where they are not."""
+    value = row.tau if row.budget is None else row.budget
+    return "" if value is None else f"{value:g}"
 
 
 def _milliseconds(median_ms: float, spread_ms: float) -> str:

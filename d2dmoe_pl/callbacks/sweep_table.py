@@ -78,6 +78,7 @@ class SweepRow:
             "ffn_flops_percent": self.ffn_flops_percent,
             "model_flops": self.model_flops,
             "model_flops_percent": self.model_flops_percent,
+            "samples": self.samples,
             **{f"{LAYER_PREFIX}{name}": share for name, share in self.layers.items()},
         }
 
@@ -145,6 +146,39 @@ def write_csv(rows: Sequence[SweepRow], file: Path) -> None:
         writer = csv.DictWriter(opened, list(records[0]))
         writer.writeheader()
         writer.writerows(records)
+
+
+def read_csv(file: Path, task: Task) -> list[SweepRow]:
+    """The rows that :func:`write_csv` wrote.
+
+    Args:
+        file: With the rows.
+        task: That they are of.
+    """
+    with file.open(newline="") as opened:
+        records = list(csv.DictReader(opened))
+    names = list(records[0])
+    swept, metric = names[1], names[3]
+    of_layers = {name: name.removeprefix(LAYER_PREFIX) for name in names if name.startswith(LAYER_PREFIX)}
+    return [
+        SweepRow(
+            stage=record["stage"],
+            setting=float(record[swept]) if record[swept] else None,
+            loss=float(record["loss"]),
+            metric=metric,
+            score=float(record[metric]),
+            in_percent=task.in_percent,
+            higher_is_better=task.higher_is_better,
+            experts_percent=float(record["experts_percent"]),
+            ffn_flops_percent=float(record["ffn_flops_percent"]),
+            model_flops=float(record["model_flops"]),
+            model_flops_percent=float(record["model_flops_percent"]),
+            layers={layer: float(record[name]) for name, layer in of_layers.items()},
+            swept=swept,
+            samples=int(record["samples"]),
+        )
+        for record in records
+    ]
 
 
 def as_table(rows: Sequence[SweepRow], title: str) -> Table:

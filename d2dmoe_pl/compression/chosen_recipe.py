@@ -12,7 +12,7 @@ from d2dmoe_pl.metrics.flops import flops_outside_ffns
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.find_layers import expert_layers, select_ffns
 
-BUDGETS = [0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75]
+BUDGETS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 0.35, 0.5, 0.6, 0.75]
 EXPERT_DIM = 24  # neurons of an expert, about
 EXPERTS = (8, 128)  # of a layer
 SHORTEST = 8  # tokens of a text, of which attention is next to nothing
@@ -127,8 +127,11 @@ def chosen_phases(
         phases["recovery_tuning"] = _phase(
             "RecoveryTuning", tuned, {"max_epochs": epochs, "check_val_every_n_epoch": epochs} | clipped
         )
-    sweep = {"class_path": "TauSweep", "init_args": {"budgets": [*BUDGETS]}}
-    phases["budget_calibration"] = _phase("BudgetCalibration", {}, {"callbacks": [sweep]})
+    quick = effort == "minutes"
+    sweep = {"class_path": "TauSweep", "init_args": {"budgets": BUDGETS[1::2] if quick else [*BUDGETS]}}
+    samples = {"num_samples": 256, "num_scored_points": 12} if quick else {}
+    # not in mixed precision, in which the CPU's operators are not used
+    phases["budget_calibration"] = _phase("BudgetCalibration", samples, {"precision": "32-true", "callbacks": [sweep]})
     first = next(iter(phases.values()))
     first["model"]["init_args"] |= start
     return phases

@@ -84,6 +84,11 @@ def compress(
 
     Raises:
         ConfigError: For a wish that cannot be read or reached, and whatever is wrong with model or data.
+
+    Example:
+        >>> from d2dmoe_pl import compress
+        >>> made = compress("my/text_model", "my/train.csv", target="drop=0.5")  # doctest: +SKIP
+        >>> made.load()  # doctest: +SKIP
     """
     given = compress_parser().get_defaults()
     for name, value in {
@@ -168,13 +173,11 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     set_taus_(model, path, point.taus)
     save_artifact(model, folder / MODEL, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
     sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
-    sweeps = [callback for callback in trainer.callbacks if isinstance(callback, TauSweep)]
-    trainer.callbacks = [sweep, *sweeps]
+    trainer.callbacks = [sweep]
     opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
     rows = sweep.rows["test"]
-    trainer.callbacks = sweeps  # what was asked for stands apart from the curve
     names = list(read_recipe(folder / RECIPE)["phases"])
-    page = write_report(folder, names, opening.model, opening.trainer, str(target), point, rows)
+    page = write_report(folder, names, opening.model, str(target), point, rows)
     say(f"{headline_of(target, point, rows)} The model: {folder / MODEL}. Report: {page}", "bold")
     return Compressed(folder, target, point, rows[0], rows[-1])
 

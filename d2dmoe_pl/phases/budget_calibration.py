@@ -12,7 +12,15 @@ from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, flops_outside_ffns, pair_flops, sample_inputs, sample_lengths
-from d2dmoe_pl.moe.budgets.allocation import Measured, greedy_path, interpolated, shares_at, tau_grid
+from d2dmoe_pl.moe.budgets.allocation import (
+    UNIFORM_TAUS,
+    Measured,
+    greedy_path,
+    interpolated,
+    lower_envelope,
+    shares_at,
+    tau_grid,
+)
 from d2dmoe_pl.moe.budgets.block_replay import BlockReplay
 from d2dmoe_pl.moe.budgets.budget_path import (
     BudgetPath,
@@ -48,13 +56,14 @@ class BudgetCalibration(Calibration):
     """Find the ``tau`` of every layer for every budget: greedily, by divergence from the dense model per FLOP saved.
 
     From the dense end, the layer is lowered whose next step adds the least divergence of predictions per FLOP that it
-    saves, on samples of the validation split; attention projections are layers of their own. The whole way down is
-    kept with the model, so that one artifact answers every budget, see :func:`d2dmoe_pl.set_budget_`.
+    saves, on samples of the validation split; attention projections are layers of their own. Where one tau for all
+    layers does better, that is taken. The whole way down is kept with the model, so that one artifact answers every
+    budget, see :func:`d2dmoe_pl.set_budget_`.
 
     Args:
         ffn_flops: The budget that the model is saved with, share of the dense FFNs' FLOPs; the least that it can do, if
             that is more.
-        num_samples: Of the validation split, that allocation goes by.
+        num_samples: Of the validation split, that allocation goes by; drawn at random, but the same every time.
         num_scored_samples: Of the validation split, that costs and scores of the points on the way are measured on.
         num_scored_points: How many of them are measured; those between are interpolated.
         keep: Share of a layer's executed experts that one step keeps; nearer to 1 is finer and takes longer.
@@ -120,7 +129,9 @@ class BudgetCalibration(Calibration):
         rule = next(iter(layers.values())).get_gate().config.rule
         grids = self._grids(samples, rule)
         path = greedy_path(grids, partial(self._measure, samples))
-        self._keep(self._scored(path, rule))
+        uniform = [self._measure(samples, [tau] * len(layers)) for tau in UNIFORM_TAUS]
+        # the dense end stays, whatever noise makes of its divergence
+        self._keep(self._scored([path[0], *lower_envelope([*path[1:], *uniform])], rule))
 
     def _keep(self, path: BudgetPath) -> None:
         self._path = path

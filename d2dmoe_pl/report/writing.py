@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from d2dmoe_pl.benchmark.machine import this_machine
 from d2dmoe_pl.benchmark.timing import Timing
-from d2dmoe_pl.callbacks.sweep_table import SweepRow
-from d2dmoe_pl.callbacks.tau_sweep import TauSweep
+from d2dmoe_pl.callbacks.sweep_table import SweepRow, read_csv
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint, budget_path, set_taus_
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.phases import Phase
@@ -30,7 +28,6 @@ def write_report(
     folder: Path,
     names: Sequence[str],
     phase: Phase,
-    trainer: Trainer,
     asked: str | None = None,
     promised: BudgetPoint | None = None,
     measured: Sequence[SweepRow] = (),
@@ -40,8 +37,7 @@ def write_report(
     Args:
         folder: Of the chain.
         names: Of its phases, all finished.
-        phase: The last one, with its model and data.
-        trainer: That has tested it.
+        phase: The last one, with its model and data, which is set up.
         asked: What was asked for, in words.
         promised: The budget that does that.
         measured: On the test split: at that budget, and with every expert on.
@@ -49,8 +45,8 @@ def write_report(
     Returns:
         The page.
     """
-    sweeps = [callback for callback in trainer.callbacks if isinstance(callback, TauSweep)]  # type: ignore[attr-defined]
-    rows = [row for sweep in sweeps for split in sweep.rows.values() for row in split]
+    sweep = folder / names[-1] / "tau_sweep.csv"
+    rows = read_csv(sweep, phase.task) if sweep.is_file() else []
     has_experts = bool(expert_layers(phase.model))
     times, timed = _times(phase, promised) if has_experts else ({}, "")
     test, dense_test = (measured[0], measured[-1]) if measured else (None, None)

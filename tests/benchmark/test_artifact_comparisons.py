@@ -6,11 +6,13 @@ import torch
 
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
-from d2dmoe_pl.benchmark.comparison import Settings
+from d2dmoe_pl.benchmark.comparison import Settings, measure
+from d2dmoe_pl.benchmark.result_rows import as_table
 from d2dmoe_pl.benchmark.scoring import first_batches
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_path_
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_, set_gate_, set_tau_
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -158,3 +160,26 @@ def test_more_tokens_than_positions(tmp_path):
     path = saved(tiny.routed("bert"), tmp_path)
     with pytest.raises(ConfigError, match=r"^length=17: must be at most 16, the positions of the model$"):
         list(artifact_comparisons(path, [0.5], None, 17, settings()))
+
+
+def test_budgets_of_a_whole_model(tmp_path):
+    model = tiny.routed("bert")
+    names = tuple(moe_layers(model))
+    points = tuple(BudgetPoint((tau,) * 2, cost, cost, 0.0, 50.0) for tau, cost in ((1.0, 1.1), (0.5, 0.6), (0.0, 0.2)))
+    set_budget_path_(model, BudgetPath(names, "dynk_max", "accuracy", True, True, 8, points))
+    save_artifact(model, tmp_path / "calibrated", [PhaseRecord("BudgetCalibration")])
+    path, wanted = str(tmp_path / "calibrated"), settings(scope=["model"], batch_size=[4], budgets=[0.6, 0.2])
+    [whole] = artifact_comparisons(path, [0.9], tiny.TextData(), 6, wanted)
+    ways = [way for way in whole.ways if not way.is_dense]
+    assert [(way.tau, way.budget) for way in ways] == [(None, 0.6), (None, 0.2)]
+    [at_half] = artifact_comparisons(path, [0.5], tiny.TextData(), 6, settings(scope=["model"], batch_size=[4]))
+    assert ways[0].share == next(way.share for way in at_half.ways if not way.is_dense)
+    rows = measure(whole, 2, torch.device("cpu"))
+    assert "budget" in [column.header for column in as_table(rows).columns]
+    with pytest.raises(ConfigError, match=r"ffn_flops=0.1: less than this model can do"):
+        list(artifact_comparisons(path, [0.9], None, 6, settings(scope=["model"], budgets=[0.1])))
+    with pytest.raises(ConfigError, match="budget: only of whole models; leave --scope layer out"):
+        list(artifact_comparisons(path, [0.9], None, 6, settings(scope=["model", "layer"], budgets=[0.6])))
+    save_artifact(tiny.routed("bert"), tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    with pytest.raises(ConfigError, match="knows no budgets; must be what BudgetCalibration left, or have taus"):
+        list(artifact_comparisons(str(tmp_path / "routed"), [0.9], None, 6, settings(scope=["model"], budgets=[0.6])))

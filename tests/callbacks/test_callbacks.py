@@ -148,6 +148,7 @@ def test_table_and_curve_hold_the_numbers():
         "ffn_flops_percent": 16.0,
         "model_flops": 2e6,
         "model_flops_percent": 44.0,
+        "samples": 0,
         "experts_percent/a": 12.0,
     }
     axes = draw_curve(rows, {"dense": 98.0}).axes[0]

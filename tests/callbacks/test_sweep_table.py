@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table
+from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, read_csv, write_csv
+from d2dmoe_pl.data import Classification
 
 
 def row(flops, metric="matthews_correlation", tau=0.55):
@@ -34,3 +35,18 @@ def test_the_unit_fits_the_size(flops, unit):
     out = io.StringIO()
     Console(file=out, width=100).print(as_table([row(flops)], "test"))
     assert unit in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("swept", "settings"), [("tau", [0.1, 1 / 3]), ("budget", [0.25, 1.1]), ("tau", [None]), ("k", [2.0])]
+)
+def test_rows_come_back_from_their_file(tmp_path, swept, settings):
+    task = Classification(["a", "b"])
+    layers = {"one": 12.5, "a/b": 1 / 3}
+    rows = [
+        SweepRow(stage, each, 1 / 7, "accuracy", 91.25, True, True, 12.5, 14.0, 1e9 / 3, 55.5, layers, swept, 400)
+        for stage in ("validation", "test")
+        for each in settings
+    ]
+    write_csv(rows, tmp_path / "rows.csv")
+    assert read_csv(tmp_path / "rows.csv", task) == rows

@@ -3,7 +3,7 @@
 As TEAL (arXiv 2408.14690) does for the sparsity of activations; here for the tau of each layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from d2dmoe_pl.moe.gating._gate import GATING_RULES
 
+# one for all layers, to be no worse than that
+UNIFORM_TAUS = (0.98, 0.95, 0.92, *(i / 20 for i in range(18, 5, -1)), 0.2, 0.1)
 # where shares are looked at, to find a grid of each layer's own
 FINE_TAUS = (*(i / 100 for i in range(100)), 0.995, 0.999, 1.0)
 
@@ -115,11 +117,23 @@ def _price(before: Measured, after: Measured) -> float:
     return (after.divergence - before.divergence) / saved if saved > 0 else -float("inf")
 
 
-def uniform_path(
-    taus: Sequence[float], num_layers: int, measure: Callable[[Sequence[float]], Measured]
-) -> list[Measured]:
-    """One tau for all layers, to compare with."""
-    return [measure([tau] * num_layers) for tau in taus]
+def lower_envelope(settings: Iterable[Measured]) -> list[Measured]:
+    """Those that none of the others beats by cost and by divergence, the dearest first.
+
+    Args:
+        settings: In any order, e.g. of a greedy path and of one tau for all layers.
+
+    Example:
+        >>> from d2dmoe_pl.moe.budgets.allocation import Measured, lower_envelope
+        >>> settings = [Measured((1.0,), 0.0, 3.0), Measured((0.5,), 0.4, 2.0), Measured((0.4,), 0.2, 1.5)]
+        >>> [each.taus for each in lower_envelope(settings)]
+        [(1.0,), (0.4,)]
+    """
+    found: list[Measured] = []
+    for each in sorted(settings, key=lambda each: (each.cost, each.divergence)):  # the cheapest first
+        if not found or each.divergence < found[-1].divergence:
+            found.append(each)
+    return found[::-1]
 
 
 def interpolated(points: Mapping[int, float], at: float) -> float:

@@ -178,10 +178,10 @@ def set_budget_(
         >>> points = (BudgetPoint((1.0,), 1.0, 1.0, 0.0, 90.0), BudgetPoint((0.0,), 0.2, 0.6, 0.4, 80.0))
         >>> path = BudgetPath(("blocks.0.mlp",), "dynk_max", "accuracy", True, True, samples=100, points=points)
         >>> set_budget_path_(model, path)  # BudgetCalibration measures such a path
-        >>> set_budget_(model, ffn_flops=0.4).score
-        82.5
+        >>> set_budget_(model, ffn_flops=0.6).score
+        85.0
         >>> model.blocks[0].mlp.gate
-        Gate(rule=dynk_max, tau=0.25)
+        Gate(rule=dynk_max, tau=0.5)
     """
     given = {"ffn_flops": ffn_flops, "flops": flops, "drop": drop}
     wanted = {name: value for name, value in given.items() if value is not None}

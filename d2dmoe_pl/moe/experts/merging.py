@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, TransposedLinear, adapter_for
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.moe.conversion import select_moe_layers
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import LayerFilterFn, expert_layers
@@ -95,6 +96,7 @@ def merge_to_dense_(model: nn.Module, filter_fn: LayerFilterFn | None = None) ->
             merged |= _merged(mlp_ffn(name, mlp), mlp, {}, layer)
     for path, module in merged.items():
         model.set_submodule(path, module)
+    set_budget_path_(model, None)
     if not expert_layers(model):
         for context in {layer.context for layer in layers.values()}:
             context.remove()
