@@ -79,10 +79,10 @@ def write_imagenet(checkpoint, folder):
     write_images(folder, {"train": 24, "validation": 6})
 
 
-def write_emotion(folder):
+def write_emotion(folder, train=24):
     """Texts whose label is their animal."""
     folder.mkdir(exist_ok=True)
-    for name, size in {"train": 24, "validation": 10, "test": 10}.items():
+    for name, size in {"train": train, "validation": 10, "test": 10}.items():
         rows = [f"{phrase(i, 5)},{ANIMALS[i % 5]}\n" for i in range(size)]
         (folder / f"{name}.csv").write_text("".join(["text,label\n", *rows]))
 

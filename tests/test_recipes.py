@@ -117,16 +117,20 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
 
 @pytest.mark.parametrize("recipe", ["your_text_model", "your_image_model"])
 def test_your_own_model(folder, recipe):
-    stand_ins.write_emotion(folder / "my")
-    stand_ins.write_images(folder / "my", {"train": 30, "test": 6})
+    stand_ins.write_emotion(folder / "my", train=90)
+    stand_ins.write_images(folder / "my", {"train": 90, "test": 6})
     tiny.tokenizer(folder / "my" / "text_model", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
     transformers.BertModel(tiny.bert_config()).save_pretrained(folder / "my" / "text_model")
     stand_ins.write_vit(folder / "my" / "image_model")
-    main([*commands(recipe)[0], "--set", *SMALL_CLASSIFIER])
-    artifact = read_artifact(folder / "runs" / recipe / "recovery_tuning" / "artifact")
+    cheap = ["router_regression.model.init_args.width=4", "stand_in_fitting.model.init_args.rank=2"]
+    main([*commands(recipe)[0], "--set", *SMALL_CLASSIFIER, *cheap])
+    artifact = read_artifact(folder / "runs" / recipe / "budget_calibration" / "artifact")
     assert artifact.stage == "routed"
+    assert artifact.budgets is not None
     assert all("test/accuracy" in record.metrics for record in artifact.history)
-    assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * 10
+    rows = (folder / "runs" / recipe / "router_regression" / "tau_sweep.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 10
+    assert (folder / "runs" / recipe / "report.html").is_file()
 
 
 @pytest.mark.parametrize("recipe", ["minilm_emotion_dense", "cifar10_vit_dense"])

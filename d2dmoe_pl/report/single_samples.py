@@ -103,7 +103,8 @@ def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Tensor) -> lis
         words: list[str] = []
         picture = None
         if isinstance(data, TokenizedData):
-            ids = batch["input_ids"][index][batch["attention_mask"][index].bool()]
+            ids, mask = batch["input_ids"][index], batch.get("attention_mask")
+            ids = ids if mask is None else ids[mask[index].bool()]
             words = list(data.tokenizer.convert_ids_to_tokens(ids.tolist()))
         elif "pixel_values" in batch:
             picture, own = _picture(batch["pixel_values"][index]), _patches(own)
