@@ -60,7 +60,7 @@ def run_chain(config: Namespace) -> None:
     check(0 <= config.seed < 2**32, f"seed={config.seed}: must lie in [0, 2**32)")
     _check_writable(output_dir)
 
-    with _quiet_lightning():
+    with quiet_lightning():
         _run_phases(names, [_arguments(config, settings, index) for index in range(len(names))], output_dir, start_over)
 
 
@@ -129,7 +129,7 @@ def _check_writable(output_dir: Path) -> None:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Let Lightning only warn: what it says of itself at every start would bury what the chain says."""
     loggers = [logging.getLogger(library) for library in ("lightning.pytorch", "lightning.fabric")]
     before = [logger.level for logger in loggers]

@@ -18,6 +18,7 @@ from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.projections import select_projections
 from d2dmoe_pl.phases import (
     AttentionDistillation,
+    BudgetCalibration,
     ExpertClustering,
     ExpertSelection,
     FineTuning,
@@ -27,21 +28,23 @@ from d2dmoe_pl.phases import (
     RecoveryTuning,
     RouterRegression,
     SparsityEnforcement,
+    StandInFitting,
 )
 from d2dmoe_pl.phases._preflight import preflight
 
 PAGE = Path(__file__).parents[1] / "docs" / "own_data_and_models.md"
 BEGIN = "<!-- the table of models: python tests/models_table.py writes it -->"
 END = "<!-- end of the table of models -->"
+CALIBRATED = [StandInFitting(4), RecoveryTuning(), BudgetCalibration()]
 # by method, its phases in order; all start with FineTuning
 METHODS = {
-    "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8), RecoveryTuning()],
+    "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8), *CALIBRATED],
     "D2DMoE, projections too": [
         AttentionDistillation(),
         SparsityEnforcement(),
         ExpertClustering(8, num_projection_experts=4),
         RouterRegression(8),
-        RecoveryTuning(),
+        *CALIBRATED,
     ],
     "MoEfication": [ExpertClustering(8), ExpertSelection(3)],
     "MoEBERT": [ImportanceScoring(), MoEBERTDistillation(4, 12, 5, init_from="-")],

@@ -10,6 +10,7 @@ import pytest
 import stand_ins
 import tiny
 import torch
+import yaml
 from recipe import PHASES, arguments, write_recipe
 from safetensors.torch import load_file
 
@@ -129,6 +130,41 @@ def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
     run([MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1", *cached)])
     accuracies = [row["accuracy"] for row in sweep(tmp_path / "run" / "router_regression")]
     assert len(accuracies) == 6
+
+
+def test_stand_ins_and_budgets_are_those_of_one_process(one_process, tmp_path):
+    recipe, one = one_process
+    shared = yaml.safe_load(Path(recipe).read_text())["shared"]
+    start = {"init_from": str(one / "router_regression" / "artifact"), "rank": 4, "num_tokens": 300}
+    calibration = {"num_samples": 120, "num_scored_points": 4, "keep": 0.5}
+    phases = {
+        "stand_in_fitting": {"model": {"class_path": "StandInFitting", "init_args": start}},
+        "budget_calibration": {"model": {"class_path": "BudgetCalibration", "init_args": calibration}},
+    }
+    file = tmp_path / "calibration.yaml"
+    file.write_text(yaml.safe_dump({"shared": shared, "phases": phases}, sort_keys=False))
+    main(arguments(str(file), tmp_path / "one"))
+    run([MAIN, *arguments(str(file), tmp_path / "two", *TWO)])
+    folders = [tmp_path / name for name in ("one", "two")]
+    of_one, of_two = (load_file(each / "stand_in_fitting" / "artifact" / "d2dmoe.safetensors") for each in folders)
+    for name in (name for name in of_one if "stand_in" in name):
+        assert of_one[name].any()
+    maps = [
+        {
+            name: tensors[name.replace("up", "down")].t() @ tensors[name][:-1]
+            for name in tensors
+            if "stand_in.up" in name
+        }
+        for tensors in (of_one, of_two)
+    ]
+    for name, one_map in maps[0].items():  # directions may have other signs, what they make is the same
+        torch.testing.assert_close(maps[1][name], one_map, rtol=1e-3, atol=1e-4)
+    paths = [read_artifact(each / "budget_calibration" / "artifact").budgets for each in folders]
+    assert len(paths[0].points) == len(paths[1].points)
+    for point, other in zip(paths[0].points, paths[1].points, strict=True):
+        assert point.taus == other.taus
+        assert point.ffn_flops == pytest.approx(other.ffn_flops, rel=1e-3)
+        assert point.score == pytest.approx(other.score, abs=1)
 
 
 def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):

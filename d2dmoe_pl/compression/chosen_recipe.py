@@ -30,6 +30,7 @@ class Sizes:
         num_experts: ``E``, chosen.
         router_width: Chosen.
         rank: Of stand-ins, chosen.
+        num_layers: FFNs that are converted.
         least_ffn_flops: Share of the FFNs' FLOPs that is left with one expert of each layer on.
         least_flops: The same for the whole model, of very short samples.
     """
@@ -41,6 +42,7 @@ class Sizes:
     num_experts: int
     router_width: int
     rank: int
+    num_layers: int
     least_ffn_flops: float
     least_flops: float
 
@@ -76,6 +78,7 @@ def sizes_of(structure: nn.Module) -> Sizes:
         num_experts,
         width,
         rank,
+        len(ffns),
         least,
         share + (1 - share) * least,
     )

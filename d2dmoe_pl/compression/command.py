@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from torch import nn
@@ -15,7 +16,7 @@ from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
-from d2dmoe_pl.chain import run_chain
+from d2dmoe_pl.chain import quiet_lightning, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
 from d2dmoe_pl.chain_status import say
 from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
@@ -101,10 +102,7 @@ def compress(
         check(name in given, f"{name}={value!r}: no option of compress; see compress --help")
         given[name] = value
     if isinstance(model, nn.Module):
-        start = Path(output_dir) / START
-        if not start.is_dir():
-            save_artifact(model, start)
-        given.model = str(start)
+        given.model = str(_kept(model, Path(output_dir) / START))
     else:
         given.model = model
     made = run_compress(given)
@@ -136,6 +134,17 @@ def run_compress(given: Namespace) -> Compressed | None:
     arguments = ["--config", str(folder / RECIPE), "--output_dir", str(folder), "--seed", str(given.seed)]
     run_chain(chain_parser().parse_args(arguments))
     return _set_and_measured(target, folder, given)
+
+
+def _kept(model: nn.Module, folder: Path) -> Path:
+    """The artifact of a model in memory; one that is there must be of the same."""
+    if not folder.is_dir():
+        save_artifact(model, folder)
+        return folder
+    before, now = load_model(folder).state_dict(), model.state_dict()
+    same = before.keys() == now.keys() and all(torch.equal(before[name], now[name].cpu()) for name in now)
+    check(same, f"{folder}: is of another model than the one that is given; must be another output_dir")
+    return folder
 
 
 def _write_recipe(file: Path, recipe: Mapping[str, Any], comment: str) -> None:
@@ -174,7 +183,8 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     save_artifact(model, folder / MODEL, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
     sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
     trainer.callbacks = [sweep]
-    opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
+    with quiet_lightning():
+        trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
     rows = sweep.rows["test"]
     names = list(read_recipe(folder / RECIPE)["phases"])
     page = write_report(folder, names, opening.model, str(target), point, rows)

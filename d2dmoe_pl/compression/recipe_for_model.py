@@ -20,6 +20,7 @@ from d2dmoe_pl.data import DatasetSource
 from d2dmoe_pl.data.output_names import places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
 
 
@@ -50,6 +51,7 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
     )
     sizes = sizes_of(structure)
     _check_reachable(target, sizes)
+    check_enough(loaded.num_validation_samples, sizes.num_layers, "data")
     is_image = task == "image-classification"
     phases = chosen_phases(sizes, start, given.effort, needs_head, is_image, loaded.num_training_samples)
     trainer: dict[str, Any] = {"log_every_n_steps": 50, "enable_model_summary": False}

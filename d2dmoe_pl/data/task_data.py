@@ -114,6 +114,11 @@ class TaskData(L.LightningDataModule):
         """Samples of an epoch, over all processes, once set up."""
         return _size(self._splits["train"])
 
+    @property
+    def num_validation_samples(self) -> int:
+        """Samples of the validation split, over all processes, once set up."""
+        return _size(self._splits["validation"])
+
     def save_processor(self, folder: Path) -> None:
         """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""
 

@@ -120,12 +120,7 @@ class BudgetCalibration(Calibration):
         layers = moe_layers(self.model)
         samples = self._calls(self.num_samples)
         found = int(summed(self, torch.tensor(sum(map(_size, samples.batches)), device=self.device)))
-        needed = SAMPLES_A_LAYER * len(layers)
-        check(
-            found >= needed,
-            f"num_samples={self.num_samples}: {found} validation samples are too few; {len(layers)} layers need at "
-            f"least {needed}",
-        )
+        check_enough(found, len(layers), f"num_samples={self.num_samples}")
         rule = next(iter(layers.values())).get_gate().config.rule
         grids = self._grids(samples, rule)
         path = greedy_path(grids, partial(self._measure, samples))
@@ -243,6 +238,15 @@ class BudgetCalibration(Calibration):
             samples,
             falling(points),
         )
+
+
+def check_enough(samples: int, num_layers: int, argument: str) -> None:
+    """Raise ``ConfigError`` unless there are validation samples enough to tell what each layer needs."""
+    needed = SAMPLES_A_LAYER * num_layers
+    check(
+        samples >= needed,
+        f"{argument}: {samples} validation samples are too few; {num_layers} layers need at least {needed}",
+    )
 
 
 def _ffn_flops(layers: Sequence[MoELayer], counts: Mapping[int, tuple[int, int]]) -> Tensor:

@@ -141,6 +141,23 @@ def test_refused_before_anything_is_trained(place):
     assert not (place / "runs" / "compress" / "expert_clustering").exists()
 
 
+def test_another_model_in_memory_is_not_taken_for_the_first(place):
+    dense = transformers.BertForSequenceClassification.from_pretrained("model")
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        compress(dense, "texts", target="flops=1%", output_dir="out", tokenizer="model")
+    dense.classifier.bias.data += 1
+    with pytest.raises(ConfigError, match=r"out/start: is of another model than the one that is given"):
+        compress(dense, "texts", target="flops=90%", output_dir="out", tokenizer="model")
+
+
+def test_too_few_samples_to_calibrate_on_are_told_beforehand(place):
+    rows = (place / "texts" / "validation.csv").read_text().splitlines()[:4]
+    (place / "texts" / "validation.csv").write_text("\n".join(rows) + "\n")
+    said = refused("model", "texts", ("target", "drop=1"))
+    assert said == "data: 3 validation samples are too few; 2 layers need at least 8"
+    assert not (place / "runs").exists()
+
+
 def test_a_converted_model_is_refused(calibrated):
     assert refused("out/model", "texts") == "model='out/model': is at stage 'routed'; must be a dense model"
 
