@@ -132,7 +132,8 @@ def chosen_phases(
         )
     quick = effort == "minutes"
     sweep = {"class_path": "TauSweep", "init_args": {"budgets": BUDGETS[1::2] if quick else [*BUDGETS]}}
-    samples = {"num_samples": 256, "num_scored_points": 12} if quick else {}
+    few = {"num_samples": 256, "num_scored_samples": 1000, "num_scored_points": 12, "keep": 0.65}
+    samples = few if quick else {}
     # not in mixed precision, in which the CPU's operators are not used
     phases["budget_calibration"] = _phase("BudgetCalibration", samples, {"precision": "32-true", "callbacks": [sweep]})
     first = next(iter(phases.values()))
