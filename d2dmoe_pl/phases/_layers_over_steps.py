@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from torch import Tensor
 
+MOST = 400  # steps that are kept; every other goes where there are more
+
 
 class LayersOverSteps:
     """Values by kind, layer and step."""
@@ -14,7 +16,12 @@ class LayersOverSteps:
 
     def add(self, kind: str, step: int, values: Mapping[str, Tensor]) -> None:
         """Add a value of each layer, a scalar; it is read when a picture is drawn."""
-        self._kinds.setdefault(kind, []).append((step, {name: value.detach() for name, value in values.items()}))
+        course = self._kinds.setdefault(kind, [])
+        if course and course[-1][0] == step:  # gradients are accumulated
+            course.pop()
+        course.append((step, {name: value.detach() for name, value in values.items()}))
+        if len(course) > MOST:
+            del course[1::2]
 
     def figures(self) -> dict[str, Figure]:
         """A heat map of each kind, layers down and steps across."""

@@ -27,8 +27,8 @@ class WeightAverage:
         """Add the parameters as they are."""
         self.steps += 1
         for name, parameter in model.named_parameters():
-            if name in self.mean:
-                self.mean[name].lerp_(parameter, 1 / self.steps)
+            if name in self.mean:  # from a checkpoint it comes on the CPU
+                self.mean[name] = self.mean[name].to(parameter.device).lerp_(parameter, 1 / self.steps)
             else:
                 self.mean[name] = parameter.detach().clone()
 

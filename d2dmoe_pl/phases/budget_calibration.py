@@ -86,13 +86,9 @@ class BudgetCalibration(Calibration):
         super().__init__(init_from)
         check(ffn_flops > 0, f"ffn_flops={ffn_flops}: must be positive, a share of the dense FFNs' FLOPs")
         check(0 < keep < 1, f"keep={keep}: must lie in (0, 1), the share of executed experts that a step keeps")
-        numbers = {
-            "num_samples": num_samples,
-            "num_scored_samples": num_scored_samples,
-            "num_scored_points": num_scored_points - 1,
-        }
-        for name, number in numbers.items():
-            check(number > 0, f"{name}={number}: must be {'more than 1' if 'points' in name else 'positive'}")
+        check(num_samples > 0, f"num_samples={num_samples}: must be positive")
+        check(num_scored_samples > 0, f"num_scored_samples={num_scored_samples}: must be positive")
+        check(num_scored_points > 1, f"num_scored_points={num_scored_points}: must be more than 1")
         self.ffn_flops = ffn_flops
         self.num_samples = num_samples
         self.num_scored_samples = num_scored_samples
@@ -151,7 +147,7 @@ class BudgetCalibration(Calibration):
         sums: dict[str, Tensor] = {}
 
         def see(name: str, gate: nn.Module, args: tuple[Tensor]) -> None:
-            shares = torch.cat([shares_at(args[0].float(), rule), torch.ones(1)]) * len(args[0])
+            shares = torch.cat([shares_at(args[0].float(), rule).cpu(), torch.ones(1)]) * len(args[0])
             sums[name] = sums.get(name, torch.zeros_like(shares)) + shares
 
         handles = (layer.get_gate().register_forward_pre_hook(partial(see, name)) for name, layer in layers.items())

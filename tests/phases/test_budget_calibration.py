@@ -109,7 +109,7 @@ def test_a_run_that_is_evaluated_keeps_them(trainer, routed):
         (lambda path: BudgetCalibration(ffn_flops=0.0), "ffn_flops=0.0: must be positive"),
         (lambda path: BudgetCalibration(keep=1.0), r"keep=1.0: must lie in \(0, 1\)"),
         (lambda path: BudgetCalibration(num_samples=0), "num_samples=0: must be positive"),
-        (lambda path: BudgetCalibration(num_scored_points=1), "num_scored_points=0: must be more than 1"),
+        (lambda path: BudgetCalibration(num_scored_points=1), "num_scored_points=1: must be more than 1"),
         (lambda path: TauSweep(budgets=[]), "budgets=.*: must hold at least one share"),
         (lambda path: TauSweep(budgets=[0.0]), "budgets=0.0: must be positive"),
         (lambda path: TauSweep([0.5], budgets=[0.5]), "allowed only without taus and ks"),
