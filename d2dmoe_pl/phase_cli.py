@@ -41,6 +41,7 @@ SAID_FOR_NOTHING = (
     ".*LeafSpec.* is deprecated",
     "`LightningModule.configure_optimizers` returned `None`",
     "Checkpoint directory .* exists and is not empty",
+    "The number of training batches \\(1\\) is smaller",
     "Found .* module\\(s\\) in eval mode at the start of training",
 )
 
