@@ -80,8 +80,9 @@ def rows() -> list[list[str]]:
         file = f"`{adapter.__module__.replace('.', '/')}.py`"
         model = source().build_structure(tiny.labels_of(kind))
         form = "gated" if any(ffn.gate_proj is not None for ffn in select_ffns(model)) else "plain"
-        is_fused = any(projection.place != projection.name for projection in select_projections(model))
-        form += ", fused" if is_fused else ", separate"
+        projections = [] if adapter.attention is None else select_projections(model)
+        is_fused = any(projection.place != projection.name for projection in projections)
+        form += ", fused" if is_fused else ", separate" if projections else ", not named"
         cells = [cell(accepted(source(), method), method) for method in METHODS.values()]
         known = tasks.setdefault((adapter.title, form, *cells, file), [])
         task = tiny.TASKS[kind].replace("-", " ")

@@ -152,7 +152,7 @@ def questions(tmp_path):
     row = json.dumps({"id": "0", "title": "", "context": "dog cat", "question": "who", "answers": answers})
     (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4)
     source = {split: str(tmp_path / "rows.jsonl") for split in ("train", "validation", "test")}
-    bert = {"class_path": "transformers.BertConfig", "init_args": {"vocab_size": 40, **tiny._SHAPE}}
+    bert = {"class_path": "transformers.BertConfig", "init_args": {"vocab_size": 40, **tiny.SHAPE}}
     lengths = {"max_length": 16, "doc_stride": 2, "max_question_length": 4}
     config = {
         "model": {

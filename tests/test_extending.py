@@ -15,7 +15,7 @@ NAMES = {
     "d2dmoe_pl.splitting": "norm",
     "d2dmoe_pl.routing": "sentence_hash",
     "d2dmoe_pl.execution": "token_by_token",
-    "d2dmoe_pl.adapters": "qwen3",
+    "d2dmoe_pl.adapters": "granite",
 }
 FIND = f"""
 from registries import REGISTRIES

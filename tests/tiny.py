@@ -4,10 +4,21 @@ import dataclasses
 
 import torch
 import transformers
+from tiny_configs import (  # noqa: F401 (for the tests, which take all that is tiny from here)
+    BORN_SPARSE,
+    CONFIGS,
+    DIGITS_VIT,
+    ENCODER_DECODERS,
+    IMAGE,
+    SHAPE,
+    WIDTH,
+    bert_config,
+    decoder_config,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for, adapter_named
+from d2dmoe_pl.adapters import HEADS, HuggingFaceModel, TimmModel, adapter_for, adapter_named
 from d2dmoe_pl.data import Classification, TaskData
 from d2dmoe_pl.moe.conversion import (
     ActivationConfig,
@@ -25,52 +36,7 @@ from d2dmoe_pl.moebert.conversion import convert_to_moebert_
 from d2dmoe_pl.moebert.layer import MoEBERTConfig
 
 LABELS = ["cat", "dog", "eel"]
-WIDTH = 48
 MOEBERT = MoEBERTConfig(num_experts=4, expert_dim=12, num_shared=5)
-DIGITS_VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-_IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": WIDTH}
-
-
-def bert_config(**kwargs):
-    """The tiny BERT."""
-    return transformers.BertConfig(**{"vocab_size": 40, "max_position_embeddings": 16, **_SHAPE, **kwargs})
-
-
-def decoder_config(make, **kwargs):
-    """A tiny Llama or Gemma."""
-    heads = {"num_key_value_heads": 1, "head_dim": 12}
-    return make(**{**_SPECIAL, "vocab_size": 40, "max_position_embeddings": 64, **_SHAPE, **heads, **kwargs})
-
-
-def _gpt2_config():
-    shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_inner": WIDTH, "n_positions": 64}
-    return transformers.GPT2Config(vocab_size=40, **_SPECIAL, **shape)
-
-
-def _distilbert_config():
-    shape = {"dim": 24, "n_layers": 2, "n_heads": 2, "hidden_dim": WIDTH}
-    return transformers.DistilBertConfig(vocab_size=40, max_position_embeddings=16, **shape)
-
-
-# one configuration a Hugging Face family and notable variant, under the family's name first
-CONFIGS = {
-    "bert": bert_config,
-    "roberta": lambda: transformers.RobertaConfig(vocab_size=40, max_position_embeddings=16, **_SHAPE),
-    "distilbert": _distilbert_config,
-    "gpt2": _gpt2_config,
-    "llama": lambda: decoder_config(transformers.LlamaConfig),
-    "llama-bias": lambda: decoder_config(transformers.LlamaConfig, mlp_bias=True),
-    "gemma": lambda: decoder_config(transformers.GemmaConfig),
-    "gemma-2": lambda: decoder_config(transformers.Gemma2Config, sliding_window=4),
-    "gemma-3": lambda: decoder_config(transformers.Gemma3TextConfig, sliding_window=4),
-    "vit": lambda: transformers.ViTConfig(**_IMAGE, **_SHAPE),
-    "deit": lambda: transformers.DeiTConfig(**_IMAGE, **_SHAPE),
-    "deit-distilled": lambda: transformers.DeiTConfig(
-        **_IMAGE, **_SHAPE, architectures=["DeiTForImageClassificationWithTeacher"]
-    ),
-}
 
 
 def family_of(kind):
@@ -81,16 +47,29 @@ def _kinds():
     """Name, task and source of a model of every architecture and task; the first task goes without saying."""
     for name, make in CONFIGS.items():
         for task in adapter_named(family_of(name)).tasks:
-            suffix = "" if task.endswith("-classification") else f"-{task.removeprefix('text-')}"
+            if type(make()) not in HEADS[task][1]._model_mapping:
+                continue
+            head = HEADS[task][0]
+            suffix = "" if head == "classification" else f"-{head}"
             yield name + suffix, task, lambda make=make, task=task: HuggingFaceModel(task, config=make())
     for suffix, architecture, kwargs in [
         ("", "vit_tiny_patch16_224", {}),
         ("-deit", "deit_tiny_distilled_patch16_224", {}),
         ("-dropout", "vit_tiny_patch16_224", {"proj_drop_rate": 0.1}),
+        ("-packed", "vit_giant_patch14_dinov2", {"mlp_ratio": 6.0}),
+        ("-gated", "aimv2_large_patch14_224", {}),
     ]:
         shape = {"mlp_ratio": 3.0, **DIGITS_VIT, **kwargs}
         make = lambda architecture=architecture, shape=shape: TimmModel(architecture, **shape)  # noqa: E731
         yield f"timm_vit{suffix}", "image-classification", make
+    for suffix, architecture, kwargs in [
+        ("", "eva02_tiny_patch14_224", {}),
+        ("-dinov3", "vit_small_patch16_dinov3", {}),
+        ("-dinov3_gated", "vit_small_plus_patch16_dinov3", {}),
+    ]:
+        shape = {"mlp_ratio": 3.0, **DIGITS_VIT, **kwargs}
+        make = lambda architecture=architecture, shape=shape: TimmModel(architecture, **shape)  # noqa: E731
+        yield f"timm_eva{suffix}", "image-classification", make
 
 
 # the contract test runs over all of them
@@ -102,7 +81,7 @@ def labels_of(kind):
     """Names of the outputs of a model of ``kind``."""
     known = {"text-regression": ["similarity"], "question-answering": ["start", "end"]}
     tokens = [str(token) for token in range(40)]
-    return tokens if "language-modeling" in TASKS[kind] else known.get(TASKS[kind], LABELS)
+    return tokens if TASKS[kind].endswith(("language-modeling", "text-to-text")) else known.get(TASKS[kind], LABELS)
 
 
 def dense(kind="timm_vit", activation="relu"):
@@ -160,8 +139,19 @@ def batch(kind="timm_vit", size=3):
         lengths = torch.tensor([length, 4, 2, 1] * size)[:size]
         mask = (torch.arange(length) < lengths[:, None]).long()
         ids = torch.randint(5, 40, (size, length)) * mask
+        if TASKS[kind] == "token-classification":
+            labels = (ids % len(LABELS)).masked_fill(mask == 0, -100)
         if TASKS[kind] == "question-answering":
             labels = torch.zeros(size, 2, dtype=torch.long)
+        if TASKS[kind] == "text-to-text":
+            answers = torch.tensor([1, 3, 5, 2] * size)[:size]
+            answered = (torch.arange(5) < answers[:, None]).long()
+            labels = torch.randint(5, 40, (size, 5)).masked_fill(answered == 0, -100)
+            decoder_ids = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1].clamp(min=0)], dim=1)
+            decoder = {"decoder_input_ids": decoder_ids, "decoder_attention_mask": answered}
+            return {"input_ids": ids, "attention_mask": mask, "labels": labels, **decoder}
+        if family_of(kind) in ENCODER_DECODERS:  # its classifier reads the one token that ends a text
+            ids[torch.arange(size), lengths - 1] = 2
         if "language-modeling" in TASKS[kind]:
             labels = ids.masked_fill(mask == 0, -100)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -196,6 +186,8 @@ def logits_of_tokens(model, inputs):
     result = logits(model, inputs)
     if result.dim() < 3:
         return result
+    if "decoder_attention_mask" in inputs:
+        return result * inputs["decoder_attention_mask"].unsqueeze(2)  # (B, L, V)
     return result * inputs["attention_mask"].unsqueeze(1 if result.shape[1] == 2 else 2)  # (B, 2, L) or (B, L, V)
 
 

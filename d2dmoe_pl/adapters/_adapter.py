@@ -17,14 +17,17 @@ from d2dmoe_pl.errors import ConfigError
 TaskName = Literal[
     "text-classification",
     "text-regression",
+    "token-classification",
     "question-answering",
     "causal-language-modeling",
     "masked-language-modeling",
+    "text-to-text",
     "image-classification",
 ]
 
 
 KEY = "d2dmoe"  # in an artifact's config.json, for what is ours
+MASK = "attention_mask"  # in a batch, for what is 0 where there is padding
 
 
 class Adapter(ABC):
@@ -54,6 +57,9 @@ class Adapter(ABC):
     def put_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
         """Let ``module``, ``(..., d_model)`` to the same shape, compute what ``ffn`` computed."""
 
+    def taken_back_(self, model: nn.Module, name: str) -> None:  # noqa: B027 (most families change modules alone)
+        """Undo what :meth:`put_` did beside replacing modules, now that the FFN ``name`` is dense again."""
+
     def put_with_residual_(self, model: nn.Module, ffn: FFN, module: nn.Module) -> None:
         """Let ``module``, ``(..., d_model)`` to the same shape, compute ``norm(x + dropout(ffn(x)))`` as well.
 
@@ -77,6 +83,18 @@ class Adapter(ABC):
     def as_linear(self, module: Any) -> nn.Linear | TransposedLinear | None:
         """``module`` as an ``nn.Linear``; None if it is no linear projection."""
         return plain_linear(module)
+
+    def streams(self, model: nn.Module) -> Mapping[str, str]:
+        """Which parts of ``model`` see tokens of one padding mask each.
+
+        Returns:
+            What a batch calls the mask, by the part's dotted path; the empty path is all of the model.
+        """
+        return {"": MASK}
+
+    def padding_mask(self, model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The mask, ``(B, L)``, of the tokens that the module ``name`` sees; None where nothing is padding."""
+        return batch.get(stream_of(self.streams(model), name)[1])
 
     def vocabulary_size(self, model: nn.Module) -> int | None:
         """How many token ids there are; None for models of anything but text."""
@@ -202,6 +220,12 @@ class ModelSource(ABC):
     @abstractmethod
     def build_structure(self, label_names: Sequence[str]) -> nn.Module:
         """The same model on the meta device: shapes without weights, for checks before anything long runs."""
+
+
+def stream_of(streams: Mapping[str, str], name: str) -> tuple[str, str]:
+    """Path and mask of the stream, one of :meth:`Adapter.streams`, that the module ``name`` is in."""
+    path = max((path for path in streams if not path or name.startswith(f"{path}.")), key=len)
+    return path, streams[path]
 
 
 def module_at(model: nn.Module, name: str) -> tuple[Any, str]:

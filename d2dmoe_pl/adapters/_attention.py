@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class AttentionParts:
         key: See ``query``.
         value: See ``query``.
         fused: Path of that module, whose output holds queries, keys and values in this order.
+        fused_widths: How wide each of the three is, by the module that holds the projections; equally if not given.
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -34,6 +36,7 @@ class AttentionParts:
     key: str | None = None
     value: str | None = None
     fused: str | None = None
+    fused_widths: Callable[[Any], tuple[int, int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Projection:
         place: Dotted path of the module that computes it now.
         linear: That module.
         rows: Which of the module's outputs are the projection's.
+        fused_widths: Of a fused module, how many outputs each of its projections has, in order.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Projection:
     place: str
     linear: nn.Linear | TransposedLinear
     rows: slice = field(default_factory=lambda: slice(None))
+    fused_widths: tuple[int, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +91,7 @@ class SeparateProjections(nn.Module):
         return {role: self.get_submodule(role) for role in FUSED}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., d_in)`` to ``(..., 3 * d_out)``."""
+        """``(..., d_in)`` to ``(..., d_out)``, with ``d_out`` of all three."""
         return torch.cat([module(x) for module in self.children()], dim=-1)
 
 
@@ -116,7 +121,8 @@ def find_projections(model: nn.Module, parts: AttentionParts, as_linear: AsLinea
         if not isinstance(attention, parts.classes) or getattr(attention, "is_cross_attention", False):
             continue
         if parts.fused is not None:
-            found += _of_fused(attention.get_submodule(parts.fused), f"{name}.{parts.fused}", as_linear)
+            widths = None if parts.fused_widths is None else parts.fused_widths(attention)
+            found += _of_fused(attention.get_submodule(parts.fused), f"{name}.{parts.fused}", as_linear, widths)
         for role in ROLES:
             path = getattr(parts, role)
             if path is not None and (linear := as_linear(attention.get_submodule(path))) is not None:
@@ -129,12 +135,14 @@ def put_projection_(model: nn.Module, projection: Projection, module: nn.Module)
     if projection.name != projection.place and not isinstance(
         model.get_submodule(projection.place), SeparateProjections
     ):
-        parts = _taken_apart(projection.linear, projection.place)
+        parts = _taken_apart(projection.linear, projection.place, projection.fused_widths)
         model.set_submodule(projection.place, SeparateProjections({part.role: _alone(part) for part in parts}))
     model.set_submodule(projection.name, module)
 
 
-def _of_fused(module: nn.Module, name: str, as_linear: AsLinear) -> list[Projection]:
+def _of_fused(
+    module: nn.Module, name: str, as_linear: AsLinear, widths: tuple[int, int, int] | None
+) -> list[Projection]:
     if isinstance(module, SeparateProjections):
         parts = {role: as_linear(part) for role, part in module.parts().items()}
         return [
@@ -144,19 +152,19 @@ def _of_fused(module: nn.Module, name: str, as_linear: AsLinear) -> list[Project
         ]
     linear = as_linear(module)
     outputs = 0 if linear is None else linear.weight.shape[0]
-    if linear is None or outputs % len(FUSED) != 0:
+    if linear is None or (widths is None and outputs % len(FUSED) != 0):
         raise ConfigError(
             f"{name}: a {type(module).__name__} of {outputs} outputs, which cannot be taken apart into the projections "
             "query, key and value; must be one linear module with as many outputs for each"
         )
-    return _taken_apart(linear, name)
+    return _taken_apart(linear, name, widths or (outputs // len(FUSED),) * len(FUSED))
 
 
-def _taken_apart(linear: nn.Linear | TransposedLinear, name: str) -> list[Projection]:
-    size = linear.weight.shape[0] // len(FUSED)
+def _taken_apart(linear: nn.Linear | TransposedLinear, name: str, widths: tuple[int, ...]) -> list[Projection]:
+    ends = list(accumulate(widths))
     return [
-        Projection(f"{name}.{role}", role, name, linear, slice(i * size, (i + 1) * size))
-        for i, role in enumerate(FUSED)
+        Projection(f"{name}.{role}", role, name, linear, slice(end - width, end), widths)
+        for role, width, end in zip(FUSED, widths, ends, strict=True)
     ]
 
 

@@ -6,11 +6,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from d2dmoe_pl.adapters._ffn_module import FFNModuleAdapter
+from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.errors import check
 
 
-class DecoderAdapter(FFNModuleAdapter):
+class CausalAdapter(HuggingFaceAdapter):
     """Each token sees those before it; a head for whole texts reads the last token, which it finds by padding's id."""
 
     # no token_type_ids: what these models make of them, if anything, is not what tokenizers mean by them
@@ -32,3 +33,7 @@ class DecoderAdapter(FFNModuleAdapter):
             ids = batch["input_ids"].masked_fill(mask == 0, model.config.pad_token_id)
             batch = {**batch, "input_ids": ids}
         return super()._call(model, batch, use_cache=False, **kwargs)
+
+
+class DecoderAdapter(CausalAdapter, FFNModuleAdapter):
+    """See :class:`CausalAdapter` and :class:`FFNModuleAdapter`."""

@@ -25,11 +25,11 @@ def register_adapter(adapter: Adapter) -> None:
     Example:
         >>> from d2dmoe_pl.adapters import adapter_named, register_adapter
         >>> llama = adapter_named("llama")
-        >>> class MistralAdapter(type(llama)):
-        ...     family, title, model_types = "mistral", "Hugging Face Mistral", ("mistral",)
-        >>> register_adapter(MistralAdapter())
-        >>> adapter_named("mistral").title
-        'Hugging Face Mistral'
+        >>> class GraniteAdapter(type(llama)):
+        ...     family, title, model_types = "granite", "Hugging Face Granite", ("granite",)
+        >>> register_adapter(GraniteAdapter())
+        >>> adapter_named("granite").title
+        'Hugging Face Granite'
     """
     ADAPTERS.register(adapter.family, adapter)
 

@@ -23,6 +23,37 @@ class TransposedLinear:
 
 
 @dataclass(frozen=True)
+class LinearRows:
+    """Some outputs of a linear module that computes more than one projection, seen as an ``nn.Linear``.
+
+    Attributes:
+        module: It.
+        rows: Which of its outputs.
+    """
+
+    module: nn.Linear
+    rows: slice
+
+    @property
+    def weight(self) -> Tensor:
+        """A view, ``(out, in)``."""
+        return self.module.weight[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """A view, ``(out,)``."""
+        return None if self.module.bias is None else self.module.bias[self.rows]
+
+
+AnyLinear = nn.Linear | TransposedLinear | LinearRows
+
+
+def holder_of(linear: AnyLinear) -> Any:
+    """The module that has the weights of ``linear``."""
+    return linear if isinstance(linear, nn.Linear) else linear.module
+
+
+@dataclass(frozen=True)
 class FFN:
     """One dense FFN of a model: ``y = down(act(up(x)))``, or gated: ``y = down(act(gate_proj(x)) * up(x))``.
 
@@ -41,10 +72,10 @@ class FFN:
     """
 
     name: str
-    up: nn.Linear | TransposedLinear
+    up: AnyLinear
     activation: nn.Module
-    down: nn.Linear | TransposedLinear
-    gate_proj: nn.Linear | None = None
+    down: AnyLinear
+    gate_proj: AnyLinear | None = None
     hidden_dropout: nn.Module = field(default_factory=nn.Identity)
     output_dropout: nn.Module = field(default_factory=nn.Identity)
     residual_norm: nn.LayerNorm | None = None

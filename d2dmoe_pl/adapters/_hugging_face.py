@@ -27,9 +27,11 @@ GENERATION_CONFIG = "generation_config.json"
 HEADS: dict[TaskName, tuple[Head, Any]] = {
     "text-classification": ("classification", transformers.AutoModelForSequenceClassification),
     "text-regression": ("regression", transformers.AutoModelForSequenceClassification),
+    "token-classification": ("token-classification", transformers.AutoModelForTokenClassification),
     "question-answering": ("question-answering", transformers.AutoModelForQuestionAnswering),
     "causal-language-modeling": ("causal-language-modeling", transformers.AutoModelForCausalLM),
     "masked-language-modeling": ("masked-language-modeling", transformers.AutoModelForMaskedLM),
+    "text-to-text": ("text-to-text", transformers.AutoModelForSeq2SeqLM),
     "image-classification": ("classification", transformers.AutoModelForImageClassification),
 }
 
@@ -41,13 +43,13 @@ class HuggingFaceAdapter(Adapter):
         model_types: The types of its models.
         inputs: What a batch may hold for the model; everything else in it is for losses and metrics.
         activation_keys: What the models' configs call the FFNs' activation.
-        head_activation: Where a head for language modelling has, by the same setting, the same activation.
+        head_activations: Where heads for language modelling have, by the same setting, the same activation.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     inputs: ClassVar[tuple[str, ...]]
     activation_keys: ClassVar[tuple[str, ...]] = ("hidden_act",)
-    head_activation: ClassVar[str | None] = None
+    head_activations: ClassVar[tuple[str, ...]] = ()
 
     def as_linear(self, module: nn.Module) -> nn.Linear | TransposedLinear | None:
         return TransposedLinear(module) if isinstance(module, Conv1D) else plain_linear(module)
@@ -57,13 +59,34 @@ class HuggingFaceAdapter(Adapter):
 
     def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
+        self._check_recorded(model, name)
         for ffn in ffns:
             self.put_activation_(model, ffn, ACT2FN[name])
-        if self.head_activation is not None and self.head_activation in dict(model.named_modules()):
-            parent, attribute = module_at(model, self.head_activation)
+        for path in set(self.head_activations) & dict(model.named_modules()).keys():
+            parent, attribute = module_at(model, path)
             setattr(parent, attribute, ACT2FN[name])
+        self._record_activation_(model.config, name)
+
+    def backbone_config(self, config: Any) -> Any:
+        """Where in a model's ``config`` the settings of its layers are."""
+        return config
+
+    def _record_activation_(self, config: Any, name: str) -> None:
         for key in self.activation_keys:
-            setattr(model.config, key, name)
+            setattr(self.backbone_config(config), key, name)
+
+    def _check_recorded(self, model: Any, name: str) -> None:
+        """Raise ``ConfigError`` unless a model that is made from the changed config has the activation."""
+        config = copy.deepcopy(model.config)
+        self._record_activation_(config, name)
+        with torch.device("meta"):
+            made = type(model)._from_config(config)
+        for ffn in self.ffns(made):
+            check(
+                type(ffn.activation) is type(ACT2FN[name]),
+                f"activation={name!r}: {ffn.name} of a {type(model).__name__} has {ffn.activation_name} whatever its "
+                "config says, and no file could say that it is another",
+            )
 
     @abstractmethod
     def put_activation_(self, model: Any, ffn: FFN, activation: nn.Module) -> None:
@@ -140,9 +163,10 @@ class HuggingFaceAdapter(Adapter):
     def input_shape(self, model: Any) -> tuple[int, int, int] | None:
         if model.main_input_name != "pixel_values":
             return None
-        size = model.config.image_size
+        config = self.backbone_config(model.config)
+        size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return model.config.num_channels, height, width
+        return config.num_channels, height, width
 
     def config(self, model: Any) -> dict[str, Any]:
         config = json.loads(model.config.to_json_string(use_diff=True))
@@ -162,10 +186,17 @@ class HuggingFaceAdapter(Adapter):
 
     def fill_buffers_(self, model: Any) -> None:
         # transformers' own way with models whose weights come from a file: what it thinks has been read is left alone
-        if place_meta_buffers_(model):
-            for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values()):
-                tensor._is_hf_initialized = True
-            model.initialize_weights()
+        without = place_meta_buffers_(model)
+        for tensor in (*model.parameters(), *model.state_dict(keep_vars=True).values()) if without else ():
+            tensor._is_hf_initialized = True
+        owner = {
+            module: part  # the last that has it is the innermost
+            for part in model.modules()
+            if isinstance(part, transformers.PreTrainedModel)
+            for module in part.modules()
+        }
+        for module in without:
+            owner[module]._init_weights(module)
 
     def build(self, folder: Path) -> nn.Module:
         described = json.loads((folder / "config.json").read_text())

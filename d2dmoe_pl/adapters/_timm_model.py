@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,7 +11,6 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, load_checkpoint, load_state_dict
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource
@@ -39,7 +39,7 @@ def create_timm_model(
 
 
 class TimmModel(ModelSource):
-    """A timm Vision Transformer, pretrained or from scratch. Arguments left out keep the architecture's own value.
+    """A timm model, pretrained or from scratch. Arguments left out keep the architecture's own value.
 
     Args:
         architecture: As in ``timm.list_models()``, e.g. ``vit_base_patch16_224`` or ``deit_small_patch16_224``.
@@ -81,7 +81,7 @@ class TimmModel(ModelSource):
         check(
             timm.is_model(architecture),
             f"architecture={architecture!r}: timm has no such model; allowed are e.g. "
-            + ", ".join(difflib.get_close_matches(architecture, timm.list_models(["vit_*", "deit*"]), cutoff=0.1)),
+            + ", ".join(difflib.get_close_matches(architecture, timm.list_models(), cutoff=0.1)),
         )
         check(
             not (pretrained and checkpoint_path),
@@ -148,7 +148,9 @@ def load_checkpoint_(model: Any, path: str) -> str | None:
     if _is_numpy(path):  # Google's own files, which timm reads in a way of its own
         load_checkpoint(model, path)
         return None
-    adapted = checkpoint_filter_fn(_read_checkpoint(path), model)
+    read = _read_checkpoint(path)
+    adapt = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)  # each architecture's own
+    adapted = read if adapt is None else adapt(read, model)
     own = model.state_dict()
     heads = _heads(model.pretrained_cfg["classifier"])
     fitting = {name: value for name, value in adapted.items() if name in own and value.shape == own[name].shape}

@@ -30,13 +30,19 @@ class BertAdapter(HuggingFaceAdapter):
 
     family = "bert"
     title = "Hugging Face BERT"
-    tasks = ("text-classification", "text-regression", "question-answering", "masked-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "token-classification",
+        "question-answering",
+        "masked-language-modeling",
+    )
     model_types = ("bert",)
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
     attention = AttentionParts(
         (BertAttention,), query="self.query", key="self.key", value="self.value", output="output.dense"
     )
-    head_activation: ClassVar[str | None] = "cls.predictions.transform.transform_act_fn"
+    head_activations: ClassVar[tuple[str, ...]] = ("cls.predictions.transform.transform_act_fn",)
     layer_class: ClassVar[type[nn.Module]] = BertLayer
     intermediate_class: ClassVar[type[nn.Module]] = BertIntermediate
 

@@ -21,11 +21,17 @@ class DistilBertAdapter(FFNModuleAdapter):
 
     family = "distilbert"
     title = "Hugging Face DistilBERT"
-    tasks = ("text-classification", "text-regression", "question-answering", "masked-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "token-classification",
+        "question-answering",
+        "masked-language-modeling",
+    )
     model_types = ("distilbert",)
     inputs = ("input_ids", "attention_mask")
     activation_keys = ("activation",)
-    head_activation = "activation"
+    head_activations = ("activation",)
     ffn_classes = (modeling_distilbert.FFN,)
     parts = PartNames(up="lin1", activation="activation", down="lin2", output_dropout="dropout")
     attention = AttentionParts(

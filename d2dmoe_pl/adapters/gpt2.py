@@ -12,7 +12,13 @@ class GPT2Adapter(DecoderAdapter):
 
     family = "gpt2"
     title = "Hugging Face GPT-2"
-    tasks = ("text-classification", "text-regression", "question-answering", "causal-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "token-classification",
+        "question-answering",
+        "causal-language-modeling",
+    )
     model_types = ("gpt2",)
     activation_keys = ("activation_function",)
     ffn_classes = (GPT2MLP,)

@@ -12,7 +12,13 @@ class LlamaAdapter(DecoderAdapter):
 
     family = "llama"
     title = "Hugging Face Llama"
-    tasks = ("text-classification", "text-regression", "question-answering", "causal-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "token-classification",
+        "question-answering",
+        "causal-language-modeling",
+    )
     model_types = ("llama",)
     ffn_classes = (LlamaMLP,)
     parts = PartNames(gate_proj="gate_proj", up="up_proj", activation="act_fn", down="down_proj")

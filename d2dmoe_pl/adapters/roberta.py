@@ -1,8 +1,9 @@
 """Hugging Face RoBERTa: BERT's layers under names of their own."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
+from torch import nn
 from transformers.models.roberta.modeling_roberta import RobertaAttention, RobertaIntermediate, RobertaLayer
 
 from d2dmoe_pl.adapters.bert import BertAdapter
@@ -15,10 +16,10 @@ class RobertaAdapter(BertAdapter):
     title = "Hugging Face RoBERTa"
     model_types = ("roberta",)
     inputs = ("input_ids", "attention_mask")  # it has one type of token only
-    head_activation = None
+    head_activations = ()
     attention = dataclasses.replace(BertAdapter.attention, classes=(RobertaAttention,))
-    layer_class = RobertaLayer
-    intermediate_class = RobertaIntermediate
+    layer_class: ClassVar[type[nn.Module]] = RobertaLayer
+    intermediate_class: ClassVar[type[nn.Module]] = RobertaIntermediate
 
     def num_positions(self, model: Any) -> int:
         return model.config.max_position_embeddings - model.config.pad_token_id - 1  # they begin after padding's

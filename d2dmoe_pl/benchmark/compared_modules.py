@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.adapters import FFN, TransposedLinear, adapter_for
+from d2dmoe_pl.adapters import FFN, LinearRows, adapter_for, holder_of
 from d2dmoe_pl.benchmark.alternatives import ALTERNATIVES
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
 from d2dmoe_pl.benchmark.result_rows import PYTORCH
@@ -69,10 +69,13 @@ def find_way(name: str) -> Backend:
 
 def run_dense(ffn: FFN, tokens: Tensor) -> Tensor:
     """The dense FFN, as its architecture computes it: ``(N, d_model)`` to the same shape."""
-    up, down = (linear.module if isinstance(linear, TransposedLinear) else linear for linear in (ffn.up, ffn.down))
+    up, down = holder_of(ffn.up), holder_of(ffn.down)
     if ffn.gate_proj is None:
         return down(ffn.activation(up(tokens)))
-    return down(ffn.activation(ffn.gate_proj(tokens)) * up(tokens))
+    if isinstance(ffn.up, LinearRows) and isinstance(ffn.gate_proj, LinearRows):
+        both = up(tokens)  # (N, 2 * d_ff)
+        return down(ffn.activation(both[:, ffn.gate_proj.rows]) * both[:, ffn.up.rows])
+    return down(ffn.activation(holder_of(ffn.gate_proj)(tokens)) * up(tokens))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from d2dmoe_pl.data.squad.question_answering import QuestionAnswering
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
-from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
+from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, layer_tokens, sample_inputs, sample_sizes
 from d2dmoe_pl.metrics.sample_cost import sample_cost
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
@@ -45,7 +45,7 @@ class PredictionFile(L.Callback):
         self.file = Path(file)
         self.inputs = inputs
         self.rows: list[dict[str, Any]] = []
-        self._flops_outside: dict[int | None, int] = {}
+        self._flops_outside: dict[SampleSize, int] = {}
         self._masks: dict[str, Tensor] = {}
 
     def on_predict_start(self, trainer: L.Trainer, phase: Any) -> None:
@@ -78,12 +78,14 @@ class PredictionFile(L.Callback):
             self.rows.append(row if self.inputs is None else {"input": self.inputs[len(self.rows)], **row})
         if self._layers:
             masks = [self._masks[name] for name in self._layers]
-            lengths = sample_lengths(batch)
-            tokens = [len(masks[0]) // len(rows)] * len(rows) if lengths is None else lengths
-            kinds: Sequence[int | None] = lengths or [None] * len(rows)
-            for length in set(kinds) - self._flops_outside.keys():
-                self._flops_outside[length] = flops_outside_ffns(phase.model, sample_inputs(batch, length))
-            outside = [self._flops_outside[length] for length in kinds]
+            alike = [[len(mask) // len(rows)] * len(rows) for mask in masks]
+            tokens = [
+                layer_tokens(phase.model, name, batch) or same for name, same in zip(self._layers, alike, strict=True)
+            ]
+            sizes = sample_sizes(batch)
+            for size in set(sizes) - self._flops_outside.keys():
+                self._flops_outside[size] = flops_outside_ffns(phase.model, sample_inputs(batch, size))
+            outside = [self._flops_outside[size] for size in sizes]
             cost = sample_cost(list(self._layers.values()), masks, tokens, outside)
             for row, share, flops in zip(self.rows[-len(rows) :], cost.experts_percent, cost.flops, strict=True):
                 row.update(experts_percent=share, flops=flops)

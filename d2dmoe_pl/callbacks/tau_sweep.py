@@ -30,7 +30,7 @@ from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.expert_load import ExpertLoad
-from d2dmoe_pl.metrics.flops import flops_outside_ffns, sample_inputs, sample_lengths
+from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, sample_inputs, sample_sizes
 from d2dmoe_pl.metrics.model_cost import ModelCost
 from d2dmoe_pl.moe.budgets.budget_path import budget_path
 from d2dmoe_pl.moe.find_layers import expert_layers, moe_layers
@@ -94,7 +94,7 @@ class TauSweep(L.Callback):
             for setting in self.settings:
                 setting.gate  # noqa: B018 (which checks it)
         self.rows: dict[str, list[SweepRow]] = {}
-        self._flops_outside: dict[int | None, int] = {}
+        self._flops_outside: dict[SampleSize, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": {split: [asdict(row) for row in rows] for split, rows in self.rows.items()}}
@@ -162,10 +162,10 @@ class TauSweep(L.Callback):
             with set_so, self._watched(load):
                 logits = phase.logits(batch)
             metrics.update(logits, batch)
-        lengths: Sequence[int | None] = sample_lengths(batch) or [None] * len(batch["labels"])
-        for length in set(lengths) - self._flops_outside.keys():
-            self._flops_outside[length] = flops_outside_ffns(phase.model, sample_inputs(batch, length))
-        split.cost.update([self._flops_outside[length] for length in lengths])
+        sizes = sample_sizes(batch)
+        for size in set(sizes) - self._flops_outside.keys():
+            self._flops_outside[size] = flops_outside_ffns(phase.model, sample_inputs(batch, size))
+        split.cost.update([self._flops_outside[size] for size in sizes])
 
     def _watched(self, load: ExpertLoad) -> AbstractContextManager[None]:
         """Count the experts that run in the body."""

@@ -3,7 +3,13 @@
 from typing import Literal
 
 Head = Literal[
-    "classification", "regression", "question-answering", "causal-language-modeling", "masked-language-modeling"
+    "classification",
+    "regression",
+    "token-classification",
+    "question-answering",
+    "causal-language-modeling",
+    "masked-language-modeling",
+    "text-to-text",
 ]
 # their outputs are the vocabulary, which the model brings; labels name those of the others
-VOCABULARY_HEADS: tuple[Head, ...] = ("causal-language-modeling", "masked-language-modeling")
+VOCABULARY_HEADS: tuple[Head, ...] = ("causal-language-modeling", "masked-language-modeling", "text-to-text")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
 
@@ -32,23 +32,42 @@ def _neuron_flops(experts: ExpertSizes) -> int:
     return 2 * ((2 if experts.is_gated else 1) * experts.d_model + experts.d_out)
 
 
-def sample_lengths(batch: Mapping[str, Tensor]) -> list[int] | None:
-    """Real tokens of each sample, ``B`` integers; None for data without padding, where all samples are alike."""
-    mask = batch.get("attention_mask")
-    return None if mask is None else mask.sum(dim=1).tolist()
+SampleSize = tuple[tuple[str, int], ...]
 
 
-def sample_inputs(batch: Mapping[str, Tensor], length: int | None) -> dict[str, Tensor]:
-    """The shapes of one unpadded sample of ``length`` tokens, on the meta device."""
-    mask = batch.get("attention_mask")
+def sample_sizes(batch: Mapping[str, Tensor]) -> list[SampleSize]:
+    """What decides the cost of each of ``B`` samples: its real tokens by the mask that tells them from padding.
 
-    def cut(value: Tensor) -> Tensor:
+    Samples without padding have nothing to tell them apart, and are all alike.
+
+    Example:
+        >>> import torch
+        >>> from d2dmoe_pl.metrics.flops import sample_sizes
+        >>> sample_sizes({"attention_mask": torch.tensor([[1, 1], [1, 0]]), "labels": torch.zeros(2)})
+        [(('attention_mask', 2),), (('attention_mask', 1),)]
+    """
+    masks = {key: mask.sum(dim=1).tolist() for key, mask in batch.items() if key.endswith(MASK)}
+    return [tuple((key, lengths[i]) for key, lengths in masks.items()) for i in range(len(next(iter(batch.values()))))]
+
+
+def sample_inputs(batch: Mapping[str, Tensor], size: SampleSize) -> dict[str, Tensor]:
+    """The shapes of one unpadded sample of a batch that is of ``size``, on the meta device."""
+    lengths = dict(size)
+
+    def cut(key: str, value: Tensor) -> Tensor:
         one = value[:1]  # (1, ...)
-        padded = mask is not None and value.dim() >= 2 and value.shape[1] == mask.shape[1]
-        return (one[:, :length] if padded else one).to("meta")
+        mask = next((mask for mask in lengths if mask != MASK and key.startswith(mask.removesuffix(MASK))), MASK)
+        padded = mask in lengths and value.dim() >= 2 and value.shape[1] == batch[mask].shape[1]
+        return (one[:, : lengths[mask]] if padded else one).to("meta")
 
     # a mask that masks nothing is left out: models look into it, and meta tensors have nothing to look at
-    return {key: cut(value) for key, value in batch.items() if value is not mask}
+    return {key: cut(key, value) for key, value in batch.items() if key not in lengths}
+
+
+def layer_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> list[int] | None:
+    """Real tokens of each sample that the module ``name`` sees, ``B`` integers; None where all are alike."""
+    mask = adapter_for(model).padding_mask(model, name, batch)
+    return None if mask is None else mask.sum(dim=1).tolist()
 
 
 def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:

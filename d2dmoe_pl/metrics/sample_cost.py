@@ -36,22 +36,25 @@ def pairs_by_sample(mask: Tensor, tokens: Sequence[int]) -> list[int]:
 
 
 def sample_cost(
-    layers: Sequence[ExpertLayer], masks: Sequence[Tensor], tokens: Sequence[int], flops_outside: Sequence[int]
+    layers: Sequence[ExpertLayer],
+    masks: Sequence[Tensor],
+    tokens: Sequence[Sequence[int]],
+    flops_outside: Sequence[int],
 ) -> SampleCost:
     """The cost of each sample of a batch; summed over samples, what a sweep reports.
 
     Args:
         layers: Those with experts.
         masks: What each of them decided, boolean ``(N, E)``; a layer of a model without a gate runs all, and has none.
-        tokens: Of each sample, without padding.
+        tokens: By layer, those of each sample, without padding.
         flops_outside: Of each sample, outside the layers with experts.
     """
-    flops, ran, possible = list(flops_outside), [0] * len(tokens), [0] * len(tokens)
-    for layer, mask in zip(layers, masks, strict=True):
+    flops, ran, possible = list(flops_outside), [0] * len(flops_outside), [0] * len(flops_outside)
+    for layer, mask, numbers in zip(layers, masks, tokens, strict=True):
         num_experts = layer.sizes.num_experts
-        for i, pairs in enumerate(pairs_by_sample(mask, tokens)):
-            flops[i] += pairs * pair_flops(layer.sizes) + layer.flops_beside_experts(tokens[i], 1)
+        for i, pairs in enumerate(pairs_by_sample(mask, numbers)):
+            flops[i] += pairs * pair_flops(layer.sizes) + layer.flops_beside_experts(numbers[i], 1)
             ran[i] += pairs
-            possible[i] += tokens[i] * num_experts
+            possible[i] += numbers[i] * num_experts
     shares = [100 * some / every if every else 100.0 for some, every in zip(ran, possible, strict=True)]
     return SampleCost(shares, flops)

@@ -20,7 +20,7 @@ from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 from d2dmoe_pl.moe.routers import RouterConfig, make_router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig, make_stand_in
-from d2dmoe_pl.moe.token_context import shared_context_
+from d2dmoe_pl.moe.token_streams import shared_context_
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def convert_to_moe_(
     if assignments is not None:
         for ffn, num_experts in zip(ffns, numbers, strict=True):
             check_assignment(assignments[ffn.name], ffn.d_ff, num_experts, ffn.name)
-    context = shared_context_(model)
     for ffn, num_experts in zip(ffns, numbers, strict=True):
         experts = Experts(ffn, num_experts, None if assignments is None else assignments[ffn.name])
+        context = shared_context_(model, ffn.name)
         layer = MoELayer(experts, context, ffn.output_dropout).train(model.get_submodule(ffn.name).training)
         if ffn.is_projection:
             model.set_submodule(ffn.name, layer)

@@ -56,7 +56,9 @@ def _running() -> "Mapping[int, TokenBatch]":
 
 
 class TokenContext:
-    """Which positions of the running batch hold real tokens, and which ones. One is owned by each converted model.
+    """Which positions of the running batch hold real tokens, and which ones. A converted model owns one, or more.
+
+    More, where parts of it see tokens of their own, as encoder and decoder do: each is then a model here.
 
     A forward pre-hook on the model takes it from the ``attention_mask`` and ``input_ids`` arguments, if the model's
     forward has them, so that a plain ``model(**batch)`` or ``model.generate()`` leaves padding unrouted. It is found
@@ -172,17 +174,6 @@ def _carry_into_backward(model: nn.Module) -> None:
             checkpoint = module.__dict__.get(name)
             if checkpoint is not None and not isinstance(checkpoint, _Carried):
                 setattr(module, name, _Carried(checkpoint))
-
-
-def shared_context_(model: nn.Module) -> TokenContext:
-    """The context of ``model``, which gets one if it has none yet."""
-    for module in model.modules():
-        context = getattr(module, "context", None)
-        if isinstance(context, TokenContext):
-            return context
-    context = TokenContext()
-    context.install(model)
-    return context
 
 
 def real_tokens(positions: Tensor, index: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.find_layers import FilterFn, select_ffns
-from d2dmoe_pl.moe.token_context import shared_context_
+from d2dmoe_pl.moe.token_streams import shared_context_
 from d2dmoe_pl.moebert.experts import ImportanceExperts, check_expert_sizes, expert_neurons
 from d2dmoe_pl.moebert.layer import MoEBERTConfig, MoEBERTLayer, moebert_layers
 from d2dmoe_pl.moebert.routing import ROUTINGS, HashRouting, RoutingSizes, check_table
@@ -53,13 +53,13 @@ def convert_to_moebert_(
     )
     for ffn in ffns:
         _check_ffn(ffn, config, importance)
-    context = shared_context_(model)
     for position, ffn in enumerate(ffns):
         scores = torch.zeros(ffn.d_ff, device="cpu") if importance is None else importance[ffn.name]
         neurons = expert_neurons(scores, config.num_experts, config.expert_dim, config.num_shared)
         experts = ImportanceExperts(ffn, neurons, config.expert_dropout)
         sizes = RoutingSizes(config.num_experts, ffn.d_model, vocabulary_size, config.seed + position)
         routing = routing_class(sizes).to(ffn.up.weight.device, ffn.up.weight.dtype)
+        context = shared_context_(model, ffn.name)
         layer = MoEBERTLayer(experts, routing, context, config).train(model.get_submodule(ffn.name).training)
         adapter.put_with_residual_(model, ffn, layer)
     adapter.mark_converted_(model)

@@ -23,7 +23,8 @@ from d2dmoe_pl.moe.projections import (
     select_projections,
 )
 from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty, Schedule, alpha_at
-from d2dmoe_pl.moe.token_context import real_tokens, token_index
+from d2dmoe_pl.moe.token_context import real_tokens
+from d2dmoe_pl.moe.token_streams import TokenIndices
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
 from d2dmoe_pl.phases._teacher import Teacher
 
@@ -108,7 +109,7 @@ class AttentionDistillation(OptimizedPhase):
 
         What is kept for the backward pass is what training the MLPs inside the model would keep of them.
         """
-        index = token_index(batch.get("attention_mask"))
+        indices = TokenIndices(self.model, batch)
         errors: dict[str, Tensor] = {}
         relative: dict[str, Tensor] = {}
         penalties: list[Tensor] = []
@@ -117,7 +118,9 @@ class AttentionDistillation(OptimizedPhase):
             penalties.append(PENALTIES[self.penalty](post).mean())
 
         def learn(name: str, inputs: Tensor, target: Tensor) -> None:
-            tokens, goal = (real_tokens(values.flatten(0, -2), index) for values in (inputs, target))  # (N, ...)
+            tokens, goal = (
+                real_tokens(values.flatten(0, -2), indices(name)) for values in (inputs, target)
+            )  # (N, ...)
             with torch.enable_grad():
                 errors[name] = F.mse_loss(self._mlps[name](tokens).float(), goal.float())
             relative[name] = (errors[name].detach() / goal.float().square().mean()).sqrt()

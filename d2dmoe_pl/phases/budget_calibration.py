@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
-from d2dmoe_pl.metrics.flops import dense_ffn_flops, flops_outside_ffns, pair_flops, sample_inputs, sample_lengths
+from d2dmoe_pl.metrics.flops import (
+    SampleSize,
+    dense_ffn_flops,
+    flops_outside_ffns,
+    pair_flops,
+    sample_inputs,
+    sample_sizes,
+)
 from d2dmoe_pl.moe.budgets.allocation import (
     UNIFORM_TAUS,
     Measured,
@@ -95,7 +102,7 @@ class BudgetCalibration(Calibration):
         self.num_scored_points = num_scored_points
         self.keep = keep
         self._path: BudgetPath | None = None
-        self._flops_outside: dict[int | None, int] = {}
+        self._flops_outside: dict[SampleSize, int] = {}
 
     def transform_(self, model: nn.Module) -> None:
         super().transform_(model)
@@ -191,10 +198,10 @@ class BudgetCalibration(Calibration):
 
     def _outside(self, batch: Batch) -> int:
         """FLOPs outside the FFNs of all samples of a batch."""
-        lengths: Sequence[int | None] = sample_lengths(batch) or [None] * _size(batch)
-        for length in set(lengths) - self._flops_outside.keys():
-            self._flops_outside[length] = flops_outside_ffns(self.model, sample_inputs(batch, length))
-        return sum(self._flops_outside[length] for length in lengths)
+        sizes = sample_sizes(batch)
+        for size in set(sizes) - self._flops_outside.keys():
+            self._flops_outside[size] = flops_outside_ffns(self.model, sample_inputs(batch, size))
+        return sum(self._flops_outside[size] for size in sizes)
 
     def _scored(self, path: Sequence[Measured], rule: str) -> BudgetPath:
         """The path with costs and scores of more samples: measured at some points, those between interpolated."""

@@ -1,13 +1,13 @@
 """Phase 3: split each FFN's neurons into experts. Trains nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Literal
 
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import FFN, ModelSource
+from d2dmoe_pl.adapters import FFN, ModelSource, adapter_for
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
@@ -97,19 +97,21 @@ class ExpertClustering(OrderedPass):
 
     @torch.no_grad()
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        counted: dict[torch.Size, tuple[CountedTokens, Tensor]] = {}
+        counted: dict[Hashable, tuple[CountedTokens, Tensor]] = {}
+        adapter, size = adapter_for(self.model), len(batch["labels"])
 
         def watch(name: str, pre: Tensor, post: Tensor) -> None:
-            positions = post.shape[:-1]  # (B, L)
-            if positions not in counted:
-                counted[positions] = self._counted(batch.get("attention_mask"), positions)
-            tokens, index = counted[positions]
+            mask = adapter.padding_mask(self.model, name, batch)
+            positions = torch.Size((size, post.shape[:-1].numel() // size))  # (B, L)
+            if (id(mask), positions) not in counted:
+                counted[id(mask), positions] = self._counted(mask, positions)
+            tokens, index = counted[id(mask), positions]
             with torch.autocast(post.device.type, enabled=False):  # sums of integers stay exact
                 self._sums[name] += self.split.statistic(post.flatten(0, -2)[index], tokens)  # of (N, d_ff)
 
         with watched_activations(self._ffns, watch):
             self.logits(batch)
-        self.advance(len(batch["labels"]))
+        self.advance(size)
 
     def conclude(self) -> None:
         self._assignments = self._assign()

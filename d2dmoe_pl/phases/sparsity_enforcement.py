@@ -11,7 +11,8 @@ from d2dmoe_pl.metrics.activation_sparsity import ActivationSparsity
 from d2dmoe_pl.moe.experts.activation_watching import watched_activations
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty, Schedule, alpha_at, clamped
-from d2dmoe_pl.moe.token_context import token_index
+from d2dmoe_pl.moe.token_context import real_tokens
+from d2dmoe_pl.moe.token_streams import TokenIndices
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 
 
@@ -60,12 +61,12 @@ class SparsityEnforcement(OptimizedPhase):
         self.sparsity = ActivationSparsity([ffn.name for ffn in self._ffns]).to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        index = token_index(batch.get("attention_mask"))
+        indices = TokenIndices(self.model, batch)
         penalties = []
 
         def watch(name: str, pre: Tensor, post: Tensor) -> None:
             per_token = PENALTIES[self.penalty](self._watched(pre, post)).flatten()  # (B * L,)
-            penalties.append((per_token if index is None else per_token[index]).mean())
+            penalties.append(real_tokens(per_token, indices(name)).mean())
 
         with watched_activations(self._ffns, watch):
             logits = self.logits(batch)
@@ -80,11 +81,11 @@ class SparsityEnforcement(OptimizedPhase):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if not self.is_fitting:  # a finished model: nothing to watch
             return super().validation_step(batch, batch_idx, dataloader_idx)
-        index = token_index(batch.get("attention_mask"))
+        indices = TokenIndices(self.model, batch)
 
         def watch(name: str, pre: Tensor, post: Tensor) -> None:
             tokens = self._watched(pre, post).flatten(0, -2)  # (B * L, d_ff)
-            self.sparsity.update(name, tokens if index is None else tokens[index])
+            self.sparsity.update(name, real_tokens(tokens, indices(name)))
 
         with watched_activations(self._ffns, watch):
             return super().validation_step(batch, batch_idx, dataloader_idx)

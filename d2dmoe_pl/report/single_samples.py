@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2dmoe_pl.adapters import MASK, adapter_for, stream_of
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.hooks import hooked
-from d2dmoe_pl.metrics.flops import sample_lengths
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
 from d2dmoe_pl.phases import Phase
@@ -76,6 +76,7 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
     masks: dict[str, Tensor] = {}
     found: list[SampleCompute] = []
     layers = deciding_layers(phase)
+    streams = adapter_for(phase.model).streams(phase.model)
     was_training = phase.model.training
     phase.model.eval()
 
@@ -86,9 +87,10 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
         for batch in loader or ():
             moved = {key: value.to(phase.device) for key, value in batch.items()}
             logits = phase.logits(moved)
-            tokens = {len(mask) for mask in masks.values()}
-            if len(tokens) == 1:  # projections of another width see the same tokens
-                shares = torch.stack([mask.float().mean(dim=1) for mask in masks.values()]).mean(dim=0)  # (N,)
+            # those of the stream that the input's words and patches are in
+            seen = [mask for name, mask in masks.items() if stream_of(streams, name)[1] == MASK]
+            if len({len(mask) for mask in seen}) == 1:  # projections of another width see the same tokens
+                shares = torch.stack([mask.float().mean(dim=1) for mask in seen]).mean(dim=0)  # (N,)
                 found += _of_batch(phase, batch, logits, shares.cpu())
     phase.model.train(was_training)
     return found
@@ -96,7 +98,7 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
 
 def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Tensor) -> list[SampleCompute]:
     size = len(batch["labels"])
-    lengths = sample_lengths(batch) or [len(shares) // size] * size
+    lengths = batch[MASK].sum(dim=1).tolist() if MASK in batch else [len(shares) // size] * size
     data: Any = phase.data
     found = []
     for index, own in enumerate(shares.split(lengths)):

@@ -48,7 +48,7 @@ def source_of(kind):
         given = tiny.SOURCES[kind]()
         return TimmModel(given.architecture, **{**given.model_args, "in_chans": 3})
     config = tiny.CONFIGS[kind]()
-    config.num_channels = 3
+    getattr(config, "vision_config", config).num_channels = 3
     return HuggingFaceModel("image-classification", config=config)
 
 

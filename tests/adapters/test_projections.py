@@ -26,7 +26,30 @@ from d2dmoe_pl.moe.projections import (
 from d2dmoe_pl.structure import describe
 
 # one of each architecture: what a task adds lies outside the attention
-KINDS = [kind for kind, task in tiny.TASKS.items() if task in ("text-classification", "image-classification")]
+KINDS = [
+    kind
+    for kind, task in tiny.TASKS.items()
+    if task in ("text-classification", "image-classification")
+    and adapter_named(tiny.family_of(kind)).attention is not None
+]
+
+
+ONE_ROLE = {"deberta_v2": "output", "timm_eva": "output"}  # what the families that do not name all of them name
+CROSS = ("EncDecAttention", "encoder_attn")
+
+
+def roles_of(kind):
+    """The roles that are named, each as often as there are self-attentions."""
+    attentions = 4 if tiny.family_of(kind) in tiny.ENCODER_DECODERS else 2
+    only = ONE_ROLE.get(tiny.family_of(kind))
+    return dict.fromkeys(ROLES if only is None else [only], attentions)
+
+
+def is_projection(kind, name):
+    """Whether the linear module ``name`` is one of those that are named."""
+    if any(part in name for part in CROSS) or ".head." in name or "att" not in name.lower():
+        return False
+    return tiny.family_of(kind) not in ONE_ROLE or name.endswith((".output.dense", ".attn.proj"))
 
 
 def as_linear(projection):
@@ -38,7 +61,7 @@ def as_linear(projection):
 
 
 def test_every_family_is_under_contract():
-    assert {tiny.family_of(kind) for kind in KINDS} == set(ADAPTERS.names())
+    assert {tiny.family_of(kind) for kind in KINDS} == set(ADAPTERS.names()) - {"gpt_neox"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,16 +72,17 @@ class TestContract:
         linear = {
             id(module)
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and "att" in name
+            if isinstance(module, (nn.Linear, Conv1D)) and is_projection(kind, name)
         }
         assert {id(model.get_submodule(projection.place)) for projection in projections} == linear
-        assert Counter(projection.role for projection in projections) == dict.fromkeys(ROLES, 2)
-        assert len({projection.name for projection in projections}) == 8
+        assert Counter(projection.role for projection in projections) == roles_of(kind)
+        assert len({projection.name for projection in projections}) == len(projections)
 
     def test_each_put_in_by_itself_computes_what_it_computed(self, kind):
         model, inputs = tiny.dense(kind), tiny.batch(kind)
         expected = tiny.logits(model, inputs)
-        for left, projection in zip(range(7, -1, -1), select_projections(model), strict=True):
+        projections = select_projections(model)
+        for left, projection in zip(reversed(range(len(projections))), projections, strict=True):
             put_projection_(model, projection, nn.Sequential(as_linear(projection)))
             assert len(adapter_for(model).projections(model)) == left
             torch.testing.assert_close(tiny.logits(model, inputs), expected, rtol=1e-5, atol=1e-5)
@@ -67,7 +91,8 @@ class TestContract:
         dense = tiny.with_projections(kind)
         converted = copy.deepcopy(dense)
         ffns = select_ffns(converted)
-        assert [ffn.is_projection for ffn in ffns] == [False] * 2 + [True] * 8
+        named = sum(roles_of(kind).values())
+        assert [ffn.is_projection for ffn in ffns] == [False] * (len(ffns) - named) + [True] * named
         order = {ffn.name: torch.randperm(ffn.d_ff) % (4 if ffn.is_projection else 8) for ffn in ffns}
         convert_to_moe_(converted, ExpertsConfig(8, 4), assignments=order)
         assert set(moe_layers(converted)) == {ffn.name for ffn in ffns}
@@ -79,7 +104,10 @@ class TestContract:
         gradients = dict(converted.named_parameters())
         for name, parameter in dense.named_parameters():
             if name in gradients:
-                torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-4)
+                assert (gradients[name].grad is None) == (parameter.grad is None)  # a head that is not used has none
+                if parameter.grad is not None:
+                    scale = max(1.0, float(parameter.grad.abs().max()))
+                    torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-4 * scale)
         for name, mlp in projection_mlps(dense).items():
             rows = projection_mlps(converted)[name].mlp.experts.up_weight.grad.flatten(0, 1)
             in_order = mlp.mlp.up.weight.grad[order[f"{name}.mlp"].argsort(stable=True)]
@@ -95,14 +123,14 @@ class TestContract:
             assert describe(loaded) == describe(model)
             assert describe_projections(loaded) == describe_projections(model)
             recorded = json.loads((tmp_path / stage / "config.json").read_text())["d2dmoe"]["projections"]
-            assert len(recorded) == 8
+            assert len(recorded) == sum(roles_of(kind).values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "timm_vit"])  # of two widths, and fused
 def test_costs_no_more_than_it_did_and_is_counted(kind):
     before, model = tiny.dense(kind), tiny.with_projections(kind)
     batch = {**adapter_for(model).random_inputs(model, 1, 6), "labels": tiny.batch(kind, 1)["labels"]}
-    shapes = sample_inputs(batch, None)
+    shapes = sample_inputs(batch, ())
     dense, with_mlps = (
         flops_outside_ffns(before, shapes),
         flops_outside_ffns(model, shapes),

@@ -16,7 +16,7 @@ from d2dmoe_pl.metrics.flops import (
     flops_outside_ffns,
     pair_flops,
     sample_inputs,
-    sample_lengths,
+    sample_sizes,
 )
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_, set_backend_
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -47,10 +47,10 @@ def test_formulas_by_hand():
 def test_flops_outside_ffns_equal_the_dense_models_less_its_ffns(kind):
     dense = tiny.dense(kind)
     inputs = tiny.batch(kind, size=1)
-    length = None if "attention_mask" not in inputs else 5
+    length = 5 if "attention_mask" in inputs else None
     model = copy.deepcopy(dense)
     convert_to_moe_(model, ExpertsConfig(8))
-    one = sample_inputs(inputs, length)
+    one = sample_inputs(inputs, (("attention_mask", length),) if length else ())
     on_cpu = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in one.items()}
     tokens = length or {"deit-distilled": 6}.get(kind, 5)  # 4 patches, the class token and one for distillation
     ffns = sum(tokens * dense_ffn_flops(layer.experts) for layer in moe_layers(model).values())
@@ -125,27 +125,37 @@ def test_moebert_flops_equal_the_products_really_run(routing):
     gate = {"gate_token": 2 * 24 * 4 * 14, "gate_sentence": 2 * 24 * 4 * 4, "hash_random": 0}[routing]
     pairs, whole = 14 * 2 * 2 * 24 * 12, 14 * 2 * 2 * 24 * 48
     assert row.ffn_flops_percent == pytest.approx(100 * (pairs + gate) / whole)
-    one = sample_inputs(inputs, 4)
+    one = sample_inputs(inputs, (("attention_mask", 4),))
     converted = copy.deepcopy(dense)
     convert_to_moe_(converted, ExpertsConfig(8))
     assert flops_outside_ffns(model, one) == flops_outside_ffns(converted, one)
 
 
-def test_sample_lengths_and_inputs():
+def test_sample_sizes_and_inputs():
     inputs = tiny.batch("bert", size=4)
-    assert sample_lengths(inputs) == [7, 4, 2, 1]
-    assert {key: tuple(value.shape) for key, value in sample_inputs(inputs, 4).items()} == {
+    assert [dict(size) for size in sample_sizes(inputs)] == [{"attention_mask": length} for length in (7, 4, 2, 1)]
+    assert {key: tuple(value.shape) for key, value in sample_inputs(inputs, sample_sizes(inputs)[1]).items()} == {
         "input_ids": (1, 4),
         "labels": (1,),
     }
-    assert sample_lengths(tiny.batch("vit")) is None
-    assert sample_inputs(tiny.batch("vit"), None)["pixel_values"].shape == (1, 1, 8, 8)
+    assert sample_sizes(tiny.batch("vit")) == [()] * 3
+    assert sample_inputs(tiny.batch("vit"), ())["pixel_values"].shape == (1, 1, 8, 8)
+
+
+def test_sizes_of_texts_and_their_answers():
+    inputs = tiny.batch("t5-text-to-text", size=3)
+    sizes = sample_sizes(inputs)
+    assert [dict(size) for size in sizes] == [
+        {"attention_mask": length, "decoder_attention_mask": answer} for length, answer in ((7, 1), (4, 3), (2, 5))
+    ]
+    shapes = {key: tuple(value.shape) for key, value in sample_inputs(inputs, sizes[1]).items()}
+    assert shapes == {"input_ids": (1, 4), "decoder_input_ids": (1, 3), "labels": (1, 5)}
 
 
 def test_counting_leaves_the_model_as_it_was():
     model = tiny.routed()
     gates = [layer.gate for layer in moe_layers(model).values()]
-    flops_outside_ffns(model, sample_inputs(tiny.batch(), None))
+    flops_outside_ffns(model, sample_inputs(tiny.batch(), ()))
     assert [layer.gate for layer in moe_layers(model).values()] == gates
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert not any(layer._forward_pre_hooks for layer in moe_layers(model).values())

@@ -94,7 +94,7 @@ class Evil:
         (Evil(), "posix.system"),
         (print, "builtins.print"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("read", [read_importance, read_hash_list])

@@ -237,7 +237,7 @@ class TestPreflight:
         ],
     )
     def test_a_teacher_of_another_shape(self, scored, tmp_path, shape, shown):
-        config = transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **{**tiny._SHAPE, **shape})
+        config = transformers.BertConfig(vocab_size=40, max_position_embeddings=16, **{**tiny.SHAPE, **shape})
         other = HuggingFaceModel("text-classification", config=config).build(tiny.LABELS)
         save_artifact(other, tmp_path / "teacher", [PhaseRecord("FineTuning")])
         with pytest.raises(ConfigError, match=f"teacher='.*/teacher': is {shown}, as the student is"):

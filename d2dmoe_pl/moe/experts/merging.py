@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import FFN, TransposedLinear, adapter_for
+from d2dmoe_pl.adapters import FFN, adapter_for, holder_of
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.moe.conversion import select_moe_layers
@@ -96,6 +96,8 @@ def merge_to_dense_(model: nn.Module, filter_fn: LayerFilterFn | None = None) ->
             merged |= _merged(mlp_ffn(name, mlp), mlp, {}, layer)
     for path, module in merged.items():
         model.set_submodule(path, module)
+    for name in ffns.keys() & layers.keys():
+        adapter.taken_back_(model, name)
     set_budget_path_(model, None)
     if not expert_layers(model):
         for context in {layer.context for layer in layers.values()}:
@@ -118,11 +120,12 @@ def _merged(ffn: FFN, module: nn.Module, paths: Mapping[int, str], layer: MoELay
     for part, linear in {"up": ffn.up, "gate_proj": ffn.gate_proj, "down": ffn.down}.items():
         if linear is None:
             continue
-        holder = linear.module if isinstance(linear, TransposedLinear) else linear
+        holder = holder_of(linear)
         path = paths.get(id(holder), ffn.name)
         if path != ffn.name and not path.startswith(f"{ffn.name}."):
             merged[path] = holder.train(layer.training)
-        holder.to_empty(device=layer.experts.up_weight.device).to(layer.experts.up_weight.dtype)
+        if holder.weight.is_meta:  # one module may hold two parts
+            holder.to_empty(device=layer.experts.up_weight.device).to(layer.experts.up_weight.dtype)
         for name, tensor in {"weight": linear.weight, "bias": linear.bias}.items():
             value = weights.pop(f"{part}.{name}", None)
             assert (value is None) == (tensor is None), f"{ffn.name}: {part}.{name}"
@@ -138,4 +141,7 @@ def _merged(ffn: FFN, module: nn.Module, paths: Mapping[int, str], layer: MoELay
     for parameter in filled:
         parameter.requires_grad_(layer.experts.up_weight.requires_grad)
     module.train(layer.training)
+    path = paths.get(id(ffn.activation), ffn.name)
+    if path != ffn.name and not path.startswith(f"{ffn.name}."):
+        merged[path] = layer.experts.activation
     return merged

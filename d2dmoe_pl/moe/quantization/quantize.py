@@ -1,8 +1,9 @@
 """A model in int8, in place: experts, routers, and the linear layers and embeddings around them."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from d2dmoe_pl.adapters import Adapter, adapter_for
@@ -75,10 +76,11 @@ def quantize_(
             f"{name}: {type(layer).__name__} has experts that quantize_ cannot take; must be what convert_to_moe_ made",
         )
     adapter = adapter_for(model)
+    called = _called(model, adapter)
     found = {
         name: module
         for name, module in _candidates(model, adapter, config.embeddings)
-        if filter_fn is None or filter_fn(module, name)
+        if module in called and (filter_fn is None or filter_fn(module, name))
     }
     if not found:
         raise ConfigError(
@@ -86,6 +88,10 @@ def quantize_(
             + (" that the filter admits" if filter_fn else "")
         )
     check_finite(model.named_parameters(), "the weights", "nothing is in int8")
+    _put_in_int8_(model, found, adapter)
+
+
+def _put_in_int8_(model: nn.Module, found: Mapping[str, nn.Module], adapter: Adapter) -> None:
     made: dict[int, Int8Module] = {}  # by what they are made of
     for name, module in found.items():
         weight = id(getattr(module, "weight", module))
@@ -107,7 +113,33 @@ def quantize_layer_(layer: MoELayer) -> None:
 
 def restore_quantized_(model: nn.Module, names: Collection[str]) -> None:
     """Have the modules called ``names`` in int8, as ``quantized_names`` recorded them."""
-    quantize_(model, filter_fn=lambda module, name: name in names)
+    adapter = adapter_for(model)
+    candidates = _candidates(model, adapter, embeddings=True)
+    _put_in_int8_(model, {name: module for name, module in candidates if name in names}, adapter)
+
+
+@torch.no_grad()
+def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
+    """The modules that run when ``model`` does; those whose weights others read, instead of calling them, do not.
+
+    Those of layers with experts all are: which of them run depends on the tokens.
+    """
+    called = {part for layer in expert_layers(model).values() for part in layer.modules()}
+    handles = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in model.modules()]
+    was_training = model.training
+    device = next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    inputs = {
+        key: value.to(device, dtype if value.is_floating_point() else None)
+        for key, value in adapter.random_inputs(model, 1, 2).items()
+    }
+    try:
+        adapter.logits(model.eval(), inputs)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return called
 
 
 def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
