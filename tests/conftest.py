@@ -7,6 +7,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside tests, and have no processors to spare
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
