@@ -38,7 +38,10 @@ def with_run(arguments: Sequence[str]) -> list[str]:
             found += ["--config", value]
             continue
         start = f"--model.init_args.init_from={folder / FOLDER}"
-        found += ["--config", str(folder / CONFIG), "--model.init_args.source=null", start]
+        config = yaml.safe_load((folder / CONFIG).read_text())
+        # not every phase can begin from a source
+        no_source = ["--model.init_args.source=null"] if "source" in config["model"]["init_args"] else []
+        found += ["--config", str(folder / CONFIG), *no_source, start]
     return found
 
 

@@ -79,7 +79,11 @@ TASKS = {kind: task for kind, task, _ in _kinds()}
 
 def labels_of(kind):
     """Names of the outputs of a model of ``kind``."""
-    known = {"text-regression": ["similarity"], "question-answering": ["start", "end"]}
+    known = {
+        "embeddings": [str(i) for i in range(24)],
+        "text-regression": ["similarity"],
+        "question-answering": ["start", "end"],
+    }
     tokens = [str(token) for token in range(40)]
     return tokens if TASKS[kind].endswith(("language-modeling", "text-to-text")) else known.get(TASKS[kind], LABELS)
 
@@ -141,6 +145,10 @@ def batch(kind="timm_vit", size=3):
         ids = torch.randint(5, 40, (size, length)) * mask
         if TASKS[kind] == "token-classification":
             labels = (ids % len(LABELS)).masked_fill(mask == 0, -100)
+        if TASKS[kind] == "embeddings":
+            labels = torch.randn(size, 24)
+        if TASKS[kind] == "multi-label-classification":
+            labels = (torch.arange(size)[:, None] % 2 == torch.arange(len(LABELS)) % 2).float()
         if TASKS[kind] == "question-answering":
             labels = torch.zeros(size, 2, dtype=torch.long)
         if TASKS[kind] == "text-to-text":

@@ -17,11 +17,13 @@ from d2dmoe_pl.errors import ConfigError
 TaskName = Literal[
     "text-classification",
     "text-regression",
+    "multi-label-classification",
     "token-classification",
     "question-answering",
     "causal-language-modeling",
     "masked-language-modeling",
     "text-to-text",
+    "embeddings",
     "image-classification",
 ]
 
@@ -96,6 +98,14 @@ class Adapter(ABC):
         """The mask, ``(B, L)``, of the tokens that the module ``name`` sees; None where nothing is padding."""
         return batch.get(stream_of(self.streams(model), name)[1])
 
+    def answer_tokens(self, model: nn.Module) -> tuple[int, int] | None:
+        """What a model that answers texts with texts begins and ends an answer with; None for any other."""
+        return None
+
+    def write(self, model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> Tensor:
+        """What ``model`` answers the texts of a batch with, greedily: token ids ``(B, L)``, ``num_tokens`` at most."""
+        raise TypeError(f"a {self.family} writes no answers")
+
     def vocabulary_size(self, model: nn.Module) -> int | None:
         """How many token ids there are; None for models of anything but text."""
         return None
@@ -124,8 +134,9 @@ class Adapter(ABC):
         """Call ``model`` with what it needs of ``batch``; labels are left out.
 
         Returns:
-            By head: classification ``(B, C)``; regression ``(B, 1)``; question answering, of a token as the answer's
-            first and last, ``(B, 2, L)``; language modelling, over a vocabulary of ``V``, ``(B, L, V)``.
+            By head: classification and multi-label ``(B, C)``; regression ``(B, 1)``; embedding, the text's vector,
+            ``(B, d)``; token classification ``(B, L, C)``; question answering, of a token as the answer's first and
+            last, ``(B, 2, L)``; language modelling and text-to-text, over a vocabulary of ``V``, ``(B, L, V)``.
         """
 
     def traced_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

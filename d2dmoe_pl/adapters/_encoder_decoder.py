@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters._adapter import MASK
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter
+from d2dmoe_pl.adapters._padding import padded_behind
+from d2dmoe_pl.errors import check
 
 DECODER_MASK = "decoder_attention_mask"
 
@@ -19,15 +21,45 @@ class EncoderDecoderAdapter(HuggingFaceAdapter):
 
     Attributes:
         stack_classes: Of encoder and decoder.
+        starts_with_padding: Whether answers begin with the token for padding, where no config says with which.
     """
 
     inputs = ("input_ids", MASK, "decoder_input_ids", DECODER_MASK)
     stack_classes: ClassVar[tuple[type[nn.Module], ...]]
+    starts_with_padding: ClassVar[bool] = False
 
     def streams(self, model: Any) -> Mapping[str, str]:
         paths = [path for path, module in model.named_modules() if isinstance(module, self.stack_classes)]
         masks = (MASK, DECODER_MASK if model.can_generate() else MASK)
         return {path: masks[path.endswith("decoder")] for path in paths}
+
+    def answer_tokens(self, model: Any) -> tuple[int, int] | None:
+        """See :meth:`Adapter.answer_tokens`.
+
+        Raises:
+            ConfigError: If the model's config does not say them.
+        """
+        if not model.can_generate():
+            return None
+        start: Any
+        end: Any
+        start, end = model.generation_config.decoder_start_token_id, model.generation_config.eos_token_id
+        start = getattr(model.config, "decoder_start_token_id", None) if start is None else start
+        start = model.config.pad_token_id if start is None and self.starts_with_padding else start
+        check(
+            start is not None and isinstance(end, int),
+            f"decoder_start_token_id={start}, eos_token_id={end} in the config of {type(model).__name__}: must be the "
+            "tokens that an answer begins and ends with",
+        )
+        return start, end
+
+    def write(self, model: Any, batch: Mapping[str, Tensor], num_tokens: int) -> Tensor:
+        behind, _ = padded_behind(batch)
+        given = {key: behind[key] for key in ("input_ids", MASK) if key in behind}
+        start, _ = self.answer_tokens(model) or (None, None)
+        greedy = {"do_sample": False, "num_beams": 1, "decoder_start_token_id": start}
+        written: Tensor = model.generate(**given, max_new_tokens=num_tokens, **greedy)
+        return written
 
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         inputs = super().random_inputs(model, batch_size, length)
@@ -52,7 +84,7 @@ class EncoderDecoderAdapter(HuggingFaceAdapter):
         behind, _ = self.in_order(batch)
         output = self._call(model, behind, output_hidden_states=True)
         states = (*output.encoder_hidden_states, *output.decoder_hidden_states)
-        return self._logits(output, lambda values, dim: values), states
+        return self._read(model, behind, output, lambda values, dim: values), states
 
     def _call(self, model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
         if "decoder_input_ids" not in batch and MASK in batch:

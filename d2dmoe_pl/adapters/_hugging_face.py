@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters._adapter import KEY, Adapter, TaskName, module_at, place_meta_buffers_
+from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, module_at, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.adapters._padding import padded_behind
 from d2dmoe_pl.adapters._saved_as_artifact import SavesArtifact
-from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
+from d2dmoe_pl.data.embeddings.pooling import pooled
+from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS, Head
 from d2dmoe_pl.errors import ConfigError, check
 
 GENERATION_CONFIG = "generation_config.json"
@@ -27,13 +28,18 @@ GENERATION_CONFIG = "generation_config.json"
 HEADS: dict[TaskName, tuple[Head, Any]] = {
     "text-classification": ("classification", transformers.AutoModelForSequenceClassification),
     "text-regression": ("regression", transformers.AutoModelForSequenceClassification),
+    "multi-label-classification": ("multi-label", transformers.AutoModelForSequenceClassification),
     "token-classification": ("token-classification", transformers.AutoModelForTokenClassification),
     "question-answering": ("question-answering", transformers.AutoModelForQuestionAnswering),
     "causal-language-modeling": ("causal-language-modeling", transformers.AutoModelForCausalLM),
     "masked-language-modeling": ("masked-language-modeling", transformers.AutoModelForMaskedLM),
     "text-to-text": ("text-to-text", transformers.AutoModelForSeq2SeqLM),
+    "embeddings": ("embedding", transformers.AutoModel),
     "image-classification": ("classification", transformers.AutoModelForImageClassification),
 }
+
+# of heads for whole texts that share a class, what a config calls them; one for classes need not be called anything
+PROBLEM_TYPES: dict[Head, Any] = {"regression": "regression", "multi-label": "multi_label_classification"}
 
 
 class HuggingFaceAdapter(Adapter):
@@ -95,10 +101,10 @@ class HuggingFaceAdapter(Adapter):
     def logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`Adapter.logits`; on which side a text is padded makes no difference."""
         behind, back = padded_behind(batch)
-        return self._logits(self._call(model, behind), back)
+        return self._read(model, behind, self._call(model, behind), back)
 
     def traced_logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        return self._logits(self._call(model, batch), lambda logits, dim: logits)
+        return self._read(model, batch, self._call(model, batch), lambda logits, dim: logits)
 
     def in_order(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]:
         behind, back = padded_behind(batch)
@@ -111,13 +117,16 @@ class HuggingFaceAdapter(Adapter):
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         behind, back = padded_behind(batch)
         output = self._call(model, behind, output_hidden_states=True)
-        return self._logits(output, back), tuple(back(states, 1) for states in output.hidden_states)
+        return self._read(model, behind, output, back), tuple(back(states, 1) for states in output.hidden_states)
 
     def _call(self, model: Any, batch: Mapping[str, Tensor], **kwargs: Any) -> Any:
         return model(**{key: batch[key] for key in self.inputs if key in batch}, **kwargs)
 
     @staticmethod
-    def _logits(output: Any, back: Callable[[Tensor, int], Tensor]) -> Tensor:
+    def _read(model: Any, batch: Mapping[str, Tensor], output: Any, back: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """What :meth:`logits` gives, of the output for a batch with padding behind, and the way back for tokens."""
+        if "logits" not in output and "start_logits" not in output:
+            return pooled(output.last_hidden_state, batch.get(MASK), getattr(model.config, "pooling", "mean"))
         if "start_logits" in output:
             return back(torch.stack([output.start_logits, output.end_logits], dim=1), 2)  # (B, 2, L)
         return back(output.logits, 1) if output.logits.dim() == 3 else output.logits
@@ -137,11 +146,13 @@ class HuggingFaceAdapter(Adapter):
         Raises:
             ConfigError: If it is none of those that the family's tasks need.
         """
-        is_regression = model.config.problem_type == "regression"
+        problem = model.config.problem_type
+        told = next((head for head, name in PROBLEM_TYPES.items() if name == problem), "classification")
         for task in self.tasks:
             head, auto = HEADS[task]
             classes = auto._model_mapping.get(type(model.config), ())
-            if isinstance(model, classes) and (head == "regression") == is_regression:
+            is_told = head == told or head not in ("classification", *PROBLEM_TYPES)
+            if isinstance(model, classes) and is_told:
                 return head
         raise ConfigError(
             f"{type(model).__name__}: its head is for none of the tasks that {self.title} models are used for here, "
@@ -149,10 +160,13 @@ class HuggingFaceAdapter(Adapter):
         )
 
     def num_outputs(self, model: Any) -> int:
-        return model.config.vocab_size if self.head(model) in VOCABULARY_HEADS else model.config.num_labels
+        head = self.head(model)
+        if head == "embedding":
+            return model.config.hidden_size
+        return model.config.vocab_size if head in VOCABULARY_HEADS else model.config.num_labels
 
     def label_names(self, model: Any) -> list[str] | None:
-        return outputs_of(model.config) if self.head(model) == "classification" else None
+        return outputs_of(model.config) if self.head(model) in LABELLED_HEADS else None
 
     def vocabulary_size(self, model: Any) -> int | None:
         return getattr(model.config, "vocab_size", None)

@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource, TaskName
-from d2dmoe_pl.adapters._hugging_face import HEADS, outputs_of
-from d2dmoe_pl.data.head import VOCABULARY_HEADS
+from d2dmoe_pl.adapters._hugging_face import HEADS, PROBLEM_TYPES, outputs_of
+from d2dmoe_pl.data.embeddings.pooling import check_modules, pooling_of
+from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.output_names import are_placeholders
 from d2dmoe_pl.errors import ConfigError, check
@@ -22,8 +23,9 @@ class HuggingFaceModel(ModelSource):
     """A Hugging Face model with a head for a task, pretrained or from scratch.
 
     Args:
-        task: ``text-classification``, ``text-regression``, ``question-answering``, ``causal-language-modeling``,
-            ``masked-language-modeling`` or ``image-classification``; decides the head.
+        task: ``text-classification``, ``text-regression``, ``multi-label-classification``, ``token-classification``,
+            ``question-answering``, ``causal-language-modeling``, ``masked-language-modeling``, ``text-to-text``,
+            ``embeddings`` or ``image-classification``; decides the head.
         name: Hub name or folder of a pretrained model. A classifier that has been trained on the data's labels keeps
             its head and its order of them; a head for other labels is initialised anew, which ``FineTuning`` trains. A
             classifier on a decoder without an id for padding takes the one that ends a text.
@@ -59,7 +61,7 @@ class HuggingFaceModel(ModelSource):
         self.label_names = label_names
 
     def output_names(self) -> list[str] | None:
-        if self.name is None or self.head != "classification":
+        if self.name is None or self.head not in LABELLED_HEADS:
             return None
         names = outputs_of(self._pretrained_config())
         check(
@@ -85,7 +87,8 @@ class HuggingFaceModel(ModelSource):
             )
         for name in fresh - absent:
             _reinitialise_(model, name)
-        self.new_head = ", ".join(sorted(absent | fresh)) or None
+        if self.head != "embedding":  # which is none, beside a pooler that it does not use
+            self.new_head = ", ".join(sorted(absent | fresh)) or None
         return model
 
     def _new_outputs(self, model: nn.Module, label_names: Sequence[str]) -> set[str]:
@@ -110,9 +113,12 @@ class HuggingFaceModel(ModelSource):
             f"task={self.task!r}: transformers has no such head for a model of type {config.model_type!r}",
         )
         config.architectures = config.architectures or []  # which of several such classes; transformers takes no None
-        if self.head in VOCABULARY_HEADS:
+        if self.head == "embedding":
+            check_modules(self.name or "")
+            config.pooling = pooling_of(self.name or "") or "mean"
+        if self.head in (*VOCABULARY_HEADS, "embedding"):
             return config
-        config.problem_type = "regression" if self.head == "regression" else None
+        config.problem_type = PROBLEM_TYPES.get(self.head)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: index for index, label in enumerate(label_names)}
         if getattr(config, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
@@ -136,12 +142,12 @@ def _without_report() -> Iterator[None]:
 
 
 def _is_backbone(model: Any, name: str) -> bool:
-    return name.startswith(f"{model.base_model_prefix}.")
+    return model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
 
 
 def _is_needed(model: Any, name: str) -> bool:
     """Whether a pretrained model without the tensor ``name`` is none; poolers belong to heads, where they are not."""
-    return _is_backbone(model, name) and ".pooler." not in name
+    return _is_backbone(model, name) and "pooler." not in name
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ class BartAdapter(EncoderDecoderAdapter, FFNInLayerAdapter):
 
     family = "bart"
     title = "Hugging Face BART"
-    tasks = ("text-classification", "text-regression", "text-to-text")
+    tasks = ("text-classification", "text-regression", "multi-label-classification", "text-to-text")
     model_types = ("bart",)
     stack_classes = (BartEncoder, BartDecoder)
     layer_classes = (BartEncoderLayer, BartDecoderLayer)

@@ -33,9 +33,11 @@ class BertAdapter(HuggingFaceAdapter):
     tasks = (
         "text-classification",
         "text-regression",
+        "multi-label-classification",
         "token-classification",
         "question-answering",
         "masked-language-modeling",
+        "embeddings",
     )
     model_types = ("bert",)
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")

@@ -24,9 +24,11 @@ class DistilBertAdapter(FFNModuleAdapter):
     tasks = (
         "text-classification",
         "text-regression",
+        "multi-label-classification",
         "token-classification",
         "question-answering",
         "masked-language-modeling",
+        "embeddings",
     )
     model_types = ("distilbert",)
     inputs = ("input_ids", "attention_mask")

@@ -14,7 +14,13 @@ class GemmaAdapter(DecoderAdapter):
 
     family = "gemma"
     title = "Hugging Face Gemma, Gemma 2, Gemma 3 (text)"
-    tasks = ("text-classification", "text-regression", "token-classification", "causal-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "multi-label-classification",
+        "token-classification",
+        "causal-language-modeling",
+    )
     model_types = ("gemma", "gemma2", "gemma3_text")
     ffn_classes = (GemmaMLP, Gemma2MLP, Gemma3MLP)
     parts = PartNames(gate_proj="gate_proj", up="up_proj", activation="act_fn", down="down_proj")

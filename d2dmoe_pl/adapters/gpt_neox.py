@@ -17,6 +17,7 @@ class GPTNeoXAdapter(DecoderAdapter):
     tasks = (
         "text-classification",
         "text-regression",
+        "multi-label-classification",
         "token-classification",
         "question-answering",
         "causal-language-modeling",

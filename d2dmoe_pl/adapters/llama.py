@@ -15,6 +15,7 @@ class LlamaAdapter(DecoderAdapter):
     tasks = (
         "text-classification",
         "text-regression",
+        "multi-label-classification",
         "token-classification",
         "question-answering",
         "causal-language-modeling",

@@ -14,9 +14,11 @@ class ModernBertAdapter(FFNModuleAdapter):
     tasks = (
         "text-classification",
         "text-regression",
+        "multi-label-classification",
         "token-classification",
         "question-answering",
         "masked-language-modeling",
+        "embeddings",
     )
     model_types = ("modernbert",)
     inputs = ("input_ids", "attention_mask")

@@ -12,7 +12,13 @@ class OPTAdapter(CausalAdapter, FFNInLayerAdapter):
 
     family = "opt"
     title = "Hugging Face OPT"
-    tasks = ("text-classification", "text-regression", "question-answering", "causal-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "multi-label-classification",
+        "question-answering",
+        "causal-language-modeling",
+    )
     model_types = ("opt",)
     layer_classes = (OPTDecoderLayer,)
     attention = AttentionParts((OPTAttention,), query="q_proj", key="k_proj", value="v_proj", output="out_proj")

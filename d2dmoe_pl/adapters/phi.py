@@ -12,7 +12,13 @@ class PhiAdapter(DecoderAdapter):
 
     family = "phi"
     title = "Hugging Face Phi, Phi-2"
-    tasks = ("text-classification", "text-regression", "token-classification", "causal-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "multi-label-classification",
+        "token-classification",
+        "causal-language-modeling",
+    )
     model_types = ("phi",)
     ffn_classes = (PhiMLP,)
     parts = PartNames(up="fc1", activation="activation_fn", down="fc2")

@@ -19,7 +19,13 @@ class Phi3Adapter(DecoderAdapter):
 
     family = "phi3"
     title = "Hugging Face Phi-3, Phi-4"
-    tasks = ("text-classification", "text-regression", "token-classification", "causal-language-modeling")
+    tasks = (
+        "text-classification",
+        "text-regression",
+        "multi-label-classification",
+        "token-classification",
+        "causal-language-modeling",
+    )
     model_types = ("phi3",)
     ffn_classes = (Phi3MLP,)
     parts = PartNames(gate_proj="gate_up_proj", up="gate_up_proj", activation="activation_fn", down="down_proj")

@@ -15,6 +15,7 @@ class Qwen2Adapter(DecoderAdapter):
     tasks = (
         "text-classification",
         "text-regression",
+        "multi-label-classification",
         "token-classification",
         "question-answering",
         "causal-language-modeling",

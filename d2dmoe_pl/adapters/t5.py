@@ -19,9 +19,10 @@ class T5Adapter(EncoderDecoderAdapter, FFNModuleAdapter):
 
     family = "t5"
     title = "Hugging Face T5, Flan-T5"
-    tasks = ("text-classification", "text-regression", "text-to-text")
+    tasks = ("text-classification", "text-regression", "multi-label-classification", "text-to-text")
     model_types = ("t5",)
     stack_classes = (T5Stack,)
+    starts_with_padding = True
     activation_keys = ("dense_act_fn",)
     ffn_classes = (T5DenseActDense, T5DenseGatedActDense)
     parts: ClassVar[Any] = {

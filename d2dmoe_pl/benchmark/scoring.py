@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.phases._labels import number_as_model
+from d2dmoe_pl.phases._labels import answer_as_model, number_as_model
 from d2dmoe_pl.phases._model_checks import check_head
 
 Predict = Callable[[Batch], Tensor]
@@ -78,6 +78,7 @@ def _batches(model: nn.Module, data: TaskData, batch_size: int, most: int) -> li
     check_head(model, data.head)
     data.prepare_data()
     data.setup()
+    answer_as_model(data, model)
     data.batch_size = batch_size
     loader: DataLoader | list[DataLoader] = data.predict_dataloader()  # in order, as samples come
     first: Iterable[Batch] = loader[0] if isinstance(loader, list) else loader

@@ -9,8 +9,7 @@ import lightning as L
 from datasets import Dataset
 from torch import Tensor
 
-from d2dmoe_pl.data.squad.question_answering import QuestionAnswering
-from d2dmoe_pl.data.task import Batch, Task
+from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, layer_tokens, sample_inputs, sample_sizes
@@ -51,11 +50,10 @@ class PredictionFile(L.Callback):
     def on_predict_start(self, trainer: L.Trainer, phase: Any) -> None:
         """Watch what the model's layers decide."""
         check(trainer.world_size == 1, f"devices={trainer.world_size}: predictions are written by one process alone")
-        head = phase.task.head
-        written = ("classification", "regression", "question-answering")
-        check(head in written, f"predict: writes classes, numbers and answers, not what {head} gives")
+        check(phase.task.writes_rows, f"predict: writes classes, numbers and answers, not what {phase.task.head} gives")
         self.rows, self._flops_outside = [], {}
-        layers: dict[str, Any] = expert_layers(phase.model)
+        # what a text costs that is written token after token is not known by sample
+        layers: dict[str, Any] = {} if phase.task.most_written else expert_layers(phase.model)
         self._layers: dict[str, ExpertLayer] = {name: layer for name, layer in layers.items() if _decides(layer)}
         self._watching = hooked(layer.watch(partial(self._see, name)) for name, layer in self._layers.items())
         self._watching.__enter__()
@@ -69,10 +67,7 @@ class PredictionFile(L.Callback):
         """Add the rows of a batch."""
         if dataloader_idx > 0:
             return
-        if isinstance(phase.task, QuestionAnswering):
-            rows = answer_rows(phase.task, outputs)
-        else:
-            rows = prediction_rows(phase.task, outputs, None if self.inputs is not None else batch["labels"])
+        rows = phase.task.rows(outputs, None if self.inputs is not None else batch["labels"])
         for row in rows:
             row = {"sample": len(self.rows) + 1, **row}
             self.rows.append(row if self.inputs is None else {"input": self.inputs[len(self.rows)], **row})
@@ -96,47 +91,6 @@ class PredictionFile(L.Callback):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(self.file) as aside:
             WRITERS[self.file.suffix](Dataset.from_list(self.rows), aside)
-
-
-def answer_rows(task: QuestionAnswering, outputs: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """One row a window of a text: its question, the best answer in it, and how far that beats no answer.
-
-    Args:
-        task: Of questions.
-        outputs: What :meth:`Task.predictions` gave for a batch.
-    """
-    columns = (outputs[key].tolist() for key in ("questions", "spans", "scores", "null_scores"))
-    rows = []
-    for question, spans, scores, null_score in zip(*columns, strict=True):
-        start, end = spans[0]
-        asked = task.examples[question]
-        answer = asked["context"][start:end]
-        rows.append({"question": asked["question"], "prediction": answer, "margin": scores[0] - null_score})
-    return rows
-
-
-def prediction_rows(task: Task, outputs: dict[str, Tensor], labels: Tensor | None) -> list[dict[str, Any]]:
-    """One row a sample of what a task predicts, classes by name.
-
-    Args:
-        task: Of classes or numbers.
-        outputs: What :meth:`Task.predictions` gave for a batch.
-        labels: The batch's; None where there are none.
-    """
-    names = task.label_names
-    rows = []
-    for i, prediction in enumerate(outputs["predictions"].tolist()):
-        is_class = task.head == "classification"
-        row: dict[str, Any] = {}
-        if labels is not None:
-            row["label"] = names[int(labels[i])] if is_class else float(labels[i])
-        row["prediction"] = names[prediction] if is_class else prediction
-        if is_class:
-            row |= {
-                f"probability of {name}": float(p) for name, p in zip(names, outputs["probabilities"][i], strict=True)
-            }
-        rows.append(row)
-    return rows
 
 
 def _decides(layer: ExpertLayer) -> bool:

@@ -159,9 +159,10 @@ class TauSweep(L.Callback):
     def _sweep_batch(self, phase: Phase, batch: Batch, split: _SplitMetrics) -> None:
         for setting, metrics, load in zip(self._settings, split.metrics, split.loads, strict=True):
             set_so = nullcontext() if setting is None else setting.on(phase.model)
-            with set_so, self._watched(load):
-                logits = phase.logits(batch)
-            metrics.update(logits, batch)
+            with set_so:
+                with self._watched(load):
+                    logits = phase.logits(batch)
+                metrics.update(logits, phase.with_written(batch))
         sizes = sample_sizes(batch)
         for size in set(sizes) - self._flops_outside.keys():
             self._flops_outside[size] = flops_outside_ffns(phase.model, sample_inputs(batch, size))

@@ -17,6 +17,7 @@ from d2dmoe_pl.compression.chosen_recipe import Sizes, chosen_phases, sizes_of
 from d2dmoe_pl.compression.own_data import data_config
 from d2dmoe_pl.compression.target import Target
 from d2dmoe_pl.data import DatasetSource
+from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.data.output_names import places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
@@ -42,7 +43,7 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
         structure, outputs = build_structure(read_artifact(given.model, "model")), None
     else:
         structure = source.build_structure(loaded.class_names)
-        outputs = source.output_names() if loaded.head == "classification" else None
+        outputs = source.output_names() if loaded.head in LABELLED_HEADS else None
     needs_head = outputs is not None and places(loaded.class_names, outputs) is None
     check(
         given.effort == "hours" or not needs_head,

@@ -3,10 +3,14 @@ from .dataset_source import DatasetSource as DatasetSource
 from .digits import Digits as Digits
 from .docstrings.docstring_text import DocstringText as DocstringText
 from .docstrings.docstrings import Docstrings as Docstrings
+from .embeddings.keeping_vectors import KeepingVectors as KeepingVectors
+from .embeddings.text_embeddings import TextEmbeddings as TextEmbeddings
 from .glue import GLUE as GLUE
 from .image_classification import ImageClassification as ImageClassification
 from .language_modeling.language_modeling import LanguageModeling as LanguageModeling
 from .language_modeling.streamed_language_modeling import StreamedLanguageModeling as StreamedLanguageModeling
+from .multi_label import MultiLabel as MultiLabel
+from .multi_label import TextMultiLabel as TextMultiLabel
 from .squad.question_answering import QuestionAnswering as QuestionAnswering
 from .squad.squad_data import SQuAD as SQuAD
 from .task import Classification as Classification
@@ -15,3 +19,7 @@ from .task import Task as Task
 from .task_data import TaskData as TaskData
 from .text_classification import TextClassification as TextClassification
 from .text_regression import TextRegression as TextRegression
+from .text_to_text.text_answers import TextAnswers as TextAnswers
+from .text_to_text.text_to_text import TextToText as TextToText
+from .token_classification.token_classification import TokenClassification as TokenClassification
+from .token_classification.token_tagging import TokenTagging as TokenTagging

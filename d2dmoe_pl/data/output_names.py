@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -65,12 +66,12 @@ def renumbered(labels: Tensor, outputs: Tensor) -> Tensor:
     """Labels by the index of a model's output.
 
     Args:
-        labels: Indices ``(B,)`` of the data's classes, or probabilities ``(B, C)`` of these and, behind them, of the
-            outputs that the data has no class for.
+        labels: Indices ``(B, ...)`` of the data's classes, negative where there is none; or probabilities ``(B, C)`` of
+            these and, behind them, of the outputs that the data has no class for.
         outputs: For each of the ``C``, the output's index.
     """
     if not labels.is_floating_point():
-        return outputs[labels]
+        return torch.where(labels < 0, labels, outputs[labels.clamp(min=0)])
     probabilities = labels.new_zeros(len(labels), len(outputs))
     probabilities[:, outputs[: labels.shape[1]]] = labels
     return probabilities

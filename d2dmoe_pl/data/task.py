@@ -29,6 +29,9 @@ class Task(ABC):
         main_metric: The metric to judge by, one of :meth:`scores`.
         in_percent: Whether the main metric is a share of 1, which people read as a percentage.
         higher_is_better: Whether a larger value of the main metric is better.
+        most_written: Where predictions are texts, how many tokens of one the model writes at most.
+        measures_written: Whether metrics are of these texts; batches to measure then hold ``written`` ``(B, L)``.
+        writes_rows: Whether there are :meth:`rows` of predictions for a file.
     """
 
     head: Head
@@ -36,6 +39,9 @@ class Task(ABC):
     main_metric: str
     in_percent: ClassVar[bool] = True
     higher_is_better: ClassVar[bool] = True
+    most_written: int = 0
+    measures_written: bool = False
+    writes_rows: ClassVar[bool] = False
 
     @property
     def num_outputs(self) -> int:
@@ -60,6 +66,15 @@ class Task(ABC):
     @abstractmethod
     def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """What the logits say, one row a sample."""
+
+    def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
+        """One row of a file a sample, or a part of one.
+
+        Args:
+            outputs: What :meth:`predictions` gave for a batch.
+            labels: The batch's; None where there are none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} writes no rows")
 
     def with_label_names(self, label_names: Sequence[str]) -> "Task":
         """The same task for a model whose outputs are these, by index; the task's own names are among them."""
@@ -126,6 +141,7 @@ class Classification(Task):
     """
 
     head: Head = "classification"
+    writes_rows = True
 
     def __init__(self, label_names: Sequence[str], metrics: Sequence[str] = ("accuracy",)) -> None:
         self.label_names = list(label_names)
@@ -164,6 +180,16 @@ class Classification(Task):
         """Class indices ``(B,)`` and probabilities ``(B, C)``."""
         return {"predictions": _most_likely(logits), "probabilities": logits.softmax(dim=-1)}
 
+    def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
+        """Label and prediction by name, and the probability of each class."""
+        names, rows = self.label_names, []
+        for i, prediction in enumerate(outputs["predictions"].tolist()):
+            row: dict[str, Any] = {} if labels is None else {"label": names[int(labels[i])]}
+            probabilities = zip(names, outputs["probabilities"][i].tolist(), strict=True)
+            row |= {"prediction": names[prediction]} | {f"probability of {name}": p for name, p in probabilities}
+            rows.append(row)
+        return rows
+
 
 class Regression(Task):
     """A number a sample: logits ``(B, 1)``, ``labels`` ``(B,)``; mean squared error.
@@ -174,6 +200,7 @@ class Regression(Task):
 
     head: Head = "regression"
     main_metric = "pearson"
+    writes_rows = True
 
     def __init__(self, label_name: str) -> None:
         self.label_names = [label_name]
@@ -191,6 +218,14 @@ class Regression(Task):
     def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Numbers ``(B,)``."""
         return {"predictions": _number(logits)}
+
+    def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
+        """Label and prediction."""
+        known = [] if labels is None else labels.tolist()
+        return [
+            {**({"label": float(known[i])} if known else {}), "prediction": prediction}
+            for i, prediction in enumerate(outputs["predictions"].tolist())
+        ]
 
 
 def symmetric_kl(first_logits: Tensor, second_logits: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ class TaskData(L.LightningDataModule):
         ordered: Whether training samples come in order and unaugmented, whatever the phase; those that only gather
             statistics get them so anyway.
         preprocessing: How pictures become the model's input, once the processor is loaded; None for anything else.
+        answer_start: Where answers are texts, the token that the model begins them with, once there is a model.
+        answer_end: The token that ends them, once the tokenizer is loaded.
         sample_length: Tokens that every sample has; None where they differ, and for data of anything but text.
 
     Args:
@@ -48,6 +50,8 @@ class TaskData(L.LightningDataModule):
     head: Head = "classification"
     preprocessing: ImagePreprocessing | None = None
     sample_length: int | None = None
+    answer_start: int | None = None
+    answer_end: int | None = None
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
         super().__init__()

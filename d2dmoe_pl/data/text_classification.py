@@ -74,10 +74,10 @@ class TextClassification(TokenizedData):
         return encoded, Classification(names)
 
 
-def check_texts(split: Dataset, column: str, split_name: str) -> None:
+def check_texts(split: Dataset, column: str, split_name: str, argument: str = "text_columns") -> None:
     """Raise ``ConfigError`` unless there is a text, not only blanks, in each row of ``column``."""
     for row, text in enumerate(split[column], 1):
-        where = f"text_columns={column!r}: sample {row} of the {split_name} split has"
+        where = f"{argument}={column!r}: sample {row} of the {split_name} split has"
         check(text is not None and text != "", f"{where} no text")
         check(isinstance(text, str), f"{where} {text!r}; must be a text")
         check(text.strip() != "", f"{where} only blanks; must have a text")

@@ -24,6 +24,7 @@ class TokenizedData(TaskData):
 
     Attributes:
         tokenizer: The tokenizer, once loaded.
+        tokenizer_options: With which it is loaded.
 
     Args:
         tokenizer: Hub name or folder of a Hugging Face tokenizer; None where :meth:`load` makes one. One that has no
@@ -40,6 +41,7 @@ class TokenizedData(TaskData):
     """
 
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_options: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class TokenizedData(TaskData):
     def load_processor(self) -> None:
         if self.tokenizer is not None or self.tokenizer_name is None:
             return
-        tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer")
+        tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, "tokenizer", **self.tokenizer_options)
         check(
             len(tokenizer) > len(set(tokenizer.all_special_ids)),
             f"tokenizer={self.tokenizer_name!r}: knows no words; its folder must have the tokenizer's files, such as "

@@ -114,5 +114,8 @@ class _Functional:
         self.model = model
         self.tensors = tensors
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
     def __call__(self, *args: object, **kwargs: object) -> object:
         return functional_call(self.model, dict(self.tensors), args, kwargs, tie_weights=False)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
+from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
@@ -25,34 +26,48 @@ def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Modul
     data.number_labels_as(None)
     assert data.task is not None
     own = data.class_names
-    outputs = source.output_names() if data.task.head == "classification" else None
+    outputs = source.output_names() if data.task.head in LABELLED_HEADS else None
     if outputs is not None and _agree(own, outputs, makes_head):
         data.number_labels_as(named_outputs(own, outputs))
     elif outputs is not None:
         check(makes_head, unlike(own, outputs, "label_names of the source says it"))
     model = source.build(data.task.label_names)
     if source.new_head is not None:
-        labels = f" for {', '.join(own[:20])}" if data.task.head == "classification" else ""
+        labels = f" for {', '.join(own[:20])}" if data.task.head in LABELLED_HEADS else ""
         check(
             makes_head,
             f"source: the model's file has no weights for its head ({source.new_head}); FineTuning trains one",
         )
         notice(f"{type(model).__name__} gets a new head{labels}: {source.new_head} begin anew.")
+    answer_as_model(data, model)
     return model
 
 
 def number_as_model(data: TaskData, model: nn.Module) -> None:
-    """Number the labels of ``data`` as ``model`` does, a classifier that has been trained.
+    """Number the labels of ``data`` as ``model`` does, a classifier that has been trained; begin its answers likewise.
 
     Raises:
-        ConfigError: If it has been trained on other labels.
+        ConfigError: If it has been trained on other labels, or ends answers otherwise than the data does.
     """
+    answer_as_model(data, model)
     outputs = adapter_for(model).label_names(model)
     if outputs is None:
         return
     own = data.class_names
     check(_agree(own, outputs, False), unlike(own, outputs, "id2label or label_names in its config.json say it"))
     data.number_labels_as(named_outputs(own, outputs))
+
+
+def answer_as_model(data: TaskData, model: nn.Module) -> None:
+    """Begin the answers of ``data`` as ``model`` does, where they are texts."""
+    found = adapter_for(model).answer_tokens(model)
+    if data.answer_end is None or found is None:
+        return
+    data.answer_start, end = found
+    check(
+        end == data.answer_end,
+        f"eos_token_id={end} of {type(model).__name__}: must be {data.answer_end}, by which the tokenizer ends texts",
+    )
 
 
 def check_same_outputs(teacher: nn.Module, student: nn.Module, where: str) -> None:

@@ -168,20 +168,20 @@ class Phase(L.LightningModule):
     def configure_model(self) -> None:
         """Make the model; Lightning calls this once the data is set up, possibly more than once."""
         if self.is_made:
+            number_as_model(self.data, self.model)  # which may be other data than before
             return
         artifact = self.read_start()
         data = self.data
         seed_generators(folded(data.seed, "model"))  # what is new in it does not depend on how the data was read
         assert data.task is not None  # it is set up by now
-        self.task = data.task
         if artifact is None:
             assert self.source is not None
             self.model = build_for(data, self.source, self.makes_head)
-            check_head(self.model, self.task.head)
+            check_head(self.model, data.head)
         else:
             self.model = load_model(artifact.path)
             self.history = artifact.history
-            check_head(self.model, self.task.head)
+            check_head(self.model, data.head)
             number_as_model(data, self.model)
         self.task = data.task
         check_outputs(self.model, self.task)
@@ -239,6 +239,12 @@ class Phase(L.LightningModule):
         """The model's logits for a batch, ``(B, ...)``."""
         return adapter_for(self.model).logits(self.model, batch)
 
+    def with_written(self, batch: Batch, is_wanted: bool = False) -> Batch:
+        """The batch with what the model writes for it, if that is wanted, or if the task's metrics are of it."""
+        if not is_wanted and not self.task.measures_written:
+            return batch
+        return {**batch, "written": adapter_for(self.model).write(self.model, batch, self.task.most_written)}
+
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The task's loss, a scalar."""
         return self.task.loss(logits, batch)
@@ -251,7 +257,8 @@ class Phase(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """What the task makes of the logits, one row a sample."""
-        return self.task.predictions(self.logits(batch), batch)
+        batch = self.with_written(batch, self.task.most_written > 0)
+        return self.task.predictions(batch["written"] if "written" in batch else self.logits(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("validation")
@@ -278,7 +285,7 @@ class Phase(L.LightningModule):
 
     def _evaluation_step(self, stage: str, batch: Batch, dataloader_idx: int) -> None:
         split = self.data.split_names(stage)[dataloader_idx]
-        self.metrics_of(split).update(self.logits(batch), batch)
+        self.metrics_of(split).update(self.logits(batch), self.with_written(batch))
 
     def metrics_of(self, split: str) -> MetricCollection:
         """The task's metrics of one split."""

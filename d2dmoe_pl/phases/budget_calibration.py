@@ -186,13 +186,13 @@ class BudgetCalibration(Calibration):
                 counts = {} if number not in calls.counts else dict(calls.counts[number])
                 with calls.replay.running(number, taus):
                     logits = self.logits(on_device)
-                calls.counts[number] = counts
+                calls.counts[number] = dict(counts)
                 sums[0] += weight * self.task.prediction_loss(logits, dense, on_device)
                 sums[1:3] += _ffn_flops(layers, counts).to(sums)
                 sums[3] += weight
                 if metrics is not None:
                     sums[4] += self._outside(on_device)
-                    metrics.update(logits, on_device)
+                    metrics.update(logits, self.with_written(on_device))
         sums = summed(self, sums)
         return torch.stack([sums[0] / sums[3], sums[1], sums[2], sums[4], sums[3]])
 

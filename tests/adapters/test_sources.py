@@ -74,7 +74,7 @@ def test_a_head_that_no_task_has():
     model = transformers.BertLMHeadModel(tiny.bert_config(is_decoder=True))
     message = (
         "BertLMHeadModel: its head is for none of the tasks that Hugging Face BERT models are used for here, which are "
-        "text-classification, text-regression, token-classification, question-answering, masked-language-modeling"
+        "text-classification, text-regression, multi-label-classification, token-classification, question-answering, masked-language-modeling"
     )
     with pytest.raises(ConfigError, match=message):
         adapter_for(model).head(model)

@@ -30,6 +30,7 @@ class QuestionAnswering(Task):
 
     head: Head = "question-answering"
     main_metric = "f1"
+    writes_rows = True
 
     def __init__(
         self,
@@ -66,6 +67,17 @@ class QuestionAnswering(Task):
         """
         scores, spans = best_spans(logits, batch["offsets"], self.n_best, self.max_answer_length)
         return {"questions": batch["question"], "spans": spans, "scores": scores, "null_scores": null_scores(logits)}
+
+    def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
+        """One row a window of a text: its question, the best answer in it, and how far that beats no answer."""
+        columns = (outputs[key].tolist() for key in ("questions", "spans", "scores", "null_scores"))
+        rows = []
+        for question, spans, scores, null_score in zip(*columns, strict=True):
+            start, end = spans[0]
+            asked = self.examples[question]
+            answer = asked["context"][start:end]
+            rows.append({"question": asked["question"], "prediction": answer, "margin": scores[0] - null_score})
+        return rows
 
 
 def _unpadded(logits: Tensor, batch: Batch) -> Tensor:

@@ -172,14 +172,16 @@ def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """One batch of all samples of several, those of shorter texts padded to the longest.
 
     Args:
-        batches: With the same keys; what is as long as ``attention_mask`` is padded with zeros.
+        batches: With the same keys; what is shorter than in another batch is padded with zeros.
     """
-    longest = max((batch["attention_mask"].shape[1] for batch in batches if "attention_mask" in batch), default=0)
 
-    def padded(batch: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        length = batch["attention_mask"].shape[1] if "attention_mask" in batch else longest
-        if length == longest or value.dim() < 2 or value.shape[1] != length:
-            return value
-        return nn.functional.pad(value, [0, 0] * (value.dim() - 2) + [0, longest - length])
+    def padded(value: Tensor, longest: int) -> Tensor:
+        return nn.functional.pad(value, [0, 0] * (value.dim() - 2) + [0, longest - value.shape[1]])
 
-    return {key: torch.cat([padded(batch, batch[key]) for batch in batches]) for key in batches[0]}
+    def together(values: Sequence[Tensor]) -> Tensor:
+        if values[0].dim() > 1:
+            longest = max(value.shape[1] for value in values)
+            values = [padded(value, longest) for value in values]
+        return torch.cat(list(values))
+
+    return {key: together([batch[key] for batch in batches]) for key in batches[0]}

@@ -1,0 +1,1 @@
+"""Vectors of texts, which a cheaper model is to keep."""

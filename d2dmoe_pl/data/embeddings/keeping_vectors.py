@@ -1,0 +1,108 @@
+"""The task of giving texts the vectors that another model gives them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional import spearman_corrcoef
+from torchmetrics.utilities import dim_zero_cat
+
+from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.task import Batch, Task
+
+COMPARED = 1000  # texts that are compared with one another
+
+
+class KeepingVectors(Task):
+    """A vector a text: logits ``(B, d)``, and the one it is to keep, ``labels`` ``(B, d)``; relative squared error.
+
+    The main metric is the mean cosine to the vector that is to be kept. ``rank_correlation`` says whether pairs of
+    texts are as alike as they were, as benchmarks of textual similarity measure it (Spearman's, over all pairs of the
+    first 1,000 texts); ``neighbours``, whether a search finds what it found: how many of a text's ten nearest are.
+
+    Args:
+        width: ``d``.
+    """
+
+    head: Head = "embedding"
+    main_metric = "cosine"
+    writes_rows = True
+
+    def __init__(self, width: int) -> None:
+        self.label_names = [str(index) for index in range(width)]
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return relative_squared_error(logits, batch["labels"])
+
+    def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        return relative_squared_error(student_logits, teacher_logits)
+
+    def scores(self) -> dict[str, Metric]:
+        return {"cosine": MeanCosine(), "kept": KeptNeighbourhoods()}
+
+    def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Vectors of length 1, ``(B, d)``."""
+        return {"predictions": F.normalize(logits.float(), dim=1)}
+
+    def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
+        """One row a text: its vector, a column a coordinate."""
+        return [dict(zip(self.label_names, vector, strict=True)) for vector in outputs["predictions"].tolist()]
+
+
+def relative_squared_error(vectors: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over texts of ``|v - w|^2 / |w|^2``, a scalar; of vectors ``(B, d)`` each."""
+    vectors, wanted = vectors.float(), wanted.float()
+    return ((vectors - wanted).square().sum(dim=1) / wanted.square().sum(dim=1).clamp(min=1e-12)).mean()
+
+
+class MeanCosine(MeanMetric):
+    """Mean cosine of two vectors a text, over batches and processes."""
+
+    higher_is_better = True  # type: ignore[assignment] # torchmetrics leaves it open for means
+
+    def update(self, logits: Tensor, batch: Any) -> None:  # type: ignore[override] # as all metrics of a task
+        """Add a batch."""
+        super().update(F.cosine_similarity(logits.float(), batch["labels"].float(), dim=1))
+
+
+class KeptNeighbourhoods(Metric):
+    """Whether texts are as near to one another as they were, by the cosines of their vectors: of the first 1,000.
+
+    Args:
+        nearest: Texts that count as a text's neighbours.
+    """
+
+    full_state_update = False
+
+    vectors: list[Tensor]
+    wanted: list[Tensor]
+
+    def __init__(self, nearest: int = 10) -> None:
+        super().__init__()
+        self.nearest = nearest
+        self.add_state("vectors", [], dist_reduce_fx="cat")
+        self.add_state("wanted", [], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, batch: Any) -> None:
+        """Add a batch."""
+        self.vectors.append(F.normalize(logits.float(), dim=1))
+        self.wanted.append(F.normalize(batch["labels"].float(), dim=1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """``rank_correlation`` of all pairs, and ``neighbours``, the share of those wanted that are found."""
+        found, wanted = (dim_zero_cat(each)[:COMPARED] for each in (self.vectors, self.wanted))
+        number = len(found)
+        likeness, likeness_wanted = found @ found.t(), wanted @ wanted.t()  # (N, N)
+        i, j = torch.triu_indices(number, number, offset=1, device=found.device)
+        if len(i) < 2:
+            return {"rank_correlation": likeness.new_tensor(1.0), "neighbours": likeness.new_tensor(1.0)}
+        correlation = spearman_corrcoef(likeness[i, j], likeness_wanted[i, j])
+        most = min(self.nearest, number - 1)
+        itself = torch.eye(number, dtype=torch.bool, device=found.device)
+        near, near_wanted = (
+            each.masked_fill(itself, -2.0).topk(most, dim=1).indices for each in (likeness, likeness_wanted)
+        )  # (N, most)
+        shared = (near.unsqueeze(2) == near_wanted.unsqueeze(1)).any(dim=2).float().mean()
+        return {"rank_correlation": correlation, "neighbours": shared}

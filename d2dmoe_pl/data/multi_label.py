@@ -1,0 +1,168 @@
+"""Texts, or pairs of texts, each with any number of labels, from any Hugging Face dataset."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
+from torchmetrics.wrappers import LambdaInputTransformer
+
+from d2dmoe_pl.data.class_labels import with_column
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
+from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.data.output_names import plain_name
+from d2dmoe_pl.data.task import Batch, Task
+from d2dmoe_pl.data.text_classification import TextClassification
+from d2dmoe_pl.errors import check
+
+
+class MultiLabel(Task):
+    """Any of ``C`` labels a sample: logits ``(B, C)``, ``labels`` ``(B, C)``, 0 or 1; binary cross-entropy.
+
+    A label is predicted where its logit is positive. The main metric is the F1 over all labels of all samples
+    (micro); ``macro_f1`` is the mean over labels, ``exact_match`` the share of samples with all labels right.
+
+    Args:
+        label_names: Names of the labels by their index.
+    """
+
+    head: Head = "multi-label"
+    main_metric = "f1"
+    writes_rows = True
+
+    def __init__(self, label_names: Sequence[str]) -> None:
+        self.label_names = list(label_names)
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, batch["labels"].to(logits.dtype))
+
+    def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        """The symmetric KL divergence of each label's two outcomes, the mean over labels and samples."""
+        student, teacher = student_logits.float(), teacher_logits.float()
+        # of p and q with logits s and t: (p - q) (s - t), both directions together
+        return 0.5 * ((student.sigmoid() - teacher.sigmoid()) * (student - teacher)).mean()
+
+    def scores(self) -> dict[str, Metric]:
+        number = self.num_outputs
+        known = {
+            "f1": MultilabelF1Score(number, average="micro"),
+            "macro_f1": MultilabelF1Score(number, average="macro"),
+            "exact_match": MultilabelExactMatch(number),
+        }
+        return {name: LambdaInputTransformer(metric, torch.sigmoid, _labels) for name, metric in known.items()}
+
+    def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Which labels are given, ``(B, C)``, and the probability of each, ``(B, C)``."""
+        return {"predictions": logits > 0, "probabilities": logits.sigmoid()}
+
+    def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
+        """Labels and predictions by name, parted by commas, and the probability of each label."""
+        rows = []
+        for i, given in enumerate(outputs["predictions"]):
+            row = {} if labels is None else {"label": self._named(labels[i])}
+            chances = zip(self.label_names, outputs["probabilities"][i].tolist(), strict=True)
+            rows.append({**row, "prediction": self._named(given), **{f"probability of {n}": p for n, p in chances}})
+        return rows
+
+    def _named(self, given: Tensor) -> str:
+        return ", ".join(name for name, is_given in zip(self.label_names, given.tolist(), strict=True) if is_given)
+
+
+def _labels(batch: Any) -> Tensor:
+    return batch["labels"].long()
+
+
+class TextMultiLabel(TextClassification):
+    """As :class:`TextClassification`, but each sample has any number of the labels, none of them included.
+
+    It goes with ``HuggingFaceModel`` of the task ``multi-label-classification``.
+
+    Batches: what the tokenizer gives (``input_ids``, ``attention_mask``, ... ``(B, L)``) and ``labels`` ``(B, C)``, 0
+    or 1.
+
+    Args:
+        source: Where the splits are.
+        tokenizer: Hub name or folder of a Hugging Face tokenizer.
+        label_columns: One column a label, of 0 and 1; or a single one that holds a sample's labels, as a list or as a
+            text in which commas part them.
+        text_columns: One column, or two for sentence pairs.
+        max_length: Tokens kept of a sample; at most what the model has positions for.
+        batch_size: Samples a batch and process.
+        num_workers: Loader processes.
+        group_by_length: Put samples of like length into one batch, which leaves less to pad.
+
+    Raises:
+        ConfigError: As of :class:`TextClassification`; to load, for labels that are neither, or that the training split
+            has not.
+    """
+
+    head: Head = "multi-label"
+
+    def __init__(
+        self,
+        source: DatasetSource,
+        tokenizer: str,
+        label_columns: list[str] = ["labels"],  # noqa: B006 (read only; jsonargparse shows it)
+        text_columns: list[str] = ["text"],  # noqa: B006
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        group_by_length: bool = False,
+    ) -> None:
+        check(bool(label_columns), "label_columns=[]: must be one at least")
+        super().__init__(
+            source, tokenizer, text_columns, label_columns[0], max_length, batch_size, num_workers, group_by_length
+        )
+        self.label_columns = list(label_columns)
+
+    def encoded(self, splits: Mapping[str, Dataset]) -> tuple[Mapping[str, Dataset], Task]:
+        check_columns(splits, {f"label_columns[{i}]": column for i, column in enumerate(self.label_columns)})
+        if len(self.label_columns) > 1:
+            names = self.label_columns
+            rows = {name: self._from_columns(split, name) for name, split in splits.items()}
+        else:
+            given = {name: self._from_lists(split, name) for name, split in splits.items()}
+            names = sorted({label for sample in given["train"] for label in sample})
+            check(len(names) > 1, f"label_columns={self.label_columns}: has fewer than two labels in the train split")
+            rows = {name: [self._flags(sample, names, name) for sample in each] for name, each in given.items()}
+        encoded = {name: with_column(split, self.label_columns[0], rows[name]) for name, split in splits.items()}
+        return encoded, MultiLabel(names)
+
+    def _flags(self, sample: Sequence[str], names: Sequence[str], split: str) -> list[float]:
+        unseen = sorted(set(sample) - set(names))
+        check(
+            not unseen,
+            f"label_columns={self.label_columns}: the {split} split has labels unseen in training: "
+            f"{', '.join(unseen[:5])}; allowed are {', '.join(names[:20])}",
+        )
+        return [float(name in sample) for name in names]
+
+    def _from_columns(self, split: Dataset, split_name: str) -> list[list[float]]:
+        columns = [split[column] for column in self.label_columns]
+        for column, values in zip(self.label_columns, columns, strict=True):
+            for row, value in enumerate(values, 1):
+                check(
+                    value in (0, 1, "0", "1"),
+                    f"label_columns={column!r}: sample {row} of the {split_name} split has {value!r}; must be 0 or 1",
+                )
+        return [[float(value) for value in row] for row in zip(*columns, strict=True)]
+
+    def _from_lists(self, split: Dataset, split_name: str) -> list[list[str]]:
+        (column,) = self.label_columns
+        feature = getattr(split.features[column], "feature", None)
+        names = getattr(feature, "names", None)
+        found = []
+        for row, value in enumerate(split[column], 1):
+            check(
+                value is None or isinstance(value, str | list),
+                f"label_columns={column!r}: sample {row} of the {split_name} split has {value!r}; must be a list of "
+                "labels, or a text in which commas part them",
+            )
+            parts = (value or "").split(",") if not isinstance(value, list) else value
+            named = [plain_name(names[part] if names is not None else part) for part in parts]
+            found.append([name for name in named if name])
+        return found

@@ -1,0 +1,1 @@
+"""A text in, a text out, as T5 does everything."""

@@ -1,0 +1,154 @@
+"""Texts in words, with a label for each word, from any Hugging Face dataset."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
+from d2dmoe_pl.data.language_modeling.token_prediction import NOT_PREDICTED
+from d2dmoe_pl.data.output_names import plain_name
+from d2dmoe_pl.data.task import Task
+from d2dmoe_pl.data.token_classification.token_tagging import TokenTagging
+from d2dmoe_pl.data.tokenized import TokenizedData
+from d2dmoe_pl.errors import check
+
+
+class TokenClassification(TokenizedData):
+    """Words and a label for each, as of entities or parts of speech; tokenised once and cached.
+
+    It goes with ``HuggingFaceModel`` of the task ``token-classification``.
+
+    Batches: what the tokenizer gives (``input_ids``, ``attention_mask``, ... ``(B, L)``) and ``labels`` ``(B, L)``: the
+    label of a word at its first token, -100 elsewhere.
+
+    Args:
+        source: Where the splits are.
+        tokenizer: Hub name or folder of a Hugging Face tokenizer; a fast one, which knows where words begin.
+        words_column: Column of the words: a list a sample, or a text in which blanks part them.
+        labels_column: Column of the labels, as many as words: a list of names or numbers, or a text likewise.
+        max_length: Tokens kept of a sample; words behind have no part in training or in metrics.
+        batch_size: Samples a batch and process.
+        num_workers: Loader processes.
+        group_by_length: Put samples of like length into one batch, which leaves less to pad.
+
+    Raises:
+        ConfigError: To load, for a tokenizer that is not there or not fast, samples without words or with more or fewer
+            labels, and labels that the training split has not.
+    """
+
+    head = "token-classification"
+    tokenizer_options: Mapping[str, Any] = {"add_prefix_space": True}  # words come alone
+
+    def __init__(
+        self,
+        source: DatasetSource,
+        tokenizer: str,
+        words_column: str = "tokens",
+        labels_column: str = "ner_tags",
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        group_by_length: bool = False,
+    ) -> None:
+        super().__init__(tokenizer, max_length, batch_size, num_workers, group_by_length)
+        check(words_column != labels_column, f"labels_column={labels_column!r}: is the words_column; must be another")
+        self.source = source
+        self.words_column = words_column
+        self.labels_column = labels_column
+
+    def load_processor(self) -> None:
+        super().load_processor()
+        check(
+            self.tokenizer.is_fast,
+            f"tokenizer={self.tokenizer_name!r}: does not say which word a token is of; must be a fast one, with a "
+            "tokenizer.json",
+        )
+
+    def load(self) -> tuple[Mapping[str, Dataset], Task]:
+        splits = self.source.load()
+        check_columns(splits, {"words_column": self.words_column, "labels_column": self.labels_column})
+        labels = {name: self._labels(split) for name, split in splits.items()}
+        given = getattr(splits["train"].features[self.labels_column], "feature", None)
+        if isinstance(given, ClassLabel):
+            names = [plain_name(name) for name in given.names]
+        else:
+            names = sorted({label for sample in labels["train"] for label in sample})
+        index = {name: i for i, name in enumerate(names)}
+        tokenised = {}
+        for split, dataset in splits.items():
+            words = [_parts(value) for value in dataset[self.words_column]]
+            for row, (of_words, of_labels) in enumerate(zip(words, labels[split], strict=True), 1):
+                where = f"sample {row} of the {split} split"
+                check(bool(of_words), f"words_column={self.words_column!r}: {where} has no words")
+                check(
+                    len(of_words) == len(of_labels),
+                    f"labels_column={self.labels_column!r}: {where} has {len(of_labels)} labels for {len(of_words)} "
+                    "words; must have one for each",
+                )
+                unseen = [label for label in of_labels if label not in index]
+                check(
+                    not unseen,
+                    f"labels_column={self.labels_column!r}: {where} has the label {unseen[0] if unseen else ''}, "
+                    f"unseen in training; allowed are {', '.join(names[:20])}",
+                )
+            numbers = [[index[label] for label in sample] for sample in labels[split]]
+            tokenised[split] = self._in_tokens(Dataset.from_dict({"words": words, "labels": numbers}))
+        return tokenised, TokenTagging(names)
+
+    def raw_samples(self, inputs: Sequence[str]) -> Dataset:
+        """Texts in which blanks part words."""
+        words = [text.split() for text in inputs]
+        return self._in_tokens(Dataset.from_dict({"words": words, "labels": [[0] * len(each) for each in words]}))
+
+    def _labels(self, split: Dataset) -> list[list[str]]:
+        feature = getattr(split.features[self.labels_column], "feature", None)
+        labels = [_parts(value) for value in split[self.labels_column]]
+        if isinstance(feature, ClassLabel):
+            return [[plain_name(feature.names[int(label)]) for label in sample] for sample in labels]
+        return labels
+
+    def _in_tokens(self, split: Dataset) -> Dataset:
+        tokenizer, max_length = self.tokenizer, self.max_length
+
+        def tokenize(batch: Mapping[str, list]) -> Mapping[str, Any]:
+            found = tokenizer(batch["words"], is_split_into_words=True, truncation=True, max_length=max_length)
+            labels = [at_first_tokens(found.word_ids(i), sample) for i, sample in enumerate(batch["labels"])]
+            return {**found, "labels": labels}
+
+        return split.map(tokenize, batched=True, remove_columns=["words"], desc="Tokenising")
+
+    def collate(self, samples: Sequence[Mapping[str, Any]], augment: bool) -> dict[str, Tensor]:
+        texts = [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
+        labels = [torch.tensor(sample["labels"]) for sample in samples]
+        side = self.tokenizer.padding_side
+        padded = pad_sequence(labels, batch_first=True, padding_value=NOT_PREDICTED, padding_side=side)  # (B, L)
+        return {**super().collate(texts, augment), "labels": padded}
+
+
+def at_first_tokens(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
+    """The label of each word at its first token, ``NOT_PREDICTED`` at every other.
+
+    Args:
+        word_ids: Of each token, the index of its word; None for tokens that are of none.
+        labels: Of each word.
+
+    Example:
+        >>> from d2dmoe_pl.data.token_classification.token_classification import at_first_tokens
+        >>> at_first_tokens([None, 0, 0, 1, None], [7, 8])
+        [-100, 7, -100, 8, -100]
+    """
+    before = [None, *word_ids[:-1]]
+    return [
+        NOT_PREDICTED if word is None or word == last else labels[word]
+        for word, last in zip(word_ids, before, strict=True)
+    ]
+
+
+def _parts(value: Any) -> list[str]:
+    """The words or labels of a sample, as texts."""
+    parts = value.split() if isinstance(value, str) else value or []
+    return [plain_name(part) for part in parts]

@@ -1,0 +1,86 @@
+"""Any number of labels a text: read from one column or many, and learnt."""
+
+import datasets
+import pytest
+import tiny
+import torch
+
+from d2dmoe_pl.adapters import HuggingFaceModel
+from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.callbacks.prediction_file import PredictionFile
+from d2dmoe_pl.data import DatasetSource, MultiLabel, TextMultiLabel
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import FineTuning
+
+TEXTS = ["rude", "loud", "rude loud", "mild"]
+FLAGS = {"loud": [0, 1, 1, 0], "rude": [1, 0, 1, 0]}
+COLUMNS = {
+    "flags": FLAGS,
+    "lists": {"labels": [["rude"], ["loud"], ["loud", "rude"], []]},
+    "texts": {"labels": ["rude", "loud", "rude, loud", ""]},
+}
+
+
+def data_of(folder, columns, **kwargs):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS, **columns})
+    datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), dataset)).save_to_disk(folder / "data")
+    tokenizer = tiny.tokenizer(folder / "tokenizer", ["rude", "loud", "mild"])
+    return TextMultiLabel(DatasetSource(str(folder / "data")), tokenizer, **kwargs)
+
+
+@pytest.mark.parametrize("kind", list(COLUMNS))
+def test_three_ways_to_say_the_same(kind, tmp_path):
+    data = data_of(tmp_path, COLUMNS[kind], **({"label_columns": ["loud", "rude"]} if kind == "flags" else {}))
+    data.setup()
+    assert data.task.label_names == ["loud", "rude"]
+    labels = next(iter(data.test_dataloader()))["labels"]
+    assert labels.tolist() == [[0, 1], [1, 0], [1, 1], [0, 0]]
+    assert labels.is_floating_point()
+
+
+def test_learnt_saved_and_written(tmp_path, trainer):
+    source = HuggingFaceModel("multi-label-classification", config=tiny.bert_config(hidden_dropout_prob=0.0))
+    phase = FineTuning(source=source)
+    data = data_of(tmp_path, COLUMNS["lists"])
+    trainer(callbacks=[SaveArtifact()], max_epochs=60).fit(phase, datamodule=data)
+    assert phase.model.config.problem_type == "multi_label_classification"
+    again = FineTuning(init_from=str(tmp_path / "run" / "artifact"))
+    [measured] = trainer().test(again, datamodule=data_of(tmp_path, COLUMNS["lists"]))
+    assert set(measured) >= {"test/f1", "test/macro_f1", "test/exact_match", "test/loss"}
+    file = PredictionFile(str(tmp_path / "labels.csv"))
+    trainer(callbacks=[file]).predict(again, datamodule=data_of(tmp_path, COLUMNS["lists"]))
+    assert [row["label"] for row in file.rows] == ["rude", "loud", "loud, rude", ""]
+    for row in file.rows:
+        likely = [name for name in ("loud", "rude") if row[f"probability of {name}"] > 0.5]
+        assert row["prediction"] == ", ".join(likely)
+
+
+def test_loss_and_divergence():
+    task = MultiLabel(["a", "b"])
+    logits, labels = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0, 0.0]])
+    expected = torch.nn.functional.binary_cross_entropy(logits.sigmoid(), labels)
+    torch.testing.assert_close(task.loss(logits, {"labels": labels}), expected)
+    assert task.prediction_loss(logits, logits, {}) == 0
+    other = torch.tensor([[0.5, 0.3]])
+    p, q = logits.sigmoid(), other.sigmoid()
+    kl = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    back = (q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()).mean()
+    torch.testing.assert_close(task.prediction_loss(logits, other, {}), (kl + back) / 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "message"),
+    [
+        (
+            {"loud": [0, 1, 2, 0], "rude": [0] * 4},
+            {"label_columns": ["loud", "rude"]},
+            "sample 3 of the .* has 2; must",
+        ),
+        ({"labels": [1, 2, 3, 4]}, {}, "has 1; must be a list of labels, or a text in which commas part them"),
+        ({"labels": ["a"] * 4}, {}, "has fewer than two labels in the train split"),
+        (FLAGS, {"label_columns": []}, "must be one at least"),
+    ],
+)
+def test_labels_that_cannot_be_used(columns, settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        data_of(tmp_path, columns, **settings).setup()

@@ -1,0 +1,155 @@
+"""Texts with texts as answers: what is learnt, written and measured."""
+
+import csv
+
+import pytest
+import tiny
+import torch
+
+from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
+from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
+from d2dmoe_pl.callbacks.prediction_file import PredictionFile
+from d2dmoe_pl.data import DatasetSource, TextAnswers, TextToText
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
+
+WORDS = ["red", "green", "blue", "name", "the", "colour"]
+SPECIAL = ("[PAD]", "[UNK]", "<eos>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Texts that name a colour, which is the answer, and a tokenizer for them."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = torch.Generator().manual_seed(0)
+    for split, number in (("train", 48), ("validation", 12), ("test", 12)):
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["text", "target"])
+            for i in torch.randint(3, (number,), generator=generator).tolist():
+                rows.writerow([f"{'the ' * i}colour {WORDS[i]}", f"{WORDS[i]} colour"])
+    tiny.tokenizer(folder / "tokenizer", WORDS, SPECIAL)
+    return folder
+
+
+def data_of(folder, **kwargs):
+    settings = {"batch_size": 8, "max_target_length": 5, **kwargs}
+    return TextToText(DatasetSource(str(folder)), str(folder / "tokenizer"), **settings)
+
+
+def source():
+    return HuggingFaceModel("text-to-text", config=tiny.CONFIGS["t5"]())
+
+
+def set_up(folder, **kwargs):
+    data = data_of(folder, **kwargs)
+    data.setup()
+    data.answer_start = 0
+    return data
+
+
+def test_what_the_decoder_sees_is_one_token_behind(folder):
+    batch = next(iter(set_up(folder).val_dataloader()))
+    labels, seen, mask = (batch[key] for key in ("labels", "decoder_input_ids", "decoder_attention_mask"))
+    assert (seen[:, 0] == 0).all()
+    assert torch.equal(seen[:, 1:][mask[:, 1:] == 1], labels[:, :-1][mask[:, 1:] == 1])
+    assert torch.equal(labels != -100, mask == 1)
+    assert {row[row != -100][-1].item() for row in labels} == {2}  # each answer ends
+
+
+def test_a_long_answer_is_cut_and_still_ends(folder):
+    batch = next(iter(set_up(folder, max_target_length=2).val_dataloader()))
+    assert batch["labels"].shape[1] == 2
+    assert (batch["labels"][:, 1] == 2).all()
+
+
+def test_an_exact_match_is_what_greedy_decoding_writes(folder):
+    """Without a text being written: each token is the likeliest after those before it."""
+    data = set_up(folder, metrics=["exact_match", "chrf"])
+    torch.manual_seed(3)
+    model = source().build([])
+    adapter = adapter_for(model.eval())
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    batches = list(data.val_dataloader())
+    for _ in range(60):  # so that some are right and some are not
+        loss = data.task.loss(adapter.logits(model, batches[0]), batches[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    matches = []
+    with torch.no_grad():
+        for batch in batches:
+            metrics = data.task.metrics()
+            written = adapter.write(model, batch, 5)
+            metrics.update(adapter.logits(model, batch), {**batch, "written": written})
+            texts = [data.decode(ids) for ids in written.tolist()]
+            same = [text == data.task.text_of(labels) for text, labels in zip(texts, batch["labels"], strict=True)]
+            assert float(metrics.compute()["exact_match"]) == pytest.approx(sum(same) / len(same))
+            matches += same
+            assert float(metrics.compute()["chrf"]) > 0
+    assert any(matches)
+
+
+def test_through_the_phases_to_a_file(folder, trainer, tmp_path):
+    start, settings = source(), {"metrics": ["exact_match", "chrf"]}
+    for phase in (
+        FineTuning(source=start, activation="relu"),
+        SparsityEnforcement(),
+        ExpertClustering(8, num_samples=16),
+        RouterRegression(8),
+    ):
+        if phase.source is None:
+            phase.init_from = str(tmp_path / "run" / "artifact")
+        sweep = TauSweep([0.0, 1.0]) if isinstance(phase, RouterRegression) else None
+        given = trainer(callbacks=[SaveArtifact(), *([sweep] if sweep else [])], limit_train_batches=2)
+        given.fit(phase, datamodule=data_of(folder, **settings))
+    given.test(phase, datamodule=data_of(folder, **settings))
+    low, high = sweep.rows["test"]
+    assert low.experts_percent < high.experts_percent == 100
+    assert high.model_flops_percent > low.model_flops_percent
+    file = PredictionFile(str(tmp_path / "answers.csv"))
+    trainer(callbacks=[file]).predict(phase, datamodule=data_of(folder, **settings))
+    assert len(file.rows) == 12
+    assert {row["label"] for row in file.rows} <= {f"{word} colour" for word in WORDS}
+    assert all(isinstance(row["prediction"], str) for row in file.rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics": ["rouge"]}, r"metrics=\['rouge'\]: allowed are exact_match, chrf, bleu"),
+        ({"metrics": []}, r"metrics=\[\]: allowed are exact_match, chrf, bleu"),
+        ({"max_target_length": 1}, "max_target_length=1: must be at least 2"),
+        ({"target_column": "text"}, "target_column='text': is the source_column; must be another"),
+    ],
+)
+def test_settings_that_make_no_sense(folder, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        data_of(folder, **settings)
+
+
+def test_a_tokenizer_that_ends_no_text(folder, tmp_path):
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer", WORDS)
+    data = TextToText(DatasetSource(str(folder)), tokenizer)
+    with pytest.raises(ConfigError, match="has no token that ends a text, by which answers end; must have one"):
+        data.setup()
+
+
+def test_a_model_that_ends_answers_otherwise(folder, trainer):
+    config = tiny.CONFIGS["t5"]()
+    config.eos_token_id = 7
+    phase = FineTuning(source=HuggingFaceModel("text-to-text", config=config))
+    message = "eos_token_id=7 of T5ForConditionalGeneration: must be 2, by which the tokenizer ends texts"
+    with pytest.raises(ConfigError, match=message):
+        trainer().fit(phase, datamodule=data_of(folder))
+
+
+def test_the_task_alone():
+    task = TextAnswers(["[PAD]", "a", "b"], lambda ids: "".join("_ab"[i] for i in ids), ["exact_match"], 4)
+    logits = torch.eye(3)[torch.tensor([[1, 2, 0], [1, 1, 0]])]  # (2, 3, 3)
+    batch = {"labels": torch.tensor([[1, 2, -100], [1, 2, -100]])}
+    metrics = task.metrics()
+    metrics.update(logits, batch)
+    assert float(metrics.compute()["exact_match"]) == 0.5
+    rows = task.rows({"predictions": torch.tensor([[1, 2]])}, batch["labels"][:1])
+    assert rows == [{"label": "ab", "prediction": "ab"}]
