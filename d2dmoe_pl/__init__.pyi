@@ -1,5 +1,6 @@
 from .adapters import HuggingFaceModel as HuggingFaceModel
 from .adapters import TimmModel as TimmModel
+from .adapters import adopt_ as adopt_
 from .adapters import register_adapter as register_adapter
 from .artifact import PhaseRecord as PhaseRecord
 from .artifact import load_model as load_model

@@ -23,6 +23,7 @@ describes them. Whatever else a module of the package holds may change without n
 """
 GROUPS = {
     "In one call": ["compress"],
+    "Any model": ["adopt_"],
     "Loading and saving": ["load_model", "save_artifact", "push_to_hub", "PhaseRecord"],
     "Running": [
         "set_tau_",

@@ -5,7 +5,7 @@ import transformers
 WIDTH = 48
 DIGITS_VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 BORN_SPARSE = ("opt",)
-ENCODER_DECODERS = ("t5", "bart")
+ENCODER_DECODERS = ("t5", "bart", "any_encoder_decoder")
 IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": WIDTH}
@@ -114,6 +114,25 @@ CONFIGS = {
     "beit": lambda: transformers.BeitConfig(**IMAGE, **SHAPE),
     "clip": lambda: transformers.CLIPConfig(vision_config={**IMAGE, **SHAPE}),
     "siglip": lambda: transformers.SiglipConfig(vision_config={**IMAGE, **SHAPE}),
+    "any_transformer": lambda: decoder_config(transformers.Starcoder2Config),
+    "any_transformer-encoder": lambda: transformers.RoFormerConfig(
+        vocab_size=40, max_position_embeddings=16, embedding_size=24, **SHAPE
+    ),
+    "any_transformer-pictures": lambda: transformers.ViTMSNConfig(**IMAGE, **SHAPE),
+    "any_encoder_decoder": lambda: transformers.PegasusConfig(
+        vocab_size=40,
+        d_model=24,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=WIDTH,
+        decoder_ffn_dim=WIDTH,
+        max_position_embeddings=64,
+        forced_eos_token_id=None,
+        decoder_start_token_id=0,
+        **SPECIAL,
+    ),
     "vit": lambda: transformers.ViTConfig(**IMAGE, **SHAPE),
     "deit": lambda: transformers.DeiTConfig(**IMAGE, **SHAPE),
     "deit-distilled": lambda: transformers.DeiTConfig(

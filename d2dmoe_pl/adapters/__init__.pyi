@@ -27,4 +27,6 @@ from ._ffn_module import PartNames as PartNames
 from ._hugging_face import HEADS as HEADS
 from ._hugging_face import HuggingFaceAdapter as HuggingFaceAdapter
 from ._hugging_face_model import HuggingFaceModel as HuggingFaceModel
+from ._structural import StructuralAdapter as StructuralAdapter
 from ._timm_model import TimmModel as TimmModel
+from .any_module import adopt_ as adopt_

@@ -1,6 +1,7 @@
 """The adapters of all model families, and which of them a model needs."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -8,6 +9,7 @@ from d2dmoe_pl.adapters._adapter import Adapter
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.plugins import Plugins
 
+FALLBACK = "any_"  # begins the names of those for models that no family describes
 ADAPTERS: Plugins[Adapter] = Plugins(
     "d2dmoe_pl.adapters",
     "ADAPTER",
@@ -51,8 +53,8 @@ def adapter_for(model: nn.Module) -> Adapter:
         if adapter.matches(model):
             return adapter
     raise ConfigError(
-        f"{type(model).__name__}: no adapter knows this model; known families are {', '.join(ADAPTERS.names())} "
-        "(to add one, write a file in d2dmoe_pl/adapters that defines ADAPTER)"
+        f"{type(model).__name__}: is no model of transformers or timm; call adopt_ first, with an example of what it "
+        "is called with"
     )
 
 
@@ -71,6 +73,11 @@ def adapter_named(family: str) -> Adapter:
 
 
 def _by_likelihood(model: nn.Module) -> Iterator[Adapter]:
-    """All adapters: those from outside first, then those that need not be imported any more."""
-    names = sorted(ADAPTERS.names(), key=lambda name: (ADAPTERS.is_own(name), not ADAPTERS.is_imported(name), name))
-    return (ADAPTERS.find(name, "family") for name in names)
+    """All adapters: those from outside first, then those that are called like the model's own file; fallbacks last."""
+    file = type(model).__module__.split(".")
+
+    def unlikely(name: str) -> tuple[Any, ...]:
+        is_called_so = any(name == part or name.endswith(f"_{part}") for part in file)
+        return ADAPTERS.is_own(name), name.startswith(FALLBACK), not is_called_so, not ADAPTERS.is_imported(name), name
+
+    return (ADAPTERS.find(name, "family") for name in sorted(ADAPTERS.names(), key=unlikely))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, module_at, place_meta_buffers_
+from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.adapters._padding import padded_behind
@@ -49,13 +49,11 @@ class HuggingFaceAdapter(Adapter):
         model_types: The types of its models.
         inputs: What a batch may hold for the model; everything else in it is for losses and metrics.
         activation_keys: What the models' configs call the FFNs' activation.
-        head_activations: Where heads for language modelling have, by the same setting, the same activation.
     """
 
     model_types: ClassVar[tuple[str, ...]]
     inputs: ClassVar[tuple[str, ...]]
     activation_keys: ClassVar[tuple[str, ...]] = ("hidden_act",)
-    head_activations: ClassVar[tuple[str, ...]] = ()
 
     def as_linear(self, module: nn.Module) -> nn.Linear | TransposedLinear | None:
         return TransposedLinear(module) if isinstance(module, Conv1D) else plain_linear(module)
@@ -65,12 +63,14 @@ class HuggingFaceAdapter(Adapter):
 
     def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
-        self._check_recorded(model, name)
+        made, parts = self._made_with(model, name), dict(model.named_modules())
+        of_ffns = {id(ffn.activation) for ffn in self.ffns(made)}
+        for path, module in made.named_modules():  # what else has its activation by the same setting, such as heads
+            is_one = type(module) is type(ACT2FN[name]) and id(module) not in of_ffns
+            if is_one and path in parts and type(parts[path]) is not type(module):
+                model.set_submodule(path, ACT2FN[name])
         for ffn in ffns:
             self.put_activation_(model, ffn, ACT2FN[name])
-        for path in set(self.head_activations) & dict(model.named_modules()).keys():
-            parent, attribute = module_at(model, path)
-            setattr(parent, attribute, ACT2FN[name])
         self._record_activation_(model.config, name)
 
     def backbone_config(self, config: Any) -> Any:
@@ -81,8 +81,12 @@ class HuggingFaceAdapter(Adapter):
         for key in self.activation_keys:
             setattr(self.backbone_config(config), key, name)
 
-    def _check_recorded(self, model: Any, name: str) -> None:
-        """Raise ``ConfigError`` unless a model that is made from the changed config has the activation."""
+    def _made_with(self, model: Any, name: str) -> nn.Module:
+        """A model without weights, made from a config that says the activation ``name``.
+
+        Raises:
+            ConfigError: If its FFNs have another.
+        """
         config = copy.deepcopy(model.config)
         self._record_activation_(config, name)
         with torch.device("meta"):
@@ -93,6 +97,7 @@ class HuggingFaceAdapter(Adapter):
                 f"activation={name!r}: {ffn.name} of a {type(model).__name__} has {ffn.activation_name} whatever its "
                 "config says, and no file could say that it is another",
             )
+        return made
 
     @abstractmethod
     def put_activation_(self, model: Any, ffn: FFN, activation: nn.Module) -> None:
@@ -137,7 +142,10 @@ class HuggingFaceAdapter(Adapter):
         if shape is not None:
             return {"pixel_values": torch.randn(batch_size, *shape)}
         positions = getattr(config, "max_position_embeddings", length)
-        check(length <= positions, f"length={length}: must be at most {positions}, the positions of the model")
+        check(
+            length <= positions or positions < 0,
+            f"length={length}: must be at most {positions}, the positions of the model",
+        )
         return {"input_ids": torch.randint(config.vocab_size, (batch_size, length))}
 
     def head(self, model: Any) -> Head:
@@ -172,7 +180,8 @@ class HuggingFaceAdapter(Adapter):
         return getattr(model.config, "vocab_size", None)
 
     def num_positions(self, model: Any) -> int | None:
-        return getattr(model.config, "max_position_embeddings", None)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        return None if positions is None or positions < 0 else positions  # some say so that there is no limit
 
     def input_shape(self, model: Any) -> tuple[int, int, int] | None:
         if model.main_input_name != "pixel_values":

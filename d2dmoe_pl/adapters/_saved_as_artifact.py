@@ -1,5 +1,6 @@
 """A converted Hugging Face model saves itself as what it is."""
 
+import os
 import shutil
 from pathlib import Path
 from pkgutil import resolve_name
@@ -36,3 +37,5 @@ class SavesArtifact:
                     shutil.copy(file, aside / file.name)
 
         artifact.save_artifact(self._model, folder, save_processor=keep_others)
+        if "state_dict" in kwargs:  # a Trainer saves, which goes on from a file of this name
+            os.link(folder / artifact.CONVERTED_WEIGHTS, folder / artifact.WEIGHTS)

@@ -61,8 +61,7 @@ class TimmAdapter(Adapter):
         self._put_activation_(model, ffns, activation)
         model.model_args = {**self._model_args(model), "act_layer": name}
 
-    @staticmethod
-    def _put_activation_(model: Any, ffns: Sequence[FFN], activation: Any) -> None:
+    def _put_activation_(self, model: Any, ffns: Sequence[FFN], activation: Any) -> None:
         for ffn in ffns:
             model.get_submodule(ffn.name).act = activation()
 

@@ -44,7 +44,6 @@ class BertAdapter(HuggingFaceAdapter):
     attention = AttentionParts(
         (BertAttention,), query="self.query", key="self.key", value="self.value", output="output.dense"
     )
-    head_activations: ClassVar[tuple[str, ...]] = ("cls.predictions.transform.transform_act_fn",)
     layer_class: ClassVar[type[nn.Module]] = BertLayer
     intermediate_class: ClassVar[type[nn.Module]] = BertIntermediate
 

@@ -19,7 +19,6 @@ class DebertaV2Adapter(BertAdapter):
     family = "deberta_v2"
     title = "Hugging Face DeBERTa-v2, DeBERTa-v3"
     model_types = ("deberta-v2",)
-    head_activations = (*BertAdapter.head_activations, "lm_predictions.lm_head.transform_act_fn")
     attention = AttentionParts((DebertaV2Attention,), output="output.dense")
     layer_class = DebertaV2Layer
     intermediate_class = DebertaV2Intermediate

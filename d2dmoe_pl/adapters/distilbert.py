@@ -33,7 +33,6 @@ class DistilBertAdapter(FFNModuleAdapter):
     model_types = ("distilbert",)
     inputs = ("input_ids", "attention_mask")
     activation_keys = ("activation",)
-    head_activations = ("activation",)
     ffn_classes = (modeling_distilbert.FFN,)
     parts = PartNames(up="lin1", activation="activation", down="lin2", output_dropout="dropout")
     attention = AttentionParts(

@@ -13,7 +13,6 @@ class ElectraAdapter(BertAdapter):
     family = "electra"
     title = "Hugging Face ELECTRA"
     model_types = ("electra",)
-    head_activations = ()
     attention = dataclasses.replace(BertAdapter.attention, classes=(ElectraAttention,))
     layer_class = ElectraLayer
     intermediate_class = ElectraIntermediate

@@ -16,7 +16,6 @@ class RobertaAdapter(BertAdapter):
     title = "Hugging Face RoBERTa"
     model_types = ("roberta",)
     inputs = ("input_ids", "attention_mask")  # it has one type of token only
-    head_activations = ()
     attention = dataclasses.replace(BertAdapter.attention, classes=(RobertaAttention,))
     layer_class: ClassVar[type[nn.Module]] = RobertaLayer
     intermediate_class: ClassVar[type[nn.Module]] = RobertaIntermediate

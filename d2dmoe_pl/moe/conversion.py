@@ -258,7 +258,7 @@ def set_tau_(model: nn.Module, tau: float, filter_fn: LayerFilterFn | None = Non
     check_tau(tau)
     for layer in layers.values():
         layer.get_gate().set_tau(tau)
-        layer.experts.measured.clear()
+        layer.own_experts.measured.clear()
 
 
 def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None = None) -> None:
@@ -278,7 +278,7 @@ def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None
         'reference'
     """
     for layer in select_moe_layers(model, filter_fn).values():
-        layer.experts.set_backend(backend)
+        layer.own_experts.set_backend(backend)
 
 
 def restore_moe_(model: nn.Module, name: str, made: Mapping[str, Any]) -> None:

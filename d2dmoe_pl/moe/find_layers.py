@@ -1,11 +1,11 @@
 """Finding dense FFNs, and what took their place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from d2dmoe_pl.adapters import FFN, adapter_for
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.adapters import FFN, adapter_for, holder_of
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
@@ -20,16 +20,46 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     MLPs in the place of attention projections, ``ffn.is_projection``, are among them, after the architecture's own.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If there are none, or one is quantised or shares weights with something else.
     """
     check_not_quantized(model)
     ffns = [*adapter_for(model).ffns(model), *projection_ffns(model)]
+    _check_replaceable(model, ffns)
     found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
     if not found:
         raise ConfigError(
             f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else "")
         )
     return found
+
+
+def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Raise ``ConfigError`` if what has the weights of an FFN is more, or other, than that FFN's own dense layers."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    for ffn in ffns:
+        parts = [linear for linear in (ffn.up, ffn.gate_proj, ffn.down) if linear is not None]
+        for linear in parts:
+            weight, holder = holder_of(linear).weight, holder_of(linear)
+            check(
+                weight.is_floating_point() and not type(weight).__module__.startswith("torchao"),
+                f"{ffn.name}: is quantised already, its weights are {weight.dtype} of {type(holder).__name__}; must be "
+                "made into experts first, and then put into int8 by quantize_",
+            )
+            shared = [name for parameter in holder.parameters() for name in holders.get(id(parameter), ())[1:]]
+            check(not shared, f"{ffn.name}: shares weights with {', '.join(shared)}, which would no longer be the same")
+        types = sorted({str(holder_of(linear).weight.dtype) for linear in parts})
+        check(len(types) == 1, f"{ffn.name}: its weights are {' and '.join(types)}; must be of one type, see model.to")
+        others = places[id(model.get_submodule(ffn.name))]
+        parents = {id(model.get_submodule(name.rpartition(".")[0])) for name in others}
+        check(
+            len(parents) == 1, f"{ffn.name}: is the same module as {', '.join(others[1:])}; must have one place alone"
+        )
 
 
 def moe_layers(model: nn.Module, filter_fn: LayerFilterFn | None = None) -> dict[str, MoELayer]:

@@ -112,8 +112,16 @@ class MoELayer(ExpertLayer):
         self.observer: Callable[[Tensor, Tensor], None] | None = None
 
     @property
-    def sizes(self) -> ExpertSizes:
-        return self.experts
+    def sizes(self) -> Experts:
+        return self.own_experts
+
+    @property
+    def own_experts(self) -> Experts:
+        """The experts, also where something else stands around them, such as what adapts their weights (PEFT)."""
+        experts: Any = self.experts
+        while not isinstance(experts, Experts):
+            experts = experts.base_layer
+        return experts
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros.
@@ -137,8 +145,8 @@ class MoELayer(ExpertLayer):
 
     def describe(self) -> dict[str, Any]:
         return {
-            "num_experts": self.experts.num_experts,
-            "backend": self.experts.backend,
+            "num_experts": self.own_experts.num_experts,
+            "backend": self.own_experts.backend,
             "router": None if self.router is None else asdict(self.router.config),
             "gate": None if self.gate is None else asdict(self.gate.config),
             **({} if self.stand_in is None else {"stand_in": asdict(self.stand_in.config)}),
@@ -161,7 +169,8 @@ class MoELayer(ExpertLayer):
         router: Any = parts.get("router")
         gate: Any = parts.get("gate")
         stand_in: Any = parts.get("stand_in")
-        if self.observer is None and can_run_whole(experts, router, gate, stand_in, positions):
+        is_own = "base_layer" not in experts._modules  # nothing stands around them
+        if is_own and self.observer is None and can_run_whole(experts, router, gate, stand_in, positions):
             return run_whole(experts, router, gate, stand_in, positions, real)
         if real is None:
             return self._run_tokens(positions)

@@ -32,7 +32,9 @@ class TestContract:
     def test_knows_its_own_model_only(self, kind):
         model = tiny.dense(kind)
         matching = [family for family in ADAPTERS.names() if adapter_named(family).matches(model)]
-        assert matching == [tiny.family_of(kind)]
+        described = [family for family in matching if not family.startswith("any_")]
+        assert (described or matching) == [tiny.family_of(kind)]
+        assert adapter_for(model).family == tiny.family_of(kind)
 
     def test_finds_all_ffns_that_the_model_has(self, kind):
         model = tiny.dense(kind)
@@ -106,6 +108,8 @@ class TestContract:
         assert torch.equal(tiny.logits(load_model(tmp_path / "artifact"), inputs), after)
 
     def test_hidden_states_of_the_embeddings_and_each_layer(self, kind):
+        if kind == "any_timm":
+            pytest.skip("where its layers are is not known")
         model, inputs = tiny.dense(kind), tiny.batch(kind)
         logits, states = adapter_for(model).logits_and_hidden_states(model, inputs)
         assert torch.equal(logits, tiny.logits(model, inputs))
@@ -139,7 +143,7 @@ class TestContract:
         assert {name: parameter.shape for name, parameter in structure.named_parameters()} == shapes
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("timm_")])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "timm" not in kind])
 def test_dense_hugging_face_artifact_loads_with_transformers(kind, tmp_path):
     model = tiny.dense(kind)
     save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])

@@ -121,3 +121,50 @@ def test_gradients_reach_executed_experts_only():
     mask = torch.tensor([[True, False, True, False]])
     layer.experts(torch.randn(1, 16), mask).sum().backward()
     assert layer.experts.down_weight.grad.flatten(1).abs().sum(dim=1).gt(0).tolist() == [True, False, True, False]
+
+
+def _same_module(model):
+    first, second = model.bert.encoder.layer
+    second.intermediate, second.output = first.intermediate, first.output
+    return r"bert.encoder.layer.0.intermediate: is the same module as bert.encoder.layer.1.intermediate; must have one"
+
+
+def _shared_weight(model):
+    first, second = model.bert.encoder.layer
+    second.intermediate.dense.weight = first.intermediate.dense.weight
+    return (
+        r"intermediate: shares weights with bert.encoder.layer.1.intermediate.dense, which would no longer be the same"
+    )
+
+
+def _quantised(model):
+    dense = model.bert.encoder.layer[1].output.dense
+    dense.weight = torch.nn.Parameter(dense.weight.to(torch.int8), requires_grad=False)
+    return (
+        r"layer.1.intermediate: is quantised already, its weights are torch.int8 of Linear; must be made into experts"
+    )
+
+
+def _of_two_types(model):
+    model.bert.encoder.layer[0].output.dense.half()
+    return r"layer.0.intermediate: its weights are torch.float16 and torch.float32; must be of one type, see model.to"
+
+
+@pytest.mark.parametrize("spoil", [_same_module, _shared_weight, _quantised, _of_two_types])
+def test_ffns_that_are_more_or_other_than_dense_layers_of_their_own(spoil):
+    model = tiny.dense("bert")
+    message = spoil(model)
+    before = list(model.state_dict())
+    with pytest.raises(ConfigError, match=message):
+        convert_to_moe_(model, ExpertsConfig(8))
+    assert list(model.state_dict()) == before
+
+
+def test_a_layer_that_is_run_twice_is_one():
+    model = tiny.dense("bert")
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    inputs = tiny.batch("bert")
+    expected = tiny.logits(model, inputs)
+    convert_to_moe_(model, ExpertsConfig(8))
+    assert len(moe_layers(model)) == 1
+    torch.testing.assert_close(tiny.logits(model, inputs), expected, rtol=1e-5, atol=1e-5)

@@ -104,7 +104,7 @@ class TextEmbeddings(TokenizedData):
 
 
 @torch.no_grad()
-def add_vectors(batch: Mapping[str, Any], model: str, stamp: Any, pooling: Pooling, pad: int) -> dict[str, Any]:
+def add_vectors(batch: Mapping[str, Any], model: str, stamp: str, pooling: Pooling, pad: int) -> dict[str, Any]:
     """Rows with their vectors in the column ``labels``, and no other new one.
 
     Args:
@@ -127,12 +127,12 @@ def add_vectors(batch: Mapping[str, Any], model: str, stamp: Any, pooling: Pooli
 
 
 @lru_cache(maxsize=1)
-def _dense(model: str, stamp: Any) -> Any:
+def _dense(model: str, stamp: str) -> Any:
     loaded: Any = load_pretrained(AutoModel, model, "model")
     return loaded.float().eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _stamp(model: str) -> list[tuple[str, int, int]]:
+def _stamp(model: str) -> str:
     """Names, sizes and times of a folder's files of weights; nothing for a name on the hub."""
     files = sorted(Path(model).glob("*.safetensors")) + sorted(Path(model).glob("*.bin"))
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return ", ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, Int8Module, check_not_quantized
+from d2dmoe_pl.moe.routers._router import RouterLinear
 
 DTYPES = ("int8",)
 
@@ -107,7 +109,7 @@ def quantize_layer_(layer: MoELayer) -> None:
     for name, module in list(layer.named_modules()):
         if isinstance(module, Experts):
             layer.set_submodule(name, Int8Experts(module).train(module.training))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | RouterLinear):
             layer.set_submodule(name, Int8Linear(module.weight, module.bias).train(module.training))
 
 
@@ -144,7 +146,7 @@ def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
 
 def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
-        is_taken = isinstance(module, Experts) or adapter.as_linear(module) is not None
+        is_taken = isinstance(module, Experts | RouterLinear) or adapter.as_linear(module) is not None
         if is_taken or (embeddings and type(module) is nn.Embedding):
             yield name, module
 
@@ -154,6 +156,6 @@ def _in_int8(module: nn.Module, adapter: Adapter) -> Int8Module:
         return Int8Experts(module)
     if isinstance(module, nn.Embedding):
         return Int8Embedding(module)
-    linear = adapter.as_linear(module)
+    linear: Any = module if isinstance(module, RouterLinear) else adapter.as_linear(module)
     assert linear is not None
     return Int8Linear(linear.weight, linear.bias)

@@ -111,7 +111,30 @@ def register_router(name: str, router: type[Router]) -> None:
     ROUTERS.register(name, router)
 
 
+class RouterLinear(nn.Module):
+    """A linear layer of a router, which no tool takes for one of the model's, to be adapted or quantised.
+
+    Args:
+        linear: Whose weights it has.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+
+
 def make_router(experts: Experts, config: RouterConfig) -> Router:
     """A new router for ``experts``, where they are and of their type."""
     router = ROUTERS.find(config.kind, "router")(experts, config)
+    for name, module in list(router.named_modules()):
+        if type(module) is nn.Linear:
+            router.set_submodule(name, RouterLinear(module))
     return router.to(experts.up_weight.device, experts.up_weight.dtype)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.routers import Router, RouterConfig
+from d2dmoe_pl.moe.routers._router import RouterLinear
 
 
 class RegressionRouter(Router):
@@ -43,7 +44,7 @@ class RegressionRouter(Router):
 
 
 def _is_plain(layer: Any) -> bool:
-    is_kind = type(layer) is nn.Linear or (isinstance(layer, nn.Module) and "scale" in layer._buffers)
+    is_kind = type(layer) in (nn.Linear, RouterLinear) or (isinstance(layer, nn.Module) and "scale" in layer._buffers)
     return is_kind and not layer._forward_hooks and not layer._forward_pre_hooks
 
 

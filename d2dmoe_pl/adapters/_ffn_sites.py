@@ -1,0 +1,298 @@
+"""Which parts of a traced model are FFNs, and how each can be replaced."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from d2dmoe_pl.adapters._ffn_tracing import (
+    HALVES,
+    Call,
+    Node,
+    Trace,
+    aten,
+    between,
+    made_of,
+    without_reshaping,
+    without_views,
+)
+
+FUSED = (nn.TransformerEncoderLayer,)  # what computes its FFN, when it is not trained, without calling any part
+
+
+@dataclass
+class Site:
+    """An FFN that was found.
+
+    Attributes:
+        shape: Of what it was given.
+        name: Dotted path of the module that a MoE layer replaces.
+        form: A ``module`` of its own; parts among those of a ``layer``, which become Identities; or parts with other
+            computations between them, so that what the first is given has to be ``handed over`` to the last.
+        up: Path of the linear module up, or of the one that gives gate and up.
+        down: Path of the linear module down.
+        gate: Path of the gate's linear module; None without a gate.
+        up_rows: Which outputs of ``up`` are the FFN's; None for all.
+        gate_rows: The same of ``gate``.
+        activation_path: Of the activation's module; None where it is no module, or not one of its own.
+        activation: Then, what computes the same.
+        hidden_dropouts: Paths of dropouts before ``down``.
+        output_dropouts: Paths of those behind it, in a module of its own.
+        dropout_rates: Of ``hidden_dropouts``.
+        outside: Has the model call ``activation``.
+    """
+
+    shape: tuple[int, ...]
+    name: str
+    form: Literal["module", "layer", "handed over"]
+    up: str
+    down: str
+    gate: str | None
+    up_rows: slice | None
+    gate_rows: slice | None
+    activation_path: str | None
+    activation: nn.Module | None
+    hidden_dropouts: list[str]
+    output_dropouts: list[str]
+    dropout_rates: list[float] = field(default_factory=list)
+    outside: Any = None
+
+    @property
+    def linear(self) -> list[str]:
+        """Paths of all its linear modules."""
+        return list(dict.fromkeys(path for path in (self.up, self.gate, self.down) if path is not None))
+
+
+class Recomputed(nn.Module):
+    """An elementwise function that a model computes outside of any module, step by step as it does.
+
+    Args:
+        steps: An operator each, its arguments, with places for tensors, and the names of the last of them.
+    """
+
+    def __init__(self, steps: Sequence[tuple[Any, Any, tuple[str, ...]]]) -> None:
+        super().__init__()
+        self.steps = list(steps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., n)`` to the same shape."""
+        known = [x]
+        for op, given, keys in self.steps:
+            values = tree_map_only(Place, lambda place: known[place.index], given)
+            args = values[: len(values) - len(keys)]
+            known.append(op(*args, **dict(zip(keys, values[len(values) - len(keys) :], strict=True))))
+        return known[-1]
+
+    def extra_repr(self) -> str:
+        return ", ".join(str(op) for op, _, _ in self.steps)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Stands for a tensor: what the function takes, 0, or what a step gives, counted from 1."""
+
+    index: int
+
+
+def find_sites(model: nn.Module, trace: Trace) -> tuple[list[Site], dict[str, str]]:
+    """The FFNs of a traced model, first to last; and by name why linear modules behind others end none."""
+    sites: list[Site] = []
+    reasons: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    for name, calls in trace.linear.items():
+        found = made_of(calls[0].given)
+        if not found:
+            continue
+        site = _site(name, calls[0], found, trace, modules)
+        if isinstance(site, Site):
+            sites.append(site)
+        else:
+            reasons[name] = site
+    taken = [path for site in sites for path in site.linear]
+    for site in list(sites):
+        if any(taken.count(path) > 1 for path in site.linear):
+            sites.remove(site)
+            reasons[site.down] = "shares a linear module with another FFN"
+    return sites, reasons
+
+
+def _site(name: str, call: Call, sources: set[Node], trace: Trace, modules: Mapping[str, nn.Module]) -> Site | str:
+    """The FFN that ends in a call of the linear module ``name``, or why it is none."""
+    products = _products(call.given, sources)
+    if isinstance(products, str):
+        return products
+    up, gate = str(products.up.op), None if products.gate is None else str(products.gate.op)
+    linear = list(dict.fromkeys(path for path in (up, gate, name) if path is not None))
+    inside = {*between(call.given, sources), *sources}
+    if any(user not in inside and user.op != name for node in inside for user in node.used_by):
+        return "what comes before it is used elsewhere as well"
+    foreign = [path for path in linear if path in trace.used_elsewhere]
+    if foreign:
+        return f"the weights of {foreign[0]} are used without calling it, as by a fused kernel, or where they are tied"
+    if len({len(trace.linear[path]) for path in linear}) > 1:
+        return "its parts are not called equally often"
+    inputs = {without_views(source.inputs[0]) for source in sources}
+    if len(inputs) > 1:
+        return "gate and up are given different things"
+    (x,) = inputs
+    kernels = [path for path, module in modules.items() if isinstance(module, FUSED) and name.startswith(f"{path}.")]
+    if kernels or isinstance(modules[""], FUSED):
+        return "is run by a fused kernel of torch's TransformerEncoderLayer"
+    if not x.is_of_input:
+        return "is computed of no input"
+    if x.shape[-1:] != call.gave.shape[-1:]:
+        return "gives another width than it takes"
+    pre, post = products.pre, products.post
+    called = [
+        each.name
+        for each in trace.calls
+        if each.name not in linear and without_views(each.given) is pre and without_views(each.gave) is post
+    ]
+    path = called[0] if called and _is_own(called[0], trace, name) else None
+    skipped = {
+        each.name: each.given
+        for each in trace.calls
+        if each.given is each.gave and isinstance(modules[each.name], nn.Dropout)
+    }
+    own = _own_module(x, call.gave, linear, trace, modules)
+    behind = all(without_views(node) is post for node in between(call.given, {post}))  # nothing but views and dropout
+    is_plain = path is not None and gate is None and behind
+    return Site(
+        shape=without_reshaping(x).shape,
+        name=own if own is not None else up if is_plain else name,
+        form="module" if own is not None else "layer" if is_plain else "handed over",
+        up=up,
+        down=name,
+        gate=gate,
+        up_rows=products.up_rows,
+        gate_rows=products.gate_rows,
+        activation_path=path,
+        activation=None if path is not None else _recomputed(pre, post),
+        hidden_dropouts=[each for each, node in skipped.items() if node in inside],
+        output_dropouts=[
+            each
+            for each, node in skipped.items()
+            if own is not None and each.startswith(f"{own}.") and without_views(node) is without_views(call.gave)
+        ],
+    )
+
+
+@dataclass
+class _Products:
+    """What the activation takes and gives, and the outputs of linear modules that it and its factor are.
+
+    Attributes:
+        up: Output of the linear module up; ``up_rows`` which of it, None for all.
+        gate: Output of the gate's; None without a gate. ``gate_rows`` as of ``up``.
+        pre: What the activation takes.
+        post: What it gives.
+    """
+
+    up: Node
+    up_rows: slice | None
+    gate: Node | None
+    gate_rows: slice | None
+    pre: Node
+    post: Node
+
+
+def _products(hidden: Node, sources: set[Node]) -> _Products | str:
+    """How ``hidden`` is made of the outputs ``sources`` of linear modules; or why that is not how FFNs do it."""
+    top = without_views(hidden)
+    pieces: dict[Node, slice | None] = dict.fromkeys(sources)
+    halves = [node for node in between(hidden, sources) if node.packet in HALVES]
+    if halves:
+        pieces = {node: _rows(node) for node in halves}
+        if None in pieces.values():
+            return "a linear module's output is parted along another dimension than the last"
+    if len(pieces) == 1 and not halves:
+        (source,) = sources
+        if top is source:
+            return "nothing is between two linear modules"
+        return _Products(source, None, None, None, source, top)
+    if len(pieces) != 2 or top.packet not in (aten.mul, aten.mul_) or len(top.nodes()) != 2:
+        return "is neither one product, nor one times the activation of another"
+    sides = [without_views(side) for side in top.nodes()]
+    bare = [side for side in sides if side in pieces]
+    if len(bare) != 1:
+        return "both factors, or none, are as a linear module gave them"
+    (up,) = bare
+    (post,) = [side for side in sides if side is not up]
+    (pre,) = [piece for piece in pieces if piece is not up]
+    if up in {node for each in (post, *between(post, {pre})) for node in each.nodes()}:
+        return "both factors are of one linear module's output"
+
+    def source_of(piece: Node) -> Node:
+        return without_views(piece.nodes()[0]) if halves else piece
+
+    return _Products(source_of(up), pieces[up], source_of(pre), pieces[pre], pre, post)
+
+
+def _rows(node: Node) -> slice | None:
+    """Which of the last dimension a part of a tensor is; None if it is of another dimension."""
+    given, _ = node.inputs
+    whole = given[0].shape
+    if node.packet is aten.slice:
+        rest: tuple[Any, ...] = (0, 0, None)
+        dim, start, end = (*given[1:4], *rest[len(given) - 1 :])[:3]
+        is_last = dim in (-1, len(whole) - 1)
+        return slice(start or 0, min(end or whole[-1], whole[-1])) if is_last else None
+    _, sizes, *dims = given
+    if not dims or dims[0] not in (-1, len(whole) - 1) or node.part is None:
+        return None
+    widths = [sizes] * (-(-whole[-1] // sizes)) if isinstance(sizes, int) else list(sizes)
+    start = sum(widths[: node.part])
+    return slice(start, start + widths[node.part])
+
+
+def _is_own(name: str, trace: Trace, down: str) -> bool:
+    """Whether the module ``name`` runs only as often as the linear module ``down`` does."""
+    return sum(call.name == name for call in trace.calls) == len(trace.linear[down])
+
+
+def _own_module(
+    x: Node, output: Node, linear: Sequence[str], trace: Trace, modules: Mapping[str, nn.Module]
+) -> str | None:
+    """Path of the innermost module that takes ``x``, gives ``output`` and has the weights of ``linear`` alone."""
+    weights = {id(parameter) for path in linear for parameter in modules[path].parameters()}
+    for call in trace.calls:
+        is_it = without_views(call.given) is x and without_views(call.gave) is without_views(output)
+        if is_it and {id(parameter) for parameter in modules[call.name].parameters()} == weights:
+            return call.name
+    return None
+
+
+def _recomputed(pre: Node, post: Node) -> nn.Module:
+    """A module that computes ``post`` from ``pre``."""
+    order: dict[Node, int] = {pre: 0}
+
+    def visit(node: Node) -> None:
+        for each in node.nodes():
+            if each not in order:
+                visit(each)
+        order.setdefault(node, len(order))
+
+    visit(post)
+    nodes = [node for node in order if node is not pre]
+    steps = [
+        (node.op, tree_map_only(Node, lambda each: Place(order[each]), node.inputs[0]), node.inputs[1])
+        for node in nodes
+    ]
+    if len(steps) == 1:
+        op, given, keys = steps[0]
+        known = KNOWN.get(op.overloadpacket)
+        if known is not None and len(given) == 1 + len(keys):
+            return known(**dict(zip(keys, given[1:], strict=True)))
+    return Recomputed(steps)
+
+
+# operators that are all of an activation; as modules, kernels know them
+KNOWN: dict[Any, Any] = {
+    aten.relu: nn.ReLU,
+    aten.gelu: nn.GELU,
+    aten.silu: nn.SiLU,
+    aten.tanh: nn.Tanh,
+    aten.sigmoid: nn.Sigmoid,
+}

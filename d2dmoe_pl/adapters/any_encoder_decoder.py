@@ -1,0 +1,35 @@
+"""Any other Hugging Face encoder-decoder Transformer: its FFNs are found by tracing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from torch import Tensor
+
+from d2dmoe_pl.adapters._adapter import MASK
+from d2dmoe_pl.adapters._encoder_decoder import DECODER_MASK, EncoderDecoderAdapter
+from d2dmoe_pl.adapters._structural import LENGTH
+from d2dmoe_pl.adapters.any_transformer import AnyTransformerAdapter
+
+
+class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
+    """See :class:`EncoderDecoderAdapter` and :class:`StructuralAdapter`."""
+
+    family = "any_encoder_decoder"
+    title = "any other encoder-decoder of Hugging Face"
+    tasks = ("text-to-text",)
+    inputs = ("input_ids", MASK, "decoder_input_ids", DECODER_MASK)
+
+    def matches(self, model: Any) -> bool:
+        return isinstance(model, transformers.PreTrainedModel) and bool(model.config.is_encoder_decoder)
+
+    def example(self, model: Any) -> Mapping[str, Tensor]:
+        inputs = dict(super().example(model))
+        return {**inputs, "decoder_input_ids": self.random_inputs(model, 2, LENGTH + 1)["input_ids"]}
+
+    def streams(self, model: Any) -> Mapping[str, str]:
+        stacks = {model.get_encoder(): MASK, model.get_decoder(): DECODER_MASK}
+        return {path: stacks[module] for path, module in model.named_modules() if module in stacks}
+
+
+ADAPTER = AnyEncoderDecoderAdapter()

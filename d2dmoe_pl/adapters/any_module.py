@@ -1,0 +1,127 @@
+"""Any model at all, once :func:`adopt_` has seen what it is called with: its FFNs are found by tracing."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from d2dmoe_pl.adapters._ffn import FFN
+from d2dmoe_pl.adapters._structural import StructuralAdapter
+from d2dmoe_pl.data.head import Head
+from d2dmoe_pl.errors import ConfigError, check
+
+EXAMPLE = "_d2dmoe_example"  # attribute of a model
+
+
+def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Find the FFNs of a model that is of no library, so that it can be converted.
+
+    What is found is proved: with every FFN computed as what it is taken for, the model gives the same for ``example``.
+    Everything that works on a model in place works then; to save it is left to you, as no file says how it is made.
+
+    Args:
+        model: Any model, called with tensors by name, that gives a tensor.
+        example: What it is called with: a batch of two or more, without padding.
+
+    Raises:
+        ConfigError: If the model cannot be traced, or no FFN is found. The model is then as it was.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from d2dmoe_pl import ExpertsConfig, adopt_, convert_to_moe_
+        >>> class Block(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+        ...     def forward(self, x):
+        ...         return x + self.down(torch.relu(self.up(x)))
+        >>> model = nn.Sequential(Block(), Block()).eval()
+        >>> x = torch.randn(2, 5, 8)
+        >>> before = model(x)
+        >>> adopt_(model, {"input": x})
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> type(model[0].down).__name__, torch.allclose(model(x), before, atol=1e-5)
+        ('MoELayer', True)
+    """
+    check(bool(example), "example={}: must hold what the model is called with")
+    known = set(inspect.signature(model.forward).parameters)
+    unknown = sorted(set(example) - known)
+    check(not unknown, f"example: {', '.join(unknown)} are no arguments of {type(model).__name__}; it takes {known}")
+    model.__dict__[EXAMPLE] = {name: tensor.detach().clone() for name, tensor in example.items()}
+    try:
+        ADAPTER.ffns(model)
+    except ConfigError:
+        del model.__dict__[EXAMPLE]
+        raise
+
+
+class AnyModuleAdapter(StructuralAdapter):
+    """See :class:`StructuralAdapter`. Batches hold what the model is called with, under the names of its arguments."""
+
+    family = "any_module"
+    title = "any other, in Python"
+    tasks = ()
+
+    def matches(self, model: Any) -> bool:
+        return EXAMPLE in model.__dict__
+
+    def example(self, model: Any) -> Mapping[str, Tensor]:
+        example: Mapping[str, Tensor] = model.__dict__[EXAMPLE]
+        return example
+
+    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
+        check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
+        for ffn in ffns:
+            self.put_activation_(model, ffn, ACT2FN[name])
+
+    def logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        taken = inspect.signature(model.forward).parameters
+        output: Tensor = model(**{key: value for key, value in batch.items() if key in taken})
+        return output
+
+    def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+        """The model's example, as often as makes ``batch_size``."""
+
+        def repeated(tensor: Tensor) -> Tensor:
+            times = -(-batch_size // len(tensor))
+            return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch_size]
+
+        return {name: repeated(tensor) for name, tensor in self.example(model).items()}
+
+    def head(self, model: Any) -> Head:
+        return "classification"
+
+    def num_outputs(self, model: Any) -> int:
+        with torch.no_grad():
+            return self.logits(model, self.example(model)).shape[-1]
+
+    def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See :meth:`Adapter.logits_and_hidden_states`; what its layers are is not known, so that there are none."""
+        return self.logits(model, batch), ()
+
+    def config(self, model: Any) -> dict[str, Any]:
+        raise self._cannot(model)
+
+    def build(self, folder: Path) -> nn.Module:
+        raise ConfigError(f"{folder}: is of a model of no library, which no file can build again")
+
+    def rebuild(self, model: Any) -> nn.Module:
+        raise self._cannot(model)
+
+    def fill_buffers_(self, model: Any) -> None:
+        raise self._cannot(model)
+
+    @staticmethod
+    def _cannot(model: Any) -> ConfigError:
+        return ConfigError(
+            f"{type(model).__name__}: is of no library that could build it again; keep its state_dict, and adopt and "
+            "convert a new one before it is loaded"
+        )
+
+
+ADAPTER = AnyModuleAdapter()

@@ -1,0 +1,127 @@
+"""Models of libraries that no adapter was written for: their FFNs are found and proved, or it is said what was seen."""
+
+import logging
+
+import pytest
+import tiny
+import torch
+import transformers
+from conversions import converts_exactly
+
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.adapters._timm_model import create_timm_model
+from d2dmoe_pl.artifact import load_model, save_artifact
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, swap_activation_
+from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
+
+TEXT = {"vocab_size": 40, **tiny.SHAPE}
+DECODER = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **TEXT}
+SEQ2SEQ = {
+    "vocab_size": 40,
+    "d_model": 24,
+    **{f"{stack}_{part}": 2 for stack in ("encoder", "decoder") for part in ("layers", "attention_heads")},
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+# of each, its FFNs: a layer that is run twice has one, one that pools between sees other positions than the text's
+TRANSFORMERS = {
+    "albert": (lambda: transformers.AlbertConfig(embedding_size=12, **TEXT), 1),
+    "bigbird": (lambda: transformers.BigBirdConfig(**TEXT), 2),
+    "bloom": (lambda: transformers.BloomConfig(hidden_size=24, n_layer=2, n_head=2, vocab_size=40, pad_token_id=0), 2),
+    "canine": (lambda: transformers.CanineConfig(**TEXT), 2),
+    "deberta": (lambda: transformers.DebertaConfig(**TEXT), 2),
+    "falcon": (lambda: transformers.FalconConfig(**DECODER), 2),
+    "fnet": (lambda: transformers.FNetConfig(**TEXT), 2),
+    "gptj": (lambda: transformers.GPTJConfig(n_embd=24, n_layer=2, n_head=2, rotary_dim=4, **_ids()), 2),
+    "mobilebert": (lambda: transformers.MobileBertConfig(**TEXT), 8),
+    "starcoder2": (lambda: transformers.Starcoder2Config(num_key_value_heads=1, **DECODER), 2),
+    "xlm": (lambda: transformers.XLMConfig(emb_dim=24, n_layers=2, n_heads=2, vocab_size=40), 2),
+}
+PICTURES = {
+    "swin": lambda: transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+    ),
+    "convnext": lambda: transformers.ConvNextConfig(image_size=32, depths=[1, 1, 1, 1], hidden_sizes=[16] * 4),
+}
+TIMM = {
+    "swin_tiny_patch4_window7_224": {"img_size": 56, "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (2,) * 4},
+    "cait_xxs24_224": {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2},
+    "beit_base_patch16_224": {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2},
+}
+
+
+def _ids():
+    return {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def classifier(config, auto=transformers.AutoModelForSequenceClassification):
+    model = auto.from_config(config).eval()
+    tiny._spread(model)
+    return model
+
+
+@pytest.mark.parametrize("name", list(TRANSFORMERS))
+@torch.no_grad()
+def test_texts(name, tmp_path):
+    make, number = TRANSFORMERS[name]
+    model = classifier(make())
+    inputs = adapter_for(model).random_inputs(model, 3, 7)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, 4:] = mask[2, 2:] = 0
+    assert len(select_ffns(model)) == number
+    converts_exactly(model, {**inputs, "attention_mask": mask}, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("name", list(PICTURES))
+@torch.no_grad()
+def test_pictures(name, tmp_path):
+    model = classifier(PICTURES[name](), transformers.AutoModelForImageClassification)
+    converts_exactly(model, adapter_for(model).random_inputs(model, 2, 0), tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("make", [transformers.PegasusConfig, transformers.MBartConfig, transformers.MarianConfig])
+@torch.no_grad()
+def test_answers(make, tmp_path):
+    more = {"decoder_vocab_size": 40} if make is transformers.MarianConfig else {}
+    model = classifier(make(**SEQ2SEQ, **more), transformers.AutoModelForSeq2SeqLM)
+    inputs = tiny.batch("bart-text-to-text")
+    inputs["decoder_attention_mask"] = torch.ones_like(inputs["decoder_attention_mask"])  # rows of padding are zeros
+    converted = converts_exactly(model, inputs, tmp_path / "artifact")
+    assert len(moe_layers(converted)) == 4
+    assert len({layer.context for layer in moe_layers(converted).values()}) == 2
+
+
+@pytest.mark.parametrize("name", list(TIMM))
+@torch.no_grad()
+def test_timm(name, tmp_path):
+    model = create_timm_model(name, 3, TIMM[name], ["a", "b", "c"]).eval()
+    tiny._spread(model)
+    converts_exactly(model, adapter_for(model).random_inputs(model, 2, 0), tmp_path / "artifact")
+    swap_activation_(model, ActivationConfig("relu"))
+    save_artifact(model, tmp_path / "relu")
+    inputs = adapter_for(model).random_inputs(model, 2, 0)
+    loaded = load_model(tmp_path / "relu")
+    assert torch.equal(adapter_for(model).logits(loaded, inputs), adapter_for(model).logits(model, inputs))
+
+
+def test_it_is_said_once(caplog):
+    model = classifier(TRANSFORMERS["deberta"][0]())
+    with caplog.at_level(logging.WARNING, logger="d2dmoe_pl"):
+        select_ffns(model)
+        convert_to_moe_(model, ExpertsConfig(8))
+    assert [record.message for record in caplog.records] == [
+        "DebertaForSequenceClassification: no adapter knows it; 2 FFNs found by tracing and proved on random input, "
+        "the first deberta.encoder.layer.0.intermediate.dense (left alone: classifier gives another width than it "
+        "takes)."
+    ]
+
+
+def test_tokens_that_are_laid_out_otherwise():
+    config = transformers.XLNetConfig(d_model=24, n_layer=2, n_head=2, d_inner=48, vocab_size=40)
+    with pytest.raises(
+        ConfigError, match=r"sees positions \(6, 2\), none of \[\(2, 6\)\], so that padding is not known"
+    ):
+        select_ffns(classifier(config))

@@ -1,0 +1,154 @@
+"""Texts that keep their vectors: what is to be kept, how near it comes, and sentence-transformers on what is left."""
+
+import json
+
+import datasets
+import pytest
+import tiny
+import torch
+import transformers
+
+from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
+from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
+from d2dmoe_pl.callbacks.prediction_file import PredictionFile
+from d2dmoe_pl.data import DatasetSource, KeepingVectors, TextEmbeddings
+from d2dmoe_pl.data.embeddings.keeping_vectors import KeptNeighbourhoods
+from d2dmoe_pl.data.embeddings.pooling import POOLINGS, pooled, pooling_of, write_modules
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
+
+WORDS = ["red", "green", "blue", "name", "the", "colour"]
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+TEXTS = [" ".join(WORDS[i % 6] for i in range(start, start + 1 + start % 5)) for start in range(24)]
+
+
+@pytest.fixture(scope="module", params=["mean", "cls"])
+def folder(request, tmp_path_factory):
+    """A tiny BERT as a folder of sentence-transformers, and texts."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = transformers.BertModel(tiny.bert_config())
+    tiny._spread(model)
+    model.save_pretrained(folder / "model")
+    tiny.tokenizer(folder / "model", WORDS, SPECIAL)
+    write_modules(folder / "model", request.param, 24)
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    splits = {"train": dataset, "validation": dataset.select(range(12)), "test": dataset.select(range(12, 24))}
+    datasets.DatasetDict(splits).save_to_disk(folder / "data")
+    return folder
+
+
+def data_of(folder, **kwargs):
+    return TextEmbeddings(DatasetSource(str(folder / "data")), str(folder / "model"), batch_size=4, **kwargs)
+
+
+def source(folder):
+    return HuggingFaceModel("embeddings", name=str(folder / "model"))
+
+
+@torch.no_grad()
+def test_the_vectors_are_those_of_sentence_transformers(folder):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    theirs = sentence_transformers.SentenceTransformer(str(folder / "model"), device="cpu").encode(TEXTS[12:])
+    data = data_of(folder)
+    data.setup()
+    kept = torch.cat([batch["labels"] for batch in data.test_dataloader()])
+    unit = torch.nn.functional.normalize(kept, dim=1)
+    torch.testing.assert_close(unit, torch.tensor(theirs), rtol=1e-4, atol=1e-5)
+    model = source(folder).build(data.task.label_names).eval()
+    for batch in data.test_dataloader():
+        torch.testing.assert_close(adapter_for(model).logits(model, batch), batch["labels"], rtol=1e-4, atol=1e-5)
+
+
+def test_through_the_phases_and_back_into_sentence_transformers(folder, trainer, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    start = source(folder)
+    for phase in (
+        FineTuning(source=start, activation="relu"),
+        SparsityEnforcement(),
+        ExpertClustering(8, num_samples=16),
+        RouterRegression(8),
+    ):
+        if phase.source is None:
+            phase.init_from = str(tmp_path / "run" / "artifact")
+        sweep = [TauSweep([0.0, 1.0])] if isinstance(phase, RouterRegression) else []
+        given = trainer(callbacks=[SaveArtifact(), *sweep], limit_train_batches=2)
+        given.fit(phase, datamodule=data_of(folder))
+    [measured] = given.test(phase, datamodule=data_of(folder))
+    assert {"test/cosine", "test/rank_correlation", "test/neighbours", "test/loss"} <= set(measured)
+    artifact = tmp_path / "run" / "artifact"
+    again = sentence_transformers.SentenceTransformer(str(artifact), device="cpu")
+    model, data = load_model(artifact), data_of(folder)
+    data.setup()
+    ours = torch.cat([adapter_for(model).logits(model, batch) for batch in data.test_dataloader()])
+    theirs = torch.tensor(again.encode(TEXTS[12:]))
+    torch.testing.assert_close(theirs, torch.nn.functional.normalize(ours, dim=1), rtol=1e-4, atol=1e-5)
+    file = PredictionFile(str(tmp_path / "vectors.csv"))
+    trainer(callbacks=[file]).predict(phase, datamodule=data_of(folder))
+    assert [row["0"] for row in file.rows] == pytest.approx(theirs[:, 0].tolist(), abs=1e-4)
+
+
+def test_vectors_are_computed_anew_for_other_weights(folder, tmp_path):
+    data = data_of(folder)
+    data.setup()
+    before = next(iter(data.test_dataloader()))["labels"]
+    other = transformers.BertModel(tiny.bert_config())
+    other.save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path, WORDS, SPECIAL)
+    changed = TextEmbeddings(DatasetSource(str(folder / "data")), str(tmp_path), batch_size=4)
+    changed.setup()
+    assert not torch.allclose(next(iter(changed.test_dataloader()))["labels"], before)
+
+
+def test_pooling():
+    states = torch.tensor([[[1.0, 5.0], [3.0, 1.0], [9.0, 9.0]]])
+    mask = torch.tensor([[1, 1, 0]])
+    expected = {"mean": [2.0, 3.0], "cls": [1.0, 5.0], "max": [3.0, 5.0], "last": [3.0, 1.0]}
+    assert {pooling: pooled(states, mask, pooling)[0].tolist() for pooling in POOLINGS} == expected
+    assert pooled(states, None, "last")[0].tolist() == [9.0, 9.0]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_what_a_folder_says(pooling, tmp_path):
+    assert pooling_of(tmp_path) is None
+    write_modules(tmp_path, pooling, 24)
+    assert pooling_of(tmp_path) == pooling
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
+    assert pooling_of(tmp_path) == pooling
+
+
+def test_what_is_not_computed_here(folder, tmp_path):
+    write_modules(tmp_path, "mean", 24)
+    modes = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+    message = "pools by pooling_mode_mean_tokens, pooling_mode_max_tokens; must be one of mean, cls, max, last"
+    with pytest.raises(ConfigError, match=message):
+        pooling_of(tmp_path)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    data = data_of(folder)
+    data.model = str(tmp_path)
+    with pytest.raises(ConfigError, match="has a Dense behind its pooling, which is not computed here"):
+        data.setup()
+
+
+def test_neighbourhoods():
+    vectors = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    kept = KeptNeighbourhoods()
+    kept.update(vectors * 3, {"labels": vectors})
+    assert {name: float(value) for name, value in kept.compute().items()} == pytest.approx(
+        {"rank_correlation": 1.0, "neighbours": 1.0}
+    )
+    kept.reset()
+    kept.update(torch.randn(40, 8, generator=torch.Generator().manual_seed(1)), {"labels": vectors})
+    assert kept.compute()["rank_correlation"] < 0.2
+    assert kept.compute()["neighbours"] < 0.5
+
+
+def test_losses():
+    task = KeepingVectors(2)
+    wanted = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    assert task.loss(wanted, {"labels": wanted}) == 0
+    assert float(task.loss(torch.zeros(2, 2), {"labels": wanted})) == pytest.approx(1.0)

@@ -1,0 +1,161 @@
+"""Converted models in other libraries: LoRA by PEFT, the Trainer of transformers, accelerate, checkpointing."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+import transformers
+
+from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.moe.conversion import set_tau_
+from d2dmoe_pl.moe.find_layers import moe_layers
+
+KINDS = ["bert", "llama-causal-language-modeling", "phi3-causal-language-modeling", "t5-text-to-text"]
+EXPERTS = ["experts.up_weight", "experts.down_weight"]
+
+
+def inputs_of(kind):
+    return {key: value for key, value in tiny.batch(kind).items() if key != "labels"}
+
+
+def without_dropout_(model):
+    """The model, with nothing random in it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    return model
+
+
+class TestPEFT:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_all_linear_leaves_routers_alone(self, kind):
+        peft = pytest.importorskip("peft")
+        model = tiny.routed(kind)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+        names = [name for name, module in adapted.named_modules() if name.endswith("lora_A")]
+        assert names
+        assert not [name for name in names if ".router." in name]
+        trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+        assert all("lora_" in name for name in trained)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_experts_are_adapted_trained_and_merged(self, kind, tmp_path):
+        peft = pytest.importorskip("peft")
+        model, inputs = tiny.routed(kind, tau=0.6), inputs_of(kind)
+        with torch.no_grad():
+            before = model(**inputs).logits
+        config = peft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)
+        adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        torch.testing.assert_close(adapted(**inputs).logits, before, rtol=1e-4, atol=1e-4)
+        for layer in moe_layers(adapted).values():
+            assert layer.sizes.num_experts == 8
+        adapted(**inputs).logits.square().mean().backward()
+        gradients = [parameter.grad for name, parameter in adapted.named_parameters() if "lora_B" in name]
+        assert gradients
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+            tuned = adapted(**inputs).logits
+            assert not torch.allclose(tuned, before, atol=1e-3)
+            merged = adapted.merge_and_unload()
+            torch.testing.assert_close(merged(**inputs).logits, tuned, rtol=1e-3, atol=1e-3)
+            merged.save_pretrained(tmp_path)
+            torch.testing.assert_close(load_model(tmp_path)(**inputs).logits, merged(**inputs).logits)
+
+    def test_tau_can_be_set_while_experts_are_adapted(self):
+        peft = pytest.importorskip("peft")
+        model, inputs = tiny.routed("bert", tau=1.0), inputs_of("bert")
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS)).eval()
+        before = adapted(**inputs).logits
+        set_tau_(adapted.get_base_model(), 0.0)
+        assert not torch.allclose(adapted(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_trainer_of_transformers(tmp_path, checkpointing):
+    pytest.importorskip("accelerate")
+    model = tiny.routed("bert", tau=0.7)
+    start = copy.deepcopy(model.state_dict())
+    batch = tiny.batch("bert", size=8)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+    settings = transformers.TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=3,
+        save_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        gradient_checkpointing=checkpointing,
+    )
+    trainer = transformers.Trainer(model, settings, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, start[name])]
+    assert any("experts.up_weight" in name for name in changed)
+    trainer.save_model(str(tmp_path / "saved"))
+    inputs = inputs_of("bert")
+    torch.testing.assert_close(load_model(tmp_path / "saved")(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_a_training_is_resumed_by_the_trainer(tmp_path):
+    pytest.importorskip("accelerate")
+    batch = tiny.batch("bert", size=8)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+
+    def trained(steps, **kwargs):
+        torch.manual_seed(0)
+        model = without_dropout_(tiny.routed("bert", tau=0.7))
+        settings = transformers.TrainingArguments(
+            str(tmp_path / "run"),
+            max_steps=steps,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            lr_scheduler_type="constant",
+        )
+        transformers.Trainer(model, settings, train_dataset=data).train(**kwargs)
+        return model
+
+    trained(2)
+    resumed = trained(4, resume_from_checkpoint=True)
+    whole = trained(4)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing_gives_the_same_gradients(kind):
+    plain = without_dropout_(tiny.routed(kind, tau=0.6)).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    inputs = inputs_of(kind)
+    gradients = []
+    for model in (plain, checkpointed):
+        model(**inputs).logits.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = tiny.routed("bert", tau=0.7)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    prepared, optimizer = accelerator.prepare(model.train(), optimizer)
+    batch = tiny.batch("bert")
+    losses = []
+    for _ in range(8):
+        loss = prepared(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert set(accelerator.get_state_dict(prepared)) == set(model.state_dict())
