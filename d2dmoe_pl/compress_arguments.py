@@ -30,8 +30,9 @@ def compress_parser() -> ArgumentParser:
         "--task",
         type=str | None,
         default=None,
-        help="text-classification, text-regression, image-classification or causal-language-modeling; told by the "
-        "data's columns if not given.",
+        help="text-classification, text-regression, multi-label-classification, token-classification, text-to-text, "
+        "embeddings, image-classification or causal-language-modeling; if not given, the data's columns tell whether "
+        "it is the first or one of the last two.",
     )
     parser.add_argument(
         "--target",

@@ -64,6 +64,11 @@ def accepted(source: adapters.ModelSource, method: Sequence[Phase]) -> list[str]
     return []
 
 
+def configuration_of(kind: str) -> str:
+    """The configuration of a tiny model, whatever its task."""
+    return max((name for name in tiny.CONFIGS if kind == name or kind.startswith(f"{name}-")), key=len, default=kind)
+
+
 def cell(names: Sequence[str], method: Sequence[Phase]) -> str:
     """What the table says of the phases that a model can go through."""
     if len(names) == len(method):
@@ -75,6 +80,7 @@ def cell(names: Sequence[str], method: Sequence[Phase]) -> str:
 def rows() -> list[list[str]]:
     """Cells of each row; models that differ in their task alone share one."""
     tasks: dict[tuple[str, ...], list[str]] = {}
+    cells_of: dict[str, list[str]] = {}
     for kind, source in tiny.SOURCES.items():
         adapter = adapters.adapter_named(tiny.family_of(kind))
         file = f"`{adapter.__module__.replace('.', '/')}.py`"
@@ -83,7 +89,9 @@ def rows() -> list[list[str]]:
         projections = [] if adapter.attention is None else select_projections(model)
         is_fused = any(projection.place != projection.name for projection in projections)
         form += ", fused" if is_fused else ", separate" if projections else ", not named"
-        cells = [cell(accepted(source(), method), method) for method in METHODS.values()]
+        if (name := configuration_of(kind)) not in cells_of:  # what a task adds lies outside the FFNs
+            cells_of[name] = [cell(accepted(source(), method), method) for method in METHODS.values()]
+        cells = cells_of[name]
         known = tasks.setdefault((adapter.title, form, *cells, file), [])
         task = tiny.TASKS[kind].replace("-", " ")
         known.extend([task] if task not in known else [])

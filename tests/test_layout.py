@@ -45,6 +45,7 @@ ARCHITECTURES = re.compile(r"(?i)(?<!moe)bert|vit\b|vision_?transformer|deit|gpt
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # configurations of the pretrained models that recipes name
 ON_HUB = {
+    "google-t5/t5-small": transformers.T5Config(decoder_start_token_id=0),
     "google-bert/bert-base-uncased": transformers.BertConfig(),
     "my/text_model": transformers.BertConfig(),
     "my/image_model": transformers.ViTConfig(),

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 
 import pytest
+import yaml
 from recipe import arguments, write_recipe
 
 from d2dmoe_pl.cli import main
@@ -70,3 +71,14 @@ def test_no_run(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["test", "--run", given])
         assert f"error: run='{given}': no finished phase; must be the folder of one" in capsys.readouterr().err
+
+
+def test_a_phase_that_begins_from_no_source(chain, tmp_path, capsys):
+    """As BudgetCalibration and StandInFitting do, whose settings know none."""
+    run = tmp_path / "run"
+    shutil.copytree(chain / "router_regression", run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] = {"class_path": "BudgetCalibration", "init_args": {"init_from": str(run / "artifact")}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "--run", str(run), "--trainer.enable_progress_bar=false"])
+    assert "test/accuracy" in capsys.readouterr().out

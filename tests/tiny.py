@@ -46,7 +46,10 @@ def family_of(kind):
 def _kinds():
     """Name, task and source of a model of every architecture and task; the first task goes without saying."""
     for name, make in CONFIGS.items():
-        for task in adapter_named(family_of(name)).tasks:
+        tasks = adapter_named(family_of(name)).tasks
+        if name != family_of(name) and not name.startswith("any_"):  # a variant has the heads of its family
+            tasks = [task for task in tasks if task in (tasks[0], "causal-language-modeling", "text-to-text")]
+        for task in tasks:
             of_others = name.endswith("pictures") and task != "image-classification"
             of_others |= name.endswith("encoder") and task == "causal-language-modeling"
             if of_others or type(make()) not in HEADS[task][1]._model_mapping:

@@ -4,6 +4,7 @@ import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from d2dmoe_pl.adapters._ffn_sites import Site, find_sites
 from d2dmoe_pl.adapters._ffn_tracing import Trace, trace
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
-from d2dmoe_pl.notices import notice
 
 FOUND = "_d2dmoe_sites"  # attribute of a model
 LENGTH = 6  # of texts to trace with; no divisor or multiple of anything common
@@ -97,7 +97,8 @@ class StructuralAdapter(Adapter):
             if not any(parameter.is_meta for parameter in model.parameters()):
                 self._prove(model, sites, inputs)
                 left = "" if not reasons else f" (left alone: {_said(reasons)})"
-                notice(
+                say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
+                say(
                     f"{type(model).__name__}: no adapter knows it; {len(sites)} FFNs found by tracing and proved on "
                     f"random input, the first {sites[0].name}{left}."
                 )

@@ -12,9 +12,23 @@ from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.errors import ConfigError, check
 
-TASKS = ("text-classification", "text-regression", "image-classification", "causal-language-modeling")
-LABELS = ("label", "labels", "class", "target", "category", "emotion", "sentiment", "fine_label", "coarse_label")
-TEXTS = ("text", "sentence", "content", "review", "tweet", "document", "question", "query", "title", "comment")
+# of texts with a label each; what reads them
+LABELLED = {
+    "text-classification": "TextClassification",
+    "text-regression": "TextRegression",
+    "multi-label-classification": "TextMultiLabel",
+    "token-classification": "TokenClassification",
+    "text-to-text": "TextToText",
+}
+TASKS = (*LABELLED, "image-classification", "causal-language-modeling", "embeddings")
+LABELS = (
+    *("label", "labels", "class", "target", "category", "emotion", "sentiment", "fine_label", "coarse_label"),
+    *("ner_tags", "tags", "pos_tags", "summary", "answer"),
+)
+TEXTS = (
+    *("text", "sentence", "content", "review", "tweet", "document", "question", "query", "title", "comment"),
+    *("tokens", "words", "article"),
+)
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b"))
 IMAGES = ("image", "img", "picture", "file_name", "path")
 SAMPLED = 1000  # texts whose lengths are looked at
@@ -76,7 +90,7 @@ def data_config(
     image = columns["image_column"] or next((name for name in train.column_names if _is_image(train, name)), None)
     if task is None:
         text_only = columns["label_column"] is None and not set(LABELS) & set(train.column_names)
-        task = "image-classification" if image else "causal-language-modeling" if text_only else TASKS[0]
+        task = "image-classification" if image else "causal-language-modeling" if text_only else "text-classification"
     if task == "image-classification":
         check(
             image is not None,
@@ -98,12 +112,22 @@ def data_config(
         }
         arguments |= {"length": BLOCK, "batch_size": max(1, batch_size // 4)}
         return {"class_path": "LanguageModeling", "init_args": arguments}, task
+    common: dict[str, Any] = {"source": source, "batch_size": batch_size, "group_by_length": True}
+    if task == "embeddings":
+        (text,) = _text_columns(train, columns["text_columns"], [])[:1]
+        longest = _max_length(train, [text], tokenizer)
+        arguments = {**common, "model": model or tokenizer, "text_column": text, "max_length": longest}
+        return {"class_path": "TextEmbeddings", "init_args": arguments}, task
     label = _label_column(train, columns["label_column"], list(columns["text_columns"] or []))
     texts = _text_columns(train, columns["text_columns"], [label])
-    arguments = {"source": source, "tokenizer": tokenizer, "text_columns": texts, "label_column": label}
-    arguments |= {"max_length": _max_length(train, texts, tokenizer), "batch_size": batch_size, "group_by_length": True}
-    name = "TextRegression" if task == "text-regression" else "TextClassification"
-    return {"class_path": name, "init_args": arguments}, task
+    named: dict[str, dict[str, Any]] = {
+        "multi-label-classification": {"text_columns": texts, "label_columns": [label]},
+        "token-classification": {"words_column": texts[0], "labels_column": label},
+        "text-to-text": {"source_column": texts[0], "target_column": label},
+    }
+    by_name = named.get(task, {"text_columns": texts, "label_column": label})
+    arguments = {**common, "tokenizer": tokenizer, **by_name, "max_length": _max_length(train, texts, tokenizer)}
+    return {"class_path": LABELLED[task], "init_args": arguments}, task
 
 
 def _is_image(train: Dataset, name: str) -> bool:
@@ -137,6 +161,10 @@ def _max_length(train: Dataset, texts: Sequence[str], tokenizer: str) -> int:
     """Tokens that all but a hundredth of the texts have, rounded up to eights."""
     made: Any = load_pretrained(AutoTokenizer, tokenizer, "tokenizer")
     some = train.select(range(min(SAMPLED, len(train))))
-    lengths = sorted(map(len, made(*(list(map(str, some[name])) for name in texts))["input_ids"]))
+    lengths = sorted(map(len, made(*(list(map(_as_text, some[name])) for name in texts))["input_ids"]))
     longest = lengths[int(0.99 * (len(lengths) - 1))]
     return min(LONGEST, int(made.model_max_length), -(-longest // 8) * 8)
+
+
+def _as_text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

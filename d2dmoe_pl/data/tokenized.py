@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pyarrow.compute
@@ -10,7 +11,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.task_data import TaskData
@@ -113,7 +113,8 @@ class TokenizedData(TaskData):
             return super().training_order(dataset, generator)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         together = self.batch_size * (torch.distributed.get_world_size() if distributed else 1)
-        order: list[int] = get_length_grouped_indices(_lengths(dataset), together, generator=generator)
+        grouped = resolve_name("transformers.trainer_pt_utils:get_length_grouped_indices")  # changes warnings
+        order: list[int] = grouped(_lengths(dataset), together, generator=generator)
         return order
 
     def save_processor(self, folder: Path) -> None:

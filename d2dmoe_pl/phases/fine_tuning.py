@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.moe.conversion import ActivationConfig, swap_activation_
+from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 
 
@@ -26,7 +28,10 @@ class FineTuning(OptimizedPhase):
         self.activation = activation
 
     def transform_(self, model: nn.Module) -> None:
-        if self.activation is not None:
+        if self.activation == "relu" and all(ffn.is_sparse for ffn in select_ffns(model)):
+            if not next(model.parameters()).is_meta:  # and not in the checks beforehand
+                notice(f"{type(model).__name__}: has ReLU already; activation=relu changes nothing.")
+        elif self.activation is not None:
             swap_activation_(model, ActivationConfig(self.activation))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -231,3 +231,40 @@ def test_token_types_reach_bert_only():
         assert torch.equal(tiny.logits(model, types), tiny.logits(model, inputs))
     model = tiny.dense("bert")
     assert not torch.allclose(tiny.logits(model, types), tiny.logits(model, inputs))
+
+
+FIRST = [kind for kind, task in tiny.TASKS.items() if task != "image-classification" and kind in tiny.CONFIGS]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", FIRST)
+@torch.no_grad()
+def test_each_attention_implementation(kind, implementation):
+    model, inputs = tiny.dense(kind), tiny.batch(kind)
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError:
+        pytest.skip("transformers has none for it")
+    expected = tiny.logits_of_tokens(model, inputs)
+    convert_to_moe_(model, ExpertsConfig(8))
+    torch.testing.assert_close(tiny.logits_of_tokens(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bert", "phi3-causal-language-modeling", "t5-text-to-text", "opt", "any_transformer"])
+def test_narrow_weights_in_many_files(kind, dtype, tmp_path):
+    """As large models come: they are loaded in full precision, and converted."""
+    original = tiny.dense(kind, activation=None).to(getattr(torch, dtype))
+    original.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    source = HuggingFaceModel(tiny.TASKS[kind], name=str(tmp_path), label_names=None)
+    model = source.build(tiny.labels_of(kind)).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    weights = original.state_dict()
+    for name, value in model.state_dict().items():
+        assert name not in weights or torch.equal(value, weights[name].to(value.dtype)), name
+    inputs = tiny.batch(kind)
+    with torch.no_grad():
+        expected = tiny.logits_of_tokens(model, inputs)
+        convert_to_moe_(model, ExpertsConfig(8))
+        torch.testing.assert_close(tiny.logits_of_tokens(model, inputs), expected, rtol=1e-4, atol=1e-4)

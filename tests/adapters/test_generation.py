@@ -61,7 +61,7 @@ class TestGenerate:
             expected = generate(original, inputs)
             assert torch.equal(generate(model, inputs), expected)
             assert torch.equal(generate(loaded, inputs), expected)
-            assert len(expected.unique()) > 1 or made is with_projections  # which attend to little
+            assert len(expected.unique()) > 1 or made is with_projections or kind.startswith("any_")  # attend to little
 
     @pytest.mark.parametrize(
         ("made", "backend"), [(dense, "reference"), (dense, "grouped"), (with_projections, "grouped")]

@@ -79,6 +79,27 @@ def test_columns_by_other_names(tmp_path, tokenizer):
     assert str(error.value) == "text_columns=None: none of b, c has a name that tells; say which"
 
 
+@pytest.mark.parametrize(
+    ("task", "columns", "made", "settings"),
+    [
+        ("token-classification", ("tokens", "ner_tags"), "TokenClassification", ("words_column", "labels_column")),
+        ("text-to-text", ("article", "summary"), "TextToText", ("source_column", "target_column")),
+        ("multi-label-classification", ("text", "labels"), "TextMultiLabel", ("text_columns", "label_columns")),
+    ],
+)
+def test_other_tasks_of_texts(tmp_path, tokenizer, task, columns, made, settings):
+    found, said = config(write(tmp_path / "own.csv", rows_of(*columns)), tokenizer, task)
+    assert (found["class_path"], said) == (made, task)
+    values = [found["init_args"][name] for name in settings]
+    assert [value[0] if isinstance(value, list) else value for value in values] == list(columns)
+
+
+def test_texts_for_vectors(tmp_path, tokenizer):
+    found, _ = config(write(tmp_path / "own.csv", rows_of("text")), task="embeddings", model=tokenizer)
+    assert found["class_path"] == "TextEmbeddings"
+    assert (found["init_args"]["model"], found["init_args"]["text_column"]) == (tokenizer, "text")
+
+
 def test_text_alone_is_for_a_language_model(tmp_path, tokenizer):
     (tmp_path / "all.txt").write_text("cat dog\n\neel fox\n\n" * 30)
     made, task = config(str(tmp_path / "all.txt"), tokenizer)

@@ -40,7 +40,7 @@ def test_formulas_by_hand():
     "kind",
     [
         *("bert", "roberta-question-answering", "distilbert-masked-language-modeling", "gpt2", "llama"),
-        *("gpt2-causal-language-modeling", "gemma-causal-language-modeling", "gemma-3-regression"),
+        *("gpt2-causal-language-modeling", "gemma-causal-language-modeling", "gemma-regression"),
         *("vit", "deit-distilled", "timm_vit"),
     ],
 )

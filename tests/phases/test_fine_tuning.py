@@ -62,3 +62,12 @@ def test_learning_rate_schedules():
     assert [learning_rate_factor(p, 0.2, "linear") for p in at] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert [learning_rate_factor(p, 0.2, "cosine") for p in at] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert learning_rate_factor(0.0, 0.0, "linear") == 1
+
+
+def test_relu_from_birth_is_said(caplog):
+    with caplog.at_level("WARNING", logger="d2dmoe_pl"):
+        FineTuning(activation="relu").transform_(tiny.dense("opt", activation=None))
+        FineTuning(activation="relu").transform_(tiny.SOURCES["opt"]().build_structure(tiny.LABELS))
+    assert [record.message for record in caplog.records] == [
+        "OPTForSequenceClassification: has ReLU already; activation=relu changes nothing."
+    ]

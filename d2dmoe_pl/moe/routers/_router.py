@@ -120,6 +120,8 @@ class RouterLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
         self.weight = linear.weight
         self.bias = linear.bias
 
@@ -128,7 +130,7 @@ class RouterLinear(nn.Module):
         return nn.functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 def make_router(experts: Experts, config: RouterConfig) -> Router:
