@@ -50,7 +50,7 @@ def test_importing_everything_changes_nothing_in_the_process():
     """No warning is filtered, no level of a log is set, no variable of the environment, and no GPU is looked for."""
     code = """
 import json, logging, os, warnings
-import datasets, lightning, matplotlib, timm, torch, torchmetrics, transformers, sklearn.datasets
+import accelerate, datasets, lightning, matplotlib, timm, torch, torchmetrics, transformers, sklearn.datasets
 from lightning.pytorch.cli import LightningCLI
 import lightning.pytorch.loggers, torch.utils.tensorboard
 state = lambda: [
