@@ -73,11 +73,11 @@ def adapter_named(family: str) -> Adapter:
 
 
 def _by_likelihood(model: nn.Module) -> Iterator[Adapter]:
-    """All adapters: those from outside first, then those that are called like the model's own file; fallbacks last."""
+    """All adapters: those from outside first, then those called like the model's library or file; fallbacks last."""
     file = type(model).__module__.split(".")
 
     def unlikely(name: str) -> tuple[Any, ...]:
-        is_called_so = any(name == part or name.endswith(f"_{part}") for part in file)
+        is_called_so = any(part.startswith(name) or name.startswith(f"{part}_") for part in file)
         return ADAPTERS.is_own(name), name.startswith(FALLBACK), not is_called_so, not ADAPTERS.is_imported(name), name
 
     return (ADAPTERS.find(name, "family") for name in sorted(ADAPTERS.names(), key=unlikely))
