@@ -14,6 +14,10 @@ from d2dmoe_pl.phases._row_cache import RowCache
 MIB = 2**20
 
 
+class UnevenTokensError(Exception):
+    """Layers see different numbers of tokens, as an encoder's and a decoder's do: they have no rows in common."""
+
+
 class RouterCache:
     """The tokens that reach the routers and what these are to give: a row a token, with the columns of every layer.
 
@@ -43,7 +47,11 @@ class RouterCache:
 
         Raises:
             OSError: As :meth:`RowCache.add` does.
+            UnevenTokensError: If the layers were given different numbers of tokens.
         """
+        numbers = {len(tokens) for tokens, _ in self._batch.values()}
+        if len(numbers) > 1:
+            raise UnevenTokensError(f"layers see different numbers of tokens, {', '.join(map(str, sorted(numbers)))}")
         self._widths = {name: (tokens.shape[1], target.shape[1]) for name, (tokens, target) in self._batch.items()}
         rows = torch.cat([part for pair in self._batch.values() for part in pair], dim=1)  # (N, columns)
         self._batch.clear()

@@ -21,7 +21,7 @@ from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.routers import RouterConfig
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
-from d2dmoe_pl.phases._router_cache import MIB, RouterCache, is_one_epoch, why_not_cached
+from d2dmoe_pl.phases._router_cache import MIB, RouterCache, UnevenTokensError, is_one_epoch, why_not_cached
 from d2dmoe_pl.phases._row_cache import RowCache
 
 _LOG = logging.getLogger(__name__)
@@ -184,10 +184,10 @@ class RouterTraining(OptimizedPhase):
 
     @contextmanager
     def _cache_can_fail(self) -> Iterator[None]:
-        """Go on without a cache where there is no disk for it."""
+        """Go on without a cache where there is no disk for it, or layers have no rows in common."""
         try:
             yield
-        except OSError as error:
+        except (OSError, UnevenTokensError) as error:
             _LOG.warning("router inputs are not cached: %s", error)
             self._cache, self._caches = None, False
 
