@@ -1,5 +1,8 @@
 """Hugging Face Llama: the FFN is the gated ``mlp`` of each layer."""
 
+from typing import ClassVar
+
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from d2dmoe_pl.adapters._attention import AttentionParts
@@ -21,7 +24,7 @@ class LlamaAdapter(DecoderAdapter):
         "causal-language-modeling",
     )
     model_types = ("llama",)
-    ffn_classes = (LlamaMLP,)
+    ffn_classes: ClassVar[tuple[type[nn.Module], ...]] = (LlamaMLP,)
     parts = PartNames(gate_proj="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
     attention = AttentionParts((LlamaAttention,), query="q_proj", key="k_proj", value="v_proj", output="o_proj")
 
