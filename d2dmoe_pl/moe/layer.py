@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
+from d2dmoe_pl.moe.gating._straight_through import straight_through
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandIn
 from d2dmoe_pl.moe.token_context import TokenContext, run_on_real_tokens
@@ -93,6 +94,7 @@ class MoELayer(ExpertLayer):
         stand_in: Gives about what the skipped experts would have; None for nothing.
         observer: Called with ``(tokens (N, d_model), hidden (N, E, s))``, the activations of all experts, whichever of
             them the gate admits. How routers get inputs and targets from the pass that the model makes anyway.
+        softness: Where routers learn from what the chosen experts are worth, see :func:`learned_choices`; else None.
     """
 
     experts: Experts
@@ -110,6 +112,7 @@ class MoELayer(ExpertLayer):
         self.output_dropout = output_dropout
         self.context = context
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.softness: float | None = None
 
     @property
     def sizes(self) -> Experts:
@@ -170,7 +173,8 @@ class MoELayer(ExpertLayer):
         gate: Any = parts.get("gate")
         stand_in: Any = parts.get("stand_in")
         is_own = "base_layer" not in experts._modules  # nothing stands around them
-        if is_own and self.observer is None and can_run_whole(experts, router, gate, stand_in, positions):
+        is_plain = is_own and self.observer is None and self.softness is None
+        if is_plain and can_run_whole(experts, router, gate, stand_in, positions):
             return run_whole(experts, router, gate, stand_in, positions, real)
         if real is None:
             return self._run_tokens(positions)
@@ -187,15 +191,32 @@ class MoELayer(ExpertLayer):
         mask = self.gate(scores)  # (N, E)
         if real is not None:
             mask = mask & real.unsqueeze(1)
-        output = self._run_experts(tokens, mask)
+        output = self._run_experts(tokens, mask if self.softness is None else self._learned(scores, mask))
         return output if self.stand_in is None else output + self.stand_in(tokens, scores, mask)
 
     def _run_experts(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        if self.observer is None:
+        if self.observer is None and self.softness is None:
             return self.experts(tokens, mask)
         hidden = self.experts.hidden(tokens)  # (N, E, s)
-        self.observer(tokens, hidden)
+        if self.observer is not None:
+            self.observer(tokens, hidden)
         return self.experts.combine(hidden if mask is None else hidden * mask.unsqueeze(-1))
+
+    def _learned(self, scores: Tensor, mask: Tensor) -> Tensor:
+        assert self.softness is not None
+        return straight_through(scores, mask, self.softness).to(self.own_experts.up_weight.dtype)
+
+
+@contextmanager
+def learned_choices(layers: Mapping[str, MoELayer], softness: float) -> Iterator[None]:
+    """Let gradients reach the routers of ``layers`` through their gates; see :func:`straight_through`."""
+    for layer in layers.values():
+        layer.softness = softness
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.softness = None
 
 
 @contextmanager

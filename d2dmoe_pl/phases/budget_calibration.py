@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from d2dmoe_pl.metrics.flops import (
 from d2dmoe_pl.moe.budgets.allocation import (
     UNIFORM_TAUS,
     Measured,
+    additive_path,
     greedy_path,
     interpolated,
     lower_envelope,
@@ -37,6 +38,7 @@ from d2dmoe_pl.moe.budgets.budget_path import (
     set_budget_,
     set_budget_path_,
 )
+from d2dmoe_pl.moe.budgets.second_order import SecondOrder
 from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import MoELayer
@@ -45,7 +47,7 @@ from d2dmoe_pl.phases._calibration import Calibration
 from d2dmoe_pl.phases._held_out import held_out, moved, summed
 
 PATH = "budget_path"  # key in checkpoints
-SAMPLES_A_LAYER = 4  # at least
+PREDICTIONS_A_LAYER = 4  # at least
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class BudgetCalibration(Calibration):
         num_scored_samples: Of the validation split, that costs and scores of the points on the way are measured on.
         num_scored_points: How many of them are measured; those between are interpolated.
         keep: Share of a layer's executed experts that one step keeps; nearer to 1 is finer and takes longer.
+        estimate: What a step adds to the divergence: ``measured``, by running the samples; or ``gradients``, by one
+            gradient and what the step changes in the layer's own output. Measuring runs the model hundreds of times,
+            and as much again for every further layer; gradients are for deep models and for large vocabularies.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
 
     Raises:
@@ -88,6 +93,7 @@ class BudgetCalibration(Calibration):
         num_scored_samples: int = 2000,
         num_scored_points: int = 20,
         keep: float = 0.75,
+        estimate: Literal["measured", "gradients"] = "measured",
         init_from: str | None = None,
     ) -> None:
         super().__init__(init_from)
@@ -101,6 +107,7 @@ class BudgetCalibration(Calibration):
         self.num_scored_samples = num_scored_samples
         self.num_scored_points = num_scored_points
         self.keep = keep
+        self.estimate = estimate
         self._path: BudgetPath | None = None
         self._flops_outside: dict[SampleSize, int] = {}
 
@@ -121,11 +128,15 @@ class BudgetCalibration(Calibration):
 
     def calibrate_(self) -> None:
         layers = moe_layers(self.model)
-        samples = self._calls(self.num_samples)
-        found = int(summed(self, torch.tensor(sum(map(_size, samples.batches)), device=self.device)))
+        batches = held_out(self, self.num_samples)
+        found = int(summed(self, torch.tensor(sum(map(self.task.weight, batches)), device=self.device)))
         check_enough(found, len(layers), f"num_samples={self.num_samples}")
         rule = next(iter(layers.values())).get_gate().config.rule
-        grids = self._grids(samples, rule)
+        grids = self._grids(batches, rule)
+        if self.estimate == "gradients":
+            self._keep(self._scored(self._estimated(batches, grids, found), rule))
+            return
+        samples = self._calls(batches)
         path = greedy_path(grids, partial(self._measure, samples))
         uniform = [self._measure(samples, [tau] * len(layers)) for tau in UNIFORM_TAUS]
         # the dense end stays, whatever noise makes of its divergence
@@ -141,14 +152,13 @@ class BudgetCalibration(Calibration):
             )
         set_budget_(self.model, ffn_flops=max(self.ffn_flops, least))
 
-    def _calls(self, num_samples: int) -> _Calls:
-        """This process's share of the first so many validation samples, and what is said of them."""
-        batches = held_out(self, num_samples)
+    def _calls(self, batches: Sequence[Batch]) -> _Calls:
+        """Batches, and what is said of them."""
         set_tau_(self.model, 1.0)
         replay = BlockReplay(self.model, list(moe_layers(self.model)))
         return _Calls(batches, [self.logits(moved(self, batch)) for batch in batches], replay)
 
-    def _grids(self, calls: _Calls, rule: str) -> list[list[float]]:
+    def _grids(self, batches: Sequence[Batch], rule: str) -> list[list[float]]:
         """Settings of each layer, by the scores that its router gives with every expert on."""
         layers = moe_layers(self.model)
         sums: dict[str, Tensor] = {}
@@ -158,11 +168,31 @@ class BudgetCalibration(Calibration):
             sums[name] = sums.get(name, torch.zeros_like(shares)) + shares
 
         handles = (layer.get_gate().register_forward_pre_hook(partial(see, name)) for name, layer in layers.items())
+        set_tau_(self.model, 1.0)
         with hooked(handles):
-            for batch in calls.batches:
+            for batch in batches:
                 self.logits(moved(self, batch))
         totals = {name: summed(self, each.to(self.device)) for name, each in sums.items()}
         return [tau_grid((totals[name][:-1] / totals[name][-1]).tolist(), self.keep) for name in layers]
+
+    def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:
+        """The way down by gradients; divergences are sums over predictions."""
+        layers = moe_layers(self.model)
+        sums = SecondOrder(layers, grids)
+        for batch in batches:
+            on_device, weight = moved(self, batch), self.task.weight(batch)
+            sums.add(
+                partial(self.logits, on_device),
+                partial(lambda given, times: times * self.task_loss(self.logits(given), given), on_device, weight),
+            )
+        parts = (sums.divergences, sums.pairs, sums.tokens)
+        divergences, pairs, tokens = (summed(self, part.to(self.device)).tolist() for part in parts)
+        dense = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, layers.values(), strict=True))
+        costs = [
+            [(n * pair_flops(layer.sizes) + layer.flops_beside_experts(seen, 1)) / dense for n in steps]
+            for steps, seen, layer in zip(pairs, tokens, layers.values(), strict=True)
+        ]
+        return additive_path(grids, [[each / predictions for each in steps] for steps in divergences], costs)
 
     def _measure(self, calls: _Calls, taus: Sequence[float]) -> Measured:
         """Divergence and FFN FLOPs, share of the dense ones', with a tau for each layer."""
@@ -205,7 +235,7 @@ class BudgetCalibration(Calibration):
 
     def _scored(self, path: Sequence[Measured], rule: str) -> BudgetPath:
         """The path with costs and scores of more samples: measured at some points, those between interpolated."""
-        calls = self._calls(self.num_scored_samples)
+        calls = self._calls(held_out(self, self.num_scored_samples))
         steps = torch.linspace(0, len(path) - 1, min(self.num_scored_points, len(path))).round().int().tolist()
         measured: dict[int, BudgetPoint] = {}
         samples, outside = 0, 0.0  # the share of the dense model's FLOPs that are not the FFNs'
@@ -244,8 +274,8 @@ class BudgetCalibration(Calibration):
 
 
 def check_enough(samples: int, num_layers: int, argument: str) -> None:
-    """Raise ``ConfigError`` unless there are validation samples enough to tell what each layer needs."""
-    needed = SAMPLES_A_LAYER * num_layers
+    """Raise ``ConfigError`` unless there are validation samples, or tokens, enough to tell what each layer needs."""
+    needed = PREDICTIONS_A_LAYER * num_layers
     check(
         samples >= needed,
         f"{argument}: {samples} validation samples are too few; {num_layers} layers need at least {needed}",
@@ -260,7 +290,3 @@ def _ffn_flops(layers: Sequence[MoELayer], counts: Mapping[int, tuple[int, int]]
         ran += pairs * pair_flops(layer.sizes) + layer.flops_beside_experts(tokens, 1)
         dense += tokens * dense_ffn_flops(layer.sizes)
     return torch.tensor([ran, dense], dtype=torch.float64)
-
-
-def _size(batch: Batch) -> int:
-    return len(batch["labels"])

@@ -13,7 +13,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.experts.activation_watching import watched_activations
 from d2dmoe_pl.moe.find_layers import select_ffns
-from d2dmoe_pl.moe.splitting import SPLITS, CountedTokens
+from d2dmoe_pl.moe.splitting import SPLITS, CountedTokens, fired
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
 
 
@@ -26,8 +26,9 @@ class ExpertClustering(OrderedPass):
     Args:
         num_experts: ``E``; must divide the width of every FFN.
         split: Name of a split, e.g. of a file in ``moe/splitting``: ``activation`` (neurons that fire for the same
-            tokens, needs ReLU), ``coactivation`` (the co-activation graph of MoEfication, needs ReLU), ``parameter``
-            (neurons with similar weights, as in both papers) or ``random``.
+            tokens), ``coactivation`` (the co-activation graph of MoEfication), ``parameter`` (neurons with similar
+            weights, as in both papers) or ``random``. Where an activation function gives no exact zeros, the quarter of
+            a token's neurons with the largest activations counts as firing.
         num_samples: Training samples that activations are gathered from; some 16k tokens are enough.
         profile_dim: Dimensions that the profile of ``activation`` is projected to.
         seed: Of the clustering and the projection.
@@ -70,11 +71,6 @@ class ExpertClustering(OrderedPass):
     def transform_(self, model: nn.Module) -> None:
         for ffn in select_ffns(model, self._is_converted):
             self.config.num_for(ffn)
-            check(
-                not self.split.needs_activations or ffn.is_sparse,
-                f"split={self.split_name!r}: needs exact zeros, but {ffn.name} has {ffn.activation_name}; allowed are "
-                f"parameter and random, or {self.split_name} with a model fine-tuned to relu first",
-            )
 
     def finish_(self, model: nn.Module) -> None:
         convert_to_moe_(model, self.config, self._is_converted, assignments=self._assignments)
@@ -99,6 +95,7 @@ class ExpertClustering(OrderedPass):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         counted: dict[Hashable, tuple[CountedTokens, Tensor]] = {}
         adapter, size = adapter_for(self.model), len(batch["labels"])
+        is_sparse = {ffn.name: ffn.is_sparse for ffn in self._ffns}
 
         def watch(name: str, pre: Tensor, post: Tensor) -> None:
             mask = adapter.padding_mask(self.model, name, batch)
@@ -107,7 +104,8 @@ class ExpertClustering(OrderedPass):
                 counted[id(mask), positions] = self._counted(mask, positions)
             tokens, index = counted[id(mask), positions]
             with torch.autocast(post.device.type, enabled=False):  # sums of integers stay exact
-                self._sums[name] += self.split.statistic(post.flatten(0, -2)[index], tokens)  # of (N, d_ff)
+                firing = fired(post.flatten(0, -2)[index], is_sparse[name])  # (N, d_ff)
+                self._sums[name] += self.split.statistic(firing, tokens)
 
         with watched_activations(self._ffns, watch):
             self.logits(batch)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from d2dmoe_pl.moe.gating import GateConfig
-from d2dmoe_pl.moe.routers import RouterConfig, Target, activation_sums, gram_matrices, output_norms
+from d2dmoe_pl.moe.routers import RouterConfig, Target, activation_sums, gram_matrices, output_norms, relative_norms
 from d2dmoe_pl.phases._router_training import RouterTraining
 
 
@@ -14,8 +14,9 @@ class RouterRegression(RouterTraining):
 
     Args:
         width: Hidden neurons of a router.
-        target: ``norm`` of each expert's output, as in the paper; or ``activation_sum``, the sum of its activations
-            over the batch's largest.
+        target: ``norm`` of each expert's output, as in the paper; ``relative_norm``, that over the mean of the token's,
+            for language models, where norms differ by orders of magnitude; or ``activation_sum``, the sum of its
+            activations over the batch's largest.
         rule: Gating rule saved with the model, e.g. the name of a file in ``moe/gating``; ``dynk_max`` if not given.
         tau: In [0, 1]; the setting saved with the model, 0.9 if not given. It can be changed at any time without
             training. An evaluation keeps what the model was saved with, unless one of these two is given.
@@ -44,13 +45,16 @@ class RouterRegression(RouterTraining):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self._grams = {
-            name: gram_matrices(layer.experts.down_weight) if self.target == "norm" else None
+            name: None if self.target == "activation_sum" else gram_matrices(layer.experts.down_weight)
             for name, layer in self._layers.items()
         }
 
     def targets(self, name: str, hidden: Tensor) -> Tensor:
         gram = self._grams[name]
-        return activation_sums(hidden) if gram is None else output_norms(hidden, gram)
+        if gram is None:
+            return activation_sums(hidden)
+        norms = output_norms(hidden, gram)
+        return norms if self.target == "norm" else relative_norms(norms)
 
 
 def _gate(rule: str | None, tau: float | None, otherwise: GateConfig) -> GateConfig:

@@ -15,6 +15,7 @@ from d2dmoe_pl.moe.conversion import set_gate_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.phases import BudgetCalibration, RecoveryTuning, StandInFitting
+from d2dmoe_pl.phases._held_out import held_out
 
 BUDGETS = [0.6, 0.4, 0.3]
 
@@ -52,13 +53,25 @@ def test_costs_and_scores_are_those_of_a_sweep(trainer, routed):
 def test_is_at_least_as_near_to_dense_as_one_tau_for_all(trainer, routed):
     phase, _ = calibrated(trainer, routed, num_samples=400)
     path = budget_path(phase.model)
-    calls = phase._calls(400)
+    calls = phase._calls(held_out(phase, 400))
     worse = 0
     with torch.no_grad():
         for tau in (0.7, 0.8, 0.9):
             uniform = phase._measure(calls, [tau] * len(path.layers))
             worse += path.at_cost("ffn_flops", uniform.cost).divergence > uniform.divergence
     assert worse <= 1
+
+
+def test_gradients_tell_about_what_measuring_does(trainer, routed):
+    """Beside the measured way, and beside one tau for all."""
+    measured, estimated = (
+        budget_path(calibrated(trainer, routed, num_samples=400, estimate=how)[0].model)
+        for how in ("measured", "gradients")
+    )
+    for share in (0.5, 0.7):
+        ways = [path.at_cost("ffn_flops", share).divergence for path in (measured, estimated)]
+        assert ways[1] < 1.5 * ways[0]
+    assert estimated.dense == measured.dense
 
 
 def test_depends_on_neither_the_batch_size_nor_the_run(trainer, routed):

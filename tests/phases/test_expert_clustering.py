@@ -8,6 +8,8 @@ from digits_models import state
 from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.find_layers import select_ffns
+from d2dmoe_pl.moe.splitting import activation as activation_split
+from d2dmoe_pl.moe.splitting._firing_statistics import profile
 from d2dmoe_pl.phases import ExpertClustering
 from d2dmoe_pl.phases._preflight import preflight
 
@@ -44,11 +46,16 @@ class TestExpertClustering:
         with pytest.raises(ConfigError, match=r"num_experts=7: must divide the FFN width, which is 48 in blocks.0.mlp"):
             preflight([ExpertClustering(7, init_from=artifact("dense"))])
 
-    def test_activation_split_of_a_gelu_model(self, artifact):
-        path = artifact("dense", activation=None)
-        with pytest.raises(ConfigError, match=r"split='activation': needs exact zeros, but blocks.0.mlp has GELU"):
-            preflight([ExpertClustering(8, init_from=path)])
-        preflight([ExpertClustering(8, "parameter", init_from=path)])
+    def test_without_exact_zeros_the_strongest_quarter_fires(self, trainer, digits, artifact, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            activation_split, "profile", lambda fired, tokens: seen.append(fired) or profile(fired, tokens)
+        )
+        phase = ExpertClustering(8, num_samples=16, init_from=artifact("dense", activation=None))
+        trainer(limit_train_batches=1.0).fit(phase, datamodule=digits)
+        firing = torch.cat([activation for activation in seen if len(activation)])
+        assert ((firing > 0).sum(dim=1) == firing.shape[1] // 4).all()
+        assert (firing >= 0).all()
 
     def test_bad_settings(self):
         with pytest.raises(

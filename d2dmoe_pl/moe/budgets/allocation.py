@@ -111,6 +111,48 @@ def greedy_path(grids: Sequence[Sequence[float]], measure: Callable[[Sequence[fl
     return path
 
 
+def additive_path(
+    grids: Sequence[Sequence[float]], divergences: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]
+) -> list[Measured]:
+    """The same way down where what each layer's step adds does not depend on the other layers; steps may be skipped.
+
+    Args:
+        grids: Of each layer, falling from the dense end.
+        divergences: Of each layer, at each step of its grid.
+        costs: The same.
+
+    Returns:
+        The first has every layer at the start of its grid, the last at the cheapest of its steps.
+
+    Example:
+        >>> from d2dmoe_pl.moe.budgets.allocation import additive_path
+        >>> path = additive_path([[1.0, 0.5, 0.0]] * 2, [[0.0, 1.0, 1.5], [0.0, 4.0, 9.0]], [[2.0, 1.0, 0.0]] * 2)
+        >>> [each.taus for each in path]
+        [(1.0, 1.0), (0.0, 1.0), (0.0, 0.5), (0.0, 0.0)]
+    """
+    places = [0] * len(grids)
+
+    def here() -> Measured:
+        def total(of: Sequence[Sequence[float]]) -> float:
+            return sum(each[place] for each, place in zip(of, places, strict=True))
+
+        taus = tuple(grid[place] for grid, place in zip(grids, places, strict=True))
+        return Measured(taus, total(divergences), total(costs))
+
+    path = [here()]
+    while True:
+        steps = [
+            ((divergences[layer][to] - divergences[layer][place]) / (costs[layer][place] - costs[layer][to]), layer, to)
+            for layer, place in enumerate(places)
+            for to in range(place + 1, len(grids[layer]))
+            if costs[layer][to] < costs[layer][place]
+        ]
+        if not steps:
+            return path
+        _, layer, places[layer] = min(steps)
+        path.append(here())
+
+
 def _price(before: Measured, after: Measured) -> float:
     """Added divergence per FLOP saved; a step that saves nothing is taken at once."""
     saved = before.cost - after.cost

@@ -15,6 +15,7 @@ from d2dmoe_pl.moe.routers._targets import (
     gram_matrices,
     output_norms,
     positive_sums,
+    relative_norms,
     share_of_largest,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "output_norms",
     "positive_sums",
     "register_router",
+    "relative_norms",
     "share_of_largest",
 ]

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Target = Literal["norm", "activation_sum"]
+Target = Literal["norm", "relative_norm", "activation_sum"]
 
 
 def gram_matrices(down_weight: Tensor) -> Tensor:
@@ -28,6 +28,15 @@ def output_norms(hidden: Tensor, gram: Tensor) -> Tensor:
     per_expert = hidden.transpose(0, 1)  # (E, N, s)
     squared = torch.einsum("ens,ens->ne", torch.bmm(per_expert, gram), per_expert)
     return squared.clamp(min=0).sqrt()  # rounding can leave a tiny negative where the norm is zero
+
+
+def relative_norms(norms: Tensor) -> Tensor:
+    """Norms over the mean of the same token's: ``(N, E)`` to ``(N, E)``.
+
+    Where norms differ by orders of magnitude between tokens and layers, as in language models, a few tokens would
+    decide all that a router learns; gating rules compare the experts of one token alone.
+    """
+    return norms / norms.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(norms.dtype).tiny)
 
 
 def activation_sums(hidden: Tensor) -> Tensor:

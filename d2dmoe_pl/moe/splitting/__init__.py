@@ -4,7 +4,7 @@ A split gives every neuron an expert, and every expert equally many; it may go b
 gathered of their activations on real data.
 """
 
-from d2dmoe_pl.moe.splitting._firing_statistics import CountedTokens
+from d2dmoe_pl.moe.splitting._firing_statistics import CountedTokens, fired
 from d2dmoe_pl.moe.splitting._split import SPLITS, Split, register_split
 
-__all__ = ["SPLITS", "CountedTokens", "Split", "register_split"]
+__all__ = ["SPLITS", "CountedTokens", "Split", "fired", "register_split"]

@@ -18,9 +18,9 @@ def balanced_kmeans(features: Tensor, num_experts: int, seed: int) -> Tensor:
     Returns:
         Cluster of each row, ``(d_ff,)`` int64 on the CPU.
     """
-    if num_experts == 1:
-        return torch.zeros(features.shape[0], dtype=torch.int64)
     size = features.shape[0] // num_experts
+    if num_experts == 1 or size == 1:  # nothing to choose
+        return torch.arange(features.shape[0]) // size
     rows = F.normalize(features.detach().float().cpu(), dim=1).numpy()
     kmeans = KMeansConstrained(num_experts, size_min=size, size_max=size, n_init=1, random_state=seed)
     # silent neurons are equally far from all centres; one thread rounds, and so breaks such ties, the same way anywhere

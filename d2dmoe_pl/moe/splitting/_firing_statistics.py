@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 STRENGTHS = 4  # levels of activation that co-activation tells apart
+FIRING_SHARE = 0.25  # of neurons, where none is exactly zero
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,25 @@ class CountedTokens:
         """The tokens' random signs, ``(N, p)``; drawn once a batch, not once an FFN."""
         drawn = [sample_signs(number, count, self.dim, self.seed) for number, count in self.samples]
         return torch.cat([torch.zeros(0, self.dim), *drawn]).to(self.device)
+
+
+def fired(activation: Tensor, is_sparse: bool) -> Tensor:
+    """How strongly neurons fire, with exact zeros where they do not.
+
+    Args:
+        activation: After the activation function, ``(N, d_ff)``.
+        is_sparse: Whether that gives exact zeros (ReLU). Where it does not (SiLU, GELU), the quarter of a token's
+            neurons with the largest ``|a|`` counts as firing.
+
+    Returns:
+        ``(N, d_ff)``, not negative where ``is_sparse`` is false.
+    """
+    if is_sparse or not len(activation):
+        return activation
+    strength = activation.abs()
+    firing = max(1, round(FIRING_SHARE * strength.shape[1]))
+    largest = strength.topk(firing, dim=1)
+    return torch.zeros_like(strength).scatter(1, largest.indices, largest.values)
 
 
 def profile(activation: Tensor, tokens: CountedTokens) -> Tensor:

@@ -13,8 +13,7 @@ class Split(ABC):
     """A way to split the neurons of an FFN into experts of equal size.
 
     Attributes:
-        needs_activations: Whether :meth:`statistic` is gathered for it, on real data. The FFNs must then have an
-            activation function that gives exact zeros.
+        needs_activations: Whether :meth:`statistic` is gathered for it, on real data.
     """
 
     needs_activations: ClassVar[bool] = False
@@ -23,7 +22,8 @@ class Split(ABC):
         """What a batch adds to the statistic that the split goes by; a sum over batches and processes.
 
         Args:
-            activation: After the activation function, ``(N, d_ff)``; of no tokens too, when the sum begins.
+            activation: After the activation function, ``(N, d_ff)``, zero where a neuron does not fire; see
+                :func:`fired`. Of no tokens too, when the sum begins.
             tokens: The ``N`` tokens.
 
         Returns:

@@ -1,0 +1,138 @@
+"""A phase of ours: routers and stand-ins, or the whole model, learn from the predictions that they are for."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.data.epoch_order import folded
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, budget_path, set_taus_
+from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.layer import learned_choices
+from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
+from d2dmoe_pl.phases._teacher import Teacher
+
+
+class BudgetDistillation(OptimizedPhase):
+    """Train at budgets by the divergence of the predictions from those with every expert on, before this phase.
+
+    Norms say how much of an output an expert is, not what it is worth to the prediction. Here each step draws a budget
+    from those of the phase ``BudgetCalibration`` before, and routers get a gradient through the gate: what a chosen or
+    skipped expert would change in the loss. Shares of experts that run move a little, so that another
+    ``BudgetCalibration`` must follow, which finds each budget's ``tau`` anew.
+
+    Args:
+        trains: ``routers``, and stand-ins: all other weights are frozen, so that the model with every expert on stays
+            the same to the bit. Or ``model``: those too.
+        task_weight: Weight of the task's loss, of labels, beside the divergence; 0 to use none.
+        ffn_flops_min: Lower end of the range from which budgets are drawn, uniformly; shares of the dense FFNs' FLOPs.
+            What the model cannot reach is cut off.
+        ffn_flops_max: Upper end.
+        softness: How far from the threshold of its gate a score learns, as a share of the threshold.
+        kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
+
+    Raises:
+        ConfigError: For a range that is none or leaves (0, 1], or a ``softness`` that is not positive; to fit, unless
+            it starts from the work of ``BudgetCalibration``.
+    """
+
+    starts_from = "routed"
+    ends_at = "routed"
+
+    def __init__(
+        self,
+        trains: Literal["routers", "model"] = "routers",
+        task_weight: float = 0.0,
+        ffn_flops_min: float = 0.2,
+        ffn_flops_max: float = 0.9,
+        softness: float = 0.1,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check(
+            0 < ffn_flops_min <= ffn_flops_max <= 1,
+            f"ffn_flops_min={ffn_flops_min}: must be positive and at most ffn_flops_max={ffn_flops_max}, which is at "
+            "most 1",
+        )
+        check(task_weight >= 0, f"task_weight={task_weight}: must not be negative")
+        check(softness > 0, f"softness={softness}: must be positive")
+        self.trains = trains
+        self.task_weight = task_weight
+        self.ffn_flops_min = ffn_flops_min
+        self.ffn_flops_max = ffn_flops_max
+        self.softness = softness
+        self._path: BudgetPath | None = None
+        self._teacher: Teacher | None = None
+
+    def check_start(self, stage: str, came_from: str, beside: Any) -> None:
+        super().check_start(stage, came_from, beside)
+        check(
+            came_from == "BudgetCalibration",
+            f"init_from={self.init_from!r}: is the work of {came_from}; BudgetDistillation draws budgets, and needs "
+            "BudgetCalibration before it",
+        )
+
+    def transform_(self, model: nn.Module) -> None:
+        layers = moe_layers(model).values()
+        parts = [part for layer in layers for part in (layer.router, layer.stand_in) if part is not None]
+        check(
+            any(next(part.parameters(), None) is not None for part in parts),
+            f"{type(model).__name__}: has no router or stand-in with weights; BudgetDistillation needs some",
+        )
+        freeze_(model, trained=parts if self.trains == "routers" else [model])
+
+    def configure_model(self) -> None:
+        was_made = self.is_made
+        super().configure_model()
+        if self.is_fitting and not was_made:
+            assert self.init_from is not None  # only an artifact has budgets
+            before = load_model(self.init_from)
+            self._path = budget_path(before)
+            if self.trains == "model":
+                set_gate_(before, None)
+                self._teacher = Teacher(before)
+
+    def on_fit_start(self) -> None:
+        if self._teacher is not None:
+            self._teacher.to(self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self._path is not None
+        dense = self._dense(batch)
+        least = self._path.points[-1].ffn_flops
+        set_taus_(self.model, self._path, self._path.at_cost("ffn_flops", max(self._budget(batch_idx), least)).taus)
+        with learned_choices(moe_layers(self.model), self.softness):
+            logits = self.logits(batch)
+        loss = self.task.prediction_loss(logits, dense, batch)
+        self.log("train/divergence", loss.detach())
+        if self.task_weight > 0:
+            loss = loss + self.task_weight * self.task_loss(logits, batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    @torch.no_grad()
+    def _dense(self, batch: Batch) -> Tensor:
+        """The logits with every expert on, before this phase."""
+        if self._teacher is not None:
+            return self._teacher.logits(batch)
+        with temporary_gate(self.model, None):  # whose weights stay
+            return self.logits(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        if self._path is not None:
+            middle = (self.ffn_flops_min + self.ffn_flops_max) / 2
+            set_taus_(self.model, self._path, self._path.at_cost("ffn_flops", middle).taus)
+
+    def finish_(self, model: nn.Module) -> None:
+        if self._path is not None:
+            self.on_validation_epoch_start()
+
+    def _budget(self, batch_idx: int) -> float:
+        """What is drawn for a step, the same on all processes."""
+        seed = folded(self.data.seed, "budget", self.current_epoch, batch_idx)
+        drawn = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
+        return self.ffn_flops_min + (self.ffn_flops_max - self.ffn_flops_min) * drawn

@@ -1,0 +1,48 @@
+"""What settings would add to the divergence, from one gradient: as by hand, and near what is measured."""
+
+from functools import partial
+
+import tiny
+import torch
+
+from d2dmoe_pl.moe.budgets.second_order import SecondOrder
+from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+
+GRID = [1.0, 0.8, 0.4, 0.0]
+
+
+def loss_of(model, batch):
+    return torch.nn.functional.cross_entropy(tiny.logits(model, batch), batch["labels"], reduction="sum")
+
+
+def by_hand(model, layer, batch, tau):
+    """One layer at ``tau``: its outputs before and after, and the gradient at those before."""
+    seen = []
+    handle = layer.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))
+    set_tau_(model, 1.0)
+    loss = loss_of(model, batch)
+    (gradient,) = torch.autograd.grad(loss, seen[0][1])
+    layer.gate.set_tau(tau)
+    with torch.no_grad():
+        tiny.logits(model, batch)  # layers before it are as they were
+    handle.remove()
+    return 0.5 * (gradient * (seen[1][1] - seen[0][1])).sum(-1).square().sum()
+
+
+def test_sums_are_those_by_hand_padding_out():
+    model = tiny.routed("bert").eval()
+    set_gate_(model, GateConfig("dynk_cumulative"))
+    layers, batch = moe_layers(model), tiny.batch("bert")
+    batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
+    found = SecondOrder(layers, [GRID] * len(layers))
+    found.add(partial(tiny.logits, model, batch), partial(loss_of, model, batch))
+    assert found.tokens.tolist() == [int(batch["attention_mask"].sum())] * len(layers)
+    assert found.divergences[:, 0].abs().max() < 1e-10
+    assert (found.pairs.diff(dim=1) < 0).all()
+    for index, layer in enumerate(layers.values()):
+        for step, tau in enumerate(GRID):
+            torch.testing.assert_close(
+                found.divergences[index, step].float(), by_hand(model, layer, batch, tau), rtol=1e-3, atol=1e-9
+            )

@@ -1,0 +1,105 @@
+"""Routers and stand-ins learn from predictions; nothing else moves."""
+
+from types import MappingProxyType
+
+import pytest
+import tiny
+import torch
+from digits_models import DIGIT_LABELS, digits_source
+
+from d2dmoe_pl import load_model
+from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data import Digits
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_taus_
+from d2dmoe_pl.moe.conversion import add_stand_ins_, temporary_gate
+from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
+from d2dmoe_pl.phases import BudgetCalibration, BudgetDistillation
+
+
+@pytest.fixture
+def calibrated(trainer, tmp_path):
+    """An untrained ViT of routers that know nothing, with budgets."""
+    model = tiny.route_(digits_source().build(DIGIT_LABELS))
+    add_stand_ins_(model, StandInConfig(rank=4))
+    save_artifact(model, tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    phase = BudgetCalibration(
+        num_samples=100, num_scored_points=5, estimate="gradients", init_from=str(tmp_path / "routed")
+    )
+    run = trainer(callbacks=[SaveArtifact()], limit_val_batches=1.0)
+    run.fit(phase, datamodule=Digits(50))
+    return f"{run.log_dir}/artifact"
+
+
+def distilled(trainer, calibrated, settings=MappingProxyType({}), **kwargs):
+    optimizer = lambda parameters: torch.optim.Adam(parameters, lr=3e-3)  # noqa: E731
+    phase = BudgetDistillation(
+        ffn_flops_min=0.4, ffn_flops_max=0.8, init_from=calibrated, optimizer=optimizer, **settings
+    )
+    run = trainer(limit_train_batches=1.0, callbacks=[SaveArtifact()], **kwargs)
+    run.fit(phase, datamodule=Digits(50))
+    return phase, f"{run.log_dir}/artifact"
+
+
+def divergence(model, path, phase, dense):
+    """From the model ``dense`` with every expert on, sum over some budgets."""
+    model.eval()
+    batch = next(iter(phase.data.val_dataloader()))
+    total = 0.0
+    with torch.no_grad():
+        with temporary_gate(dense, None):
+            wanted = tiny.logits(dense, batch)
+        for share in (0.5, 0.7):
+            set_taus_(model, path, path.at_cost("ffn_flops", share).taus)
+            total += phase.task.prediction_loss(tiny.logits(model, batch), wanted, batch).item()
+    return total
+
+
+def test_predictions_come_nearer_and_the_model_stays_the_same_to_the_bit(trainer, calibrated):
+    before = load_model(calibrated)
+    path = budget_path(before)
+    phase, folder = distilled(trainer, calibrated, max_epochs=3)
+    after = load_model(folder)
+    assert budget_path(after) is None  # shares have moved
+    states = before.state_dict(), after.state_dict()
+    moved = {name for name, value in states[0].items() if not value.equal(states[1][name])}
+    assert moved
+    assert all(".router." in name or ".stand_in." in name for name in moved)
+    assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
+
+
+def test_the_whole_model_learns_from_what_it_was(trainer, calibrated):
+    before = load_model(calibrated)
+    path = budget_path(before)
+    phase, folder = distilled(trainer, calibrated, {"trains": "model"}, max_epochs=3)
+    after = load_model(folder)
+    experts = {name: value for name, value in before.state_dict().items() if ".experts." in name}
+    assert all(not value.equal(after.state_dict()[name]) for name, value in experts.items())
+    for name, value in phase._teacher.model.state_dict().items():
+        assert value.equal(before.state_dict()[name])
+    assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
+
+
+def test_a_model_without_budgets_is_refused(trainer, tmp_path):
+    model = tiny.route_(digits_source().build(DIGIT_LABELS))
+    save_artifact(model, tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    with pytest.raises(
+        ConfigError,
+        match=r"init_from='.*routed': is the work of RouterRegression; BudgetDistillation draws budgets, and needs "
+        r"BudgetCalibration before it",
+    ):
+        distilled(trainer, str(tmp_path / "routed"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ffn_flops_min": 0.9, "ffn_flops_max": 0.5}, "ffn_flops_min=0.9: must be positive and at most"),
+        ({"softness": 0.0}, "softness=0.0: must be positive"),
+        ({"task_weight": -1.0}, "task_weight=-1.0: must not be negative"),
+    ],
+)
+def test_settings_that_are_none(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        BudgetDistillation(**settings)
