@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
-from d2dmoe_pl.data.file_rows import READERS, check_decodable, json_fault, lines_of, rows_of, stamps
+from d2dmoe_pl.data.file_rows import READERS, check_decodable, hold_articles, json_fault, lines_of, rows_of, stamps
 from d2dmoe_pl.data.generated_dataset import generated
 from d2dmoe_pl.data.task_data import SPLITS
 from d2dmoe_pl.errors import ConfigError, check
@@ -31,7 +31,9 @@ class DatasetSource:
         train: Name of the training split of ``dataset``; or, with a ``/`` or the ending of a file in it, a path: a
             local CSV, TSV, JSON (lines), Parquet or text file, whose paragraphs are samples with the column ``text``; a
             pattern for several files (``data/*.json.gz``); or an image folder. A path needs no ``dataset``, and where
-            there is one, is read instead of it.
+            there is one, is read instead of it. A text file that begins with the title of an article as WikiText's do,
+            `` = Title = `` between blank lines, has whole articles as samples, as they stand there; the last goes on in
+            the next file of a pattern, up to a title (a stream has each file's part by itself).
         validation: The same for validation; None to hold out part of the training split.
         test: The same for test; None to hold out part of the training split.
         more: Further splits to evaluate on, by names that begin with ``validation_`` or ``test_``; each as above.
@@ -128,9 +130,12 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
     other = next((file for file in files if _ending(file) != ending), None)
     check(other is None, f"{argument}: all files must end in {ending}, as {files[0]} does, but there is {other}")
     if ending in READERS:
-        if streaming:
-            return IterableDataset.from_generator(rows_of, gen_kwargs={"files": files, "ending": ending})
-        return generated(rows_of, files=files, ending=ending, stamps=stamps(files))
+        articles = hold_articles(files) if ending == ".txt" else [False] * len(files)
+        if streaming:  # each file of a list is a shard, and those of a tuple are read one after another
+            reading = {"files": files, "ending": ending, "articles": articles}
+            return IterableDataset.from_generator(rows_of, gen_kwargs=reading)
+        of_files = {"files": tuple(files), "articles": tuple(articles), "stamps": tuple(stamps(files))}
+        return generated(rows_of, ending=ending, **of_files)
     for file in files if BUILDERS[ending] == "json" and not streaming else ():
         check_decodable(file)
         check(any(line.strip() for line in lines_of(file)), f"{file}: has no rows; must have one at least")

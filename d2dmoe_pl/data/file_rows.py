@@ -1,11 +1,13 @@
-"""Rows of text files, none lost: CSV and TSV, and paragraphs; and where a file of any kind is at fault."""
+"""Rows of text files, none lost: CSV and TSV, articles and paragraphs; and where a file of any kind is at fault."""
 
 import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import fsspec
@@ -13,24 +15,33 @@ import fsspec
 from d2dmoe_pl.errors import ConfigError, check
 
 QUOTE = '"'
+TITLE = re.compile(r" = (?!= )\S(.*\S)?(?<! =) = \s*")  # of an article in WikiText; its sections have = twice or more
 
 
-def rows_of(files: Sequence[str], ending: str, **_: Any) -> Iterator[dict[str, str]]:
+def rows_of(files: Sequence[str], ending: str, articles: Sequence[bool], **_: Any) -> Iterator[dict[str, str]]:
     """The rows of several files, one after another, all values as the text that they are.
 
     Args:
         files: Paths; compressed ones are read as they are.
         ending: Their kind, ``.csv``, ``.tsv`` or ``.txt``.
+        articles: Of each, whether it is read as articles, as :func:`hold_articles` says; one such file goes on with
+            what the file before it ended in.
 
     Raises:
         ConfigError: For a file that is empty, not UTF-8 or malformed; the message names the file and the line.
     """
-    for file in files:
+    at = 0
+    while at < len(files):
+        end = at + 1
+        while articles[at] and end < len(files) and articles[end]:
+            end += 1
+        file = files[at]
         empty = True
-        for row in READERS[ending](file):
+        for row in articles_of(files[at:end]) if articles[at] else READERS[ending](file):
             empty = False
             yield row
         check(not empty, f"{file}: has no rows; must have one at least")
+        at = end
 
 
 def stamps(files: Sequence[str]) -> list[tuple[int, int]]:
@@ -68,6 +79,43 @@ def paragraphs(file: str) -> Iterator[dict[str, str]]:
             paragraph = []
     if paragraph:
         yield {"text": "".join(paragraph).rstrip("\r\n")}
+
+
+def hold_articles(files: Sequence[str]) -> list[bool]:
+    """Of each text file, whether it holds articles as WikiText's own files do, or goes on with one of a file before.
+
+    It does if the first line that is not blank is the title of an article, `` = Title = `` with a blank line behind.
+    """
+    found: list[bool] = []
+    for file in files:
+        found.append(any(found) or next(_titled(lines_of(file), skip_blanks=True), ("", False))[1])
+    return found
+
+
+def articles_of(files: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The articles of WikiText's own files, as they stand there; in the column ``text``.
+
+    Each begins with its title, and the last of a file goes on in the next. Joined, they are the text of the files.
+    """
+    article: list[str] = []
+    for line, is_title in _titled(chain.from_iterable(map(lines_of, files))):
+        if is_title and any(map(str.strip, article)):
+            yield {"text": "".join(article)}
+            article = []
+        article.append(line)
+    if any(map(str.strip, article)):
+        yield {"text": "".join(article)}
+
+
+def _titled(lines: Iterator[str], skip_blanks: bool = False) -> Iterator[tuple[str, bool]]:
+    """Each line, and whether it is an article's title: blank lines are around it, which equations have not."""
+    before, line = "", next(lines, None)
+    while line is not None:
+        after = next(lines, None)
+        is_title = TITLE.fullmatch(line) is not None and not before.strip() and not (after or "").strip()
+        if line.strip() or not skip_blanks:
+            yield line, is_title
+        before, line = line, after
 
 
 READERS: dict[str, Callable[[str], Iterator[dict[str, str]]]] = {

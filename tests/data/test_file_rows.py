@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2dmoe_pl.data import DatasetSource
-from d2dmoe_pl.data.file_rows import comma_separated_rows, paragraphs, tab_separated_rows
+from d2dmoe_pl.data.file_rows import articles_of, comma_separated_rows, hold_articles, paragraphs, tab_separated_rows
 from d2dmoe_pl.errors import ConfigError
 
 WORDS = st.text(st.sampled_from('ab",\t\n\r é'), max_size=8)
@@ -100,6 +100,53 @@ class TestDelimited:
         (tmp_path / "a.csv").write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             load(tmp_path / "a.csv")
+
+
+FIRST = " \n = First = \n \n It is one .\n\n = = Section = = \n \n where x\n = 3 \n = 1 / s = \n = y \n"
+SECOND = " \n = Second article = \n \n More .\n \n = = = Deep = = = \n \n End"
+
+
+def streamed(file):
+    stream = DatasetSource(train=str(file), validation=None, test=None).stream()["train"]
+    return [row["text"] for row in stream]
+
+
+class TestArticles:
+    @pytest.mark.parametrize("ends", ["\n", "\r\n"])
+    def test_each_begins_with_its_title(self, tmp_path, ends):
+        text = (FIRST + SECOND).replace("\n", ends)
+        (tmp_path / "a.txt").write_text(text, newline="")
+        articles = load(tmp_path / "a.txt")["text"][:]
+        assert [each.strip().partition(ends)[0] for each in articles] == ["= First = ", "= Second article = "]
+        assert "".join(articles) == text
+        assert streamed(tmp_path / "a.txt") == articles
+
+    def test_one_goes_on_in_the_next_file(self, tmp_path):
+        parts = (FIRST[:40], FIRST[40:] + SECOND + " .\n", FIRST)
+        for name, part in zip("abc", parts, strict=True):
+            (tmp_path / f"{name}.txt").write_text(part)
+        articles = load(tmp_path / "*.txt")["text"][:]
+        assert articles[0].startswith(" \n = First = ")
+        assert len(articles) == 3
+        assert "".join(articles) == "".join(parts)
+        assert "".join(streamed(tmp_path / "*.txt")) == "".join(parts)
+        assert len(streamed(tmp_path / "*.txt")) == 4
+
+    @pytest.mark.parametrize(
+        "text", [SECOND.replace("= Second", "= = Second"), " = 3 \n\na", " = 3 = \na", " = = \n", "a"]
+    )
+    def test_what_begins_otherwise_has_paragraphs(self, tmp_path, text):
+        (tmp_path / "a.txt").write_text(text)
+        (tmp_path / "b.txt").write_text(SECOND)
+        assert hold_articles([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]) == [False, True]
+        assert load(tmp_path / "a.txt")["text"][:] == [row["text"] for row in paragraphs(str(tmp_path / "a.txt"))]
+        assert load(tmp_path / "*.txt")["text"][-1] == SECOND
+
+    @given(st.lists(st.sampled_from([" \n", "\n", " = A = \n", " = = B = = \n", " c\n", " = 3 \n"])))
+    def test_no_text_is_lost(self, tmp_path_factory, lines):
+        file = tmp_path_factory.mktemp("articles") / "a.txt"
+        file.write_text(" = A = \n\n" + "".join(lines))
+        assert "".join(row["text"] for row in articles_of([str(file)])) == file.read_text()
 
 
 class TestOtherFiles:
