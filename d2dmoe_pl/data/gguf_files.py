@@ -28,10 +28,12 @@ class Contents:
     Attributes:
         fault: Why it cannot be read; None if it can.
         scaled_positions: The tensor or key that says that rotary positions are scaled; None if they are not.
+        num_weights: Of all but the layer that gives logits.
     """
 
     fault: str | None
     scaled_positions: str | None = None
+    num_weights: int = 0
 
 
 def folder_and_file(name: str) -> tuple[str, str]:
@@ -79,6 +81,17 @@ def check_positions(config: Any, contents: Contents, said: str) -> None:
     )
 
 
+def check_taken(model: Any, contents: Contents, said: str) -> None:
+    """Raise ``ConfigError`` if a file holds more than the model made of it, since transformers leaves out the rest."""
+    taken = {id(tensor): tensor.numel() for tensor in model.base_model.state_dict(keep_vars=True).values()}
+    left = contents.num_weights - sum(taken.values())
+    check(
+        left <= 0,
+        f"{said}: holds {left} weights that {type(model).__name__} has not, e.g. biases, and would be left out; must "
+        "be another file, or the model as it was before",
+    )
+
+
 def dense_loading() -> dict[str, Any]:
     """The arguments of ``from_pretrained`` by which nothing in a model stays quantised."""
     if not hasattr(transformers, "GgufConfig"):  # earlier versions leave nothing quantised
@@ -122,7 +135,8 @@ def _contents(path: str, size: int, time: int) -> Contents:
                 f"has tensors of type {tensor.tensor_type.name} ({tensor.name}), which cannot be dequantised; must be "
                 "requantised"
             )
-    return Contents(None, _scaled_positions(reader))
+    others = [tensor for tensor in reader.tensors if not tensor.name.startswith(("output.", "rope_"))]
+    return Contents(None, _scaled_positions(reader), sum(int(tensor.n_elements) for tensor in others))
 
 
 def _scaled_positions(reader: Any) -> str | None:

@@ -6,6 +6,7 @@ from d2dmoe_pl.data.gguf_files import (
     ENDING,
     check_positions,
     check_readable,
+    check_taken,
     dense_loading,
     folder_and_file,
     without_foreign_tokens,
@@ -51,9 +52,12 @@ def _from_gguf(kind: Any, folder: str, file: str, said: str, kwargs: dict[str, A
     contents = check_readable(folder, file, said)
     if kind.__name__ == "AutoTokenizer":
         return without_foreign_tokens(kind.from_pretrained(folder, gguf_file=file, **kwargs))
-    if kind.__name__ != "AutoConfig":
-        return kind.from_pretrained(folder, gguf_file=file, **dense_loading(), **kwargs)
-    config = kind.from_pretrained(folder, gguf_file=file, **kwargs)
+    loading = {} if kind.__name__ == "AutoConfig" else dense_loading()
+    loaded = kind.from_pretrained(folder, gguf_file=file, **loading, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded  # which says what it found, too
+    config = getattr(model, "config", model)
     check_positions(config, contents, said)
     vars(config).pop("_model_name_or_path", None)  # a title, and no name
-    return config
+    if model is not config:
+        check_taken(model, contents, said)
+    return loaded

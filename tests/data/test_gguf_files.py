@@ -205,6 +205,13 @@ class TestRefusals:
         gguf_files.write_gguf(dense, tmp_path / FILE, keys={"llama.rope.scaling.type": "none"})
         source(tmp_path).build_structure([])
 
+    @pytest.mark.parametrize("task", ["causal-language-modeling", "text-classification"])
+    def test_weights_that_would_be_left_out(self, dense, tmp_path, task):
+        gguf_files.write_gguf(dense, tmp_path / FILE, extra={"blk.0.attn_q.bias": np.ones(32, np.float32)})
+        with pytest.raises(ConfigError) as raised:
+            source(tmp_path, task=task).build(["a", "b"])
+        assert str(raised.value).startswith(f"gguf_file={FILE!r}: holds 32 weights that LlamaFor")
+
     def test_weights_that_are_missing(self, dense, tmp_path):
         shallow = gguf_files.llama(num_hidden_layers=1)
         shallow.config.num_hidden_layers = 2
