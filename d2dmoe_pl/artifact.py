@@ -22,6 +22,7 @@ from d2dmoe_pl.artifact_parts import check_parts
 from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
+from d2dmoe_pl.free_memory import check_fits
 from d2dmoe_pl.hub_folders import local_folder
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, budget_path, path_from_json, set_budget_path_
 from d2dmoe_pl.moe.optimization import optimize_
@@ -241,7 +242,8 @@ def load_model(
 
     Raises:
         ConfigError: If ``path`` is no whole artifact, that of a newer version of this package, or a name that the hub
-            does not have or cannot be reached for; or for another ``dtype``.
+            does not have or cannot be reached for; for another ``dtype``; or if the model is larger than the memory
+            that is free.
 
     Example:
         >>> import tempfile, timm
@@ -262,6 +264,8 @@ def load_model(
     check(dtype is None or name in DTYPES, f"dtype={name!r}: allowed are {', '.join(DTYPES)}")
     artifact = read_artifact(local_folder(path, revision), "path")
     model = build_structure(artifact)
+    target = None if dtype is None or name == "int8" else getattr(torch, name)
+    check_fits(model, f"path={str(path)!r}, dtype={None if dtype is None else name!r}", target)
     read_weights_(model, artifact.weights)
     adapter_named(artifact.family).fill_buffers_(model)
     if name == "int8":

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
-    ["errors", "finite_weights", "hooks", "hub_folders", "notices", "signals", "whole_files"],
+    ["errors", "finite_weights", "free_memory", "hooks", "hub_folders", "notices", "signals", "whole_files"],
     ["auto_classes", "checkpoints", "failures", "plugins", "recipe"],
     ["benchmark_arguments", "chain_arguments", "compress_arguments"],
     ["__main__", "entry"],

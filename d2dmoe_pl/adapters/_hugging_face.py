@@ -180,6 +180,9 @@ class HuggingFaceAdapter(Adapter):
         return getattr(model.config, "vocab_size", None)
 
     def num_positions(self, model: Any) -> int | None:
+        for name, module in model.named_modules():
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+                return module.num_embeddings - module.padding_idx - 1  # they begin after padding's, as RoBERTa's do
         positions = getattr(model.config, "max_position_embeddings", None)
         return None if positions is None or positions < 0 else positions  # some say so that there is no limit
 

@@ -17,6 +17,7 @@ from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.output_names import are_placeholders
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.free_memory import check_fits
 
 
 class HuggingFaceModel(ModelSource):
@@ -34,10 +35,13 @@ class HuggingFaceModel(ModelSource):
         config: Configuration of a model to be trained from scratch, e.g. ``transformers.BertConfig``; instead of
             ``name``.
         dtype: Of the weights, whatever they were saved as. Mixed precision is the trainer's ``precision``.
+        gguf_file: A GGUF file of llama.cpp in ``name``, which is read dequantised; needs the packages ``gguf`` and
+            ``accelerate``.
 
     Raises:
-        ConfigError: Unless exactly one of ``name`` and ``config`` is given, or for ``label_names`` without ``name``; to
-            build, if there is no such model, its type has no such head, or its file has no weights for its layers.
+        ConfigError: Unless exactly one of ``name`` and ``config`` is given, or for ``label_names`` or ``gguf_file``
+            without ``name``; to build, if there is no such model, its type has no such head, its file has no weights
+            for its layers or cannot be read, or it is larger than the memory that is free.
     """
 
     def __init__(
@@ -47,11 +51,16 @@ class HuggingFaceModel(ModelSource):
         config: transformers.PretrainedConfig | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         label_names: list[str] | None = None,
+        gguf_file: str | None = None,
     ) -> None:
         check((name is None) != (config is None), f"name={name!r}, config={config!r}: exactly one must be given")
         check(
             label_names is None or name is not None,
             f"label_names={label_names}: allowed only with name, since they say what a trained head knows",
+        )
+        check(
+            gguf_file is None or name is not None,
+            f"gguf_file={gguf_file!r}: allowed only with name, the folder or hub name that has it",
         )
         self.task = task
         self.head, self._auto = HEADS[task]
@@ -59,6 +68,7 @@ class HuggingFaceModel(ModelSource):
         self.config = config
         self.dtype = getattr(torch, dtype)
         self.label_names = label_names
+        self.gguf_file = gguf_file
 
     def output_names(self) -> list[str] | None:
         if self.name is None or self.head not in LABELLED_HEADS:
@@ -72,11 +82,13 @@ class HuggingFaceModel(ModelSource):
 
     def build(self, label_names: Sequence[str]) -> nn.Module:
         config = self._config(label_names)
+        said = "config" if self.name is None else f"name={self.name!r}"
+        check_fits(self._structure(config), f"{said}, dtype={str(self.dtype).removeprefix('torch.')!r}")
         if self.name is None:
             return self._auto.from_config(config, dtype=self.dtype)
         loading = {"config": config, "dtype": self.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
         with _without_report():  # what it says of weights is said here, where it matters
-            model, found = load_pretrained(self._auto, self.name, "name", **loading)
+            model, found = load_pretrained(self._auto, self.name, "name", self.gguf_file, **loading)
         absent = set(found["missing_keys"]) | {name for name, *_ in found["mismatched_keys"]}
         fresh = self._new_outputs(model, label_names)
         backbone = [name for name in sorted(absent) if _is_needed(model, name)]
@@ -102,8 +114,11 @@ class HuggingFaceModel(ModelSource):
         return {name for name, found in is_output.items() if found and not _is_backbone(model, name)}
 
     def build_structure(self, label_names: Sequence[str]) -> nn.Module:
+        return self._structure(self._config(label_names))
+
+    def _structure(self, config: transformers.PretrainedConfig) -> nn.Module:
         with torch.device("meta"):
-            return self._auto.from_config(self._config(label_names), dtype=self.dtype)
+            return self._auto.from_config(copy.deepcopy(config), dtype=self.dtype)
 
     def _config(self, label_names: Sequence[str]) -> transformers.PretrainedConfig:
         """The model's configuration, with the head's outputs in it."""
@@ -126,7 +141,7 @@ class HuggingFaceModel(ModelSource):
         return config
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
-        return load_pretrained(transformers.AutoConfig, str(self.name), "name")
+        return load_pretrained(transformers.AutoConfig, str(self.name), "name", self.gguf_file)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import nn
 from d2dmoe_pl.adapters._adapter import ModelSource
 from d2dmoe_pl.data.output_names import placeholders
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.free_memory import check_fits
 
 # of timm.create_model, what says where weights or the description of another model come from
 ELSEWHERE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -59,7 +60,8 @@ class TimmModel(ModelSource):
 
     Raises:
         ConfigError: If timm has no such architecture, or ``pretrained`` is given with ``checkpoint_path``; to build, if
-            the file cannot be read, or has not the weights of the model.
+            the file cannot be read, or has not the weights of the model, or the model is larger than the memory that
+            is free.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class TimmModel(ModelSource):
         return self.label_names or placeholders(self._num_pretrained_classes())
 
     def build(self, label_names: Sequence[str]) -> nn.Module:
+        check_fits(self.build_structure(label_names), f"architecture={self.architecture!r}")
         model: Any = create_timm_model(
             self.architecture, len(label_names), self.model_args, label_names, pretrained=self.pretrained
         )

@@ -1,7 +1,7 @@
 """Hugging Face RoBERTa: BERT's layers under names of their own."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 from transformers.models.roberta.modeling_roberta import RobertaAttention, RobertaIntermediate, RobertaLayer
@@ -19,9 +19,6 @@ class RobertaAdapter(BertAdapter):
     attention = dataclasses.replace(BertAdapter.attention, classes=(RobertaAttention,))
     layer_class: ClassVar[type[nn.Module]] = RobertaLayer
     intermediate_class: ClassVar[type[nn.Module]] = RobertaIntermediate
-
-    def num_positions(self, model: Any) -> int:
-        return model.config.max_position_embeddings - model.config.pad_token_id - 1  # they begin after padding's
 
 
 ADAPTER = RobertaAdapter()

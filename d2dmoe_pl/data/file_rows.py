@@ -88,7 +88,7 @@ def hold_articles(files: Sequence[str]) -> list[bool]:
     """
     found: list[bool] = []
     for file in files:
-        found.append(any(found) or next(_titled(lines_of(file), skip_blanks=True), ("", False))[1])
+        found.append(found[-1:] == [True] or next(_titled(lines_of(file), skip_blanks=True), ("", False))[1])
     return found
 
 
@@ -98,7 +98,7 @@ def articles_of(files: Sequence[str]) -> Iterator[dict[str, str]]:
     Each begins with its title, and the last of a file goes on in the next. Joined, they are the text of the files.
     """
     article: list[str] = []
-    for line, is_title in _titled(chain.from_iterable(map(lines_of, files))):
+    for line, is_title in chain.from_iterable(_titled(lines_of(file)) for file in files):
         if is_title and any(map(str.strip, article)):
             yield {"text": "".join(article)}
             article = []

@@ -103,8 +103,8 @@ class TaskData(L.LightningDataModule):
         """How many token ids the batches may hold, once set up; None for data of anything but text."""
         return None
 
-    def longest_samples(self) -> dict[str, int]:
-        """Tokens of the longest sample by split, once set up; none where samples are not texts of their own length."""
+    def longest_samples(self) -> dict[tuple[str, str], int]:
+        """Tokens, once set up, by the setting that limits them and what they are; none for texts all of one length."""
         return {}
 
     @property

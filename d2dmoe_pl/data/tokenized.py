@@ -27,8 +27,9 @@ class TokenizedData(TaskData):
         tokenizer_options: With which it is loaded.
 
     Args:
-        tokenizer: Hub name or folder of a Hugging Face tokenizer; None where :meth:`load` makes one. One that has no
-            token to pad with pads with the one that ends a text, as decoders' do.
+        tokenizer: Hub name or folder of a Hugging Face tokenizer, or a GGUF file in one of these
+            (``folder/model.gguf``); None where :meth:`load` makes one. One that has no token to pad with pads with the
+            one that ends a text, as decoders' do.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
@@ -77,8 +78,8 @@ class TokenizedData(TaskData):
         self.tokenizer = tokenizer
 
     @property
-    def num_token_ids(self) -> int:
-        return len(self.tokenizer)
+    def num_token_ids(self) -> int | None:
+        return None if self.tokenizer is None else len(self.tokenizer)
 
     def tokenized(self, split: Dataset, columns: Sequence[str]) -> Dataset:
         """The split with one text column, or two as pairs, tokenised; of its own columns ``labels`` alone is kept."""
@@ -90,14 +91,21 @@ class TokenizedData(TaskData):
         unused = [column for column in split.column_names if column != "labels"]
         return split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
 
-    def longest_samples(self) -> dict[str, int]:
+    def longest_samples(self) -> dict[tuple[str, str], int]:
+        return self.longest_of("input_ids", "max_length", "text")
+
+    def longest_of(self, column: str, argument: str, title: str) -> dict[tuple[str, str], int]:
+        """What :meth:`longest_samples` says of a column of token ids, whose length ``argument`` limits."""
         columns = {
-            name: split.data["input_ids"]
+            name: split.data[column]
             for name, split in self._splits.items()
-            if isinstance(split, Dataset) and "input_ids" in split.column_names
+            if isinstance(split, Dataset) and column in split.column_names
         }
         lengths = {name: pyarrow.compute.list_value_length(ids) for name, ids in columns.items()}
-        return {name: pyarrow.compute.max(each).as_py() for name, each in lengths.items()}
+        return {
+            (argument, f"{title} of the {name} split"): pyarrow.compute.max(each).as_py()
+            for name, each in lengths.items()
+        }
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         return dict(DataCollatorWithPadding(self.tokenizer)(list(samples)))

@@ -56,19 +56,19 @@ def check_pictures(model: nn.Module, preprocessing: ImagePreprocessing | None) -
     )
 
 
-def check_lengths(model: nn.Module, longest: Mapping[str, int]) -> None:
+def check_lengths(model: nn.Module, longest: Mapping[tuple[str, str], int]) -> None:
     """Raise ``ConfigError`` unless ``model`` has a position for each token of the longest sample of every split.
 
     Args:
         model: Of texts, or of anything else.
-        longest: Tokens of the longest sample, by split.
+        longest: Tokens of the longest text, by the setting that limits it and what it is of which split.
     """
     has = adapter_for(model).num_positions(model)
-    for split, length in longest.items():
+    for (argument, title), length in longest.items():
         check(
             has is None or length <= has,
-            f"max_length={length}: the longest text of the {split} split has so many tokens; must be at most {has}, "
-            f"the positions that {type(model).__name__} has",
+            f"{argument}={length}: the longest {title} has so many tokens; must be at most {has}, the positions that "
+            f"{type(model).__name__} has",
         )
 
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from d2dmoe_pl.artifact import build_structure
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.phases._model_checks import check_head, check_length, check_pictures
+from d2dmoe_pl.free_memory import check_fits
+from d2dmoe_pl.phases._model_checks import check_head, check_length, check_pictures, check_token_ids
 from d2dmoe_pl.phases._phase import Phase
 from d2dmoe_pl.structure import describe, stage_of
 
@@ -18,17 +19,20 @@ def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
 
     Args:
         phases: In order; each after the first starts from what the one before leaves.
-        data: The phases' data; not checked if left out.
+        data: The phases' data; if left out, neither it nor the memory is looked at.
 
     Raises:
-        ConfigError: If a phase does not fit what it would start from, the model has not the head or the positions that
-            the data needs, or one of the descriptions is not there.
+        ConfigError: If a phase does not fit what it would start from, the model has not the head, the positions or the
+            token ids that the data needs or does not fit into the memory, or one of the descriptions is not there.
     """
     model, came_from, beside = _start(phases[0])
+    if data:
+        check_fits(model, "source" if phases[0].init_from is None else f"init_from={str(phases[0].init_from)!r}")
     for each in data:
         check_head(model, each.head)
         check_length(model, each.sample_length)
         each.load_processor()
+        check_token_ids(model, each.num_token_ids)
         check_pictures(model, each.preprocessing)
     for phase in phases:
         phase.check_start(stage_of(describe(model)), came_from, beside)

@@ -121,6 +121,12 @@ class TestArticles:
         assert "".join(articles) == text
         assert streamed(tmp_path / "a.txt") == articles
 
+    def test_each_file_may_be_one(self, tmp_path):
+        texts = [f" = {name} = \n\n words" for name in "abc"]
+        for name, text in zip("abc", texts, strict=True):
+            (tmp_path / f"{name}.txt").write_text(text)
+        assert load(tmp_path / "*.txt")["text"][:] == texts == streamed(tmp_path / "*.txt")
+
     def test_one_goes_on_in_the_next_file(self, tmp_path):
         parts = (FIRST[:40], FIRST[40:] + SECOND + " .\n", FIRST)
         for name, part in zip("abc", parts, strict=True):

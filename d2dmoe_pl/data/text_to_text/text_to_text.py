@@ -92,6 +92,9 @@ class TextToText(TokenizedData):
         task = TextAnswers(tokens, self.decode, self.metrics, self.max_target_length)
         return {name: self._in_tokens(split) for name, split in splits.items()}, task
 
+    def longest_samples(self) -> dict[tuple[str, str], int]:
+        return super().longest_samples() | self.longest_of("labels", "max_target_length", "answer")
+
     def decode(self, ids: list[int]) -> str:
         """The text that token ids are."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()

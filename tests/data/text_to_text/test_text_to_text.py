@@ -158,3 +158,28 @@ def test_the_task_alone():
     assert float(metrics.compute()["exact_match"]) == 0.5
     rows = task.rows({"predictions": torch.tensor([[1, 2]])}, batch["labels"][:1])
     assert rows == [{"label": "ab", "prediction": "ab"}]
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (
+            {"max_target_length": 9},
+            "max_target_length=9: the longest answer of the test split has so many tokens; must",
+        ),
+        (
+            {"max_length": 9},
+            "max_length=9: the longest text of the test split has so many tokens; must be at most 8, th",
+        ),
+    ],
+)
+def test_texts_and_answers_longer_than_the_model_has_positions(trainer, folder, tmp_path, length, message):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,target\nred,blue\nblue,red\n")
+    (tmp_path / "test.csv").write_text(f"text,target\n{'the ' * 20},{'the ' * 20}\n")
+    config = tiny.CONFIGS["bart"]()
+    config.max_position_embeddings = 8
+    short = {"max_length": 8, "max_target_length": 8, **length}
+    data = TextToText(DatasetSource(str(tmp_path)), str(folder / "tokenizer"), **short)
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        trainer().fit(FineTuning(source=HuggingFaceModel("text-to-text", config=config)), datamodule=data)
