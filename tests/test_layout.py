@@ -28,7 +28,7 @@ FLOW = [
     ["moebert"],
     ["artifact_parts", "structure", "weights_reading"],
     ["artifact", "auto_models"],
-    ["hub"],
+    ["harness", "hub"],
     ["phases"],
     ["callbacks"],
     ["benchmark"],
