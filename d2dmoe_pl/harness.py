@@ -6,8 +6,11 @@ It takes lm_eval's own arguments; those of ``--model_args`` are what its ``hf`` 
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pkgutil import resolve_name
 from typing import Any
+
+import torch
 
 from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.errors import ConfigError, check
@@ -48,7 +51,7 @@ def evaluated_model(
         set_tau_(model, tau)
     if budget is not None:
         set_budget_(model, ffn_flops=budget)
-    model.to(kwargs.pop("device", None) or "cpu")
+    model.to(kwargs.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
     return hflm(pretrained=model, tokenizer=kwargs.pop("tokenizer", pretrained), **kwargs)
 
 
@@ -58,12 +61,17 @@ def register() -> None:
     Raises:
         ConfigError: If it is not installed.
     """
+    _harness("lm_eval:simple_evaluate")  # whatever of it is loaded
+    _harness("lm_eval.api.registry:register_model")(MODEL)(_evaluated_class())
 
+
+@cache  # a name may be registered again for the same class only
+def _evaluated_class() -> type:
     class Evaluated(_harness("lm_eval.models.huggingface:HFLM")):  # type: ignore[misc] # optional, hence found late
         def __new__(cls, **kwargs: Any) -> Any:
             return evaluated_model(**kwargs)
 
-    _harness("lm_eval.api.registry:register_model")(MODEL)(Evaluated)
+    return Evaluated
 
 
 def main(args: Sequence[str] | None = None) -> None:

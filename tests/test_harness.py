@@ -28,6 +28,18 @@ doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}]
 """
 
+WRITING = """\
+task: written
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "red"
+generation_kwargs: {until: ["cat"], max_gen_toks: 5, do_sample: false}
+metric_list: [{metric: exact_match}]
+"""
+
 
 @pytest.fixture
 def artifact(tmp_path):
@@ -53,6 +65,7 @@ def task(tmp_path):
     rows = [{"question": f"{WORDS[3 + i % 3]} {WORDS[i % 3]}", "answer": i % 3} for i in range(6)]
     (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "colours.yaml").write_text(TASK.replace("FILE", str(folder / "rows.json")))
+    (folder / "written.yaml").write_text(WRITING.replace("FILE", str(folder / "rows.json")))
     return folder
 
 
@@ -66,6 +79,7 @@ def test_the_line_of_the_docs(artifact, task, tmp_path, monkeypatch):
     out = tmp_path / "out"
     line = ["--model_args", f"pretrained={artifact},tau=0.3", "--tasks", "colours", "--include_path", str(task)]
     harness.main([*line, "--device", "cpu", "--output_path", str(out)])
+    harness.main([*line, "--tasks", "written", "--batch_size", "3", "--device", "cpu"])
     [file] = out.rglob("results*.json")
     results = json.loads(file.read_text())
     assert 0 <= results["results"]["colours"]["acc,none"] <= 1
