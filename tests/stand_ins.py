@@ -123,6 +123,13 @@ def write_bert(folder):
     transformers.BertModel(tiny.bert_config()).save_pretrained(folder)
 
 
+def with_relu(folder):
+    """The pretrained model in ``folder`` as one that has been trained on with ReLU."""
+    config = json.loads((folder / "config.json").read_text())
+    assert config["hidden_act"] != "relu"
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+
+
 def write_mnli(folder):
     """Pairs of texts; the test labels are hidden, as on the hub."""
     sizes = {"train": 25, "validation_matched": 7, "validation_mismatched": 9, "test_matched": 5}

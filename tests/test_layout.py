@@ -28,7 +28,7 @@ FLOW = [
     ["moebert"],
     ["artifact_parts", "structure", "weights_reading"],
     ["artifact", "auto_models"],
-    ["hub"],
+    ["harness", "hub"],
     ["phases"],
     ["callbacks"],
     ["benchmark"],
@@ -47,6 +47,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ON_HUB = {
     "google-t5/t5-small": transformers.T5Config(decoder_start_token_id=0),
     "google-bert/bert-base-uncased": transformers.BertConfig(),
+    "mpiorczynski/relu-bert-base-uncased": transformers.BertConfig(hidden_act="relu"),
+    "mpiorczynski/relu-vit-base-patch16-224": transformers.ViTConfig(hidden_act="relu"),
     "my/text_model": transformers.BertConfig(),
     "my/image_model": transformers.ViTConfig(),
     "google/vit-base-patch16-224": transformers.ViTConfig(),

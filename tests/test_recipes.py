@@ -1,6 +1,7 @@
 """Recipes as their comments say to run them, on small local stand-ins; and what ends them at once."""
 
 import collections
+import json
 import pickle
 import shlex
 from pathlib import Path
@@ -91,6 +92,8 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
     ("recipe", "last", "points"),
     [
         ("d2dmoe_bert_emotion", "router_regression", 11),
+        ("d2dmoe_relu_bert_emotion", "router_regression", 11),
+        ("d2dmoe_relu_vit_pets", "router_regression", 11),
         ("moefication_bert_emotion", "expert_selection", 4),
         ("d2dmoe_vit_pets", "router_regression", 11),
         ("moefication_vit_pets", "expert_selection", 4),
@@ -105,11 +108,15 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
     stand_ins.write_vit(folder / "vit")
     stand_ins.write_images(folder / "pets", {"train": 30, "test": 6})
     stand_ins.write_images(folder / "cifar10", {"train": 30, "test": 6})
+    if "relu" in recipe:
+        stand_ins.with_relu(folder / "bert")
+        stand_ins.with_relu(folder / "vit")
     small = [*SMALL_CLASSIFIER, *(SMALL_SELECTION if last == "expert_selection" else [])]
     mixed = ["data.init_args.augmentation.mixup=0.8"] if recipe == "d2dmoe_vit_pets" else []
     main([*commands(recipe)[-1], *small, *mixed])
     artifact = read_artifact(folder / "runs" / recipe / last / "artifact")
     assert artifact.stage == "routed"
+    assert json.loads((artifact.path / "config.json").read_text()).get("hidden_act", "relu") == "relu"
     assert all("test/accuracy" in record.metrics for record in artifact.history)
     assert {made["num_experts"] for made in artifact.layers.values()} == {8}
     assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * points

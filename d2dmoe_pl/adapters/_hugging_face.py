@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
+from d2dmoe_pl.adapters._generation import GetsStoppingCriteria, PreparesInputs
 from d2dmoe_pl.adapters._padding import padded_behind
 from d2dmoe_pl.adapters._saved_as_artifact import SavesArtifact
 from d2dmoe_pl.data.embeddings.pooling import pooled
@@ -206,6 +207,9 @@ class HuggingFaceAdapter(Adapter):
 
     def mark_converted_(self, model: Any) -> None:
         model.save_pretrained = SavesArtifact(model)
+        if model.can_generate():
+            model.prepare_inputs_for_generation = PreparesInputs(model)
+            model._get_stopping_criteria = GetsStoppingCriteria(model)
 
     def rebuild(self, model: Any) -> nn.Module:
         return type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)

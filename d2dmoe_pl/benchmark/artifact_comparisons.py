@@ -11,6 +11,7 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model, read_artifact
 from d2dmoe_pl.benchmark.compared_modules import Choice, layer_comparison, layer_inputs, model_comparison
 from d2dmoe_pl.benchmark.comparison import Comparison, Settings
+from d2dmoe_pl.benchmark.decoding import check_decodes, decoding_comparison
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES
 from d2dmoe_pl.benchmark.scoring import Scoring, first_batches, scoring_of
 from d2dmoe_pl.data import TaskData
@@ -30,6 +31,8 @@ def artifact_comparisons(
     path: str, taus: Sequence[float], data: TaskData | None, length: int, settings: Settings
 ) -> Iterator[Comparison]:
     """Whole models at every batch size, all types beside each other, then layer by layer, one type after the other.
+
+    Whole models write text instead of reading it where the settings say so.
 
     Args:
         path: Of the artifact.
@@ -53,6 +56,8 @@ def artifact_comparisons(
         f"artifact={path!r}: is the work of {artifact.phase}, at stage {artifact.stage!r}; must have MoE layers "
         "with routers and a tau, which RouterRegression makes",
     )
+    if settings.decode:
+        check_decodes(dense, settings.decode)
     path_of_budgets = budget_path(dense)
     if settings.budgets:
         check(
@@ -69,7 +74,8 @@ def artifact_comparisons(
     scoring = None if data is None else scoring_of(some, data, settings.scored_samples)
     if "model" in settings.scope:
         for batch_size in settings.batch_size:
-            yield _whole(dense, moes, batches(batch_size), taus, scoring, settings)
+            compared = _writing if settings.decode else _whole
+            yield compared(dense, moes, batches(batch_size), taus, scoring, settings)
     if "layer" in settings.scope:
         for dtype, moe in moes.items():
             dense.to(settings.device, _floating(dtype))
@@ -102,11 +108,31 @@ def _whole(
     first = next(iter(moes))
     with temporary_gate(moes[first], None):
         inputs = [layer_inputs(moes[first], batch) for batch in placed[first]]
+    _optimize(moes, settings)
+    return model_comparison(dense, moes, placed, inputs, choices, rivals, scoring)
+
+
+def _writing(
+    dense: nn.Module,
+    moes: dict[torch.dtype, nn.Module],
+    batches: list[Batch],
+    taus: Sequence[float],
+    scoring: Scoring | None,
+    settings: Settings,
+) -> Comparison:
+    dense.to(settings.device, settings.dense_dtype)
+    choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
+    batch = _to(batches[0], settings.device, settings.dense_dtype)
+    comparison = decoding_comparison(dense, moes, batch, settings.decode, choices, scoring)
+    _optimize(moes, settings)
+    return comparison
+
+
+def _optimize(moes: dict[torch.dtype, nn.Module], settings: Settings) -> None:
     if settings.optimize:
         for moe in moes.values():
             if moe._compiled_call_impl is None:
                 optimize_(moe)
-    return model_comparison(dense, moes, placed, inputs, choices, rivals, scoring)
 
 
 def _layers(

@@ -67,6 +67,10 @@ def _settings(given: Namespace) -> Settings:
             find_way(name)
     check_runtimes(name for name in given.compare if name in RUNTIMES)
     check(given.scored_samples >= 0, f"scored_samples={given.scored_samples}: must be positive, or 0 for none")
+    check(given.decode == 0 or given.decode > 1, f"decode={given.decode}: must be at least 2, or 0 for none")
+    check(not given.decode or given.artifact is not None, f"decode={given.decode}: only with --artifact; must be 0")
+    for name in given.compare if given.decode else []:
+        check(name not in RUNTIMES, f"compare={name!r}: reads texts, and writes none; must go, or --decode 0")
     check(given.rounds > 1, f"rounds={given.rounds}: must be at least 2")
     check(given.threads is None or given.threads > 0, f"threads={given.threads}: must be positive")
     check(given.device in DEVICES, f"device={given.device!r}: allowed are {', '.join(DEVICES)}")
@@ -83,6 +87,7 @@ def _settings(given: Namespace) -> Settings:
         optimize=given.optimize,
         scored_samples=given.scored_samples,
         budgets=given.budget,
+        decode=given.decode,
     )
 
 

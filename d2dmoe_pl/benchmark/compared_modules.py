@@ -223,13 +223,13 @@ def model_comparison(
         own = predict(moe, floating)
         backend = next(iter(moe_layers(moe).values())).experts.backend
         for choice in choices[dtype]:
-            with _uncompiled(moe):  # which experts run is the same, and hooks would be compiled for
+            with uncompiled(moe):  # which experts run is the same, and hooks would be compiled for
                 made = way(backend, choice, moe, over(own, floating), positions, parts)
             ways.append(replace(made, dtype=dtype, score=score(own, choice)))
     experts, moe = next(iter(moe_layers(moes[first]).values())).experts, moes[first]
     floating = first if first.is_floating_point else dense_type
     tokens = [len(next(iter(given.values())).tokens) for given in inputs]
-    uncompiled = moe if moe._compiled_call_impl is None else None
+    plain = moe if moe._compiled_call_impl is None else None
     return Comparison(
         scope="model",
         name=type(dense).__name__,
@@ -240,7 +240,7 @@ def model_comparison(
         dense=Contender(over(predict(dense, dense_type), dense_type), parts=parts),
         ways=ways,
         rest=None
-        if uncompiled is None
+        if plain is None
         else Contender(over(predict(moe, floating), floating), lambda: skipped(moe_layers(moe).values()), parts),
         scoring=scoring,
         dense_score=score(predict(dense, dense_type)),
@@ -248,7 +248,8 @@ def model_comparison(
 
 
 @contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run the body without what ``optimize_`` made of ``model``."""
     compiled = model._compiled_call_impl
     model._compiled_call_impl = None
     try:

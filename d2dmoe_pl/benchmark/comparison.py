@@ -12,7 +12,7 @@ from d2dmoe_pl.benchmark.runtimes import RUNTIMES
 from d2dmoe_pl.benchmark.scoring import Scoring
 from d2dmoe_pl.benchmark.timing import Contender, Timing, alternate, peak_memory
 
-Scope = Literal["layer", "model"]
+Scope = Literal["layer", "model", "decode"]
 MIB = 2**20
 
 
@@ -31,6 +31,7 @@ class Settings:
         optimize: Whether models with experts are compiled.
         scored_samples: Test samples that predictions are judged on, at most; 0 for none.
         budgets: Shares of the dense FFNs' FLOPs that a whole model is set to, instead of a ``tau``.
+        decode: Tokens that a whole model writes behind each text; 0 to have it read them alone.
     """
 
     scope: list[Scope]
@@ -43,6 +44,7 @@ class Settings:
     optimize: bool = False
     scored_samples: int = 0
     budgets: Sequence[float] = ()
+    decode: int = 0
 
     @property
     def dense_dtype(self) -> torch.dtype:
@@ -67,6 +69,8 @@ class Way:
         is_dense: Whether it has no experts.
         score: Of its predictions, where they are judged.
         budget: Share of the dense FFNs' FLOPs that the gates are set to, instead of a ``tau``.
+        bytes_share: Of the bytes of weights that the dense model reads to write a token; None where none is written.
+        agreement: Of the tokens that the dense model writes, those that this way would have written, in percent.
     """
 
     name: str
@@ -79,6 +83,8 @@ class Way:
     is_dense: bool = False
     score: float | None = None
     budget: float | None = None
+    bytes_share: float | None = None
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Comparison:
     """What is timed in turn.
 
     Attributes:
-        scope: ``layer`` or ``model``.
+        scope: ``layer``, ``model`` or ``decode``.
         name: Of the layer or model.
         dtype: Of weights and inputs.
         num_experts: ``E``.
@@ -97,6 +103,7 @@ class Comparison:
         rest: The same model with its FFNs left out; None for a layer, which is nothing but one, and if compiled.
         scoring: By what predictions are judged; None if they are not.
         dense_score: Of the dense model's predictions.
+        new_tokens: That are written behind each text; None where none are.
     """
 
     scope: Scope
@@ -110,6 +117,7 @@ class Comparison:
     rest: Contender | None = None
     scoring: Scoring | None = None
     dense_score: float | None = None
+    new_tokens: int | None = None
 
 
 def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[BenchmarkRow]:
@@ -119,7 +127,12 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
         contenders["rest"] = comparison.rest
     timings = alternate(contenders, rounds, device)
     dense, rest = timings["dense"], timings.get("rest")
-    dense_memory = peak_memory(comparison.dense, device)
+    writes = comparison.new_tokens is not None  # as many calls as tokens, which no profiler holds
+
+    def memory(contender: Contender) -> float:
+        return math.nan if writes else peak_memory(contender, device) / MIB
+
+    dense_memory = memory(comparison.dense)
     items = comparison.batch_size or comparison.tokens
     is_unknown = rest is None and comparison.scope == "model"  # what cannot become less
     scoring, dense_score = comparison.scoring, comparison.dense_score or 0.0
@@ -145,20 +158,29 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
                 dense_throughput=items / dense.median,
                 moe_throughput=items / timing.median,
                 speed_up=dense.median / timing.median,
-                ideal=math.nan if is_unknown else ideal_speed_up(dense, rest, way.cost),
+                ideal=_ideal(dense, rest, way, is_unknown),
                 rest_percent=None if rest is None else 100 * rest.median / dense.median,
-                dense_memory_mib=dense_memory / MIB,
-                moe_memory_mib=peak_memory(way.contender, device) / MIB,
+                dense_memory_mib=dense_memory,
+                moe_memory_mib=memory(way.contender),
                 noisy=dense.is_noisy,
                 dense_dtype=str(comparison.dtype).removeprefix("torch."),
                 is_dense=way.is_dense,
                 score=way.score,
                 budget=way.budget,
                 dense_score=comparison.dense_score,
+                new_tokens=comparison.new_tokens,
+                bytes_percent=None if way.bytes_share is None else 100 * way.bytes_share,
+                agreement=way.agreement,
                 score_loss=None if way.score is None or scoring is None else scoring.loss(way.score, dense_score),
             )
         )
     return rows
+
+
+def _ideal(dense: Timing, rest: Timing | None, way: Way, is_unknown: bool) -> float:
+    if way.bytes_share is not None:
+        return 1 / way.bytes_share
+    return math.nan if is_unknown else ideal_speed_up(dense, rest, way.cost)
 
 
 def ideal_speed_up(dense: Timing, rest: Timing | None, cost: float) -> float:

@@ -19,7 +19,7 @@ from d2dmoe_pl.whole_files import replaced_file
 
 ENOUGH = 0.5  # of a score's points that may be lost
 PYTORCH = "PyTorch"
-TITLES = {"layer": "FFN alone", "model": "whole model"}
+TITLES = {"layer": "FFN alone", "model": "whole model", "decode": "writing"}
 
 
 @dataclass
@@ -27,7 +27,7 @@ class BenchmarkRow:
     """One way to run the experts, against the dense computation that was timed in turn with it.
 
     Attributes:
-        scope: ``layer`` for an FFN alone, ``model`` for a whole model.
+        scope: ``layer`` for an FFN alone, ``model`` for a whole model, ``decode`` for one that writes text.
         name: Of the layer or model.
         backend: What ran the experts.
         router: Whether routers and gates ran as well.
@@ -37,17 +37,18 @@ class BenchmarkRow:
         tokens: That each FFN got in one call, without padding.
         tau: The gates' setting; None for preset masks and budgets.
         share_percent: Executed share of all (token, expert) pairs.
-        dense_ms: Median time of a dense call, milliseconds.
+        dense_ms: Median time of a dense call, milliseconds; where text is written, a token's share of it.
         dense_spread_ms: Half the interquartile range of the same.
         moe_ms: Median time of a call with experts.
         moe_spread_ms: Half the interquartile range of the same.
-        dense_throughput: Samples a second of a whole model, tokens a second of a layer.
+        dense_throughput: Samples a second of a whole model, tokens a second of a layer, and of one that writes.
         moe_throughput: The same with experts.
         speed_up: ``dense_ms / moe_ms``.
         ideal: The speed-up if an FFN's time were in proportion to its FLOPs, routers in, and the rest stayed as it is;
-            NaN where the rest was not measured, as of a compiled model.
+            NaN where the rest was not measured, as of a compiled model. Where text is written, if all time were in
+            proportion to the bytes of weights that are read.
         rest_percent: Share of the dense model's time outside its FFNs; None for a layer.
-        dense_memory_mib: What a dense call holds at its peak beyond weights and input.
+        dense_memory_mib: What a dense call holds at its peak beyond weights and input; NaN where text is written.
         moe_memory_mib: The same with experts.
         noisy: Whether the spread of the dense calls is too wide to tell.
         dense_dtype: Of the dense computation that it is timed against.
@@ -56,6 +57,9 @@ class BenchmarkRow:
         dense_score: The same of the dense model.
         score_loss: How much worse ``score`` is.
         budget: Share of the dense FFNs' FLOPs that the gates are set to, instead of a ``tau``.
+        new_tokens: That were written behind each text; None where none were.
+        bytes_percent: Bytes of weights that are read to write a token of each text, of those of the dense model.
+        agreement: Of the tokens that the dense model wrote, those that this way would have written, in percent.
     """
 
     scope: str
@@ -86,6 +90,9 @@ class BenchmarkRow:
     dense_score: float | None = None
     score_loss: float | None = None
     budget: float | None = None
+    new_tokens: int | None = None
+    bytes_percent: float | None = None
+    agreement: float | None = None
 
     @property
     def way(self) -> str:
@@ -116,39 +123,44 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
     first = rows[0]
     types = ", ".join(dict.fromkeys(row.dtype for row in rows if not row.is_dense))
     title = f"{first.name}, E={first.num_experts}, {types}, {first.amount}"
+    title += "" if first.new_tokens is None else f", {first.new_tokens} tokens written"
     is_scored = first.dense_score is not None
     caption = _caption(first)
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE)
     for header in ("way", "type"):
         table.add_column(header, no_wrap=True)
-    unit = "tokens/s" if first.batch_size is None else "samples/s"
-    has_budgets = any(row.budget is not None for row in rows)
-    swept = "budget" if has_budgets else "tau"
-    for header in (swept, "experts run %", "ms", unit, "speed-up", "ideal", "peak MiB", *(["score"] * is_scored)):
-        table.add_column(header, justify="right")
+    writes = first.new_tokens is not None
+    unit = "tokens/s" if first.batch_size is None or writes else "samples/s"
+    swept = "tau" if all(row.budget is None for row in rows) else "budget"
+    read, last = (["bytes read %"], "agreed %") if writes else ([], "peak MiB")
+    for header in (swept, "experts run %", *read, "ms", unit, "speed-up", "ideal", last, *(["score"] * is_scored)):
+        table.add_column(header, justify="right", no_wrap=header == "ms")
     table.add_row(
         "dense",
         first.dense_dtype,
         "",
         "",
+        *(["100.0"] * writes),
         _milliseconds(first.dense_ms, first.dense_spread_ms),
         f"{first.dense_throughput:,.0f}",
         "1.00x",
         "",
-        f"{first.dense_memory_mib:.1f}",
+        "" if writes else f"{first.dense_memory_mib:.1f}",
         *([_score(first.dense_score)] * is_scored),
     )
     for row in rows:
+        is_rival = row.is_dense and row.backend != PYTORCH
         table.add_row(
             row.way,
-            "" if row.is_dense and row.backend != PYTORCH else row.dtype,
+            "" if is_rival else row.dtype,
             _setting(row),
             "" if row.is_dense else f"{row.share_percent:.1f}",
+            *([_percent(row.bytes_percent)] * writes),
             _milliseconds(row.moe_ms, row.moe_spread_ms),
             f"{row.moe_throughput:,.0f}",
             f"{row.speed_up:.2f}x",
-            "" if row.is_dense or math.isnan(row.ideal) else f"{row.ideal:.2f}x",
-            "" if row.is_dense and row.backend != PYTORCH else f"{row.moe_memory_mib:.1f}",
+            "" if (row.is_dense and not writes) or math.isnan(row.ideal) else f"{row.ideal:.2f}x",
+            _percent(row.agreement) if writes else "" if is_rival else f"{row.moe_memory_mib:.1f}",
             *([_score(row.score)] * is_scored),
         )
     return table
@@ -156,6 +168,10 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
 
 def _score(score: float | None) -> str:
     return "" if score is None else f"{score:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
 
 
 def verdict(rows: Sequence[BenchmarkRow]) -> str | None:
@@ -208,6 +224,8 @@ def _caption(row: BenchmarkRow) -> str | None:
     said = []
     if row.rest_percent is not None:
         said.append(f"Attention and all else outside the FFNs take {row.rest_percent:.0f}% of the dense model's time.")
+    if row.new_tokens is not None:
+        said.append("Times are of a token; the ideal is by bytes of weights that are read.")
     if row.noisy:
         said.append("Too noisy to tell.")
     return "\n".join(said) or None

@@ -257,8 +257,7 @@ def real_positions(attention_mask: Tensor | None, length: int | None = None) -> 
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(
-            f"attention_mask of shape {shape}: must be (B, L), which tells padding from tokens; another kind, as "
-            "generate makes for a static cache, does not"
+            f"attention_mask of shape {shape}: must be (B, L), which tells padding from tokens; another kind does not"
         )
     if length is not None:
         if attention_mask.shape[1] < length:

@@ -105,10 +105,3 @@ class TestGenerate:
         save_artifact(model, tmp_path / "artifact", [PhaseRecord("Test")])
         loaded = load_model(tmp_path / "artifact")
         assert loaded.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
-
-
-def test_a_static_caches_mask_is_refused():
-    """It is four-dimensional and does not tell padding."""
-    model = tiny.routed("llama-causal-language-modeling")
-    with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 1, 6, 13\): must be \(B, L\)"):
-        generate(model, prompts(), cache_implementation="static")

@@ -15,7 +15,7 @@ from d2dmoe_pl.benchmark import command
 from d2dmoe_pl.benchmark.machine import Machine
 from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_up
 from d2dmoe_pl.cli import main
-from d2dmoe_pl.data import Digits, TextClassification
+from d2dmoe_pl.data import Digits, DocstringText, TextClassification
 
 SHAPE = ["--d_model", "24", "--d_ff", "96", "--num_experts", "8", "--tokens", "2,5", "--share", "0.5,1"]
 LAYERS = [*SHAPE, "--scope", "layer", "--rounds", "2"]
@@ -267,10 +267,12 @@ def test_the_pages_commands_can_be_run(monkeypatch):
         for page in pages.PAGES
     }
     [of_readme] = found["README.md"]
-    on_digits, on_shapes = found["docs/speed.md"]
+    on_digits, on_writing, on_shapes = found["docs/speed.md"]
     [on_texts] = found["docs/results.md"]
     assert of_readme == on_digits
     assert on_texts.data.class_path.endswith(TextClassification.__name__)
     assert (on_texts.scope, on_texts.batch_size) == (["model"], [1, 32])
     assert on_digits.data.class_path.endswith(Digits.__name__)
+    assert on_writing.data.class_path.endswith(DocstringText.__name__)
+    assert (on_writing.decode, on_writing.dtype) == (64, ["float32", "bfloat16", "int8"])
     assert on_shapes.num_experts == [96, 128]

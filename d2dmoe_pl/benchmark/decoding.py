@@ -1,0 +1,184 @@
+"""How fast a causal language model writes, token after token, and how many bytes of weights each token has it read."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import MASK, adapter_for
+from d2dmoe_pl.benchmark.compared_modules import Choice, uncompiled
+from d2dmoe_pl.benchmark.comparison import Comparison, Way
+from d2dmoe_pl.benchmark.result_rows import PYTORCH
+from d2dmoe_pl.benchmark.scoring import Scoring
+from d2dmoe_pl.benchmark.timing import Contender
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Module
+from d2dmoe_pl.moe.quantization.quantize import quantize_
+
+PROMPT = 32  # tokens of each text, at most
+EMBEDDINGS = (nn.Embedding, Int8Embedding)
+
+
+def check_decodes(model: nn.Module, num_tokens: int) -> None:
+    """Raise ``ConfigError`` unless ``model`` can write ``num_tokens`` behind a prompt."""
+    head = adapter_for(model).head(model)
+    check(
+        head == "causal-language-modeling",
+        f"decode={num_tokens}: a {type(model).__name__} writes no text; must be 0, or the artifact one of a causal "
+        "language model",
+    )
+    positions = adapter_for(model).num_positions(model)
+    check(
+        positions is None or num_tokens < positions,
+        f"decode={num_tokens}: must be less than {positions}, the positions of the model, for there is a prompt too",
+    )
+
+
+def decoding_comparison(
+    dense: nn.Module,
+    moes: Mapping[torch.dtype, nn.Module],
+    batch: Batch,
+    num_tokens: int,
+    choices: Mapping[torch.dtype, Sequence[Choice]],
+    scoring: Scoring | None = None,
+) -> Comparison:
+    """``generate`` of a model with experts, in one or more types, against its dense twin's, from the same prompts.
+
+    Args:
+        dense: The dense model, in float32 where there is more than one type.
+        moes: The same with experts, by type.
+        batch: Its texts begin with the prompts.
+        num_tokens: That are written behind each, greedily, whatever they are; two at least.
+        choices: To be timed, by type.
+        scoring: By what predictions are judged; None if they are not.
+    """
+    positions = adapter_for(dense).num_positions(dense)
+    prompts = _prompts(batch, PROMPT if positions is None else min(PROMPT, positions - num_tokens))
+    dense_type = next(dense.parameters()).dtype
+    dense_bytes = _bytes(dense)
+    text = _write(dense, prompts, num_tokens)
+
+    def made(model: nn.Module, name: str, choice: Choice | None, dtype: torch.dtype, share: float, read: float) -> Way:
+        context: Callable[[], AbstractContextManager] = nullcontext if choice is None else choice.context
+        with context(), uncompiled(model):
+            score = None if scoring is None else scoring.score(partial(adapter_for(model).logits, model))
+            agreement = _agreement(model, prompts, text)
+        return Way(
+            name=name,
+            router=choice is not None,
+            tau=None if choice is None else choice.tau,
+            share=share,
+            cost=share,
+            contender=Contender(partial(_write, model, prompts, num_tokens), context, num_tokens),
+            dtype=dtype,
+            is_dense=choice is None,
+            score=score,
+            budget=None if choice is None else choice.budget,
+            bytes_share=read / dense_bytes,
+            agreement=agreement,
+        )
+
+    ways = []
+    for dtype, moe in moes.items():
+        if dtype != dense_type:
+            twin = _in_type(dense, dtype)
+            ways.append(made(twin, PYTORCH, None, dtype, 1.0, _bytes(twin)))
+        backend = next(iter(moe_layers(moe).values())).own_experts.backend
+        for choice in choices[dtype]:
+            share, read = _steps(moe, choice, prompts, num_tokens)
+            ways.append(made(moe, backend, choice, dtype, share, read))
+    itself = made(dense, PYTORCH, None, dense_type, 1.0, dense_bytes)
+    batch_size, length = prompts["input_ids"].shape
+    return Comparison(
+        scope="decode",
+        name=type(dense).__name__,
+        dtype=dense_type,
+        num_experts=next(iter(moe_layers(next(iter(moes.values()))).values())).own_experts.num_experts,
+        batch_size=batch_size,
+        tokens=batch_size * length,
+        dense=itself.contender,
+        ways=ways,
+        scoring=scoring,
+        dense_score=itself.score,
+        new_tokens=num_tokens,
+    )
+
+
+def _prompts(batch: Batch, most: int) -> Batch:
+    """The first tokens of each text, as many of one as of the other, and at most ``most``."""
+    ids, mask = batch["input_ids"], batch.get(MASK)
+    length = min([most, ids.shape[1], *([] if mask is None else [int(mask.sum(dim=1).min())])])
+    ids = ids[:, :length]
+    return {"input_ids": ids, MASK: torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def _write(model: Any, prompts: Batch, num_tokens: int) -> Tensor:
+    """The prompts and ``num_tokens`` behind each, greedily; nothing ends a text before."""
+    settings = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0}
+    written: Tensor = model.generate(**prompts, max_new_tokens=num_tokens, **settings)
+    return written
+
+
+@torch.no_grad()
+def _agreement(model: nn.Module, prompts: Batch, text: Tensor) -> float:
+    """Of the tokens that the dense model wrote, those that ``model`` would have written there, in percent."""
+    start = prompts["input_ids"].shape[1]
+    likeliest = adapter_for(model).logits(model, {"input_ids": text[:, :-1]}).argmax(dim=-1)  # (B, L - 1)
+    return 100 * float((likeliest[:, start - 1 :] == text[:, start:]).float().mean())
+
+
+def _steps(model: nn.Module, choice: Choice, prompts: Batch, num_tokens: int) -> tuple[float, float]:
+    """What a token that is written behind the first has the model do.
+
+    Returns:
+        The share of all (token, expert) pairs that run; and the bytes of weights that are read for a token of each
+        text: an expert's, if any of the texts runs it.
+    """
+    layers = moe_layers(model)
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with choice.context(), uncompiled(model), hooked(layer.watch(seen[name].append) for name, layer in layers.items()):
+        _write(model, prompts, num_tokens)
+    masks = {name: torch.stack(some[1:]) for name, some in seen.items()}  # (N - 1, B, E), without the prompts
+    unread = sum(
+        _bytes_of_experts(layer) * (1 - float(masks[name].any(dim=1).float().mean())) for name, layer in layers.items()
+    )
+    share = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    return share, _bytes(model) - unread
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of all weights that every token is multiplied by; embeddings, of which it takes a row, are none."""
+    tensors = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for module in model.modules()
+        if not isinstance(module, EMBEDDINGS)
+        for tensor in (*module.parameters(recurse=False), *_numbers(module))
+    }
+    return sum(tensors.values())
+
+
+def _numbers(module: nn.Module) -> list[Tensor]:
+    return list(module.buffers(recurse=False)) if isinstance(module, Int8Module) else []
+
+
+def _bytes_of_experts(layer: MoELayer) -> int:
+    experts = layer.own_experts
+    tensors = dict(experts.named_parameters(recurse=False)) | dict(experts.named_buffers(recurse=False))
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name != "down_bias")
+
+
+def _in_type(dense: nn.Module, dtype: torch.dtype) -> nn.Module:
+    twin = copy.deepcopy(dense)
+    if dtype.is_floating_point:
+        return twin.to(dtype)
+    quantize_(twin)
+    return twin

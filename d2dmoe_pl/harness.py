@@ -1,0 +1,109 @@
+"""``python -m d2dmoe_pl.harness``: EleutherAI's evaluation harness, lm_eval, which knows converted models.
+
+It takes lm_eval's own arguments; those of ``--model_args`` are what its ``hf`` models have, and ``tau``, ``budget`` and
+``optimize``.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import cache
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+
+from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.failures import failure_of
+from d2dmoe_pl.moe.budgets.budget_path import set_budget_
+from d2dmoe_pl.moe.conversion import set_tau_
+
+MODEL = "d2dmoe"  # as ``--model`` calls it
+EXTRA = 'pip install -e ".[evaluation]"'
+
+
+def evaluated_model(
+    pretrained: str,
+    tau: float | None = None,
+    budget: float | None = None,
+    dtype: str | None = None,
+    optimize: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A converted language model as lm_eval takes it.
+
+    Args:
+        pretrained: Folder of an artifact, or a name on the hub; it has a tokenizer.
+        tau: In [0, 1]; as it was saved if not given.
+        budget: Of a calibrated model, a share of the dense FFNs' FLOPs, instead of a ``tau``.
+        dtype: As :func:`d2dmoe_pl.load_model` takes it, ``int8`` too; ``auto`` is as it was saved.
+        optimize: Whether it is compiled.
+        kwargs: As lm_eval's ``HFLM`` takes them, ``batch_size`` and ``device`` among them.
+
+    Raises:
+        ConfigError: If lm_eval is not installed, there is no such artifact, or it knows no such setting.
+    """
+    hflm = _harness("lm_eval.models.huggingface:HFLM")
+    check(tau is None or budget is None, f"tau={tau}, budget={budget}: must be one of them")
+    revision = kwargs.pop("revision", None)
+    model = load_model(pretrained, revision, None if dtype == "auto" else dtype, bool(optimize))
+    if tau is not None:
+        set_tau_(model, tau)
+    if budget is not None:
+        set_budget_(model, ffn_flops=budget)
+    model.to(kwargs.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return hflm(pretrained=model, tokenizer=kwargs.pop("tokenizer", pretrained), **kwargs)
+
+
+def register() -> None:
+    """Make converted models known to lm_eval, by the name ``d2dmoe``.
+
+    Raises:
+        ConfigError: If it is not installed.
+    """
+    _harness("lm_eval:simple_evaluate")  # whatever of it is loaded
+    _harness("lm_eval.api.registry:register_model")(MODEL)(_evaluated_class())
+
+
+@cache  # a name may be registered again for the same class only
+def _evaluated_class() -> type:
+    class Evaluated(_harness("lm_eval.models.huggingface:HFLM")):  # type: ignore[misc] # optional, hence found late
+        def __new__(cls, **kwargs: Any) -> Any:
+            return evaluated_model(**kwargs)
+
+    return Evaluated
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run lm_eval's command line, whose model is a converted one if no other is named.
+
+    Args:
+        args: Arguments, those of the process if not given.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    names = {argument.partition("=")[0] for argument in given}
+    if given[:1] and given[0].startswith("-") and not names & {"--model", "-h", "--help"}:
+        given = ["--model", MODEL, *given]
+    try:
+        register()
+        before, sys.argv = sys.argv, ["lm_eval", *given]
+        try:
+            _harness("lm_eval.__main__:cli_evaluate")()
+        finally:
+            sys.argv = before
+    except ConfigError as error:
+        failure = failure_of(error)
+        print(f"error: {failure.line}", file=sys.stderr)
+        sys.exit(failure.code)
+
+
+def _harness(name: str) -> Any:
+    try:
+        return resolve_name(name)
+    except ImportError as error:
+        package = error.name or "lm_eval"
+        raise ConfigError(f"lm_eval: the package {package} is not installed; {EXTRA} brings it") from None
+
+
+if __name__ == "__main__":
+    main()
