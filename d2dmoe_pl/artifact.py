@@ -28,6 +28,7 @@ from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
 from d2dmoe_pl.moe.quantization.quantize import quantize_, restore_quantized_
+from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.structure import describe, restore_, stage_of
 from d2dmoe_pl.weights_reading import read_weights_, weight_files
 from d2dmoe_pl.weights_writing import MAX_SHARD_SIZE, write_weights
@@ -103,6 +104,8 @@ def save_artifact(
 ) -> None:
     """Write ``model`` to the folder ``path``, which is at no moment half-written.
 
+    Of a model that is sharded, every process must call this; the first writes, and is given a tensor at a time.
+
     Args:
         model: A model at any stage.
         path: The folder; one that is there is replaced.
@@ -151,12 +154,15 @@ def save_artifact(
         made["budgets"] = budgets.as_json()
     if converted and "model_type" in config:
         made["model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
+    weights = CONVERTED_WEIGHTS if converted else WEIGHTS
+    if is_sharded(model) and torch.distributed.get_rank() > 0:
+        write_weights(model, None, weights, max_shard_size)
+        return
     with replaced_folder(path) as aside:
         if save_processor is not None:
             save_processor(aside)
         adapter.save_beside(model, aside)
         _write_json(aside / CONFIG, {**config, KEY: made})
-        weights = CONVERTED_WEIGHTS if converted else WEIGHTS
         write_weights(model, aside, weights, max_shard_size)
         for name, values in tensors.items():
             contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}

@@ -1,5 +1,8 @@
 """Parameters that are parted among processes, and how they become whole, one at a time."""
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any
 
@@ -38,6 +41,20 @@ def sharded_like(value: Tensor, other: Tensor) -> Tensor:
     distribute_tensor = resolve_name("torch.distributed.tensor:distribute_tensor")  # not every torch has it
     # every process has the value, so that nothing needs to be sent
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+
+
+@contextmanager
+def without_gathering(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` be called in the body with tensors in the place of its parameters, in one process alone."""
+    sharded: list[Any] = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
+    hooks = [(module._forward_pre_hooks, module._forward_hooks) for module in sharded]
+    for module in sharded:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, (before, after) in zip(sharded, hooks, strict=True):
+            module._forward_pre_hooks, module._forward_hooks = before, after
 
 
 def is_finite(values: Tensor) -> bool:
