@@ -231,6 +231,7 @@ def load_model(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     optimize: bool = False,
+    mapped: bool = False,
 ) -> nn.Module:
     """The model saved in ``path``, at whatever stage, ready to run, on the CPU.
 
@@ -240,6 +241,8 @@ def load_model(
         dtype: ``float32``, ``bfloat16`` or ``float16``, which weights are cast to, or ``int8``, by
             :func:`d2dmoe_pl.quantize_`; as they were saved if not given.
         optimize: Whether it is made fast by :func:`d2dmoe_pl.optimize_`.
+        mapped: Whether weights stay pages of their files, which several processes share, until they are changed; those
+            must then stay as they are. For a model of which a process keeps a part.
 
     Raises:
         ConfigError: If ``path`` is no whole artifact, that of a newer version of this package, or a name that the hub
@@ -264,7 +267,7 @@ def load_model(
     check(dtype is None or name in DTYPES, f"dtype={name!r}: allowed are {', '.join(DTYPES)}")
     artifact = read_artifact(local_folder(path, revision), "path")
     model = build_structure(artifact)
-    read_weights_(model, artifact.weights)
+    read_weights_(model, artifact.weights, mapped)
     adapter_named(artifact.family).fill_buffers_(model)
     if name == "int8":
         if not artifact.quantized:

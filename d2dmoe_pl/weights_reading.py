@@ -30,8 +30,8 @@ def weight_files(folder: Path, name: str, where: str) -> list[Path]:
     return [folder / file for file in files]
 
 
-def read_weights_(model: nn.Module, files: Sequence[Path]) -> None:
-    """Give a model on the meta device the tensors in ``files`` as its own."""
+def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False) -> None:
+    """Give a model on the meta device the tensors in ``files``, as its own or, if ``mapped``, as pages of the files."""
     read: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     for file in files:
@@ -42,7 +42,7 @@ def read_weights_(model: nn.Module, files: Sequence[Path]) -> None:
             # opened anew, since pages of the file that have been read count as memory until it is closed
             with safetensors.safe_open(str(file), framework="pt") as opened:
                 # a copy: pages of the file stay no part of the model, whatever becomes of the file
-                read[name] = opened.get_tensor(name).clone()
+                read[name] = opened.get_tensor(name) if mapped else opened.get_tensor(name).clone()
     kept = {name: other for name, other in ties.items() if other in read}
     names: dict[int, list[str]] = {}  # of each tensor, those that it has in the model: tied ones have several
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -21,7 +21,7 @@ from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
 from d2dmoe_pl.phases._model_checks import check_fits, check_head
 from d2dmoe_pl.phases._seeded_course import SeededCourse
-from d2dmoe_pl.phases._sharding import shard_
+from d2dmoe_pl.phases._sharding import shard_, shares_model
 
 COURSE = "phase"  # key in checkpoints
 
@@ -175,7 +175,7 @@ class Phase(L.LightningModule):
             self.model = build_for(data, self.source, self.makes_head)
             check_head(self.model, data.head)
         else:
-            self.model = load_model(artifact.path)
+            self.model = load_model(artifact.path, mapped=shares_model(self))
             self.history = artifact.history
             check_head(self.model, data.head)
             number_as_model(data, self.model)

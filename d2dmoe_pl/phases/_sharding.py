@@ -56,6 +56,11 @@ def check_strategy(phase: "Phase", strategy: Strategy) -> None:
         raise ConfigError(f"strategy={name}: must be of stage 1 or 2, or {FSDP2}; stage 3 parts the weights too")
 
 
+def shares_model(phase: "Phase") -> bool:
+    """Whether the trainer of ``phase`` parts its model among processes."""
+    return isinstance(phase.trainer.strategy, FullyShardedStrategy)
+
+
 def shard_(model: nn.Module, phase: "Phase") -> None:
     """Part the parameters of ``model`` among processes, if the trainer of ``phase`` does so.
 
@@ -63,14 +68,19 @@ def shard_(model: nn.Module, phase: "Phase") -> None:
         model: On the CPU or the device; on that, no more than a block is whole at a time.
         phase: In its trainer.
     """
-    if not isinstance(phase.trainer.strategy, FullyShardedStrategy):
+    if not shares_model(phase):
         return
     check(
         phase.task.most_written == 0,
         f"strategy={FSDP2}: allowed only where no answers are written, which takes processes different numbers of "
         "steps; must be ddp",
     )
-    mesh = phase.trainer.strategy.device_mesh["data_parallel"]
+    strategy: Any = phase.trainer.strategy
+    shard_over_(model, strategy.device_mesh["data_parallel"])
+
+
+def shard_over_(model: nn.Module, mesh: Any) -> None:
+    """Part the parameters of ``model`` over the processes of a ``DeviceMesh``, those of each block together."""
     layers = [*(ffn.name for ffn in adapter_for(model).ffns(model)), *expert_layers(model)]
     names = dict.fromkeys(name for name in (block_of(layer, model) for layer in layers) if name is not None)
     for part in dict.fromkeys([*(model.get_submodule(name) for name in names), model]):

@@ -21,7 +21,7 @@ from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._held_out import held_out, moved, summed
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
-from d2dmoe_pl.phases._sharding import shard_
+from d2dmoe_pl.phases._sharding import shard_, shares_model
 from d2dmoe_pl.phases._teacher import Teacher
 from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_like, parameters_of, put_best_
 
@@ -134,7 +134,7 @@ class RecoveryTuning(OptimizedPhase):
         if self.is_fitting and self.beta > 0:
             path = self.teacher or self.init_from
             assert path is not None  # only an artifact has routers
-            teacher = load_model(path)
+            teacher = load_model(path, mapped=shares_model(self))
             check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
             if moe_layers(teacher):
                 set_gate_(teacher, None)
@@ -189,7 +189,7 @@ class RecoveryTuning(OptimizedPhase):
         if self.num_held_out == 0:
             return
         assert self.init_from is not None
-        before = parameters_like(self.model, load_model(self.init_from))
+        before = parameters_like(self.model, load_model(self.init_from, mapped=True))
         ends = {"the end": parameters_of(self.model)}
         if self._average.steps > 0:
             ends["their mean"] = self._average.mean_like(self.model)
