@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
 from d2dmoe_pl.artifact import load_model, save_artifact
@@ -49,6 +50,21 @@ def test_it_computes_and_saves_the_same(mesh, tmp_path, kind, make):
     torch.testing.assert_close(read.state_dict(), before, rtol=0, atol=0)
 
 
+def test_blocks_are_cast_as_they_become_whole(mesh):
+    kind = "llama-causal-language-modeling"
+    model, inputs, seen = tiny.dense(kind), tiny.batch(kind), []
+    expected = tiny.logits(model, inputs)
+    shard_over_(model, mesh, torch.bfloat16)
+    block = model.model.layers[1]
+    block.mlp.register_forward_pre_hook(lambda mlp, args: seen.append((mlp.up_proj.weight.dtype, args[0].dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = tiny.logits(model, inputs)
+    logits.float().sum().backward()
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert block.mlp.up_proj.weight.dtype == block.mlp.up_proj.weight.grad.dtype == torch.float32
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+
+
 def test_flops_are_those_of_the_whole_model(mesh):
     inputs = {"input_ids": torch.zeros(1, 7, dtype=torch.int64, device="meta")}
     model = tiny.routed("llama-causal-language-modeling")
@@ -83,5 +99,9 @@ def test_strategies():
             check_strategy(clustering, strategy)
     with pytest.raises(ConfigError, match=r"strategy=fsdp: must be fsdp2, which parts a model as phases can save it"):
         check_strategy(tuning, FSDPStrategy())
+    half = FullyShardedStrategy()
+    half.precision_plugin = MixedPrecision("16-mixed", "cuda", scaler=None)
+    with pytest.raises(ConfigError, match=r"precision=16-mixed: must be one of 32-true, bf16-mixed, bf16-true with"):
+        check_strategy(tuning, half)
     with pytest.raises(ConfigError, match=r"strategy=deepspeed: must be of stage 1 or 2, or fsdp2"):
         check_strategy(tuning, deepspeed[3])
