@@ -110,9 +110,10 @@ def _run_what_is_left(
             raise InterruptedPhaseError(names[index], output_dir / names[index]) from error
     end_redo(output_dir)
     say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
-    if is_sharded(finished.model.model):  # the report is made by one process, which runs the model
-        finished.model.to("cpu").model = load_model(output_dir / names[-1] / FOLDER)
     if finished.trainer.is_global_zero:
+        if is_sharded(finished.model.model):  # this process alone could not run it
+            finished.model.model = load_model(output_dir / names[-1] / FOLDER)
+            finished.model.to("cpu")
         page = write_report(output_dir, names, finished.model)
         say(f"Report: {page}", style="bold")
 
