@@ -1,9 +1,9 @@
 """A model between phases: a folder that Hugging Face users recognise.
 
 ``config.json`` is the dense model's own, with one more key, ``d2dmoe``, for what was converted and how;
-``model.safetensors`` holds the weights; a tokenizer or image processor lies beside them, and what a phase found out
-about the model in safetensors files of its own. Nothing is pickled. A converted model is none that its library knows:
-its ``model_type`` is ``d2dmoe``, and its weights are in ``d2dmoe.safetensors``.
+``model.safetensors`` holds the weights, large ones in shards with an index; a tokenizer or image processor lies beside
+them, and what a phase found out about the model in safetensors files of its own. Nothing is pickled. A converted model
+is none that its library knows: its ``model_type`` is ``d2dmoe``, and its weights are in ``d2dmoe.safetensors``.
 """
 
 import json
@@ -29,8 +29,10 @@ from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
 from d2dmoe_pl.moe.quantization.quantize import quantize_, restore_quantized_
+from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.structure import describe, restore_, stage_of
-from d2dmoe_pl.weights_reading import read_weights_
+from d2dmoe_pl.weights_reading import read_weights_, weight_files
+from d2dmoe_pl.weights_writing import MAX_SHARD_SIZE, write_weights
 from d2dmoe_pl.whole_files import is_file_name, replaced_file, replaced_folder
 
 CONFIG = "config.json"
@@ -63,7 +65,7 @@ class Artifact:
         history: The phases it went through, first to last.
         tensors: Names of the tensor files beside the weights, without their ending.
         projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
-        weights: The file of the weights.
+        weights: The files of the weights.
         quantized: The modules that are in int8, by name.
         budgets: What ``BudgetCalibration`` found; None if it has not been run.
     """
@@ -74,7 +76,7 @@ class Artifact:
     history: list[PhaseRecord]
     tensors: list[str] = field(default_factory=list)
     projections: dict[str, dict] = field(default_factory=dict)
-    weights: Path = Path(WEIGHTS)
+    weights: list[Path] = field(default_factory=list)
     quantized: list[str] = field(default_factory=list)
     budgets: BudgetPath | None = None
 
@@ -99,8 +101,11 @@ def save_artifact(
     history: Sequence[PhaseRecord] = (),
     save_processor: Callable[[Path], None] | None = None,
     tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write ``model`` to the folder ``path``, which is at no moment half-written.
+
+    Of a model that is sharded, every process must call this; the first writes, and is given a tensor at a time.
 
     Args:
         model: A model at any stage.
@@ -108,9 +113,10 @@ def save_artifact(
         history: The phases it went through; a model converted in code has gone through none.
         save_processor: Writes a tokenizer or image processor into the folder it is given.
         tensors: What else a phase found out about the model: by the name of a file, tensors by name.
+        max_shard_size: Bytes; larger weights are in several files, with an index, as Hugging Face's libraries do it.
 
     Raises:
-        ConfigError: For a name of tensors that is none of a file in the folder.
+        ConfigError: For a size that is not positive, or a name of tensors that is none of a file in the folder.
         NonFiniteWeightsError: If a parameter, or one of the tensors, holds a NaN or an infinity.
 
     Example:
@@ -134,14 +140,9 @@ def save_artifact(
     converted, config, quantized = is_converted(model), adapter.config(model), quantized_names(model)
     layers, budgets = describe(model), budget_path(model)
     stands_in = any("stand_in" in made for made in layers.values())
+    of_stage = INT8_FORMAT if quantized else CONVERTED_FORMAT if converted else DENSE_FORMAT
     made: dict[str, Any] = {
-        "format": FORMAT
-        if stands_in or budgets
-        else INT8_FORMAT
-        if quantized
-        else CONVERTED_FORMAT
-        if converted
-        else DENSE_FORMAT,
+        "format": FORMAT if stands_in or budgets else of_stage,
         "family": adapter.family,
         "projections": describe_projections(model),
         "layers": layers,
@@ -154,14 +155,16 @@ def save_artifact(
         made["budgets"] = budgets.as_json()
     if converted and "model_type" in config:
         made["model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
+    weights = CONVERTED_WEIGHTS if converted else WEIGHTS
+    if is_sharded(model) and torch.distributed.get_rank() > 0:
+        write_weights(model, None, weights, max_shard_size)
+        return
     with replaced_folder(path) as aside:
         if save_processor is not None:
             save_processor(aside)
         adapter.save_beside(model, aside)
         _write_json(aside / CONFIG, {**config, KEY: made})
-        weights = CONVERTED_WEIGHTS if converted else WEIGHTS
-        # safetensors keeps one copy of tensors that are shared
-        safetensors.torch.save_model(model, str(aside / weights), metadata={"format": "pt"})
+        write_weights(model, aside, weights, max_shard_size)
         for name, values in tensors.items():
             contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
             safetensors.torch.save_file(contiguous, str(aside / _tensor_file(name)))
@@ -195,20 +198,19 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     )
     check_parts(made, f"{argument}={str(path)!r}")
     tensors = made.get("tensors", [])
-    weights = CONVERTED_WEIGHTS if written >= CONVERTED_FORMAT else WEIGHTS
-    for file in (weights, *map(_tensor_file, tensors)):
+    weights_file = CONVERTED_WEIGHTS if written >= CONVERTED_FORMAT else WEIGHTS
+    weights = weight_files(path, weights_file, f"{argument}={str(path)!r}")
+    for file in (*weights, *(path / _tensor_file(name) for name in tensors)):
         try:
-            with safetensors.safe_open(str(path / file), framework="pt"):
+            with safetensors.safe_open(str(file), framework="pt"):
                 pass
         except (OSError, safetensors.SafetensorError) as error:
-            raise ConfigError(f"{argument}={str(path)!r}: {file} is missing or truncated ({error})") from None
+            raise ConfigError(f"{argument}={str(path)!r}: {file.name} is missing or truncated ({error})") from None
     history = [PhaseRecord(**record) for record in made["history"]]
     projections = made.get("projections", {})
     quantized = made.get("quantized", [])
     budgets = path_from_json(made["budgets"]) if "budgets" in made else None
-    return Artifact(
-        path, made["family"], made["layers"], history, tensors, projections, path / weights, quantized, budgets
-    )
+    return Artifact(path, made["family"], made["layers"], history, tensors, projections, weights, quantized, budgets)
 
 
 def build_structure(artifact: Artifact) -> nn.Module:
@@ -230,6 +232,7 @@ def load_model(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     optimize: bool = False,
+    mapped: bool = False,
 ) -> nn.Module:
     """The model saved in ``path``, at whatever stage, ready to run, on the CPU.
 
@@ -239,6 +242,8 @@ def load_model(
         dtype: ``float32``, ``bfloat16`` or ``float16``, which weights are cast to, or ``int8``, by
             :func:`d2dmoe_pl.quantize_`; as they were saved if not given.
         optimize: Whether it is made fast by :func:`d2dmoe_pl.optimize_`.
+        mapped: Whether weights stay pages of their files, which several processes share, until they are changed; those
+            must then stay as they are. For a model of which a process keeps a part.
 
     Raises:
         ConfigError: If ``path`` is no whole artifact, that of a newer version of this package, or a name that the hub
@@ -266,7 +271,7 @@ def load_model(
     model = build_structure(artifact)
     target = None if dtype is None or name == "int8" else getattr(torch, name)
     check_fits(model, f"path={str(path)!r}, dtype={None if dtype is None else name!r}", target)
-    read_weights_(model, artifact.weights)
+    read_weights_(model, artifact.weights, mapped)
     adapter_named(artifact.family).fill_buffers_(model)
     if name == "int8":
         if not artifact.quantized:

@@ -12,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
-from d2dmoe_pl.artifact import record_metrics
+from d2dmoe_pl.artifact import load_model, record_metrics
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.chain_lock import locked
 from d2dmoe_pl.chain_status import (
@@ -34,6 +34,7 @@ from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import phase_config, recipe_file
 from d2dmoe_pl.report.writing import write_report
+from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.whole_files import clean_up, is_file_name
 
 
@@ -110,6 +111,9 @@ def _run_what_is_left(
     end_redo(output_dir)
     say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
     if finished.trainer.is_global_zero:
+        if is_sharded(finished.model.model):  # this process alone could not run it
+            finished.model.model = load_model(output_dir / names[-1] / FOLDER)
+            finished.model.to("cpu")
         page = write_report(output_dir, names, finished.model)
         say(f"Report: {page}", style="bold")
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from d2dmoe_pl.errors import NonFiniteWeightsError
+from d2dmoe_pl.sharded_tensors import is_finite
 
 
 def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -21,8 +21,7 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         values = tensor.detach()
         if not values.is_floating_point() or values.is_meta:
             continue
-        # a sum that is finite says it at no cost of memory; one that is not can also have overflown
-        if not bool(torch.isfinite(values.sum(dtype=torch.float32))) and not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             return name
     return None
 

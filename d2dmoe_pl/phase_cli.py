@@ -28,6 +28,7 @@ from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
+from d2dmoe_pl.phases._sharding import check_strategy
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 from d2dmoe_pl.run_folders import logger_beside
 from d2dmoe_pl.signals import leave_signals_to_us
@@ -124,6 +125,7 @@ class PhaseCLI(LightningCLI):
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        check_strategy(self.model, trainer.strategy)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has asked for no other
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         leave_signals_to_us(trainer)

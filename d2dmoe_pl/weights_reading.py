@@ -1,17 +1,49 @@
-"""A model on the meta device gets its tensors from a file."""
+"""A model on the meta device gets its tensors from files."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors
 from torch import Tensor, nn
 
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.weights_writing import INDEX
+from d2dmoe_pl.whole_files import is_file_name
 
-def read_weights_(model: nn.Module, file: Path) -> None:
-    """Give a model on the meta device the tensors in ``file`` as its own."""
-    with safetensors.safe_open(str(file), framework="pt") as opened:
-        # a copy: pages of the file stay no part of the model, whatever becomes of the file
-        read = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        kept = {name: other for name, other in (opened.metadata() or {}).items() if other in read}
+
+def weight_files(folder: Path, name: str, where: str) -> list[Path]:
+    """The files that hold the weights in ``folder``: ``name``, or the shards that its index names.
+
+    Raises:
+        ConfigError: If there is an index that names no files.
+    """
+    index = folder / (name + INDEX)
+    if (folder / name).exists() or not index.exists():
+        return [folder / name]
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: no artifact, {index.name} cannot be read ({error})") from None
+    for file in files:
+        check(is_file_name(file), f"{where}: no artifact, {index.name} names {file!r}, which is no file in the folder")
+    return [folder / file for file in files]
+
+
+def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False) -> None:
+    """Give a model on the meta device the tensors in ``files``, as its own or, if ``mapped``, as pages of the files."""
+    read: dict[str, Tensor] = {}
+    ties: dict[str, str] = {}
+    for file in files:
+        with safetensors.safe_open(str(file), framework="pt") as opened:
+            there = list(opened.keys())
+            ties |= opened.metadata() or {}
+        for name in there:
+            # opened anew, since pages of the file that have been read count as memory until it is closed
+            with safetensors.safe_open(str(file), framework="pt") as opened:
+                # a copy: pages of the file stay no part of the model, whatever becomes of the file
+                read[name] = opened.get_tensor(name) if mapped else opened.get_tensor(name).clone()
+    kept = {name: other for name, other in ties.items() if other in read}
     names: dict[int, list[str]] = {}  # of each tensor, those that it has in the model: tied ones have several
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)

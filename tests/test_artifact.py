@@ -82,7 +82,7 @@ def test_killed_while_saving_leaves_the_old_artifact_or_none(tmp_path, monkeypat
     arguments = (tiny.dense(), path, [PhaseRecord("FineTuning")], killed if moment == "save_processor" else None)
     with monkeypatch.context() as patch:
         if moment == "safetensors":
-            patch.setattr(artifacts.safetensors.torch, "save_model", killed)
+            patch.setattr(artifacts, "write_weights", killed)
         elif moment != "save_processor":
             patch.setattr(artifacts, moment, killed)
         with pytest.raises(KeyboardInterrupt):

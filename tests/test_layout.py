@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
+    ["sharded_tensors"],
     ["errors", "finite_weights", "free_memory", "hooks", "hub_folders", "notices", "signals", "whole_files"],
     ["auto_classes", "checkpoints", "failures", "plugins", "recipe"],
     ["benchmark_arguments", "chain_arguments", "compress_arguments"],
@@ -26,7 +27,7 @@ FLOW = [
     ["moe"],
     ["metrics"],
     ["moebert"],
-    ["artifact_parts", "structure", "weights_reading"],
+    ["artifact_parts", "structure", "weights_reading", "weights_writing"],
     ["artifact", "auto_models"],
     ["harness", "hub"],
     ["phases"],

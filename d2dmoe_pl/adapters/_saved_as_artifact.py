@@ -38,4 +38,6 @@ class SavesArtifact:
 
         artifact.save_artifact(self._model, folder, save_processor=keep_others)
         if "state_dict" in kwargs:  # a Trainer saves, which goes on from a file of this name
-            os.link(folder / artifact.CONVERTED_WEIGHTS, folder / artifact.WEIGHTS)
+            for ending in ("", ".index.json"):  # of the weights, or the index of their shards
+                if (folder / (artifact.CONVERTED_WEIGHTS + ending)).exists():
+                    os.link(folder / (artifact.CONVERTED_WEIGHTS + ending), folder / (artifact.WEIGHTS + ending))

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.sharded_tensors import is_sharded
 
 FOLDER = "artifact"
 
@@ -16,7 +17,8 @@ class SaveArtifact(L.Callback):
     def on_fit_end(self, trainer: Any, phase: Any) -> None:
         phase.end_training()
         folder = trainer.log_dir or trainer.default_root_dir  # asked on every process
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        takes_part = trainer.is_global_zero or is_sharded(phase.model)
+        if takes_part and not trainer.fast_dev_run:
             metrics = phase.measured
             if phase.best is not None:  # the others are of the last epoch
                 metrics = {phase.best.monitor: phase.best.score}

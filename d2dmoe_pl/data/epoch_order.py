@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 
 def folded(seed: int, *parts: int | str) -> int:
@@ -119,3 +119,17 @@ def ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     return (DistributedSampler if repeat else UnrepeatedDistributedSampler)(dataset, shuffle=False)
+
+
+def even_batch_size(sampler: Sampler | None, batch_size: int) -> int:
+    """The size nearest to ``batch_size``, and rather smaller, of which all processes have equally many batches.
+
+    A model that is parted among processes runs only when all of them run it.
+    """
+    if not isinstance(sampler, UnrepeatedDistributedSampler):
+        return batch_size
+    fewest, more = divmod(len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type] # ours have a length
+    if more == 0 or fewest == 0:
+        return batch_size
+    # some processes have a sample more, which must not be alone in a batch
+    return next(size for size in (*range(batch_size, 1, -1), *range(2, fewest + 2)) if fewest % size)

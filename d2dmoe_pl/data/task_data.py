@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from d2dmoe_pl.data.cacheable_loader import CacheableLoader
-from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, ordered_sampler, seeded
+from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, even_batch_size, ordered_sampler, seeded
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import places, renumbered
@@ -286,7 +286,7 @@ class TaskData(L.LightningDataModule):
     def _loader_of(self, dataset: Dataset, train: bool, sampler: Sampler | None) -> DataLoader:
         return CacheableLoader(
             DrawnSamples(dataset) if train else dataset,
-            batch_size=self.batch_size,
+            batch_size=even_batch_size(sampler, self.batch_size),
             sampler=sampler,
             collate_fn=partial(self.drawn_batch if train else self._batch, augment=train),
             num_workers=self.num_workers,

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
+from d2dmoe_pl.sharded_tensors import without_gathering
 
 
 def pair_flops(experts: ExpertSizes) -> int:
@@ -82,9 +83,13 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     # fake, since models look into meta tensors, and do not look into what they take for tracing
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = {name: mode.from_tensor(torch.empty_like(tensor, device="meta")) for name, tensor in tensors.items()}
+    fake = {
+        name: mode.from_tensor(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+        for name, tensor in tensors.items()
+    }
     fake_inputs = {key: mode.from_tensor(value) for key, value in inputs.items()}
-    with mode, skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
+    experts_left_out = skipped(expert_layers(model).values())
+    with mode, experts_left_out, without_gathering(model), FlopCounterMode(display=False) as counter, torch.no_grad():
         functional: Any = _Functional(model, fake)
         adapter_for(model).logits(functional, fake_inputs)
     return counter.get_total_flops()

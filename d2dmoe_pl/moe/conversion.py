@@ -139,7 +139,8 @@ def convert_to_moe_(
     if assignments is not None:
         for ffn, num_experts in zip(ffns, numbers, strict=True):
             check_assignment(assignments[ffn.name], ffn.d_ff, num_experts, ffn.name)
-    for ffn, num_experts in zip(ffns, numbers, strict=True):
+    while ffns:
+        ffn, num_experts = ffns.pop(0), numbers.pop(0)  # each dense FFN goes before the next one's experts come
         experts = Experts(ffn, num_experts, None if assignments is None else assignments[ffn.name])
         context = shared_context_(model, ffn.name)
         layer = MoELayer(experts, context, ffn.output_dropout).train(model.get_submodule(ffn.name).training)

@@ -8,7 +8,18 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.task import Task
+from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
+
+
+def check_fits(model: nn.Module, data: TaskData) -> None:
+    """Raise ``ConfigError`` unless ``model``, whose head is the one, takes what ``data``, which is set up, gives."""
+    assert data.task is not None
+    check_outputs(model, data.task)
+    check_token_ids(model, data.num_token_ids)
+    check_length(model, data.sample_length)
+    check_lengths(model, data.longest_samples())
+    check_pictures(model, data.preprocessing)
 
 
 def check_head(model: nn.Module, head: Head) -> None:

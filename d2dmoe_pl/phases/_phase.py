@@ -19,15 +19,9 @@ from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
 from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
-from d2dmoe_pl.phases._model_checks import (
-    check_head,
-    check_length,
-    check_lengths,
-    check_outputs,
-    check_pictures,
-    check_token_ids,
-)
+from d2dmoe_pl.phases._model_checks import check_fits, check_head
 from d2dmoe_pl.phases._seeded_course import SeededCourse
+from d2dmoe_pl.phases._sharding import shard_, shares_model
 
 COURSE = "phase"  # key in checkpoints
 
@@ -52,6 +46,7 @@ class Phase(L.LightningModule):
         ends_at: The stage that it has afterwards.
         makes_head: Whether a source's model gets a new head where its own is for other labels.
         takes_samples_in_order: Whether it is fitted on training samples in order and unaugmented.
+        can_be_sharded: Whether it can work with a model whose parameters are parted among processes.
         leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
         model: The network, once made.
         task: What it is to do: the data's.
@@ -73,6 +68,7 @@ class Phase(L.LightningModule):
     makes_head: ClassVar[bool] = False
     takes_samples_in_order: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
+    can_be_sharded: ClassVar[bool] = False
     model: nn.Module
     task: Task
     metrics: nn.ModuleDict
@@ -179,16 +175,12 @@ class Phase(L.LightningModule):
             self.model = build_for(data, self.source, self.makes_head)
             check_head(self.model, data.head)
         else:
-            self.model = load_model(artifact.path)
+            self.model = load_model(artifact.path, mapped=shares_model(self))
             self.history = artifact.history
             check_head(self.model, data.head)
             number_as_model(data, self.model)
         self.task = data.task
-        check_outputs(self.model, self.task)
-        check_token_ids(self.model, data.num_token_ids)
-        check_length(self.model, data.sample_length)
-        check_lengths(self.model, data.longest_samples())
-        check_pictures(self.model, data.preprocessing)
+        check_fits(self.model, data)
         if self.is_fitting:
             if artifact is None:
                 self.check_start("dense", "a source", ())
@@ -203,6 +195,7 @@ class Phase(L.LightningModule):
             self.prepare_evaluation_(self.model)
         splits = [split for stage in ("validation", "test") for split in data.split_names(stage)]
         self.metrics = nn.ModuleDict({split: self.task.metrics() for split in splits})
+        shard_(self.model, self)
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [SeededCourse()]

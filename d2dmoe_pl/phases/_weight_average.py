@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2dmoe_pl.sharded_tensors import is_sharded_tensor, sharded_like, whole_on_cpu
+
 State = Mapping[str, Tensor]
 WORSE = 5.0
 
@@ -28,17 +30,28 @@ class WeightAverage:
         self.steps += 1
         for name, parameter in model.named_parameters():
             if name in self.mean:  # from a checkpoint it comes on the CPU
-                self.mean[name] = self.mean[name].to(parameter.device).lerp_(parameter, 1 / self.steps)
+                self.mean[name] = sharded_like(self.mean[name], parameter).lerp_(parameter, 1 / self.steps)
             else:
                 self.mean[name] = parameter.detach().clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and numbers."""
-        return {"steps": self.steps, "mean": self.mean}
+        """Everything, as tensors and numbers; tensors are whole."""
+        mean = {name: whole_on_cpu(value) if is_sharded_tensor(value) else value for name, value in self.mean.items()}
+        return {"steps": self.steps, "mean": mean}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
         self.steps, self.mean = state["steps"], dict(state["mean"])
+
+    def mean_like(self, model: nn.Module) -> dict[str, Tensor]:
+        """The mean on the devices of the parameters of ``model``, and sharded as they are."""
+        return {name: sharded_like(self.mean[name], parameter) for name, parameter in model.named_parameters()}
+
+
+def parameters_like(model: nn.Module, other: nn.Module) -> dict[str, Tensor]:
+    """The parameters of ``other`` by name, on the devices of those of ``model``, and sharded as they are."""
+    own = dict(model.named_parameters())
+    return {name: sharded_like(parameter.detach(), own[name]) for name, parameter in other.named_parameters()}
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
@@ -50,16 +63,16 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def put_parameters_(model: nn.Module, state: State) -> None:
     """Give a model parameters by name."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(state[name])
+        parameter.copy_(sharded_like(state[name], parameter))
 
 
 def between(one: State, other: State, part: float) -> dict[str, Tensor]:
     """What lies ``part`` of the way from one state to another."""
-    return {name: value.lerp(other[name].to(value.device), part) for name, value in one.items()}
+    return {name: value.lerp(sharded_like(other[name], value), part) for name, value in one.items()}
 
 
 def put_best_(
-    model: nn.Module, states: Mapping[str, State], losses: Callable[[], Sequence[float]]
+    model: nn.Module, states: Mapping[str, Callable[[], State]], losses: Callable[[], Sequence[float]]
 ) -> tuple[str, dict[str, float]]:
     """Give a model those of several weights whose losses are least over a whole range of settings.
 
@@ -68,7 +81,7 @@ def put_best_(
 
     Args:
         model: Is given one state after another.
-        states: By a name for people; the first is the one to be better than.
+        states: What makes each, by a name for people; one is there at a time. The first is the one to be better than.
         losses: Of the model as it is, at each setting; positive.
 
     Returns:
@@ -77,12 +90,12 @@ def put_best_(
     found: dict[str, float] = {}
     first: Tensor | None = None
     for name, state in states.items():
-        put_parameters_(model, state)
+        put_parameters_(model, state())
         measured = torch.tensor(losses(), dtype=torch.float64).clamp(min=torch.finfo(torch.float32).tiny)
         if first is None:
             first = measured
         ratios = measured / first
         found[name] = float(ratios.mean() + WORSE * (ratios.max() - 1).clamp(min=0))
     best = min(found, key=lambda name: found[name])
-    put_parameters_(model, states[best])
+    put_parameters_(model, states[best]())
     return best, found

@@ -113,6 +113,7 @@ class ExpertClustering(OrderedPass):
 
     def conclude(self) -> None:
         self._assignments = self._assign()
+        self._ffns = []  # dense FFNs that are kept would be there beside their experts
 
     def _is_converted(self, ffn: FFN, name: str) -> bool:
         return self.convert == "all" or ffn.is_projection == (self.convert == "projections")

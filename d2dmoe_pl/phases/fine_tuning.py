@@ -22,6 +22,7 @@ class FineTuning(OptimizedPhase):
     """
 
     makes_head = True
+    can_be_sharded = True
 
     def __init__(self, activation: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -21,8 +21,9 @@ from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._held_out import held_out, moved, summed
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
+from d2dmoe_pl.phases._sharding import shard_, shares_model
 from d2dmoe_pl.phases._teacher import Teacher
-from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_of, put_best_
+from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_like, parameters_of, put_best_
 
 FULL_WEIGHT_SAMPLES = 100_000
 DEFAULT_ALPHA = 1e-3
@@ -64,6 +65,7 @@ class RecoveryTuning(OptimizedPhase):
 
     starts_from = "routed"
     ends_at = "routed"
+    can_be_sharded = True
 
     def __init__(
         self,
@@ -132,11 +134,12 @@ class RecoveryTuning(OptimizedPhase):
         if self.is_fitting and self.beta > 0:
             path = self.teacher or self.init_from
             assert path is not None  # only an artifact has routers
-            teacher = load_model(path)
+            teacher = load_model(path, mapped=shares_model(self))
             check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
             if moe_layers(teacher):
                 set_gate_(teacher, None)
             self._teacher = Teacher(teacher)
+            shard_(teacher, self)
 
     def on_fit_start(self) -> None:
         self._layers = moe_layers(self.model)
@@ -186,12 +189,12 @@ class RecoveryTuning(OptimizedPhase):
         if self.num_held_out == 0:
             return
         assert self.init_from is not None
-        before = parameters_of(load_model(self.init_from).to(self.device))
+        before = parameters_like(self.model, load_model(self.init_from, mapped=True))
         ends = {"the end": parameters_of(self.model)}
         if self._average.steps > 0:
-            ends["their mean"] = {name: value.to(self.device) for name, value in self._average.mean.items()}
-        states = {"those before": before} | {
-            f"{part:.0%} of the way to {name}": between(before, state, part)
+            ends["their mean"] = self._average.mean_like(self.model)
+        states = {"those before": lambda: before} | {
+            f"{part:.0%} of the way to {name}": partial(between, before, state, part)
             for name, state in ends.items()
             for part in (0.5, 0.75, 1.0)
         }

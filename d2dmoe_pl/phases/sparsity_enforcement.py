@@ -31,6 +31,8 @@ class SparsityEnforcement(OptimizedPhase):
         ConfigError: If ``alpha`` is negative.
     """
 
+    can_be_sharded = True
+
     def __init__(
         self,
         penalty: Penalty = "hoyer",

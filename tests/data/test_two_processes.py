@@ -1,14 +1,17 @@
 """Metrics from two processes, with batches that do not come out even, are those from one: nothing is repeated."""
 
+import math
 import multiprocessing
 
 import pytest
 import tiny
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from squad_files import SPECIAL, WORDS, squad
 from test_glue import glue, rows
 
 from d2dmoe_pl.data import DatasetSource, LanguageModeling
+from d2dmoe_pl.data.epoch_order import even_batch_size
 
 GLUE_WORDS = "abcdefgh"
 
@@ -76,3 +79,16 @@ def test_two_processes_measure_what_one_does(tmp_path, kind):
     assert sum(got[0][2]) > sum(got[1][2]) or kind in ("squad", "masked")
     for _, results, _ in got:
         assert results == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 32])
+def test_processes_have_equally_many_batches(processes, batch_size):
+    """A model that is shared among processes runs in all of them or not at all."""
+    for samples in (*range(processes, 70), 999, 1025):
+        shares = [
+            UnrepeatedDistributedSampler(range(samples), num_replicas=processes, rank=rank) for rank in range(processes)
+        ]
+        (size,) = {even_batch_size(share, batch_size) for share in shares}
+        assert len({math.ceil(len(share) / size) for share in shares}) == 1
+    assert even_batch_size(None, batch_size) == batch_size

@@ -1,5 +1,7 @@
 """Means of weights, and the choice among several."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,8 @@ def test_what_is_better_and_nowhere_worse_is_taken(losses, best):
     model = nn.Linear(1, 1, bias=False)
     states = {name: {"weight": torch.full((1, 1), float(index))} for index, name in enumerate(losses)}
     in_order = list(losses.values())
-    found, scores = put_best_(model, states, lambda: in_order[int(model.weight)])
+    made = {name: partial(dict, state) for name, state in states.items()}
+    found, scores = put_best_(model, made, lambda: in_order[int(model.weight)])
     assert found == best
     assert scores["before"] == 1
     assert torch.equal(model.weight, states[best]["weight"])

@@ -1,0 +1,89 @@
+"""Weights are written tensor by tensor, as safetensors reads them, in shards where they are large."""
+
+import json
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+import transformers
+
+from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.weights_writing import write_weights
+
+SMALL = 4000  # bytes
+
+
+def test_a_file_is_what_safetensors_writes(tmp_path):
+    model = tiny.dense("gpt2-causal-language-modeling")  # its head is tied to its embeddings
+    model.register_buffer("counts", torch.arange(6).reshape(2, 3).t())  # of another type, not contiguous
+    model.register_buffer("count", torch.tensor(7, dtype=torch.int8))
+    model.register_buffer("none", torch.zeros(0, 2, dtype=torch.bool))
+    write_weights(model, tmp_path, "ours.safetensors")
+    safetensors.torch.save_model(model, str(tmp_path / "theirs.safetensors"), metadata={"format": "pt"})
+    ours, theirs = (
+        safetensors.safe_open(str(tmp_path / name), "pt") for name in ("ours.safetensors", "theirs.safetensors")
+    )
+    assert ours.metadata() == theirs.metadata()
+    assert set(ours.keys()) == set(theirs.keys())
+    for name in ours.keys():  # noqa: SIM118
+        one, other = ours.get_tensor(name), theirs.get_tensor(name)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ["llama-causal-language-modeling", "gpt2-causal-language-modeling", "timm_vit"])
+def test_shards_give_the_model_back(tmp_path, kind):
+    model = tiny.routed(kind)
+    save_artifact(model, tmp_path, max_shard_size=SMALL)
+    files = sorted(tmp_path.glob("d2dmoe-*.safetensors"))
+    assert len(files) > 3
+    assert files[0].name == f"d2dmoe-00001-of-{len(files):05}.safetensors"
+    assert read_artifact(tmp_path).weights == files
+    for file in files:
+        tensors = safetensors.torch.load_file(file)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= SMALL
+    torch.testing.assert_close(load_model(tmp_path).state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_transformers_reads_the_shards_of_a_dense_model(tmp_path):
+    model = tiny.dense("gpt2-causal-language-modeling")
+    save_artifact(model, tmp_path, max_shard_size=SMALL)
+    assert not (tmp_path / "model.safetensors").exists()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(parameter.nbytes for parameter in model.parameters())
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(read.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_trainers_folder_has_shards_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_artifact, "__defaults__", (*save_artifact.__defaults__[:-1], SMALL))
+    model = tiny.routed("llama-causal-language-modeling")
+    model.save_pretrained(tmp_path, state_dict=None)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert all((tmp_path / file).is_file() for file in index["weight_map"].values())
+
+
+def test_a_shard_that_is_missing_is_told(tmp_path):
+    save_artifact(tiny.routed(), tmp_path, max_shard_size=SMALL)
+    next(tmp_path.glob("d2dmoe-00002-*")).unlink()
+    with pytest.raises(ConfigError, match=r"d2dmoe-00002-of-\d+.safetensors is missing or truncated"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [("{", "cannot be read"), ('{"weight_map": {"a": "../b"}}', "names '../b', which is no file in the folder")],
+)
+def test_an_index_that_is_none_is_told(tmp_path, index, said):
+    save_artifact(tiny.routed(), tmp_path, max_shard_size=SMALL)
+    (tmp_path / "d2dmoe.safetensors.index.json").write_text(index)
+    with pytest.raises(ConfigError, match=rf"d2dmoe.safetensors.index.json {said}"):
+        load_model(tmp_path)
+
+
+def test_sizes_are_positive(tmp_path):
+    with pytest.raises(ConfigError, match="max_shard_size=0: must be positive"):
+        save_artifact(tiny.routed(), tmp_path / "artifact", max_shard_size=0)
+    assert not (tmp_path / "artifact").exists()
