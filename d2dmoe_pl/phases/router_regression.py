@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.routers import RouterConfig, Target, activation_sums, gram_matrices, output_norms, relative_norms
 from d2dmoe_pl.phases._router_training import RouterTraining
@@ -38,6 +40,15 @@ class RouterRegression(RouterTraining):
         self.target = target
         self.rule = rule
         self.tau = tau
+
+    @torch.no_grad()
+    def transform_(self, model: nn.Module) -> None:
+        super().transform_(model)
+        if self.target == "relative_norm":  # whose mean is 1: what is learnt is how experts differ from that
+            for layer in moe_layers(model).values():
+                down: Any = layer.get_router().down
+                down.weight.mul_(0.1)
+                down.bias.fill_(1.0)
 
     def evaluation_gate(self, saved: GateConfig | None) -> GateConfig:
         return self.gate_config if saved is None else _gate(self.rule, self.tau, saved)
