@@ -19,6 +19,7 @@ from d2dmoe_pl.moe.projections import select_projections
 from d2dmoe_pl.phases import (
     AttentionDistillation,
     BudgetCalibration,
+    BudgetDistillation,
     ExpertClustering,
     ExpertSelection,
     FineTuning,
@@ -35,7 +36,7 @@ from d2dmoe_pl.phases._preflight import preflight
 PAGE = Path(__file__).parents[1] / "docs" / "own_data_and_models.md"
 BEGIN = "<!-- the table of models: python tests/models_table.py writes it -->"
 END = "<!-- end of the table of models -->"
-CALIBRATED = [StandInFitting(4), RecoveryTuning(), BudgetCalibration()]
+CALIBRATED = [StandInFitting(4), RecoveryTuning(), BudgetCalibration(), BudgetDistillation(), BudgetCalibration()]
 # by method, its phases in order; all start with FineTuning
 METHODS = {
     "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8), *CALIBRATED],
