@@ -103,8 +103,7 @@ class BudgetDistillation(OptimizedPhase):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self._path is not None
         dense = self._dense(batch)
-        least = self._path.points[-1].ffn_flops
-        set_taus_(self.model, self._path, self._path.at_cost("ffn_flops", max(self._budget(batch_idx), least)).taus)
+        self._set_budget_(self._path, self._budget(batch_idx))
         with learned_choices(moe_layers(self.model), self.softness):
             logits = self.logits(batch)
         loss = self.task.prediction_loss(logits, dense, batch)
@@ -124,12 +123,16 @@ class BudgetDistillation(OptimizedPhase):
 
     def on_validation_epoch_start(self) -> None:
         if self._path is not None:
-            middle = (self.ffn_flops_min + self.ffn_flops_max) / 2
-            set_taus_(self.model, self._path, self._path.at_cost("ffn_flops", middle).taus)
+            self._set_budget_(self._path, (self.ffn_flops_min + self.ffn_flops_max) / 2)
 
     def finish_(self, model: nn.Module) -> None:
         if self._path is not None:
             self.on_validation_epoch_start()
+
+    def _set_budget_(self, path: BudgetPath, ffn_flops: float) -> None:
+        """Set the gates to a budget, or to the least that the model can do, if that is more."""
+        point = path.at_cost("ffn_flops", max(ffn_flops, path.points[-1].ffn_flops))
+        set_taus_(self.model, path, point.taus)
 
     def _budget(self, batch_idx: int) -> float:
         """What is drawn for a step, the same on all processes."""

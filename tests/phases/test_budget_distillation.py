@@ -14,6 +14,7 @@ from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_taus_
 from d2dmoe_pl.moe.conversion import add_stand_ins_, temporary_gate
+from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
 from d2dmoe_pl.phases import BudgetCalibration, BudgetDistillation
 
@@ -34,9 +35,8 @@ def calibrated(trainer, tmp_path):
 
 def distilled(trainer, calibrated, settings=MappingProxyType({}), **kwargs):
     optimizer = lambda parameters: torch.optim.Adam(parameters, lr=3e-3)  # noqa: E731
-    phase = BudgetDistillation(
-        ffn_flops_min=0.4, ffn_flops_max=0.8, init_from=calibrated, optimizer=optimizer, **settings
-    )
+    budgets = {"ffn_flops_min": 0.4, "ffn_flops_max": 0.8}
+    phase = BudgetDistillation(init_from=calibrated, optimizer=optimizer, **{**budgets, **settings})
     run = trainer(limit_train_batches=1.0, callbacks=[SaveArtifact()], **kwargs)
     run.fit(phase, datamodule=Digits(50))
     return phase, f"{run.log_dir}/artifact"
@@ -67,6 +67,12 @@ def test_predictions_come_nearer_and_the_model_stays_the_same_to_the_bit(trainer
     assert moved
     assert all(".router." in name or ".stand_in." in name for name in moved)
     assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
+
+
+def test_budgets_that_the_model_cannot_reach_are_its_least(trainer, calibrated):
+    least = budget_path(load_model(calibrated)).points[-1].taus
+    _, folder = distilled(trainer, calibrated, {"ffn_flops_min": 0.01, "ffn_flops_max": 0.02}, max_epochs=1)
+    assert tuple(layer.gate.config.tau for layer in moe_layers(load_model(folder)).values()) == least
 
 
 def test_the_whole_model_learns_from_what_it_was(trainer, calibrated):
