@@ -40,12 +40,14 @@ class Adapter(ABC):
         title: What its models are called.
         tasks: What they have heads for.
         attention: What its attention's projections are called; None for a family that does not name them.
+        tells_hidden_states: Whether it knows what the layers of its models are.
     """
 
     family: ClassVar[str]
     title: ClassVar[str]
     tasks: ClassVar[tuple[TaskName, ...]]
     attention: ClassVar[AttentionParts | None] = None
+    tells_hidden_states: ClassVar[bool] = True
 
     @abstractmethod
     def matches(self, model: nn.Module) -> bool:
@@ -178,7 +180,8 @@ class Adapter(ABC):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What :meth:`logits` gives, and what the embeddings and each layer give, ``(B, L, d_model)``; one call.
 
-        Where a norm follows the last layer, its output may stand for the layer's.
+        Where a norm follows the last layer, its output may stand for the layer's. There are none where
+        ``tells_hidden_states`` says so.
         """
 
     @abstractmethod

@@ -37,11 +37,14 @@ class HuggingFaceModel(ModelSource):
         dtype: Of the weights, whatever they were saved as. Mixed precision is the trainer's ``precision``.
         gguf_file: A GGUF file of llama.cpp in ``name``, which is read dequantised; needs the packages ``gguf`` and
             ``accelerate``.
+        dropout: Rate of every dropout in training; if not given, the model's own, but 0 for ``embeddings``: a vector
+            that is to be matched has no noise.
 
     Raises:
-        ConfigError: Unless exactly one of ``name`` and ``config`` is given, or for ``label_names`` or ``gguf_file``
-            without ``name``; to build, if there is no such model, its type has no such head, its file has no weights
-            for its layers or cannot be read, or it is larger than the memory that is free.
+        ConfigError: Unless exactly one of ``name`` and ``config`` is given, for ``label_names`` or ``gguf_file``
+            without ``name``, or a ``dropout`` outside [0, 1); to build, if there is no such model, its type has no such
+            head or no dropout to set, its file has no weights for its layers or cannot be read, or it is larger than
+            the memory that is free.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class HuggingFaceModel(ModelSource):
         dtype: Literal["float32", "bfloat16"] = "float32",
         label_names: list[str] | None = None,
         gguf_file: str | None = None,
+        dropout: float | None = None,
     ) -> None:
         check((name is None) != (config is None), f"name={name!r}, config={config!r}: exactly one must be given")
         check(
@@ -62,6 +66,7 @@ class HuggingFaceModel(ModelSource):
             gguf_file is None or name is not None,
             f"gguf_file={gguf_file!r}: allowed only with name, the folder or hub name that has it",
         )
+        check(dropout is None or 0.0 <= dropout < 1.0, f"dropout={dropout}: must lie in [0, 1)")
         self.task = task
         self.head, self._auto = HEADS[task]
         self.name = name
@@ -69,6 +74,7 @@ class HuggingFaceModel(ModelSource):
         self.dtype = getattr(torch, dtype)
         self.label_names = label_names
         self.gguf_file = gguf_file
+        self.dropout = dropout
 
     def output_names(self) -> list[str] | None:
         if self.name is None or self.head not in LABELLED_HEADS:
@@ -128,6 +134,10 @@ class HuggingFaceModel(ModelSource):
             f"task={self.task!r}: transformers has no such head for a model of type {config.model_type!r}",
         )
         config.architectures = config.architectures or []  # which of several such classes; transformers takes no None
+        if self.dropout is not None:
+            check(_set_dropout_(config, self.dropout), f"dropout={self.dropout}: {type(config).__name__} sets none")
+        elif self.head == "embedding":
+            _set_dropout_(config, 0.0)
         if self.head == "embedding":
             check_modules(self.name or "")
             config.pooling = pooling_of(self.name or "") or "mean"
@@ -142,6 +152,18 @@ class HuggingFaceModel(ModelSource):
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
         return load_pretrained(transformers.AutoConfig, str(self.name), "name", self.gguf_file)
+
+
+def _set_dropout_(config: transformers.PretrainedConfig, rate: float) -> bool:
+    """Have all rates of dropout be ``rate``, those of towers too; whether there were any."""
+    found = False
+    for key, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            found |= _set_dropout_(value, rate)
+        elif ("dropout" in key or "pdrop" in key) and type(value) in (int, float):  # None follows another
+            setattr(config, key, rate)
+            found = True
+    return found
 
 
 @contextmanager

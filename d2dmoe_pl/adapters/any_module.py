@@ -65,6 +65,7 @@ class AnyModuleAdapter(StructuralAdapter):
 
     family = "any_module"
     title = "any other, in Python"
+    tells_hidden_states = False
     tasks = ()
 
     def matches(self, model: Any) -> bool:
@@ -101,7 +102,7 @@ class AnyModuleAdapter(StructuralAdapter):
             return self.logits(model, self.example(model)).shape[-1]
 
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See :meth:`Adapter.logits_and_hidden_states`; what its layers are is not known, so that there are none."""
+        """See :meth:`Adapter.logits_and_hidden_states`; there are none."""
         return self.logits(model, batch), ()
 
     def config(self, model: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
     family = "any_timm"
     title = "any other of timm"
     takes_activation = False
+    tells_hidden_states = False
 
     def matches(self, model: Any) -> bool:
         return type(model).__module__.startswith("timm.") and hasattr(model, "pretrained_cfg")
@@ -31,7 +32,7 @@ class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
         return self._model_args(model).get("in_chans", channels), height, width
 
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """See :meth:`Adapter.logits_and_hidden_states`; what its layers are is not known, so that there are none."""
+        """See :meth:`Adapter.logits_and_hidden_states`; there are none."""
         return self.logits(model, batch), ()
 
     def _put_activation_(self, model: Any, ffns: Sequence[FFN], activation: Any) -> None:

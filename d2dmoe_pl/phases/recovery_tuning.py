@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
@@ -19,6 +20,7 @@ from d2dmoe_pl.moe.routers import gram_matrices, output_norms
 from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._held_out import held_out, moved, summed
+from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._sharding import shard_, shares_model
@@ -35,8 +37,9 @@ class RecoveryTuning(OptimizedPhase):
 
     The mask of executed experts is a constant in the backward pass: only executed experts learn from the task. The loss
     is ``task_weight *`` the task's ``+ beta * distance to the predictions of the model before this phase with every
-    expert on + alpha * sparsity penalty + router_weight * mean over layers of the routers' loss``, so that routers
-    follow the norms as the experts move. That last part reaches the routers alone. Stand-ins are trained along.
+    expert on + hidden_weight * the same of hidden states + alpha * sparsity penalty + router_weight * mean over layers
+    of the routers' loss``, so that routers follow the norms as the experts move. That last part reaches the routers
+    alone. Stand-ins are trained along.
 
     What goes on are those weights whose loss is least, over the whole range of ``tau`` and on held-out samples: those
     before, those at the end, their mean over the last half, or what lies on the way to one of these. So the curve after
@@ -48,6 +51,7 @@ class RecoveryTuning(OptimizedPhase):
         task_weight: Weight of the labels; if not given, a share of ``FULL_WEIGHT_SAMPLES`` that the training samples
             are, at most 1: few labels are soon learnt by heart, and the dense model has seen them already.
         beta: Weight of the distillation; with 0 there is no teacher.
+        hidden_weight: Weight of the distance of hidden states to the teacher's, relative to their size.
         alpha: Weight of the penalty that keeps activations sparse; if not given, 1e-3 where all are ReLU, else 0.
         penalty: Its kind, as for ``SparsityEnforcement``.
         num_held_out: Validation samples that weights are chosen by; 0 to keep those of the end.
@@ -73,6 +77,7 @@ class RecoveryTuning(OptimizedPhase):
         tau_max: float = 1.0,
         task_weight: float | None = None,
         beta: float = 1.0,
+        hidden_weight: float = 0.0,
         alpha: float | None = None,
         penalty: Penalty = "hoyer",
         num_held_out: int = 1000,
@@ -85,8 +90,8 @@ class RecoveryTuning(OptimizedPhase):
         check_tau(tau_min, "tau_min")
         check_tau(tau_max, "tau_max")
         check(tau_min <= tau_max, f"tau_min={tau_min}: must be at most tau_max={tau_max}")
-        numbers = {"task_weight": task_weight, "beta": beta, "alpha": alpha, "router_weight": router_weight}
-        for name, number in {**numbers, "num_held_out": num_held_out}.items():
+        weights = {"task_weight": task_weight, "beta": beta, "hidden_weight": hidden_weight, "alpha": alpha}
+        for name, number in {**weights, "router_weight": router_weight, "num_held_out": num_held_out}.items():
             check(number is None or number >= 0, f"{name}={number}: must not be negative")
         check(router_lr is None or router_lr > 0, f"router_lr={router_lr}: must be positive")
         check(
@@ -97,6 +102,7 @@ class RecoveryTuning(OptimizedPhase):
         self.tau_max = tau_max
         self.task_weight = task_weight
         self.beta = beta
+        self.hidden_weight = hidden_weight
         self.alpha = alpha
         self.penalty = penalty
         self.num_held_out = num_held_out
@@ -109,6 +115,7 @@ class RecoveryTuning(OptimizedPhase):
     def transform_(self, model: nn.Module) -> None:
         layers = moe_layers(model)
         check(bool(layers), f"{type(model).__name__}: has no MoE layer with a router; RecoveryTuning needs some")
+        check_hidden_states(model, self.hidden_weight)
         for name, layer in layers.items():
             check(
                 layer.gate is not None and layer.gate.config.k is None,
@@ -131,7 +138,7 @@ class RecoveryTuning(OptimizedPhase):
         if self.is_made:
             return
         super().configure_model()
-        if self.is_fitting and self.beta > 0:
+        if self.is_fitting and self.beta + self.hidden_weight > 0:
             path = self.teacher or self.init_from
             assert path is not None  # only an artifact has routers
             teacher = load_model(path, mapped=shares_model(self))
@@ -151,15 +158,20 @@ class RecoveryTuning(OptimizedPhase):
             self._teacher.to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits, penalties, router_losses = self._forward(batch, self._tau(batch_idx))
+        logits, penalties, router_losses, states = self._forward(batch, self._tau(batch_idx))
         parts = {"task_loss": self.task_loss(logits, batch)}
         loss = self._task_weight * parts["task_loss"]
         if penalties:
             parts["penalty"] = torch.stack(penalties).mean()
             loss = loss + self._alpha * parts["penalty"]
         if self._teacher is not None:
-            parts["prediction_loss"] = self.task.prediction_loss(logits, self._teacher.logits(batch), batch)
+            with torch.no_grad():
+                taught, taught_states = self._told(self._teacher.model, batch)
+            parts["prediction_loss"] = self.task.prediction_loss(logits, taught, batch)
             loss = loss + self.beta * parts["prediction_loss"]
+            if self.hidden_weight > 0:
+                parts["hidden_state_loss"] = hidden_state_error(states, taught_states, batch)
+                loss = loss + self.hidden_weight * parts["hidden_state_loss"]
         if router_losses:
             parts["router_loss"] = torch.stack(list(router_losses.values())).mean()
             loss = loss + self.router_weight * parts["router_loss"]
@@ -229,8 +241,15 @@ class RecoveryTuning(OptimizedPhase):
         drawn = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
         return self.tau_min + (self.tau_max - self.tau_min) * drawn
 
-    def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor]]:
-        """The logits at ``tau``, the layers' penalties if there are any, and the loss of each router that learns."""
+    def _told(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Logits and hidden states; of these none if they do not count."""
+        adapter = adapter_for(model)
+        if self.hidden_weight == 0:
+            return adapter.logits(model, batch), ()
+        return adapter.logits_and_hidden_states(model, batch)
+
+    def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor], Sequence[Tensor]]:
+        """Logits at ``tau``, the layers' penalties if any, the loss of each router that learns, and hidden states."""
         losses: dict[str, Tensor] = {}
         penalties: list[Tensor] = []
 
@@ -245,4 +264,5 @@ class RecoveryTuning(OptimizedPhase):
 
         rule = next(iter(self._layers.values())).get_gate().config.rule
         with temporary_gate(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
-            return self.logits(batch), penalties, losses
+            logits, states = self._told(self.model, batch)
+        return logits, penalties, losses, states

@@ -13,6 +13,7 @@ from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty, Schedule, alpha_at, clamped
 from d2dmoe_pl.moe.token_context import real_tokens
 from d2dmoe_pl.moe.token_streams import TokenIndices
+from d2dmoe_pl.phases._hidden_states import HiddenStateKeeping
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 
 
@@ -25,10 +26,11 @@ class SparsityEnforcement(OptimizedPhase):
         schedule: How the weight grows: ``constant``; ``linear`` to the end; ``warmup``, linear to half-way.
         displacement: Penalise ``max(z - displacement, 0)`` of the pre-activation ``z`` instead of the activation.
             Needed for GELU and SiLU, which give no exact zeros: about -10 for vision, about 0 for fine-grained tasks.
+        hidden_weight: Weight of how far hidden states go from those before this phase, as for ``FineTuning``.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
-        ConfigError: If ``alpha`` is negative.
+        ConfigError: If ``alpha`` or ``hidden_weight`` is negative, or the model's hidden states cannot be told.
     """
 
     can_be_sharded = True
@@ -39,6 +41,7 @@ class SparsityEnforcement(OptimizedPhase):
         alpha: float = 1e-3,
         schedule: Schedule = "constant",
         displacement: float | None = None,
+        hidden_weight: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -47,6 +50,7 @@ class SparsityEnforcement(OptimizedPhase):
         self.alpha = alpha
         self.schedule = schedule
         self.displacement = displacement
+        self._kept = HiddenStateKeeping(hidden_weight)
 
     def transform_(self, model: nn.Module) -> None:
         ffns = select_ffns(model)
@@ -57,8 +61,10 @@ class SparsityEnforcement(OptimizedPhase):
             f"{dense[0].name if dense else ''} has {dense[0].activation_name if dense else ''}, which gives no exact "
             "zeros; set displacement (e.g. -10 or 0), or fine-tune with activation=relu first",
         )
+        self._kept.begin(model)
 
     def on_fit_start(self) -> None:
+        self._kept.place(self)
         self._ffns = select_ffns(self.model)
         self.sparsity = ActivationSparsity([ffn.name for ffn in self._ffns]).to(self.device)
 
@@ -71,11 +77,14 @@ class SparsityEnforcement(OptimizedPhase):
             penalties.append(real_tokens(per_token, indices(name)).mean())
 
         with watched_activations(self._ffns, watch):
-            logits = self.logits(batch)
+            logits, kept = self._kept(self.model, batch)
         task_loss = self.task_loss(logits, batch)
         penalty = sum(penalties) / len(penalties)
         alpha = alpha_at(self.alpha, self.schedule, self.global_step / max(1, self.trainer.estimated_stepping_batches))
         loss = task_loss + alpha * penalty
+        for name, part in kept.items():
+            self.log(f"train/{name}", part.detach())
+            loss = loss + self._kept.weight * part
         self.log_dict({"train/loss": loss, "train/task_loss": task_loss, "train/penalty": penalty}, prog_bar=True)
         self.log("train/alpha", alpha)
         return loss

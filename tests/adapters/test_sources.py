@@ -73,6 +73,50 @@ def test_a_head_that_no_task_has():
         adapter_for(model).head(model)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in tiny.CONFIGS if kind in tiny.TASKS])
+def test_a_rate_of_zero_leaves_no_dropout_in_any_family(kind):
+    config, task = tiny.CONFIGS[kind](), tiny.TASKS[kind]
+    if hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = 0.0  # stochastic depth, which is something else
+    model = HuggingFaceModel(task, config=config, dropout=0.0).build(tiny.labels_of(kind))
+    inputs = tiny.batch(kind)
+    trained, again, evaluated = (tiny.logits(model.train(mode), inputs) for mode in (True, True, False))
+    assert torch.equal(trained, again)
+    torch.testing.assert_close(trained, evaluated)
+
+
+def test_a_rate_of_dropout_is_saved_with_the_model(tmp_path):
+    tiny.dense("bert").save_pretrained(tmp_path)
+    model = HuggingFaceModel("text-classification", str(tmp_path), dropout=0.25).build(tiny.LABELS)
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.25}
+    model.save_pretrained(tmp_path / "again")
+    again = transformers.BertConfig.from_pretrained(tmp_path / "again")
+    assert (again.hidden_dropout_prob, again.attention_probs_dropout_prob, again.classifier_dropout) == (
+        0.25,
+        0.25,
+        None,
+    )
+
+
+def test_vectors_are_matched_without_dropout():
+    for dropout, rate in ((None, 0.0), (0.1, 0.1)):
+        model = HuggingFaceModel("embeddings", config=tiny.bert_config(), dropout=dropout).build(["0"])
+        assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {rate}
+    assert tiny.bert_config().hidden_dropout_prob == 0.1
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_a_rate_of_dropout_that_is_none(rate):
+    with pytest.raises(ConfigError, match=rf"^dropout={rate}: must lie in \[0, 1\)$"):
+        HuggingFaceModel("text-classification", "somewhere", dropout=rate)
+
+
+def test_a_model_that_has_no_dropout_to_set():
+    config = transformers.ConvNextConfig(num_channels=1, image_size=8, patch_size=4)
+    with pytest.raises(ConfigError, match=r"^dropout=0.1: ConvNextConfig sets none$"):
+        HuggingFaceModel("image-classification", config=config, dropout=0.1).build_structure(["a", "b"])
+
+
 def test_unknown_timm_architecture_is_refused():
     with pytest.raises(
         ConfigError, match=r"architecture='vit_tiny_patch17': timm has no such model; allowed are e.g. vit_tiny"

@@ -78,7 +78,7 @@ def test_routers_learn_the_norms_at_the_gate_and_nothing_else_learns_from_that(t
 
     for name, layer in moe_layers(phase.model).items():
         layer.router.register_forward_pre_hook(keep(name))
-    _, _, losses = phase._forward(batch, tau=0.5)
+    _, _, losses, _ = phase._forward(batch, tau=0.5)
     sum(losses.values()).backward()
     trained = {name for name, parameter in phase.model.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in phase.model.named_parameters() if ".router." in name}
@@ -225,7 +225,7 @@ def test_few_labels_weigh_little(trainer, routed):
 
 def test_activations_are_kept_sparse(trainer, routed):
     phase = attached(trainer, RecoveryTuning(init_from=routed))
-    _, penalties, _ = phase._forward(tiny.batch("bert"), tau=0.5)
+    _, penalties, _, _ = phase._forward(tiny.batch("bert"), tau=0.5)
     assert len(penalties) == 2
     assert all(1 <= penalty <= tiny.WIDTH for penalty in penalties)  # the neurons that fire, at most
     phase = attached(trainer, RecoveryTuning(alpha=0.0, init_from=routed))

@@ -1,0 +1,88 @@
+"""Hidden states that a model is to go on giving: what it learnt from far more data than a phase has is kept so."""
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.token_context import real_tokens, token_index
+from d2dmoe_pl.phases._sharding import shard_
+from d2dmoe_pl.phases._teacher import Teacher
+
+if TYPE_CHECKING:
+    from d2dmoe_pl.phases._phase import Phase
+
+
+class HiddenStateKeeping:
+    """The hidden states of a model as it was before a phase, and how far from them it has gone.
+
+    Args:
+        weight: Of that in the loss, at least 0; with 0 nothing is kept, and nothing costs time.
+    """
+
+    def __init__(self, weight: float) -> None:
+        check(weight >= 0, f"hidden_weight={weight}: must not be negative")
+        self.weight = weight
+        self._before: Teacher | None = None
+
+    def begin(self, model: nn.Module) -> None:
+        """Copy ``model`` as it is now.
+
+        Raises:
+            ConfigError: If its hidden states cannot be told.
+        """
+        check_hidden_states(model, self.weight)
+        if self.weight > 0:
+            self._before = Teacher(copy.deepcopy(model))
+
+    def place(self, phase: "Phase") -> None:
+        """Part the copy among processes as the model of ``phase`` is, or move it to its device."""
+        if self._before is not None:
+            shard_(self._before.model, phase)
+            self._before.to(phase.device)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The logits of ``model``, and the loss of its hidden states by name; no loss where nothing is kept."""
+        if self._before is None:
+            return adapter_for(model).logits(model, batch), {}
+        logits, states = adapter_for(model).logits_and_hidden_states(model, batch)
+        _, before = self._before.logits_and_hidden_states(batch)
+        return logits, {"hidden_state_loss": hidden_state_error(states, before, batch)}
+
+
+def check_hidden_states(model: nn.Module, weight: float) -> None:
+    """Raise ``ConfigError`` if hidden states count, by their ``weight``, and those of ``model`` cannot be told."""
+    adapter = adapter_for(model)
+    is_told = adapter.tells_hidden_states and len(adapter.streams(model)) == 1
+    check(
+        weight == 0 or is_told,
+        f"hidden_weight={weight}: must be 0 with {type(model).__name__}, "
+        + ("whose layers are not known" if not adapter.tells_hidden_states else "which has more than one stack"),
+    )
+
+
+def hidden_state_error(states: Sequence[Tensor], wanted: Sequence[Tensor], batch: Batch) -> Tensor:
+    """The squared error of hidden states relative to their squared length, mean over real tokens, then over layers.
+
+    Being relative, it weighs a layer whose states are a hundred times larger than another's no more than that one.
+
+    Args:
+        states: What the embeddings and each layer give, ``(B, L, d_model)``.
+        wanted: What they are to give.
+        batch: With the padding mask, if there is padding.
+
+    Returns:
+        A scalar.
+    """
+    index = token_index(batch.get("attention_mask"))
+    errors = []
+    for one, other in zip(states, wanted, strict=True):
+        found, meant = (real_tokens(each.flatten(0, -2), index).float() for each in (one, other))  # (N, d_model)
+        squares = (found - meant).square().sum(dim=1) / meant.square().sum(dim=1).clamp(min=1e-12)  # (N,)
+        errors.append(squares.mean())
+    return torch.stack(errors).mean()
