@@ -83,6 +83,11 @@ SOURCES = {kind: source for kind, _, source in _kinds()}
 TASKS = {kind: task for kind, task, _ in _kinds()}
 
 
+def is_of_texts(kind):
+    """Whether a model of ``kind`` takes texts."""
+    return TASKS[kind] not in ("image-classification", "audio-classification")
+
+
 def labels_of(kind):
     """Names of the outputs of a model of ``kind``."""
     known = {
@@ -144,7 +149,9 @@ def moebert(routing="hash_random", seed=0, kind="bert"):
 def batch(kind="timm_vit", size=3):
     """A batch for a model of ``kind``; texts are padded to different lengths."""
     labels = torch.arange(size) % len(LABELS)
-    if TASKS[kind] != "image-classification":
+    if TASKS[kind] == "audio-classification":
+        return {"input_features": torch.randn(size, 4, 12), "labels": labels}
+    if is_of_texts(kind):
         length = 7
         lengths = torch.tensor([length, 4, 2, 1] * size)[:size]
         mask = (torch.arange(length) < lengths[:, None]).long()

@@ -25,6 +25,7 @@ TaskName = Literal[
     "text-to-text",
     "embeddings",
     "image-classification",
+    "audio-classification",
 ]
 
 

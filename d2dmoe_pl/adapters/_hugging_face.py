@@ -37,6 +37,7 @@ HEADS: dict[TaskName, tuple[Head, Any]] = {
     "text-to-text": ("text-to-text", transformers.AutoModelForSeq2SeqLM),
     "embeddings": ("embedding", transformers.AutoModel),
     "image-classification": ("classification", transformers.AutoModelForImageClassification),
+    "audio-classification": ("classification", transformers.AutoModelForAudioClassification),
 }
 
 # of heads for whole texts that share a class, what a config calls them; one for classes need not be called anything

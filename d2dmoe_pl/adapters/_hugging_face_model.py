@@ -26,7 +26,7 @@ class HuggingFaceModel(ModelSource):
     Args:
         task: ``text-classification``, ``text-regression``, ``multi-label-classification``, ``token-classification``,
             ``question-answering``, ``causal-language-modeling``, ``masked-language-modeling``, ``text-to-text``,
-            ``embeddings`` or ``image-classification``; decides the head.
+            ``embeddings``, ``image-classification`` or ``audio-classification``; decides the head.
         name: Hub name or folder of a pretrained model. A classifier that has been trained on the data's labels keeps
             its head and its order of them; a head for other labels is initialised anew, which ``FineTuning`` trains. A
             classifier on a decoder without an id for padding takes the one that ends a text.

@@ -1,3 +1,4 @@
+from .audio_classification import AudioClassification as AudioClassification
 from .augmentation import Augmentation as Augmentation
 from .dataset_source import DatasetSource as DatasetSource
 from .digits import Digits as Digits

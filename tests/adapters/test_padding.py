@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from d2dmoe_pl.adapters import adapter_for
 
-TEXTS = [kind for kind in tiny.SOURCES if tiny.TASKS[kind] != "image-classification"]
+TEXTS = [kind for kind in tiny.SOURCES if tiny.is_of_texts(kind)]
 LENGTHS = (7, 4, 1)
 
 

@@ -1,0 +1,114 @@
+"""Recordings with labels, from any Hugging Face dataset."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Audio, Dataset
+from torch import Tensor
+from transformers import AutoFeatureExtractor
+
+from d2dmoe_pl.data.class_labels import encode_labels
+from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
+from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.task import Classification, Task
+from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.errors import ConfigError, check
+
+SAMPLE = "sample"  # column of what each is called
+
+
+class AudioClassification(TaskData):
+    """Recordings with a label each, as the feature extractor of a model prepares them: cut or filled to one length.
+
+    It goes with ``HuggingFaceModel`` of the task ``audio-classification``.
+
+    Batches: ``input_features`` ``(B, mel bins, frames)``, ``labels`` ``(B,)``.
+
+    Args:
+        source: Where the splits are.
+        processor: Hub name or folder of the feature extractor, which is most often the model's.
+        audio_column: Column of the recordings: ``datasets.Audio``, read with the package ``torchcodec``; or their
+            numbers, at the feature extractor's rate.
+        label_column: Column of the labels, strings or whole numbers.
+        batch_size: Samples a batch and process.
+        num_workers: Loader processes.
+
+    Raises:
+        ConfigError: To load, for a ``processor`` that is not there or makes no ``input_features``, and for a recording
+            that cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: DatasetSource,
+        processor: str,
+        audio_column: str = "audio",
+        label_column: str = "label",
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        self.source = source
+        self.processor_name = processor
+        self.audio_column = audio_column
+        self.label_column = label_column
+        self._extractor: Any = None
+
+    def load_processor(self) -> None:
+        if self._extractor is None:
+            extractor: Any = load_pretrained(AutoFeatureExtractor, self.processor_name, "processor")
+            names = extractor.model_input_names
+            check(
+                "input_features" in names and hasattr(extractor, "sampling_rate"),
+                f"processor={self.processor_name!r}: makes {', '.join(names)}; must make input_features of recordings",
+            )
+            self._extractor = extractor
+
+    def load(self) -> tuple[Mapping[str, Any], Task]:
+        splits = self.source.load()
+        check_columns(splits, {"audio_column": self.audio_column, "label_column": self.label_column})
+        named = {name: self._named(split, name) for name, split in splits.items()}
+        encoded, names = encode_labels(named, self.label_column)
+        return encoded, Classification(names)
+
+    def _named(self, split: Dataset, name: str) -> Dataset:
+        """The split with recordings at the rate that is wanted, and what each sample is called."""
+        feature = split.features[self.audio_column]
+        kind = str(getattr(getattr(feature, "feature", None), "dtype", ""))
+        check(
+            isinstance(feature, Audio) or kind.startswith(("float", "int")),
+            f"audio_column={self.audio_column!r}: has {feature} in the {name} split; must be recordings, or lists of "
+            "their numbers",
+        )
+        if isinstance(feature, Audio):
+            split = split.cast_column(self.audio_column, Audio(sampling_rate=self._extractor.sampling_rate))
+        return split.add_column(SAMPLE, [f"sample {i + 1} of the {name} split" for i in range(len(split))])
+
+    def raw_samples(self, inputs: Sequence[str]) -> Dataset:
+        """Recordings by their paths."""
+        names = list(map(str, inputs))
+        paths = Dataset.from_dict({self.audio_column: names, SAMPLE: names})
+        recordings = paths.cast_column(self.audio_column, Audio(sampling_rate=self._extractor.sampling_rate))
+        return recordings.add_column("labels", [0] * len(names))
+
+    def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
+        recordings = [self._numbers(sample) for sample in samples]
+        rate = self._extractor.sampling_rate
+        features = self._extractor(recordings, sampling_rate=rate, return_tensors="pt")["input_features"]
+        return {"input_features": features, "labels": torch.tensor([sample["labels"] for sample in samples])}
+
+    def _numbers(self, sample: dict[str, Any]) -> np.ndarray:
+        recording = sample[self.audio_column]
+        where = f"audio_column={self.audio_column!r}: {sample[SAMPLE]}"
+        check(recording is not None, f"{where} has no recording")
+        numbers = np.asarray(recording if isinstance(recording, list) else recording["array"], dtype=np.float32)
+        check(numbers.ndim == 1 and len(numbers) > 0, f"{where} has the shape {numbers.shape}; must be of one channel")
+        if not np.isfinite(numbers).all():
+            raise ConfigError(f"{where} has numbers that are not finite")
+        return numbers
+
+    def save_processor(self, folder: Path) -> None:
+        self._extractor.save_pretrained(folder)

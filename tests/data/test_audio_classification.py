@@ -1,0 +1,129 @@
+"""Recordings: what is read, how they are prepared, what is refused; and a whole chain on them."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from datasets import Dataset
+from table_files import first, write
+
+from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
+from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data import AudioClassification, DatasetSource
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import set_tau_
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression
+
+RATE = 800
+
+
+@pytest.fixture
+def processor(tmp_path):
+    """A feature extractor for 12 frames of 4 bins, 0.06 seconds."""
+    folder = tmp_path / "extractor"
+    extractor = transformers.WhisperFeatureExtractor(
+        feature_size=4, sampling_rate=RATE, hop_length=4, chunk_length=0.06, n_fft=16
+    )
+    extractor.save_pretrained(folder)
+    return str(folder)
+
+
+def source(tmp_path, rows=12, **columns):
+    """High and low notes, in every split."""
+    time = np.arange(48) / RATE
+    notes = [np.sin(2 * np.pi * (60 if row % 2 else 250) * time + row).tolist() for row in range(rows)]
+    made = {"audio": notes, "label": ["low" if row % 2 else "high" for row in range(rows)], **columns}
+    splits = ("train", "validation", "test")
+    return DatasetSource(**{n: write(Dataset.from_dict(made), tmp_path / f"{n}.parquet") for n in splits})
+
+
+def test_numbers_become_features(tmp_path, processor):
+    where = source(tmp_path)
+    data = AudioClassification(where, processor, batch_size=5)
+    data.setup()
+    assert data.task.label_names == ["high", "low"]
+    batch = first(data.val_dataloader())
+    assert batch["input_features"].shape == (5, 4, 12)
+    assert batch["labels"].tolist() == [0, 1, 0, 1, 0]
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(processor)
+    numbers = np.asarray(where.load()["validation"][0]["audio"], dtype=np.float32)
+    expected = extractor([numbers], sampling_rate=RATE, return_tensors="pt")["input_features"]
+    assert torch.equal(batch["input_features"][:1], expected)
+
+
+def test_a_chain_on_recordings_and_what_it_leaves(trainer, tmp_path, processor):
+    dense, clustered, routed = (tmp_path / name for name in ("dense", "clustered", "routed"))
+    data = AudioClassification(source(tmp_path), processor, batch_size=4)
+    model = HuggingFaceModel("audio-classification", config=tiny.CONFIGS["whisper"]())
+    for folder, phase in (
+        (dense, FineTuning(activation="relu", hidden_weight=0.1, source=model)),
+        (clustered, ExpertClustering(8, init_from=str(dense / "artifact"))),
+        (routed, RouterRegression(8, init_from=str(clustered / "artifact"))),
+    ):
+        trainer(default_root_dir=folder, logger=False, callbacks=[SaveArtifact()]).fit(phase, datamodule=data)
+    model, dense = (load_model(folder / "artifact") for folder in (routed, dense))
+    assert len(moe_layers(model)) == 2
+    transformers.AutoFeatureExtractor.from_pretrained(routed / "artifact")
+    batch = first(data.test_dataloader())
+    set_tau_(model, 1.0)
+    torch.testing.assert_close(tiny.logits(model, batch), tiny.logits(dense, batch), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_whole_whisper_writes_what_it_wrote():
+    """Only its encoder is converted; the mask that goes with recordings is of frames, which are no tokens."""
+    torch.manual_seed(0)
+    model = transformers.WhisperForConditionalGeneration(tiny.CONFIGS["whisper"]()).eval()
+    assert [ffn.name for ffn in adapter_for(model).ffns(model)] == [f"model.encoder.layers.{i}.fc1" for i in range(2)]
+    features, mask = torch.randn(3, 4, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[1, 5:] = 0
+
+    def written():
+        return model.generate(input_features=features, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    expected = written()
+    tiny.route_(model, tau=1.0)
+    assert torch.equal(written(), expected)
+    counts = []
+    handles = [layer.watch(lambda chosen: counts.append(len(chosen))) for layer in moe_layers(model).values()]
+    written()
+    assert counts == [18, 18]  # 3 recordings of 6 tokens, once
+    assert len(handles) == 2
+
+
+def set_up(data):
+    data.setup()
+    first(data.val_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"audio": ["a.wav"] * 12}, "audio_column='audio': has .* in the .* split; must be recordings, or lists of"),
+        (
+            {"audio": [[]] * 3 + [[0.5]] * 9},
+            r"audio_column='audio': sample 1 of the validation split has the shape \(0,\)",
+        ),
+        ({"audio": [None] + [[0.5]] * 11}, "audio_column='audio': sample 1 of the validation split has no recording$"),
+        (
+            {"audio": [[float("nan")]] + [[0.5]] * 11},
+            "sample 1 of the validation split has numbers that are not finite",
+        ),
+    ],
+)
+def test_what_is_no_recording(tmp_path, processor, columns, message):
+    data = AudioClassification(source(tmp_path, **columns), processor)
+    with pytest.raises(ConfigError, match=message):
+        set_up(data)
+
+
+def test_a_processor_of_something_else(tmp_path):
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "waves")
+    data = AudioClassification(source(tmp_path), str(tmp_path / "waves"))
+    with pytest.raises(
+        ConfigError, match=r"processor='.*waves': makes input_values, .*; must make input_features of r"
+    ):
+        data.load_processor()
