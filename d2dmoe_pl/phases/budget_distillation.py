@@ -32,7 +32,7 @@ class BudgetDistillation(OptimizedPhase):
         ffn_flops_min: Lower end of the range from which budgets are drawn, uniformly; shares of the dense FFNs' FLOPs.
             What the model cannot reach is cut off.
         ffn_flops_max: Upper end.
-        softness: How far from the threshold of its gate a score learns, as a share of the threshold.
+        softness: How far from the threshold of its gate a score learns, as a share of the token's mean score.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:

@@ -16,7 +16,7 @@ from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig, check_tau
 from d2dmoe_pl.moe.layer import observed
-from d2dmoe_pl.moe.routers import gram_matrices, output_norms
+from d2dmoe_pl.moe.routers import gram_matrices, router_targets
 from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._held_out import held_out, moved, summed
@@ -258,9 +258,11 @@ class RecoveryTuning(OptimizedPhase):
             if self._alpha > 0:
                 penalties.append(PENALTIES[self.penalty](hidden.flatten(1)).mean())  # of (N, E * s)
             if self.router_weight > 0:
+                router = layer.get_router()
                 with torch.no_grad():
-                    target = output_norms(hidden, gram_matrices(layer.experts.down_weight))  # (N, E)
-                losses[name] = layer.get_router().loss(tokens.detach(), target)
+                    gram = gram_matrices(layer.experts.down_weight)
+                    target = router_targets(router.config.target, hidden, gram)  # (N, E)
+                losses[name] = router.loss(tokens.detach(), target)
 
         rule = next(iter(self._layers.values())).get_gate().config.rule
         with temporary_gate(self.model, GateConfig(rule, tau)), observed(self._layers, learn):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
-from d2dmoe_pl.moe.routers import RouterConfig, Target, activation_sums, gram_matrices, output_norms, relative_norms
+from d2dmoe_pl.moe.routers import RouterConfig, Target, gram_matrices, router_targets
 from d2dmoe_pl.phases._router_training import RouterTraining
 
 
@@ -25,7 +25,7 @@ class RouterRegression(RouterTraining):
         kwargs: As for :class:`d2dmoe_pl.phases._router_training.RouterTraining`.
 
     Raises:
-        ConfigError: For a ``tau`` outside [0, 1], an unknown rule, or a width that is not positive.
+        ConfigError: For a ``tau`` outside [0, 1], an unknown rule or target, or a width that is not positive.
     """
 
     def __init__(
@@ -36,15 +36,14 @@ class RouterRegression(RouterTraining):
         tau: float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(RouterConfig(width), _gate(rule, tau, GateConfig("dynk_max", 0.9)), **kwargs)
-        self.target = target
+        super().__init__(RouterConfig(width, target=target), _gate(rule, tau, GateConfig("dynk_max", 0.9)), **kwargs)
         self.rule = rule
         self.tau = tau
 
     @torch.no_grad()
     def transform_(self, model: nn.Module) -> None:
         super().transform_(model)
-        if self.target == "relative_norm":  # whose mean is 1: what is learnt is how experts differ from that
+        if self.router_config.target == "relative_norm":  # of mean 1: what is learnt is how experts differ from that
             for layer in moe_layers(model).values():
                 down: Any = layer.get_router().down
                 down.weight.mul_(0.1)
@@ -55,17 +54,10 @@ class RouterRegression(RouterTraining):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._grams = {
-            name: None if self.target == "activation_sum" else gram_matrices(layer.experts.down_weight)
-            for name, layer in self._layers.items()
-        }
+        self._grams = {name: gram_matrices(layer.experts.down_weight) for name, layer in self._layers.items()}
 
     def targets(self, name: str, hidden: Tensor) -> Tensor:
-        gram = self._grams[name]
-        if gram is None:
-            return activation_sums(hidden)
-        norms = output_norms(hidden, gram)
-        return norms if self.target == "norm" else relative_norms(norms)
+        return router_targets(self.router_config.target, hidden, self._grams[name])
 
 
 def _gate(rule: str | None, tau: float | None, otherwise: GateConfig) -> GateConfig:

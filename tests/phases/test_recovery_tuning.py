@@ -12,10 +12,18 @@ from torch.nn import functional as F
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
+from d2dmoe_pl.moe.conversion import (
+    ExpertsConfig,
+    add_routers_,
+    convert_to_moe_,
+    set_gate_,
+    set_tau_,
+    temporary_gate,
+)
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
-from d2dmoe_pl.moe.routers import gram_matrices, output_norms
+from d2dmoe_pl.moe.layer import observed
+from d2dmoe_pl.moe.routers import RouterConfig, gram_matrices, output_norms
 from d2dmoe_pl.phases import RecoveryTuning
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.structure import describe
@@ -63,6 +71,32 @@ def test_the_task_trains_executed_experts_only_and_no_router(trainer, routed):
         assert not (got_gradient & ~ran[name]).any()
         assert got_gradient.any()
         assert all(parameter.grad is None for parameter in layer.router.parameters())
+
+
+@pytest.mark.parametrize("target", ["norm", "relative_norm", "activation_sum"])
+def test_routers_go_on_learning_what_they_were_trained_to_give(trainer, tmp_path, target):
+    model = tiny.dense("bert")
+    convert_to_moe_(model, ExpertsConfig(8))
+    add_routers_(model, RouterConfig(8, target=target))
+    set_gate_(model, GateConfig("dynk_max", 0.5))
+    phase = attached(trainer, RecoveryTuning(beta=0.0, init_from=saved(model, tmp_path / "routed")))
+    inputs, hidden = {}, {}
+    batch, layers = tiny.batch("bert"), moe_layers(phase.model)
+
+    def keep(name, tokens, activations):
+        inputs[name], hidden[name] = tokens, activations
+
+    with temporary_gate(phase.model, GateConfig("dynk_max", 0.5)), observed(layers, keep):
+        tiny.logits(phase.model, batch)
+    _, _, losses, _ = phase._forward(batch, tau=0.5)
+    for name, layer in layers.items():
+        assert layer.router.config.target == target
+        norms = output_norms(hidden[name], gram_matrices(layer.experts.down_weight))
+        sums = hidden[name].abs().sum(dim=-1)
+        wanted = {"norm": norms, "relative_norm": norms / norms.mean(dim=1, keepdim=True)}.get(
+            target, sums / sums.max()
+        )
+        torch.testing.assert_close(losses[name], F.mse_loss(layer.router(inputs[name]), wanted))
 
 
 def test_routers_learn_the_norms_at_the_gate_and_nothing_else_learns_from_that(trainer, routed):

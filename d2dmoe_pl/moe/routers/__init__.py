@@ -16,6 +16,7 @@ from d2dmoe_pl.moe.routers._targets import (
     output_norms,
     positive_sums,
     relative_norms,
+    router_targets,
     share_of_largest,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "positive_sums",
     "register_router",
     "relative_norms",
+    "router_targets",
     "share_of_largest",
 ]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.routers._targets import Target
 from d2dmoe_pl.plugins import Plugins
 
 if TYPE_CHECKING:
@@ -23,22 +24,28 @@ class RouterConfig:
         width: Hidden neurons of ``regression``; the other kinds have no choice of theirs.
         kind: Name of a router, e.g. of a file in ``moe/routers``: ``regression`` (D2DMoE's), ``mlp``, ``similarity``,
             ``ground_truth`` or ``random`` (MoEfication's).
+        target: What ``regression`` is trained to give of an expert: the ``norm`` of its output, as in the paper;
+            ``relative_norm``, that over the mean of the token's; or ``activation_sum``, the sum of its activations over
+            the batch's largest. The other kinds have no choice here either.
 
     Raises:
-        ConfigError: If ``width`` is not positive, or for an unknown kind.
+        ConfigError: If ``width`` is not positive, or for an unknown kind or target.
 
     Example:
         >>> from d2dmoe_pl import RouterConfig
         >>> RouterConfig(width=32)
-        RouterConfig(width=32, kind='regression')
+        RouterConfig(width=32, kind='regression', target='norm')
     """
 
     width: int = 128
     kind: str = "regression"
+    target: Target = "norm"
 
     def __post_init__(self) -> None:
         check(self.width > 0, f"width={self.width}: a router needs at least one hidden neuron")
         ROUTERS.find(self.kind, "router")
+        allowed = get_args(Target)
+        check(self.target in allowed, f"target={self.target!r}: allowed are {', '.join(allowed)}")
 
 
 class Router(nn.Module, ABC):
@@ -106,7 +113,7 @@ def register_router(name: str, router: type[Router]) -> None:
         ...         return nn.functional.mse_loss(self(tokens), target)
         >>> register_router("linear", LinearRouter)
         >>> RouterConfig(kind="linear")
-        RouterConfig(width=128, kind='linear')
+        RouterConfig(width=128, kind='linear', target='norm')
     """
     ROUTERS.register(name, router)
 

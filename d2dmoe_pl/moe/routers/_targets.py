@@ -8,6 +8,23 @@ from torch import Tensor
 Target = Literal["norm", "relative_norm", "activation_sum"]
 
 
+def router_targets(target: Target, hidden: Tensor, gram: Tensor) -> Tensor:
+    """What a router is to give for tokens.
+
+    Args:
+        target: Of its config.
+        hidden: Activations of the experts, ``(N, E, s)``.
+        gram: :func:`gram_matrices` of the experts, ``(E, s, s)``, for norms.
+
+    Returns:
+        ``(N, E)``.
+    """
+    if target == "activation_sum":
+        return activation_sums(hidden)
+    norms = output_norms(hidden, gram)
+    return norms if target == "norm" else relative_norms(norms)
+
+
 def gram_matrices(down_weight: Tensor) -> Tensor:
     """``G_e = W2_e^T W2_e`` of every expert, constant while the experts are: ``(E, s, d)`` to ``(E, s, s)``."""
     return down_weight @ down_weight.transpose(1, 2)

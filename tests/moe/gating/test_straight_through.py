@@ -30,6 +30,17 @@ def test_scores_of_zero_give_finite_gradients():
     assert scores.grad.isfinite().all()
 
 
+def test_no_expert_decides_alone_where_all_run():
+    scores = torch.randn(256, 96, generator=torch.Generator().manual_seed(0)).mul(0.5).add(1).abs().requires_grad_()
+    norms = {}
+    for share in (0.5, 1.0):
+        mask = scores >= scores.quantile(1 - share, dim=1, keepdim=True)
+        (scores.grad,) = torch.autograd.grad(straight_through(scores, mask, softness=0.1).sum(), scores)
+        norms[share] = scores.grad.norm()
+        assert scores.grad.flatten().square().topk(10).values.sum() < 0.05 * norms[share] ** 2
+    assert norms[1.0] < 2 * norms[0.5]
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_model_gives_the_same_and_its_routers_learn_what_experts_are_worth(kind):
     model = tiny.routed(kind).eval()
