@@ -6,6 +6,9 @@ In fp32 the weights are read as they are. In bf16 the products are ATen's ``brge
 packed for it, a copy that costs as much memory again as the experts' weights; it is made in the first call, and again
 after the weights were written to (writes through ``.data`` go unnoticed, as autograd would not notice them either).
 Without ``brgemm`` for bf16, that copy is in fp32, and so are the products.
+
+Where that is faster, as for many chosen experts or small ones, all are computed at once by dense products, and what the
+mask leaves out is set to zero.
 """
 
 import functools

@@ -4,12 +4,14 @@
 #include "bfloat16_experts.h"
 #include "float_experts.h"
 #include "int8_experts.h"
+#include "masked_dense.h"
 #include "packed.h"
 #include "problem.h"
 #include "router.h"
 
 #include <ATen/ATen.h>
 
+#include <array>
 #include <optional>
 #include <string>
 
@@ -84,6 +86,7 @@ class Operands {
       const Form first = type_ == at::kFloat ? Form::fp32 : Form::transposed_pairs;
       up_ = in(up, first), down_ = in(down, type_ == at::kFloat ? Form::fp32 : Form::pairs);
       if (gate) gate_ = in(*gate, first);
+      weights_ = {up, given(1), gate, given(3), down, given(5)};
     }
   }
 
@@ -99,6 +102,18 @@ class Operands {
   Problem problem(int64_t tokens, const bool* mask) const {
     return {tokens, experts_, neurons_, width_, outputs_, mask,
             floats(up_bias_), floats(gate_bias_), floats(down_bias_), activation_};
+  }
+
+  // Whether every expert is computed, and the mask laid over them, rather than each by itself.
+  bool prefers_dense(const Problem& problem, const Inputs& inputs) const {
+    const auto type = inputs.x.scalar_type();
+    return !is_int8_ && problem.tokens > 0 && weights_[0]->scalar_type() == type &&
+        dense_is_faster(problem, gate_.defined(), type);
+  }
+
+  at::Tensor dense(const Problem& problem, const Inputs& inputs) const {
+    const auto& w = weights_;
+    return masked_dense(problem, inputs.x, *w[0], w[1], w[2], w[3], *w[4], w[5]);
   }
 
   // Call f with the experts of the type at hand.
@@ -202,6 +217,7 @@ class Operands {
   bool is_int8_;
   at::ScalarType type_; // of products, but for those in int8
   int64_t experts_, neurons_, width_, outputs_;
+  std::array<Optional, 6> weights_; // as they were given, unless in int8
   at::Tensor up_, gate_, down_, up_bias_, gate_bias_, down_bias_;
   at::Tensor up_scale_, gate_scale_, down_scale_, up_sums_, gate_sums_, down_sums_, up_quads_, gate_quads_; // of int8
 };

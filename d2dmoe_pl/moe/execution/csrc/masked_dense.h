@@ -1,0 +1,108 @@
+// The other way to run experts: all of them, by the products of a dense FFN, with zeros for what a mask leaves out; and
+// which way is faster. Dense products of many tokens run several times as many operations a second as those of single
+// experts, above all on AMX, so that where many experts are chosen, or they are small, it is faster to compute them all.
+#pragma once
+
+#include "activations.h"
+#include "packed.h"
+#include "problem.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <bit>
+#include <optional>
+#include <vector>
+
+namespace d2dmoe {
+
+// Microseconds on one core of a Xeon (Sapphire Rapids), fitted to measurements of 11 shapes, 1 to 1,024 tokens and 10%
+// to 100% of the experts. Only ratios matter, and they are alike for several threads.
+struct Costs {
+  double dense_call;     // to begin with dense products
+  double dense_byte;     // to load a weight for a dense product
+  double dense_product;  // a token times a neuron times a column of a matrix
+  double expert;         // to begin with an expert
+  double expert_byte;    // to load a weight of it
+  double pair;           // to gather and scatter a column of a token for an expert
+  double pair_in_memory; // in addition, where a block of outputs is larger than the cache
+  double expert_product; // as `dense_product`
+};
+
+constexpr Costs kInFloat{30, 7.1e-5, 9.9e-6, 0.3, 5e-5, 1.2e-4, 0.0, 1.38e-5};
+#if defined(__AMX_BF16__)
+constexpr Costs kInBFloat16{50, 8.3e-5, 1.9e-6, 1.2, 5e-5, 1.0e-4, 1.6e-4, 2.9e-6};
+#else
+constexpr Costs kInBFloat16 = kInFloat; // the units are those of fp32
+#endif
+
+// Below that, the difference is some microseconds.
+constexpr int64_t kFewProducts = int64_t(1) << 19;
+
+inline bool dense_is_faster(const Problem& problem, bool is_gated, at::ScalarType type) {
+  const int64_t n = problem.tokens, experts = problem.experts;
+  const double matrix = static_cast<double>(problem.neurons) * (problem.width * (is_gated ? 2 : 1) + problem.outputs);
+  if (matrix * experts < kFewProducts) return false;
+  std::vector<int64_t> counts(experts, 0);
+  for (int64_t t = 0; t < n; ++t) {
+    for (int64_t e = 0; e < experts; ++e) counts[e] += problem.mask[t * experts + e];
+  }
+  int64_t pairs = 0, running = 0;
+  for (const int64_t count : counts) pairs += count, running += count > 0;
+  const Costs& costs = type == at::kBFloat16 ? kInBFloat16 : kInFloat;
+  const double bytes = matrix * (type == at::kBFloat16 ? 2 : 4);
+  const double dense = costs.dense_call + experts * (bytes * costs.dense_byte + n * matrix * costs.dense_product);
+  const double moved = costs.pair + costs.pair_in_memory * std::min(1.0, n / 512.0);
+  const double chosen = running * (costs.expert + bytes * costs.expert_byte) +
+      pairs * (problem.outputs * moved + matrix * costs.expert_product);
+  return dense < chosen;
+}
+
+// hidden (rows, E * s) becomes act(gate) * hidden, or act(hidden), where the mask (rows, E) is set, and 0 elsewhere.
+// Rows of `T` go through a buffer of floats, so that the functions are those of the other way.
+template <typename T>
+void activate_masked(const Problem& problem, const T* gate, T* hidden) {
+  const int64_t experts = problem.experts, s = problem.neurons, size = experts * s;
+  at::parallel_for(0, problem.tokens, 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> up(size), gated(gate == nullptr ? 0 : size);
+    for (int64_t t = begin; t < end; ++t) {
+      T* row = hidden + t * size;
+      at::vec::convert(row, up.data(), size);
+      if (gate != nullptr) at::vec::convert(gate + t * size, gated.data(), size);
+      activate(
+          problem.activation, up.data(), nullptr, gate == nullptr ? nullptr : gated.data(), nullptr, 1, size, size);
+      const bool* chosen = problem.mask + t * experts;
+      for (int64_t e = 0; e < experts; ++e) { // by bits, since a product would let NaN through; no branch to mispredict
+        const uint32_t kept = chosen[e] ? ~uint32_t(0) : 0;
+        for (int64_t i = e * s; i < (e + 1) * s; ++i) up[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(up[i]) & kept);
+      }
+      at::vec::convert(up.data(), row, size);
+    }
+  });
+}
+
+// x (N, d); up and gate (E, s, d), biases (E, s); down (E, s, d_out), bias (d_out,), all of one type: (N, d_out).
+inline at::Tensor masked_dense(
+    const Problem& problem, const at::Tensor& x, const at::Tensor& up, const std::optional<at::Tensor>& up_bias,
+    const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& gate_bias, const at::Tensor& down,
+    const std::optional<at::Tensor>& down_bias) {
+  using Optional = std::optional<at::Tensor>;
+  const auto project = [&](const at::Tensor& weight, const Optional& bias) { // (N, E * s)
+    return at::linear(x, weight.flatten(0, 1), bias ? Optional(bias->flatten().to(x.scalar_type())) : Optional());
+  };
+  const at::Tensor hidden = project(up, up_bias);
+  const at::Tensor gated = gate ? project(*gate, gate_bias) : at::Tensor();
+  const auto activate_all = [&]<typename T>(const T* gate_values) {
+    activate_masked(problem, gate_values, hidden.mutable_data_ptr<T>());
+  };
+  if (x.scalar_type() == at::kBFloat16) {
+    activate_all(gated.defined() ? gated.const_data_ptr<at::BFloat16>() : static_cast<const at::BFloat16*>(nullptr));
+  } else {
+    activate_all(gated.defined() ? gated.const_data_ptr<float>() : static_cast<const float*>(nullptr));
+  }
+  const at::Tensor rows = down.flatten(0, 1); // (E * s, d_out)
+  return down_bias ? at::addmm(down_bias->to(x.scalar_type()), hidden, rows) : at::mm(hidden, rows);
+}
+
+} // namespace d2dmoe

@@ -1,0 +1,67 @@
+"""The CPU's two ways to run experts: each by itself, or all at once under a mask, whichever is faster."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from d2dmoe_pl.adapters._ffn import FFN
+from d2dmoe_pl.moe.execution.cpu import compile_failure, cpu
+from d2dmoe_pl.moe.execution.reference import reference
+from d2dmoe_pl.moe.experts.experts import Experts
+
+pytestmark = pytest.mark.skipif(compile_failure() is not None, reason="the CPU kernel cannot be compiled here")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def experts_of(num_experts, expert_dim, dtype, gated=False, bias=True, activation=None, d_model=64):
+    torch.manual_seed(0)
+    width = num_experts * expert_dim
+    up, down = nn.Linear(d_model, width, bias=bias), nn.Linear(width, d_model, bias=bias)
+    gate = {"gate_proj": nn.Linear(d_model, width, bias=bias)} if gated else {}
+    ffn = FFN(name="ffn", up=up, activation=activation or nn.ReLU(), down=down, **gate)
+    return Experts(ffn, num_experts).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("gated", "bias", "dtype"), product([False, True], [False, True], [torch.float32, torch.bfloat16])
+)
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.Tanh()])
+@torch.inference_mode()
+def test_equals_reference_whichever_way_it_takes(gated, bias, dtype, activation):
+    experts = experts_of(2048, 2, dtype, gated, bias, activation)
+    for tokens, share in product([1, 7, 90], [0.0, 0.02, 0.5, 1.0]):
+        x, mask = torch.randn(tokens, 64, dtype=dtype), torch.rand(tokens, 2048) < share
+        expected = reference(experts, x, mask)
+        torch.testing.assert_close(cpu(experts, x, mask), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_experts", "expert_dim", "share", "is_dense"),
+    [(8192, 1, 1.0, True), (8192, 1, 0.5, True), (64, 128, 1.0, True), (64, 128, 0.1, False), (16, 512, 0.2, False)],
+)
+@torch.inference_mode()
+def test_all_at_once_where_that_is_faster(dtype, num_experts, expert_dim, share, is_dense):
+    """Of ReLU without bias it gives the bits of the plain twin; experts by themselves are added in another order."""
+    experts = experts_of(num_experts, expert_dim, dtype, bias=False, d_model=128)
+    x, mask = torch.randn(700, 128, dtype=dtype), torch.rand(700, num_experts) < share
+    assert torch.equal(cpu(experts, x, mask), reference(experts, x, mask)) == is_dense
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.inference_mode()
+def test_what_is_not_chosen_is_not_seen(threads):
+    """Weights that are infinite, and what they make of tokens, are as good as not there."""
+    experts = experts_of(8192, 1, torch.float32)
+    with torch.no_grad():
+        experts.up_weight[::2] = torch.inf
+    x, mask = torch.randn(40, 64), torch.ones(40, 8192, dtype=torch.bool)
+    mask[:, ::2] = False
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert cpu(experts, x, mask).isfinite().all()
+    finally:
+        torch.set_num_threads(before)
