@@ -1,6 +1,7 @@
 // The operators d2dmoe_pl::moe_cpu, which runs, for every token, the experts that a mask selects; and
 // d2dmoe_pl::moe_layer_cpu, which lets a router and a gate select them, and leaves padding out.
 
+#include "few_tokens.h"
 #include "int8_linear.h"
 #include "operands.h"
 #include "plan.h"
@@ -155,6 +156,17 @@ void add_stand_in(
   TORCH_CHECK_VALUE(up.sizes() == at::IntArrayRef({rank + 1, out.size(1)}), "the stand-in's up must be (R + 1, d_out)");
   const float* share = skipped.const_data_ptr<float>();
   if (std::all_of(share, share + skipped.numel(), [](float each) { return each == 0.f; })) return;
+  const auto type = x.scalar_type();
+  if (x.size(0) <= kFewTokens && down.scalar_type() == type && up.scalar_type() == type) {
+    const auto add = [&]<typename T>(T* y) {
+      const at::Tensor first = down.contiguous(), second = up.contiguous(), rows = x.contiguous();
+      add_stand_in_rows(
+          rows.const_data_ptr<T>(), x.size(0), x.size(1), share, first.const_data_ptr<T>(), rank,
+          second.const_data_ptr<T>(), out.size(1), y);
+    };
+    if (type == at::kBFloat16) return add(out.mutable_data_ptr<at::BFloat16>());
+    if (type == at::kFloat) return add(out.mutable_data_ptr<float>());
+  }
   const at::Tensor shares = skipped.to(x.scalar_type());
   out.addmm_(at::cat({at::linear(x, down).mul_(shares), shares}, 1), up);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bfloat16_experts.h"
+#include "few_tokens.h"
 #include "float_experts.h"
 #include "int8_experts.h"
 #include "masked_dense.h"
@@ -86,7 +87,8 @@ class Operands {
       const Form first = type_ == at::kFloat ? Form::fp32 : Form::transposed_pairs;
       up_ = in(up, first), down_ = in(down, type_ == at::kFloat ? Form::fp32 : Form::pairs);
       if (gate) gate_ = in(*gate, first);
-      weights_ = {up, given(1), gate, given(3), down, given(5)};
+      const auto rows = [](const Optional& w) { return w ? Optional(w->contiguous()) : Optional(); };
+      weights_ = {up.contiguous(), given(1), rows(gate), given(3), down.contiguous(), given(5)};
     }
   }
 
@@ -132,7 +134,12 @@ class Operands {
           gate_quads_.defined() ? gate_quads_.const_data_ptr<int8_t>() : nullptr));
     }
 #endif
-    if (type_ == at::kBFloat16) return f(BFloat16Experts(problem, inputs.x, up_, gate, down_));
+    if (type_ == at::kBFloat16) {
+      const auto& w = weights_;
+      const bool as_they_are = problem.tokens <= kFewTokens && w[0]->scalar_type() == at::kBFloat16;
+      if (as_they_are) return f(FewTokensExperts(problem, inputs.x, *w[0], w[2], *w[4]));
+      return f(BFloat16Experts(problem, inputs.x, up_, gate, down_));
+    }
     f(FloatExperts(problem, inputs.x, up_, gate, down_));
   }
 
@@ -171,6 +178,11 @@ class Operands {
       const FloatRouter scorer(problem, floats(w1), floats(w2));
       return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<float>(), tokens, mask, skipped);
 #endif
+    }
+    if (type_ == at::kBFloat16 && tokens <= kFewTokens && up.scalar_type() == type_ && down.scalar_type() == type_) {
+      const at::Tensor w1 = up.contiguous(), w2 = down.contiguous();
+      const FewTokensRouter scorer(problem, w1.const_data_ptr<at::BFloat16>(), w2.const_data_ptr<at::BFloat16>());
+      return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<at::BFloat16>(), tokens, mask, skipped);
     }
     if (type_ == at::kBFloat16) {
       const at::Tensor w1 = in(up.unsqueeze(0), Form::transposed_pairs);

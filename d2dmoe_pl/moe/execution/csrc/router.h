@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activations.h"
+#include "few_tokens.h"
 #include "int8_experts.h"
 #include "packed.h"
 #include "products.h"
@@ -11,6 +12,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numeric>
 #include <string>
@@ -94,6 +96,29 @@ class BFloat16Router {
   std::vector<float> hidden_, scores_;
 };
 
+// A handful of tokens in bf16, on the weights as they are.
+class FewTokensRouter {
+ public:
+  using scalar = at::BFloat16;
+  FewTokensRouter(const RouterProblem& problem, const scalar* up, const scalar* down)
+      : problem_(problem), up_(up), down_(down), token_(problem.width), hidden_(problem.hidden) {}
+
+  void run(const scalar* x, int64_t count, float* scores) {
+    const auto& p = problem_;
+    for (int64_t t = 0; t < count; ++t) {
+      at::vec::convert(x + t * p.width, token_.data(), p.width);
+      dot_rows(token_.data(), p.width, up_, p.hidden, hidden_.data());
+      activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, 1, p.hidden, p.hidden);
+      dot_rows(hidden_.data(), p.hidden, down_, p.experts, scores + t * p.experts);
+    }
+  }
+
+ private:
+  RouterProblem problem_;
+  const scalar *up_, *down_;
+  std::vector<float> token_, hidden_; // (d,), (R,)
+};
+
 #if defined(D2DMOE_VNNI)
 
 // Weights in int8 with a scale for each of their rows; tokens too.
@@ -154,8 +179,8 @@ struct Gate {
     TORCH_CHECK_VALUE(false, "rule='", name, "': allowed are dynk_max, dynk_cumulative, topk");
   }
 
-  // scores and mask: (E,) of one token; order: work space
-  void choose(const float* scores, bool* mask, int64_t experts, std::vector<int32_t>& order) const {
+  // scores, not negative, and mask: (E,) of one token; order: work space
+  void choose(const float* scores, bool* mask, int64_t experts, std::vector<uint64_t>& order) const {
     if (rule == Rule::dynk_max) {
       float largest = scores[0];
       for (int64_t e = 1; e < experts; ++e) largest = scores[e] > largest || std::isnan(scores[e]) ? scores[e] : largest;
@@ -168,26 +193,60 @@ struct Gate {
       return;
     }
     order.resize(experts);
-    std::iota(order.begin(), order.end(), 0);
-    const auto is_before = [&](int32_t a, int32_t b) { // NaN first, equal ones as they stand
-      if (std::isnan(scores[a]) != std::isnan(scores[b])) return std::isnan(scores[a]);
-      return scores[a] > scores[b] || (!(scores[a] < scores[b]) && a < b);
-    };
+    for (int64_t e = 0; e < experts; ++e) order[e] = key(scores[e], e);
     std::fill_n(mask, experts, false);
     if (rule == Rule::topk) {
       const double share = std::ceil(tau * static_cast<double>(experts) - 1e-9);
       const int64_t count = k > 0 ? k : std::max<int64_t>(1, static_cast<int64_t>(share));
-      std::nth_element(order.begin(), order.begin() + count - 1, order.end(), is_before);
-      for (int64_t i = 0; i < count; ++i) mask[order[i]] = true;
+      std::nth_element(order.begin(), order.begin() + count - 1, order.end());
+      for (int64_t i = 0; i < count; ++i) mask[expert(order[i])] = true;
       return;
     }
-    std::sort(order.begin(), order.end(), is_before);
-    double sum = 0., before = 0.; // as torch adds them; compared in float32, as torch does
-    for (int64_t i = 0; i < experts; ++i) sum += scores[order[i]];
-    const float enough = static_cast<float>(tau) * static_cast<float>(sum);
-    for (int64_t i = 0; i < experts; ++i) {
-      mask[order[i]] = i == 0 || !(static_cast<float>(before) >= enough);
-      before += scores[order[i]];
+    choose_share(scores, mask, order);
+  }
+
+ private:
+  // Ascending keys are experts from the largest score on, NaN before all, and equal ones as they stand.
+  static uint64_t key(float score, int64_t expert) {
+    return static_cast<uint64_t>(~std::bit_cast<uint32_t>(score)) << 32 | static_cast<uint64_t>(expert);
+  }
+
+  static int64_t expert(uint64_t key) {
+    return static_cast<int64_t>(key & 0xffffffff);
+  }
+
+  // The fewest experts, from the largest on, whose sum reaches tau of that of all, and one at least. Only the part where
+  // that happens is sorted, which the rest is halved down to: to sort all takes longer than a token's experts.
+  void choose_share(const float* scores, bool* mask, std::vector<uint64_t>& order) const {
+    constexpr int64_t kSorted = 16;
+    const auto sum_of = [&](auto first, auto last) { // in float64, and compared in float32, as torch does
+      double sum = 0.;
+      for (auto each = first; each != last; ++each) sum += scores[expert(*each)];
+      return sum;
+    };
+    const float enough = static_cast<float>(tau) * static_cast<float>(sum_of(order.begin(), order.end()));
+    const auto run = [&](auto first, auto last) {
+      for (auto each = first; each != last; ++each) mask[expert(*each)] = true;
+    };
+    auto first = order.begin(), last = order.end();
+    double before = 0.; // of all that come before `first`
+    while (last - first > kSorted) {
+      const auto middle = first + (last - first) / 2;
+      std::nth_element(first, middle, last);
+      const double upper = sum_of(first, middle);
+      if (static_cast<float>(before + upper) >= enough) {
+        last = middle;
+      } else { // a sum that is NaN is never enough
+        run(first, middle);
+        before += upper;
+        first = middle;
+      }
+    }
+    std::sort(first, last);
+    for (auto each = first; each != last; ++each) {
+      if (each != order.begin() && static_cast<float>(before) >= enough) return;
+      mask[expert(*each)] = true;
+      before += scores[expert(*each)];
     }
   }
 };
@@ -212,7 +271,7 @@ void choose_experts(
   at::parallel_for(0, (count + kTokens - 1) / kTokens, 1, [&](int64_t begin, int64_t end) {
     Router own = router; // with its work space
     std::vector<float> scores(kTokens * experts);
-    std::vector<int32_t> order;
+    std::vector<uint64_t> order;
     for (int64_t first = begin * kTokens; first < std::min(count, end * kTokens); first += kTokens) {
       const int64_t tokens = std::min(kTokens, count - first);
       own.run(x + first * problem.width, tokens, scores.data());
