@@ -16,7 +16,9 @@ from torch import nn
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.budgets.block_replay import block_of
+from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.routers import Router
 
 if TYPE_CHECKING:
     from d2dmoe_pl.phases._phase import Phase
@@ -100,6 +102,9 @@ def shard_over_(model: nn.Module, mesh: Any, gathered_in: torch.dtype | None = N
     names = dict.fromkeys(name for name in (block_of(layer, model) for layer in layers) if name is not None)
     for part in dict.fromkeys([*(model.get_submodule(name) for name in names), model]):
         _fully_shard_(part, mesh, gathered_in)
+    for module in model.modules():
+        if isinstance(module, (Experts, Router)):
+            module.is_gathered = True
 
 
 def _fully_shard_(module: nn.Module, mesh: Any, gathered_in: torch.dtype | None) -> None:

@@ -1,5 +1,7 @@
 """Models of every kind can be sharded by block, are trained so, and saved as what they were."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -9,6 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import flops_outside_ffns
+from d2dmoe_pl.moe.conversion import set_tau_
+from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.phases import ExpertClustering, FineTuning
 from d2dmoe_pl.phases._sharding import FullyShardedStrategy, check_strategy, shard_over_
 from d2dmoe_pl.sharded_tensors import is_sharded, is_sharded_tensor, sharded_like, whole_on_cpu
@@ -63,6 +67,25 @@ def test_blocks_are_cast_as_they_become_whole(mesh):
     assert seen == [(torch.bfloat16, torch.bfloat16)]
     assert block.mlp.up_proj.weight.dtype == block.mlp.up_proj.weight.grad.dtype == torch.float32
     assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("autocast", "tau"), [(False, 0.5), (True, 1.0)])
+@torch.no_grad()
+def test_kernels_see_changes_between_passes(mesh, autocast, tau):
+    """Blocks become whole in the same memory each time, without a sign that autograd would know."""
+    kind, dtype = "gpt2-causal-language-modeling", torch.float32 if autocast else torch.bfloat16
+    model, inputs = tiny.routed(kind).to(dtype), tiny.batch(kind)
+    set_tau_(model, tau)
+    twin = copy.deepcopy(model)
+    shard_over_(model, mesh, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(3):
+            expected = tiny.logits(twin, inputs)
+            torch.testing.assert_close(tiny.logits(model, inputs), expected, rtol=0.05, atol=0.05)
+            for layers in (expert_layers(model), expert_layers(twin)):
+                for layer in layers.values():
+                    layer.experts.down_weight.mul_(-2)
+                    layer.router.down.weight.copy_(layer.router.down.weight.flip(0))
 
 
 def test_flops_are_those_of_the_whole_model(mesh):
