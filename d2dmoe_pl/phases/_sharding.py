@@ -42,7 +42,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
 
-StrategyRegistry.register(FSDP2, FullyShardedStrategy, description="FSDP2, block by block")
+StrategyRegistry.register(FSDP2, FullyShardedStrategy, description="FSDP2, block by block", override=True)
 
 
 def check_strategy(phase: "Phase", strategy: Strategy) -> None:

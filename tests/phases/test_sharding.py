@@ -1,12 +1,13 @@
 """Models of every kind can be sharded by block, are trained so, and saved as what they were."""
 
 import copy
+import importlib.util
 
 import pytest
 import tiny
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 
 from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
@@ -14,7 +15,7 @@ from d2dmoe_pl.metrics.flops import flops_outside_ffns
 from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.phases import ExpertClustering, FineTuning
-from d2dmoe_pl.phases._sharding import FullyShardedStrategy, check_strategy, shard_over_
+from d2dmoe_pl.phases._sharding import FSDP2, FullyShardedStrategy, check_strategy, shard_over_
 from d2dmoe_pl.sharded_tensors import is_sharded, is_sharded_tensor, sharded_like, whole_on_cpu
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -128,3 +129,12 @@ def test_strategies():
         check_strategy(tuning, half)
     with pytest.raises(ConfigError, match=r"strategy=deepspeed: must be of stage 1 or 2, or fsdp2"):
         check_strategy(tuning, deepspeed[3])
+
+
+def test_a_name_that_another_has_taken_is_ours(monkeypatch):
+    """The module can be loaded again, or after a library that calls a strategy of its own the same."""
+    monkeypatch.setitem(StrategyRegistry, FSDP2, {**StrategyRegistry[FSDP2], "strategy": DDPStrategy})
+    spec = importlib.util.find_spec(FullyShardedStrategy.__module__)
+    module = importlib.util.module_from_spec(spec)  # another than the one that is loaded, which stays
+    spec.loader.exec_module(module)
+    assert StrategyRegistry[FSDP2]["strategy"] is module.FullyShardedStrategy
