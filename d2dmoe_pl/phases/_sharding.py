@@ -65,9 +65,14 @@ def check_strategy(phase: "Phase", strategy: Strategy) -> None:
         raise ConfigError(f"strategy={name}: must be of stage 1 or 2, or {FSDP2}; stage 3 parts the weights too")
 
 
+def parts_models(strategy: Strategy | None) -> bool:
+    """Whether a trainer of this strategy parts models among processes."""
+    return isinstance(strategy, FullyShardedStrategy)
+
+
 def shares_model(phase: "Phase") -> bool:
     """Whether the trainer of ``phase`` parts its model among processes."""
-    return isinstance(phase.trainer.strategy, FullyShardedStrategy)
+    return parts_models(phase.trainer.strategy)
 
 
 def shard_(model: nn.Module, phase: "Phase") -> None:
