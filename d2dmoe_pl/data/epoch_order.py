@@ -17,6 +17,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
+from d2dmoe_pl.errors import check
+
 
 def folded(seed: int, *parts: int | str) -> int:
     """A seed in [0, 2**63) that is another for every other ``seed`` or ``parts``, and the same on every machine.
@@ -119,6 +121,18 @@ def ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     return (DistributedSampler if repeat else UnrepeatedDistributedSampler)(dataset, shuffle=False)
+
+
+def check_shares(number: int, said: str) -> None:
+    """Raise ``ConfigError``, in every process alike, unless there is a sample for each of them.
+
+    Args:
+        number: Of samples, over all processes.
+        said: What they come from: a split, or a setting and its value.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if distributed else 1
+    check(number >= processes, f"{said}: {number} samples for {processes} processes; must be at least one for each")
 
 
 def even_batch_size(sampler: Sampler | None, batch_size: int) -> int:

@@ -12,6 +12,7 @@ from test_glue import glue, rows
 
 from d2dmoe_pl.data import DatasetSource, LanguageModeling
 from d2dmoe_pl.data.epoch_order import even_batch_size
+from d2dmoe_pl.errors import ConfigError
 
 GLUE_WORDS = "abcdefgh"
 
@@ -79,6 +80,44 @@ def test_two_processes_measure_what_one_does(tmp_path, kind):
     assert sum(got[0][2]) > sum(got[1][2]) or kind in ("squad", "masked")
     for _, results, _ in got:
         assert results == pytest.approx(expected, rel=1e-5)
+
+
+def alike(rank, data, folder, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    data.predict_for(["one"])
+    said = []
+    for call in (lambda: data.setup("fit"), data.val_dataloader, data.test_dataloader, data.predict_dataloader):
+        try:
+            call()
+        except ConfigError as error:
+            said.append(str(error))
+    data.setup()  # e.g. to test, where nothing is validated
+    said.append(len(list(data.drawn_loader("train", 3))))
+    queue.put((rank, said))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_split_with_too_few_samples_is_told_in_every_process(tmp_path):
+    """One that had none would die alone, and the others wait for it."""
+    data = glue(tmp_path, tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, SPECIAL), "mnli")
+    data.setup()
+    data._splits = {**data._splits, "validation_b": data._splits["validation"].select([0])}
+    data._splits["test_b"] = data._splits["validation_b"]
+    data.setup("fit")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=alike, args=(rank, data, tmp_path, queue)) for rank in range(2)]
+    for one in processes:
+        one.start()
+    got = sorted(queue.get(timeout=60) for _ in processes)
+    for one in processes:
+        one.join()
+    told = [
+        f"{name}: 1 samples for 2 processes; must be at least one for each"
+        for name in ("validation_b", "validation_b", "test_b", "predict")
+    ]
+    assert got == [(0, [*told, 1]), (1, [*told, 1])]
 
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
