@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
@@ -135,12 +136,18 @@ def check_shares(number: int, said: str) -> None:
     check(number >= processes, f"{said}: {number} samples for {processes} processes; must be at least one for each")
 
 
-def even_batch_size(sampler: Sampler | None, batch_size: int) -> int:
-    """The size nearest to ``batch_size``, and rather smaller, of which all processes have equally many batches.
+def even_batch_size(sampler: Sampler | None, batch_size: int, strategy: Strategy | None) -> int:
+    """``batch_size``; of a model that is parted among processes, one near it of which all have equally many batches.
 
-    A model that is parted among processes runs only when all of them run it.
+    Such a model runs only when all of them run it. A larger size is taken only where no smaller one will do.
+
+    Args:
+        sampler: Of the split.
+        batch_size: As the user set it.
+        strategy: Of the trainer, if there is one.
     """
-    if not isinstance(sampler, UnrepeatedDistributedSampler):
+    is_parted = isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
+    if not (is_parted and isinstance(sampler, UnrepeatedDistributedSampler)):
         return batch_size
     fewest, more = divmod(len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type] # ours have a length
     if more == 0 or fewest == 0:

@@ -291,7 +291,7 @@ class TaskData(L.LightningDataModule):
     def _loader_of(self, dataset: Dataset, train: bool, sampler: Sampler | None) -> DataLoader:
         return CacheableLoader(
             DrawnSamples(dataset) if train else dataset,
-            batch_size=even_batch_size(sampler, self.batch_size),
+            batch_size=even_batch_size(sampler, self.batch_size, getattr(self.trainer, "strategy", None)),
             sampler=sampler,
             collate_fn=partial(self.drawn_batch if train else self._batch, augment=train),
             num_workers=self.num_workers,

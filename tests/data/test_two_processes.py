@@ -2,17 +2,21 @@
 
 import math
 import multiprocessing
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import DDPStrategy
 from squad_files import SPECIAL, WORDS, squad
 from test_glue import glue, rows
 
-from d2dmoe_pl.data import DatasetSource, LanguageModeling
+from d2dmoe_pl.data import DatasetSource, LanguageModeling, task_data
 from d2dmoe_pl.data.epoch_order import even_batch_size
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases._sharding import FullyShardedStrategy
 
 GLUE_WORDS = "abcdefgh"
 
@@ -128,6 +132,18 @@ def test_processes_have_equally_many_batches(processes, batch_size):
         shares = [
             UnrepeatedDistributedSampler(range(samples), num_replicas=processes, rank=rank) for rank in range(processes)
         ]
-        (size,) = {even_batch_size(share, batch_size) for share in shares}
+        (size,) = {even_batch_size(share, batch_size, FullyShardedStrategy()) for share in shares}
         assert len({math.ceil(len(share) / size) for share in shares}) == 1
-    assert even_batch_size(None, batch_size) == batch_size
+        assert even_batch_size(shares[0], batch_size, DDPStrategy()) == batch_size
+    assert even_batch_size(None, batch_size, FullyShardedStrategy()) == batch_size
+
+
+@pytest.mark.parametrize(("strategy", "size"), [(DDPStrategy, 1), (FullyShardedStrategy, 3)])
+def test_a_batch_size_is_the_users_where_each_process_has_the_model(tmp_path, monkeypatch, strategy, size):
+    data = glue(tmp_path, tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, SPECIAL), "mnli")
+    data.setup()
+    data._splits = {name: split.select(range(5)) for name, split in data._splits.items()}
+    data.batch_size, data.trainer = 1, SimpleNamespace(strategy=strategy())
+    alone = partial(UnrepeatedDistributedSampler, num_replicas=2, rank=0, shuffle=False)
+    monkeypatch.setattr(task_data, "ordered_sampler", lambda dataset, repeat: alone(dataset))
+    assert data.val_dataloader().batch_size == data.drawn_loader("validation", 5).batch_size == size
