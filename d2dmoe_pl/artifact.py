@@ -116,7 +116,7 @@ def save_artifact(
         max_shard_size: Bytes; larger weights are in several files, with an index, as Hugging Face's libraries do it.
 
     Raises:
-        ConfigError: For a size that is not positive, or a name of tensors that is none of a file in the folder.
+        ConfigError: For a size not positive, tensors' names that are no file's, or types that safetensors lacks.
         NonFiniteWeightsError: If a parameter, or one of the tensors, holds a NaN or an infinity.
 
     Example:
