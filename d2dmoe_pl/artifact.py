@@ -116,7 +116,7 @@ def save_artifact(
         max_shard_size: Bytes; larger weights are in several files, with an index, as Hugging Face's libraries do it.
 
     Raises:
-        ConfigError: For a size that is not positive, or a name of tensors that is none of a file in the folder.
+        ConfigError: For a size not positive, tensors' names that are no file's, or types that safetensors lacks.
         NonFiniteWeightsError: If a parameter, or one of the tensors, holds a NaN or an infinity.
 
     Example:
@@ -270,14 +270,14 @@ def load_model(
     artifact = read_artifact(local_folder(path, revision), "path")
     model = build_structure(artifact)
     target = None if dtype is None or name == "int8" else getattr(torch, name)
-    check_fits(model, f"path={str(path)!r}, dtype={None if dtype is None else name!r}", target)
+    if not mapped or dtype is not None:  # pages of files give way to whatever else needs the memory
+        check_fits(model, f"path={str(path)!r}, dtype={None if dtype is None else name!r}", target)
     read_weights_(model, artifact.weights, mapped)
     adapter_named(artifact.family).fill_buffers_(model)
-    if name == "int8":
-        if not artifact.quantized:
-            quantize_(model)
-    elif dtype is not None:
-        model.to(getattr(torch, name))
+    if target is not None:
+        model.to(target)
+    elif name == "int8" and not artifact.quantized:
+        quantize_(model)
     if optimize:
         optimize_(model)
     return model.eval()

@@ -92,7 +92,11 @@ def _run_what_is_left(
         end_redo(output_dir)
         return
     openings = openings[first:]
-    preflight([opening.model for opening in openings], [opening.datamodule for opening in openings])
+    preflight(
+        [opening.model for opening in openings],
+        [opening.datamodule for opening in openings],
+        openings[0].trainer.strategy,
+    )
     openings.clear()
     if start_over is not None:
         begin_redo(output_dir, start_over)

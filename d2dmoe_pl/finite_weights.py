@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 from d2dmoe_pl.errors import NonFiniteWeightsError
@@ -19,8 +20,9 @@ def first_non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """
     for name, tensor in tensors:
         values = tensor.detach()
-        if not values.is_floating_point() or values.is_meta:
+        if not (values.is_floating_point() or values.is_complex()) or values.is_meta:
             continue
+        values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
         if not is_finite(values):
             return name
     return None

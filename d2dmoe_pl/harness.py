@@ -38,15 +38,15 @@ def evaluated_model(
         budget: Of a calibrated model, a share of the dense FFNs' FLOPs, instead of a ``tau``.
         dtype: As :func:`d2dmoe_pl.load_model` takes it, ``int8`` too; ``auto`` is as it was saved.
         optimize: Whether it is compiled.
-        kwargs: As lm_eval's ``HFLM`` takes them, ``batch_size`` and ``device`` among them.
+        kwargs: As lm_eval's ``HFLM`` takes them, ``batch_size`` and ``device`` among them; ``revision``, of a name on
+            the hub, is the weights' and the tokenizer's.
 
     Raises:
         ConfigError: If lm_eval is not installed, there is no such artifact, or it knows no such setting.
     """
     hflm = _harness("lm_eval.models.huggingface:HFLM")
     check(tau is None or budget is None, f"tau={tau}, budget={budget}: must be one of them")
-    revision = kwargs.pop("revision", None)
-    model = load_model(pretrained, revision, None if dtype == "auto" else dtype, bool(optimize))
+    model = load_model(pretrained, kwargs.get("revision"), None if dtype == "auto" else dtype, bool(optimize))
     if tau is not None:
         set_tau_(model, tau)
     if budget is not None:

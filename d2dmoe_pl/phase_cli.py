@@ -139,7 +139,7 @@ class PhaseCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check the phase against its model before any data is loaded or file written."""
-        preflight([self.model], [self.datamodule])
+        preflight([self.model], [self.datamodule], self.trainer.strategy)
 
 
 def check_training(trainer: Mapping[str, Any]) -> None:

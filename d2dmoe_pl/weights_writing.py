@@ -13,19 +13,25 @@ from d2dmoe_pl.sharded_tensors import whole_on_cpu
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; as Hugging Face's libraries have it
 INDEX = ".index.json"  # ending of the file that says which tensor is in which shard
-DTYPES = {
+DTYPES = {  # wide ones first
+    torch.complex64: "C64",
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint64: "U64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }
 
 
@@ -40,11 +46,16 @@ def write_weights(model: nn.Module, folder: Path | None, name: str, max_shard_si
         folder: What the files are written into; None on a process that only gives its part of them.
         name: Of the file, with its ending.
         max_shard_size: Bytes of a file; only a single tensor can be larger.
+
+    Raises:
+        ConfigError: For a size that is not positive, or a tensor of a type that such files do not have.
     """
     check(max_shard_size > 0, f"max_shard_size={max_shard_size}: must be positive")
     names: dict[int, list[str]] = {}  # of each tensor: tied ones have several
     state = model.state_dict(keep_vars=True)
+    allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
     for key, tensor in state.items():
+        check(tensor.dtype in DTYPES, f"{key}: is of {tensor.dtype}, which safetensors lacks; must be of {allowed}")
         names.setdefault(id(tensor), []).append(key)
     kept = {min(same): sorted(same)[1:] for same in names.values()}
     shards: list[dict[str, Tensor]] = [{}]
@@ -90,7 +101,7 @@ def _bytes(tensors: Mapping[str, Tensor], order: list[str], wanted: bool) -> Ite
     for name in order:
         whole = whole_on_cpu(tensors[name], wanted)
         if whole is not None:
-            values: Any = whole.reshape(-1).view(torch.uint8).numpy()
+            values: Any = whole.resolve_conj().reshape(-1).view(torch.uint8).numpy()
             yield values
 
 

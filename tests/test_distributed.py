@@ -21,6 +21,7 @@ from d2dmoe_pl.moebert.routing import random_table
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 MAIN = str(Path(__file__).parents[1] / "main.py")
+OPTIMIZER = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 TWO = ["--set", "trainer.devices=2", "trainer.strategy=ddp", "data.init_args.batch_size=32"]
 
 
@@ -204,3 +205,25 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     for layer, table in tables[0].items():
         assert torch.equal(table, tables[1][layer])
         assert not torch.equal(table, random_table(40, 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("phase", "settings", "said"),
+    [
+        ("RecoveryTuning", {"num_held_out": 1, "optimizer": OPTIMIZER}, "num_held_out=1"),
+        ("BudgetCalibration", {"num_samples": 1}, "num_samples=1"),
+        ("BudgetCalibration", {"num_scored_samples": 1}, "num_scored_samples=1"),
+    ],
+)
+def test_a_draw_without_a_sample_for_each_process_is_told_before_training(one_process, tmp_path, phase, settings, said):
+    recipe, one = one_process
+    shared = yaml.safe_load(Path(recipe).read_text())["shared"]
+    start = {"init_from": str(one / "router_regression" / "artifact"), **settings}
+    file = tmp_path / "draw.yaml"
+    phases = {"only": {"model": {"class_path": phase, "init_args": start}}}
+    file.write_text(yaml.safe_dump({"shared": shared, "phases": phases}, sort_keys=False))
+    command = [sys.executable, MAIN, *arguments(str(file), tmp_path / "run", *TWO)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2
+    assert f"error: {said}: 1 samples for 2 processes; must be at least one for each" in result.stderr
+    assert not list((tmp_path / "run").rglob("*.ckpt"))

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from d2dmoe_pl import free_memory as module
@@ -14,6 +15,7 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.free_memory import check_fits, free_memory
 from d2dmoe_pl.phases import FineTuning
 from d2dmoe_pl.phases._preflight import preflight
+from d2dmoe_pl.phases._sharding import FullyShardedStrategy
 
 MEMINFO = "MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:    2000 kB\nSwapFree:   500 kB\nHugePages_Total:   0\n"
 
@@ -90,3 +92,18 @@ def test_each_way_to_load_one(free, tmp_path):
         load_model(tmp_path / "artifact")
     with pytest.raises(ConfigError, match=r"^path='.*artifact', dtype='bfloat16': needs 0.0 GB of memory"):
         load_model(tmp_path / "artifact", dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"^path='.*artifact', dtype='bfloat16': needs 0.0 GB of memory"):
+        load_model(tmp_path / "artifact", dtype="bfloat16", mapped=True)  # cast, its weights are no pages any more
+
+
+def test_pages_of_files_need_none(free, tmp_path):
+    model = tiny.dense("bert")
+    save_artifact(model, tmp_path / "artifact")
+    free(MEMINFO.replace("2000", "1").replace("500", "0"))
+    read = load_model(tmp_path / "artifact", mapped=True)
+    torch.testing.assert_close(read.state_dict(), model.state_dict(), rtol=0, atol=0)
+    phase, data = FineTuning(init_from=str(tmp_path / "artifact")), tiny.TextData(4)
+    preflight([phase], [data], FullyShardedStrategy())
+    for strategy in (None, DDPStrategy()):
+        with pytest.raises(ConfigError, match=r"^init_from='.*artifact': needs 0.0 GB of memory for its weights"):
+            preflight([phase], [data], strategy)

@@ -98,6 +98,18 @@ def test_tau_and_budgets_are_set(artifact):
         harness.evaluated_model(str(artifact), tau=0.3, budget=0.6)
 
 
+def test_the_tokenizer_is_of_the_revision_that_the_weights_are_of(artifact, monkeypatch):
+    """Whatever lm_eval is: it is given what it needs to find the tokenizer."""
+    loaded, given = [], []
+    monkeypatch.setattr(harness, "_harness", lambda name: lambda **kwargs: given.append(kwargs))
+    monkeypatch.setattr(harness, "load_model", lambda *args: loaded.append(args) or load_model(artifact))
+    harness.evaluated_model("me/model", revision="v2", batch_size=3)
+    harness.evaluated_model("me/model")
+    assert [args[:2] for args in loaded] == [("me/model", "v2"), ("me/model", None)]
+    assert [(each["tokenizer"], each.get("revision")) for each in given] == [("me/model", "v2"), ("me/model", None)]
+    assert "revision" not in given[1]  # which is lm_eval's own
+
+
 def test_at_tau_one_the_harness_finds_what_it_finds_of_the_dense_model(artifact, task):
     lm_eval = installed()
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415 (optional)

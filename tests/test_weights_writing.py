@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
-from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.weights_writing import write_weights
+from d2dmoe_pl.errors import ConfigError, NonFiniteWeightsError
+from d2dmoe_pl.weights_writing import DTYPES, write_weights
 
 SMALL = 4000  # bytes
 
@@ -31,6 +31,42 @@ def test_a_file_is_what_safetensors_writes(tmp_path):
         one, other = ours.get_tensor(name), theirs.get_tensor(name)
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_every_type_that_safetensors_has(tmp_path, dtype):
+    layer = torch.nn.Module()
+    layer.register_buffer("before", torch.ones(3, dtype=torch.int8))  # narrower, and odd
+    layer.register_buffer("values", torch.arange(6).reshape(2, 3).t().to(dtype))
+    layer.register_buffer("one", torch.ones((), dtype=dtype))
+    write_weights(layer, tmp_path, "a.safetensors")
+    read = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert read.keys() == {"before", "values", "one"}
+    for name, values in layer.state_dict().items():
+        assert read[name].dtype == values.dtype
+        assert torch.equal(read[name].to(torch.complex64), values.to(torch.complex64))
+
+
+def test_conjugates_are_written_as_what_they_are(tmp_path):
+    layer = torch.nn.Module()
+    layer.register_buffer("values", torch.tensor([1 + 2j, 3 - 4j]).conj())
+    write_weights(layer, tmp_path, "a.safetensors")
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["values"].tolist() == [1 - 2j, 3 + 4j]
+
+
+def test_complex_weights_that_are_no_numbers_are_refused(tmp_path):
+    model = tiny.dense()
+    model.turns = torch.nn.Parameter(torch.tensor([1 + 2j, complex(0, torch.nan)]))
+    with pytest.raises(NonFiniteWeightsError, match=r"^turns: the weights hold NaN"):
+        save_artifact(model, tmp_path / "artifact")
+
+
+def test_a_type_that_safetensors_lacks_is_told_with_its_name(tmp_path):
+    model = tiny.dense()
+    model.register_buffer("turns", torch.ones(2, dtype=torch.complex128))
+    with pytest.raises(ConfigError, match=r"^turns: is of torch.complex128, which safetensors lacks; must be of comp"):
+        save_artifact(model, tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
 
 
 @pytest.mark.parametrize("kind", ["llama-causal-language-modeling", "gpt2-causal-language-modeling", "timm_vit"])

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import Dataset, DistributedSampler, Sampler
+
+from d2dmoe_pl.errors import check
 
 
 def folded(seed: int, *parts: int | str) -> int:
@@ -121,12 +124,30 @@ def ordered_sampler(dataset: Dataset, repeat: bool) -> DistributedSampler | None
     return (DistributedSampler if repeat else UnrepeatedDistributedSampler)(dataset, shuffle=False)
 
 
-def even_batch_size(sampler: Sampler | None, batch_size: int) -> int:
-    """The size nearest to ``batch_size``, and rather smaller, of which all processes have equally many batches.
+def check_shares(number: int, said: str) -> None:
+    """Raise ``ConfigError``, in every process alike, unless there is a sample for each of them.
 
-    A model that is parted among processes runs only when all of them run it.
+    Args:
+        number: Of samples, over all processes.
+        said: What they come from: a split, or a setting and its value.
     """
-    if not isinstance(sampler, UnrepeatedDistributedSampler):
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if distributed else 1
+    check(number >= processes, f"{said}: {number} samples for {processes} processes; must be at least one for each")
+
+
+def even_batch_size(sampler: Sampler | None, batch_size: int, strategy: Strategy | None) -> int:
+    """``batch_size``; of a model that is parted among processes, one near it of which all have equally many batches.
+
+    Such a model runs only when all of them run it. A larger size is taken only where no smaller one will do.
+
+    Args:
+        sampler: Of the split.
+        batch_size: As the user set it.
+        strategy: Of the trainer, if there is one.
+    """
+    is_parted = isinstance(strategy, (ModelParallelStrategy, FSDPStrategy))
+    if not (is_parted and isinstance(sampler, UnrepeatedDistributedSampler)):
         return batch_size
     fewest, more = divmod(len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type] # ours have a length
     if more == 0 or fewest == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from d2dmoe_pl.data.cacheable_loader import CacheableLoader
-from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, even_batch_size, ordered_sampler, seeded
+from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, check_shares, even_batch_size, ordered_sampler, seeded
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import places, renumbered
@@ -66,7 +66,7 @@ class TaskData(L.LightningDataModule):
         self.task: Task | None = None
         self._own_task: Task | None = None
         self._outputs: Tensor | None = None  # of the data's classes, where their order is not the data's own
-        self._splits: Mapping[str, Dataset] = {}
+        self._splits: Mapping[str, Any] = {}  # torch's type of a dataset need not have a length, ours have
         self._raw_inputs: list[str] | None = None
 
     @abstractmethod
@@ -116,12 +116,12 @@ class TaskData(L.LightningDataModule):
     @property
     def num_training_samples(self) -> int:
         """Samples of an epoch, over all processes, once set up."""
-        return _size(self._splits["train"])
+        return len(self._splits["train"])
 
     @property
     def num_validation_samples(self) -> int:
         """Samples of the validation split, over all processes, once set up."""
-        return _size(self._splits["validation"])
+        return len(self._splits["validation"])
 
     def save_processor(self, folder: Path) -> None:
         """Write what turns raw input into model input, a tokenizer or an image processor, into ``folder``."""
@@ -134,15 +134,18 @@ class TaskData(L.LightningDataModule):
         """Load all splits.
 
         Raises:
-            ConfigError: If a split is empty.
+            ConfigError: If a split is empty, or, to fit, one to validate on has fewer samples than there are processes.
         """
-        if self._splits:
-            return
-        self.load_processor()
-        splits, self._own_task = self.load()
-        for name, split in splits.items():
-            check(_size(split) > 0, f"{name}: the split is empty; must have at least one sample")
-        self._splits, self.task = splits, self._own_task
+        if not self._splits:
+            self.load_processor()
+            splits: Any
+            splits, self._own_task = self.load()
+            for name, split in splits.items():
+                check(len(split) > 0, f"{name}: the split is empty; must have at least one sample")
+            self._splits, self.task = splits, self._own_task
+        if stage == "fit" and (self.trainer is None or self.trainer.limit_val_batches):
+            for name in self.split_names("validation"):  # which may be needed after hours only
+                check_shares(len(self._splits[name]), name)
 
     def number_labels_as(self, output_names: Sequence[str] | None) -> None:
         """Let batches number classes as a model does that has been trained before.
@@ -241,6 +244,7 @@ class TaskData(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader | list[DataLoader]:
         if self._raw_inputs is None:
             return self._evaluation_loaders("test", in_order=True)
+        check_shares(len(self._raw_inputs), "predict")
         return self._loader_of(self.raw_samples(self._raw_inputs), False, None)
 
     def _evaluation_loaders(self, stage: str, in_order: bool = False) -> DataLoader | list[DataLoader]:
@@ -257,10 +261,9 @@ class TaskData(L.LightningDataModule):
         Returns:
             None for a split that is streamed.
         """
-        if split not in self._splits:
+        if (dataset := self._splits.get(split)) is None:
             return None
-        dataset: Any = self._splits[split]
-        order = torch.randperm(_size(dataset), generator=torch.Generator().manual_seed(0)).tolist()[:number]
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()[:number]
         drawn = dataset.select(order) if hasattr(dataset, "select") else Subset(dataset, order)
         if number is not None:
             drawn = self.rearranged(drawn)
@@ -278,23 +281,20 @@ class TaskData(L.LightningDataModule):
         return {**batch, "labels": renumbered(batch["labels"], self._outputs)}
 
     def _loader(self, split: str, train: bool, in_order: bool = True) -> DataLoader:
-        dataset = self._splits[split] if in_order else self.rearranged(self._splits[split])
+        dataset: Any = self._splits[split] if in_order else self.rearranged(self._splits[split])
         if not train:
+            if split != "train":
+                check_shares(len(dataset), split)
             return self._loader_of(dataset, False, ordered_sampler(dataset, repeat=split == "train"))
         return self._loader_of(dataset, True, EpochOrder(dataset, partial(self.training_order, dataset), self.seed))
 
     def _loader_of(self, dataset: Dataset, train: bool, sampler: Sampler | None) -> DataLoader:
         return CacheableLoader(
             DrawnSamples(dataset) if train else dataset,
-            batch_size=even_batch_size(sampler, self.batch_size),
+            batch_size=even_batch_size(sampler, self.batch_size, getattr(self.trainer, "strategy", None)),
             sampler=sampler,
             collate_fn=partial(self.drawn_batch if train else self._batch, augment=train),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def _size(split: Any) -> int:
-    """Samples of a split; torch's type of a dataset need not have a length, ours have."""
-    return len(split)

@@ -4,8 +4,15 @@ from typing import Any
 
 from torch import Tensor
 
+from d2dmoe_pl.data.epoch_order import check_shares
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.phases._phase import Phase
+
+
+def check_held_out(phase: Phase, **numbers: int) -> None:
+    """Raise ``ConfigError`` unless every process gets some of so many samples, by the setting that says how many."""
+    for setting, number in numbers.items():
+        check_shares(min(number, phase.data.num_validation_samples), f"{setting}={number}")
 
 
 def held_out(phase: Phase, num_samples: int) -> list[Batch]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 from d2dmoe_pl.artifact import build_structure
@@ -9,10 +10,11 @@ from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.free_memory import check_fits
 from d2dmoe_pl.phases._model_checks import check_head, check_length, check_pictures, check_token_ids
 from d2dmoe_pl.phases._phase import Phase
+from d2dmoe_pl.phases._sharding import parts_models
 from d2dmoe_pl.structure import describe, stage_of
 
 
-def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
+def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = (), strategy: Strategy | None = None) -> None:
     """Take the first phase's model through all ``phases`` on the meta device.
 
     Of what is on the hub, only descriptions are fetched: a model's configuration, and tokenizers or image processors.
@@ -20,13 +22,16 @@ def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = ()) -> None:
     Args:
         phases: In order; each after the first starts from what the one before leaves.
         data: The phases' data; if left out, neither it nor the memory is looked at.
+        strategy: Of the first phase's trainer, if there is one. Where it parts a model among processes, an artifact
+            need not fit into the memory.
 
     Raises:
         ConfigError: If a phase does not fit what it would start from, the model has not the head, the positions or the
             token ids that the data needs or does not fit into the memory, or one of the descriptions is not there.
     """
     model, came_from, beside = _start(phases[0])
-    if data:
+    is_mapped = phases[0].init_from is not None and parts_models(strategy)
+    if data and not is_mapped:
         check_fits(model, "source" if phases[0].init_from is None else f"init_from={str(phases[0].init_from)!r}")
     for each in data:
         check_head(model, each.head)

@@ -16,7 +16,9 @@ from torch import nn
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.budgets.block_replay import block_of
+from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.routers import Router
 
 if TYPE_CHECKING:
     from d2dmoe_pl.phases._phase import Phase
@@ -40,7 +42,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
 
-StrategyRegistry.register(FSDP2, FullyShardedStrategy, description="FSDP2, block by block")
+StrategyRegistry.register(FSDP2, FullyShardedStrategy, description="FSDP2, block by block", override=True)
 
 
 def check_strategy(phase: "Phase", strategy: Strategy) -> None:
@@ -63,9 +65,14 @@ def check_strategy(phase: "Phase", strategy: Strategy) -> None:
         raise ConfigError(f"strategy={name}: must be of stage 1 or 2, or {FSDP2}; stage 3 parts the weights too")
 
 
+def parts_models(strategy: Strategy | None) -> bool:
+    """Whether a trainer of this strategy parts models among processes."""
+    return isinstance(strategy, FullyShardedStrategy)
+
+
 def shares_model(phase: "Phase") -> bool:
     """Whether the trainer of ``phase`` parts its model among processes."""
-    return isinstance(phase.trainer.strategy, FullyShardedStrategy)
+    return parts_models(phase.trainer.strategy)
 
 
 def shard_(model: nn.Module, phase: "Phase") -> None:
@@ -100,6 +107,9 @@ def shard_over_(model: nn.Module, mesh: Any, gathered_in: torch.dtype | None = N
     names = dict.fromkeys(name for name in (block_of(layer, model) for layer in layers) if name is not None)
     for part in dict.fromkeys([*(model.get_submodule(name) for name in names), model]):
         _fully_shard_(part, mesh, gathered_in)
+    for module in model.modules():
+        if isinstance(module, (Experts, Router)):
+            module.is_gathered = True
 
 
 def _fully_shard_(module: nn.Module, mesh: Any, gathered_in: torch.dtype | None) -> None:

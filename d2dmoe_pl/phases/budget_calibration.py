@@ -44,7 +44,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._calibration import Calibration
-from d2dmoe_pl.phases._held_out import held_out, moved, summed
+from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 
 PATH = "budget_path"  # key in checkpoints
 PREDICTIONS_A_LAYER = 4  # at least
@@ -125,6 +125,10 @@ class BudgetCalibration(Calibration):
         super().on_load_checkpoint(checkpoint)
         if checkpoint.get(PATH) is not None:
             self._keep(path_from_json(checkpoint[PATH]))
+
+    def on_fit_start(self) -> None:
+        check_held_out(self, num_samples=self.num_samples, num_scored_samples=self.num_scored_samples)
+        super().on_fit_start()
 
     def calibrate_(self) -> None:
         layers = moe_layers(self.model)

@@ -19,7 +19,7 @@ from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.routers import gram_matrices, router_targets
 from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty
 from d2dmoe_pl.notices import notice
-from d2dmoe_pl.phases._held_out import held_out, moved, summed
+from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
@@ -149,6 +149,8 @@ class RecoveryTuning(OptimizedPhase):
             shard_(teacher, self)
 
     def on_fit_start(self) -> None:
+        if self.num_held_out > 0:
+            check_held_out(self, num_held_out=self.num_held_out)
         self._layers = moe_layers(self.model)
         is_sparse = all(layer.experts.activation_kind == "relu" for layer in self._layers.values())
         self._alpha = (DEFAULT_ALPHA if is_sparse else 0.0) if self.alpha is None else self.alpha

@@ -5,6 +5,7 @@ from functools import partial
 
 from torch import nn
 
+from d2dmoe_pl.data.epoch_order import check_shares
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.conversion import add_stand_ins_
@@ -53,6 +54,10 @@ class StandInFitting(Calibration):
     def transform_(self, model: nn.Module) -> None:
         super().transform_(model)
         add_stand_ins_(model, StandInConfig(self.config.rank))
+
+    def on_fit_start(self) -> None:
+        check_shares(self.num_training_samples, "train")
+        super().on_fit_start()
 
     def calibrate_(self) -> None:
         batch = moved(self, joined(self._gathered()))

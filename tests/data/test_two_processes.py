@@ -2,16 +2,21 @@
 
 import math
 import multiprocessing
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.strategies import DDPStrategy
 from squad_files import SPECIAL, WORDS, squad
 from test_glue import glue, rows
 
-from d2dmoe_pl.data import DatasetSource, LanguageModeling
+from d2dmoe_pl.data import DatasetSource, LanguageModeling, task_data
 from d2dmoe_pl.data.epoch_order import even_batch_size
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases._sharding import FullyShardedStrategy
 
 GLUE_WORDS = "abcdefgh"
 
@@ -81,6 +86,44 @@ def test_two_processes_measure_what_one_does(tmp_path, kind):
         assert results == pytest.approx(expected, rel=1e-5)
 
 
+def alike(rank, data, folder, queue):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    data.predict_for(["one"])
+    said = []
+    for call in (lambda: data.setup("fit"), data.val_dataloader, data.test_dataloader, data.predict_dataloader):
+        try:
+            call()
+        except ConfigError as error:
+            said.append(str(error))
+    data.setup()  # e.g. to test, where nothing is validated
+    said.append(len(list(data.drawn_loader("train", 3))))
+    queue.put((rank, said))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_split_with_too_few_samples_is_told_in_every_process(tmp_path):
+    """One that had none would die alone, and the others wait for it."""
+    data = glue(tmp_path, tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, SPECIAL), "mnli")
+    data.setup()
+    data._splits = {**data._splits, "validation_b": data._splits["validation"].select([0])}
+    data._splits["test_b"] = data._splits["validation_b"]
+    data.setup("fit")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=alike, args=(rank, data, tmp_path, queue)) for rank in range(2)]
+    for one in processes:
+        one.start()
+    got = sorted(queue.get(timeout=60) for _ in processes)
+    for one in processes:
+        one.join()
+    told = [
+        f"{name}: 1 samples for 2 processes; must be at least one for each"
+        for name in ("validation_b", "validation_b", "test_b", "predict")
+    ]
+    assert got == [(0, [*told, 1]), (1, [*told, 1])]
+
+
 @pytest.mark.parametrize("processes", [2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 32])
 def test_processes_have_equally_many_batches(processes, batch_size):
@@ -89,6 +132,18 @@ def test_processes_have_equally_many_batches(processes, batch_size):
         shares = [
             UnrepeatedDistributedSampler(range(samples), num_replicas=processes, rank=rank) for rank in range(processes)
         ]
-        (size,) = {even_batch_size(share, batch_size) for share in shares}
+        (size,) = {even_batch_size(share, batch_size, FullyShardedStrategy()) for share in shares}
         assert len({math.ceil(len(share) / size) for share in shares}) == 1
-    assert even_batch_size(None, batch_size) == batch_size
+        assert even_batch_size(shares[0], batch_size, DDPStrategy()) == batch_size
+    assert even_batch_size(None, batch_size, FullyShardedStrategy()) == batch_size
+
+
+@pytest.mark.parametrize(("strategy", "size"), [(DDPStrategy, 1), (FullyShardedStrategy, 3)])
+def test_a_batch_size_is_the_users_where_each_process_has_the_model(tmp_path, monkeypatch, strategy, size):
+    data = glue(tmp_path, tiny.tokenizer(tmp_path / "tok", GLUE_WORDS, SPECIAL), "mnli")
+    data.setup()
+    data._splits = {name: split.select(range(5)) for name, split in data._splits.items()}
+    data.batch_size, data.trainer = 1, SimpleNamespace(strategy=strategy())
+    alone = partial(UnrepeatedDistributedSampler, num_replicas=2, rank=0, shuffle=False)
+    monkeypatch.setattr(task_data, "ordered_sampler", lambda dataset, repeat: alone(dataset))
+    assert data.val_dataloader().batch_size == data.drawn_loader("validation", 5).batch_size == size

@@ -1,16 +1,21 @@
 """Models of every kind can be sharded by block, are trained so, and saved as what they were."""
 
+import copy
+import importlib.util
+
 import pytest
 import tiny
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, StrategyRegistry
 
 from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import flops_outside_ffns
+from d2dmoe_pl.moe.conversion import set_tau_
+from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.phases import ExpertClustering, FineTuning
-from d2dmoe_pl.phases._sharding import FullyShardedStrategy, check_strategy, shard_over_
+from d2dmoe_pl.phases._sharding import FSDP2, FullyShardedStrategy, check_strategy, shard_over_
 from d2dmoe_pl.sharded_tensors import is_sharded, is_sharded_tensor, sharded_like, whole_on_cpu
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -65,6 +70,25 @@ def test_blocks_are_cast_as_they_become_whole(mesh):
     assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("autocast", "tau"), [(False, 0.5), (True, 1.0)])
+@torch.no_grad()
+def test_kernels_see_changes_between_passes(mesh, autocast, tau):
+    """Blocks become whole in the same memory each time, without a sign that autograd would know."""
+    kind, dtype = "gpt2-causal-language-modeling", torch.float32 if autocast else torch.bfloat16
+    model, inputs = tiny.routed(kind).to(dtype), tiny.batch(kind)
+    set_tau_(model, tau)
+    twin = copy.deepcopy(model)
+    shard_over_(model, mesh, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(3):
+            expected = tiny.logits(twin, inputs)
+            torch.testing.assert_close(tiny.logits(model, inputs), expected, rtol=0.05, atol=0.05)
+            for layers in (expert_layers(model), expert_layers(twin)):
+                for layer in layers.values():
+                    layer.experts.down_weight.mul_(-2)
+                    layer.router.down.weight.copy_(layer.router.down.weight.flip(0))
+
+
 def test_flops_are_those_of_the_whole_model(mesh):
     inputs = {"input_ids": torch.zeros(1, 7, dtype=torch.int64, device="meta")}
     model = tiny.routed("llama-causal-language-modeling")
@@ -105,3 +129,12 @@ def test_strategies():
         check_strategy(tuning, half)
     with pytest.raises(ConfigError, match=r"strategy=deepspeed: must be of stage 1 or 2, or fsdp2"):
         check_strategy(tuning, deepspeed[3])
+
+
+def test_a_name_that_another_has_taken_is_ours(monkeypatch):
+    """The module can be loaded again, or after a library that calls a strategy of its own the same."""
+    monkeypatch.setitem(StrategyRegistry, FSDP2, {**StrategyRegistry[FSDP2], "strategy": DDPStrategy})
+    spec = importlib.util.find_spec(FullyShardedStrategy.__module__)
+    module = importlib.util.module_from_spec(spec)  # another than the one that is loaded, which stays
+    spec.loader.exec_module(module)
+    assert StrategyRegistry[FSDP2]["strategy"] is module.FullyShardedStrategy

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, needs_gradients
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
-from d2dmoe_pl.moe.experts.experts import Experts, leave_inference_mode_
+from d2dmoe_pl.moe.experts.experts import Experts, weights_to_pack
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.routers.regression import RegressionRouter
@@ -62,20 +62,16 @@ def run_whole(
     Returns:
         ``(P, d_out)``; rows of padding are zeros.
     """
-    weights, of_router, config = experts.weights, router.weights, gate.config
-    if not torch.compiler.is_compiling() and (weights[0].is_inference() or of_router[0].is_inference()):
-        for module in (experts, router):
-            leave_inference_mode_(module)
-        weights, of_router = experts.weights, router.weights
+    config = gate.config
     return torch.ops.d2dmoe_pl.moe_layer_cpu.default(
         positions,
         real,
-        of_router,
+        weights_to_pack(router),
         config.rule,
         gate.tau,
         config.k or 0,
         [] if stand_in is None else [stand_in.down, stand_in.up],
-        weights,
+        weights_to_pack(experts),
         experts.activation_kind,
     )
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.execution._cpp_build import CompileError, load_extension
 from d2dmoe_pl.moe.execution._eligibility import obstacle, run_type
-from d2dmoe_pl.moe.experts.experts import Experts, leave_inference_mode_
+from d2dmoe_pl.moe.experts.experts import Experts, weights_to_pack
 
 TYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).parent / "csrc" / "moe_cpu.cpp"
@@ -66,10 +66,8 @@ def cpu(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
         why_not = f"the compiler says: {failure}"
     if why_not is not None:
         raise ConfigError(f"backend='cpu': {why_not}")
-    if not torch.compiler.is_compiling() and experts.up_weight.is_inference():
-        leave_inference_mode_(experts)
-    tokens = tokens.to(run_type(experts, tokens))
-    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, experts.weights, experts.activation_kind)
+    weights, tokens = weights_to_pack(experts), tokens.to(run_type(experts, tokens))
+    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, weights, experts.activation_kind)
 
 
 BACKEND = cpu

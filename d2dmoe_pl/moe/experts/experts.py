@@ -44,6 +44,16 @@ def leave_inference_mode_(module: nn.Module) -> None:
                     tensors[name] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
 
 
+def weights_to_pack(module: Any) -> Weights:
+    """The weights of experts or a router as kernels may take them that keep a packed copy until they see a change."""
+    weights: Weights = module.weights
+    if not torch.compiler.is_compiling() and weights[0].is_inference():
+        leave_inference_mode_(module)
+        weights = module.weights
+    # copies are gone after the call, and what was packed of them is never taken for another's
+    return [None if weight is None else weight.clone() for weight in weights] if module.is_gathered else weights
+
+
 class Experts(nn.Module):
     """``E`` experts that together are one dense FFN: ``y = b2 + sum_e expert_e(x)``.
 
@@ -59,6 +69,8 @@ class Experts(nn.Module):
 
     Attributes:
         activation_kind: What :func:`activation_kind` says of the activation function.
+        is_gathered: Whether weights become whole from parts for each pass, in the same memory, where autograd's counts
+            of changes say nothing.
 
     Shapes: ``up_weight`` and ``gate_weight`` are ``(E, s, d_model)``, ``down_weight`` is ``(E, s, d_out)``, ``up_bias``
     and ``gate_bias`` ``(E, s)``, ``down_bias`` ``(d_out,)``. Only in the place of an attention projection can ``d_out``
@@ -66,6 +78,7 @@ class Experts(nn.Module):
     """
 
     is_quantized = False
+    is_gathered = False
 
     num_experts: int
     up_weight: nn.Parameter

@@ -54,7 +54,12 @@ class Router(nn.Module, ABC):
     Args:
         experts: Of the layer, to take sizes or weights from.
         config: What the router is made from.
+
+    Attributes:
+        is_gathered: As :class:`Experts` has it.
     """
+
+    is_gathered = False
 
     def __init__(self, experts: Experts, config: RouterConfig) -> None:
         super().__init__()

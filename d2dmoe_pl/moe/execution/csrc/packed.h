@@ -133,7 +133,9 @@ class PackedWeights {
     at::Tensor packed;
 
     bool is_of(const at::Tensor& weight) const {
-      return !storage.expired() && version == weight._version() && weight.sizes() == sizes;
+      // another tensor can lie where one was that is gone, or beside it on memory that both only borrow
+      const bool is_same = storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl();
+      return is_same && !storage.expired() && version == weight._version() && weight.sizes() == sizes;
     }
   };
   std::mutex mutex_;
