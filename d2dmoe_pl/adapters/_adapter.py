@@ -141,6 +141,10 @@ class Adapter(ABC):
             last, ``(B, 2, L)``; language modelling and text-to-text, over a vocabulary of ``V``, ``(B, L, V)``.
         """
 
+    def vocabulary_head(self, model: nn.Module) -> nn.Module | None:
+        """What makes logits over a vocabulary of vectors ``(B, L, d)``, each on its own; None where nothing does."""
+        return None
+
     def traced_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What :meth:`logits` gives for a batch as :meth:`in_order` gives it: nothing in it depends on values."""
         return self.logits(model, batch)

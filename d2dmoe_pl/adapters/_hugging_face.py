@@ -109,6 +109,9 @@ class HuggingFaceAdapter(Adapter):
         behind, back = padded_behind(batch)
         return self._read(model, behind, self._call(model, behind), back)
 
+    def vocabulary_head(self, model: Any) -> nn.Module | None:
+        return model.get_output_embeddings()
+
     def traced_logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return self._read(model, batch, self._call(model, batch), lambda logits, dim: logits)
 
