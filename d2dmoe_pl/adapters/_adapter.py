@@ -145,6 +145,10 @@ class Adapter(ABC):
         """What makes logits over a vocabulary of vectors ``(B, L, d)``, each on its own; None where nothing does."""
         return None
 
+    def run_layers(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Call ``model`` as :meth:`logits` does, for what its layers see: logits that nobody reads may be left out."""
+        self.logits(model, batch)
+
     def traced_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What :meth:`logits` gives for a batch as :meth:`in_order` gives it: nothing in it depends on values."""
         return self.logits(model, batch)

@@ -155,7 +155,7 @@ class BudgetCalibration(Calibration):
         set_tau_(self.model, 1.0)
         with hooked(handles):
             for batch in batches:
-                self.logits(moved(self, batch))
+                self.run_layers(moved(self, batch))
         totals = {name: summed(self, each.to(self.device)) for name, each in sums.items()}
         return [tau_grid((totals[name][:-1] / totals[name][-1]).tolist(), self.keep) for name in layers]
 
@@ -166,7 +166,7 @@ class BudgetCalibration(Calibration):
         for batch in batches:
             on_device, weight = moved(self, batch), self.task.weight(batch)
             sums.add(
-                partial(self.logits, on_device),
+                partial(self.run_layers, on_device),
                 partial(lambda given, times: times * self.task_loss(self.logits(given), given), on_device, weight),
             )
         parts = (sums.divergences, sums.pairs, sums.tokens)

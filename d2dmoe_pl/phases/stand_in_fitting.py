@@ -56,7 +56,7 @@ class StandInFitting(Calibration):
 
     def calibrate_(self) -> None:
         batch = moved(self, joined(self._gathered()))
-        fit_stand_ins_(self.model, self.config, run=self.logits, batch=batch, reduce=partial(summed, self))
+        fit_stand_ins_(self.model, self.config, run=self.run_layers, batch=batch, reduce=partial(summed, self))
 
     def _gathered(self) -> Sequence[Batch]:
         """This process's batches with its share of the tokens."""
@@ -79,7 +79,7 @@ class StandInFitting(Calibration):
             seen: list[int] = []
             layer = next(iter(moe_layers(self.model).values()))
             handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
-            self.logits(moved(self, {key: value[:1] for key, value in batch.items()}))
+            self.run_layers(moved(self, {key: value[:1] for key, value in batch.items()}))
             handle.remove()
             self._tokens_a_sample = seen[0]
         return self._tokens_a_sample * len(batch["labels"])

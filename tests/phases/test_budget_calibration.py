@@ -10,7 +10,7 @@ from digits_models import DIGIT_LABELS, digits_source
 from d2dmoe_pl import load_model, set_budget_
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
-from d2dmoe_pl.data import DatasetSource, Digits, LanguageModeling
+from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
@@ -22,7 +22,6 @@ from d2dmoe_pl.phases import BudgetCalibration, RecoveryTuning, StandInFitting
 from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._held_out import held_out
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 BUDGETS = [0.6, 0.4, 0.3]
 
 
@@ -31,17 +30,6 @@ def routed(tmp_path):
     model = tiny.route_(digits_source().build(DIGIT_LABELS))
     save_artifact(model, tmp_path / "routed", [PhaseRecord("RouterRegression")])
     return str(tmp_path / "routed")
-
-
-@pytest.fixture
-def letters(tmp_path):
-    """Data for a language model of a kind: texts in which a letter tells the next."""
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    tokenizer = tiny.tokenizer(tmp_path / "tokenizer", LETTERS, special)
-    texts = [" ".join(LETTERS[(i + 3 * j) % 26] for j in range(5 + i % 7)) for i in range(200)]
-    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
-    source = DatasetSource(train=str(tmp_path / "texts.txt"), validation=str(tmp_path / "texts.txt"), test=None)
-    return lambda kind: LanguageModeling(source, tokenizer, tiny.TASKS[kind].partition("-")[0], 12, batch_size=8)
 
 
 def calibrated(trainer, routed, batch_size=16, callbacks=(), **kwargs):
@@ -112,7 +100,7 @@ def test_points_are_what_whole_runs_give(trainer, routed, estimate):
         ("bert-masked-language-modeling", "measured"),
     ],
 )
-def test_the_logits_of_a_few_batches_are_held_at_once(trainer, tmp_path, letters, kind, estimate, monkeypatch):
+def test_the_logits_of_a_few_batches_are_held_at_once(trainer, tmp_path, make_data, kind, estimate, monkeypatch):
     """However many there are: the dense ones, those beside them, and those that are about to go."""
     model = tiny.route_(digits_source().build(DIGIT_LABELS)) if kind == "timm_vit" else tiny.routed(kind)
     save_artifact(model, tmp_path / "routed", [PhaseRecord("RouterRegression")])
@@ -126,7 +114,7 @@ def test_the_logits_of_a_few_batches_are_held_at_once(trainer, tmp_path, letters
         return result
 
     monkeypatch.setattr(BudgetCalibration, "logits", counted)
-    data = Digits(16) if kind == "timm_vit" else letters(kind)
+    data = Digits(16) if kind == "timm_vit" else make_data(kind)
     phase = BudgetCalibration(
         num_samples=64, num_scored_points=4, keep=0.3, estimate=estimate, init_from=str(tmp_path / "routed")
     )
@@ -136,12 +124,12 @@ def test_the_logits_of_a_few_batches_are_held_at_once(trainer, tmp_path, letters
 
 
 @pytest.mark.parametrize("kind", ["gpt2-causal-language-modeling", "gemma-2-causal-language-modeling"])
-def test_logits_over_a_vocabulary_are_the_same_to_the_bit_when_computed_anew(trainer, tmp_path, letters, kind):
+def test_logits_over_a_vocabulary_are_the_same_to_the_bit_when_computed_anew(trainer, tmp_path, make_data, kind):
     save_artifact(tiny.routed(kind), tmp_path / "routed", [PhaseRecord("RouterRegression")])
     phase = BudgetCalibration(
         num_samples=16, num_scored_points=2, estimate="gradients", init_from=str(tmp_path / "routed")
     )
-    trainer(limit_val_batches=1.0).fit(phase, datamodule=letters(kind))
+    trainer(limit_val_batches=1.0).fit(phase, datamodule=make_data(kind))
     batches = held_out(phase, 40)
     kept, anew = (BesideDense(phase, batches, keeps_vocabulary=keeps) for keeps in (True, False))
     assert not kept._head_inputs
