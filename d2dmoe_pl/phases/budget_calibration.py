@@ -162,7 +162,7 @@ class BudgetCalibration(Calibration):
     def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:
         """The way down by gradients; divergences are sums over predictions."""
         layers = moe_layers(self.model)
-        sums = SecondOrder(layers, grids)
+        sums = SecondOrder(self.model, grids)
         for batch in batches:
             on_device, weight = moved(self, batch), self.task.weight(batch)
             sums.add(

@@ -7,6 +7,7 @@ from torch import nn
 
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.hooks import first_given, hooked
 from d2dmoe_pl.moe.conversion import add_stand_ins_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.fitting import FittingConfig, fit_stand_ins_, joined
@@ -78,8 +79,11 @@ class StandInFitting(Calibration):
         if self._tokens_a_sample is None:
             seen: list[int] = []
             layer = next(iter(moe_layers(self.model).values()))
-            handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
-            self.run_layers(moved(self, {key: value[:1] for key, value in batch.items()}))
-            handle.remove()
+
+            def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+                seen.append(first_given(args, kwargs).shape[:-1].numel())
+
+            with hooked([layer.register_forward_pre_hook(see, with_kwargs=True)]):
+                self.run_layers(moved(self, {key: value[:1] for key, value in batch.items()}))
             self._tokens_a_sample = seen[0]
         return self._tokens_a_sample * len(batch["labels"])
