@@ -1,7 +1,8 @@
-"""Hooks that remove themselves."""
+"""Hooks that remove themselves, and what they are told."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
@@ -27,3 +28,8 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         for handle in handles:
             stack.callback(handle.remove)
         yield
+
+
+def first_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was given first, by place or by name, as a hook is told with ``with_kwargs=True``."""
+    return args[0] if args else next(iter(kwargs.values()))

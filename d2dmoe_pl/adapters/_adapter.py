@@ -142,6 +142,14 @@ class Adapter(ABC):
             last, ``(B, 2, L)``; language modelling and text-to-text, over a vocabulary of ``V``, ``(B, L, V)``.
         """
 
+    def vocabulary_head(self, model: nn.Module) -> nn.Module | None:
+        """What makes logits over a vocabulary of vectors ``(B, L, d)``, each on its own; None where nothing does."""
+        return None
+
+    def run_layers(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """Call ``model`` as :meth:`logits` does, for what its layers see: logits that nobody reads may be left out."""
+        self.logits(model, batch)
+
     def traced_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What :meth:`logits` gives for a batch as :meth:`in_order` gives it: nothing in it depends on values."""
         return self.logits(model, batch)

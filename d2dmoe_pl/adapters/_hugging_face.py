@@ -22,6 +22,7 @@ from d2dmoe_pl.adapters._saved_as_artifact import SavesArtifact
 from d2dmoe_pl.data.embeddings.pooling import pooled
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS, Head
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.hooks import hooked
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -109,6 +110,16 @@ class HuggingFaceAdapter(Adapter):
         """See :meth:`Adapter.logits`; on which side a text is padded makes no difference."""
         behind, back = padded_behind(batch)
         return self._read(model, behind, self._call(model, behind), back)
+
+    def vocabulary_head(self, model: Any) -> nn.Module | None:
+        return model.get_output_embeddings()
+
+    def run_layers(self, model: Any, batch: Mapping[str, Tensor]) -> None:
+        """See :meth:`Adapter.run_layers`; a head over a vocabulary is given one position of each text."""
+        behind, _ = self.in_order(batch)
+        head = self.vocabulary_head(model)
+        with hooked([] if head is None else [head.register_forward_pre_hook(_first_position)]):
+            self._call(model, behind)
 
     def traced_logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return self._read(model, batch, self._call(model, batch), lambda logits, dim: logits)
@@ -249,6 +260,11 @@ class HuggingFaceAdapter(Adapter):
         if (folder / GENERATION_CONFIG).exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         return model
+
+
+def _first_position(head: nn.Module, args: tuple) -> tuple:
+    vectors, *others = args
+    return vectors[:, :1] if vectors.dim() == 3 else vectors, *others  # (B, L, d) to (B, 1, d)
 
 
 def outputs_of(config: Any) -> list[str]:

@@ -69,6 +69,10 @@ def _settings(given: Namespace) -> Settings:
     check(given.scored_samples >= 0, f"scored_samples={given.scored_samples}: must be positive, or 0 for none")
     check(given.decode == 0 or given.decode > 1, f"decode={given.decode}: must be at least 2, or 0 for none")
     check(not given.decode or given.artifact is not None, f"decode={given.decode}: only with --artifact; must be 0")
+    check(
+        not given.decode or "layer" not in given.scope,
+        f"decode={given.decode}: only of whole models; leave --scope layer out",
+    )
     for name in given.compare if given.decode else []:
         check(name not in RUNTIMES, f"compare={name!r}: reads texts, and writes none; must go, or --decode 0")
     check(given.rounds > 1, f"rounds={given.rounds}: must be at least 2")

@@ -232,6 +232,10 @@ class Phase(L.LightningModule):
         """The model's logits for a batch, ``(B, ...)``."""
         return adapter_for(self.model).logits(self.model, batch)
 
+    def run_layers(self, batch: Batch) -> None:
+        """Run the model on a batch where its logits are not read, only what is watched inside."""
+        adapter_for(self.model).run_layers(self.model, batch)
+
     def with_written(self, batch: Batch, is_wanted: bool = False) -> Batch:
         """The batch with what the model writes for it, if that is wanted, or if the task's metrics are of it."""
         if not is_wanted and not self.task.measures_written:

@@ -176,7 +176,7 @@ class RouterTraining(OptimizedPhase):
                 losses[name] = self._layers[name].get_router().loss(tokens, target)
 
         with observed(self._layers, learn), torch.no_grad():
-            self.logits(batch)
+            self.run_layers(batch)
         if self._cache is not None:
             with self._cache_can_fail():
                 self._cache.end_batch()

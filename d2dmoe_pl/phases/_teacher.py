@@ -31,6 +31,11 @@ class Teacher:
         return adapter_for(self.model).logits(self.model, batch)
 
     @torch.no_grad()
+    def run_layers(self, batch: Batch) -> None:
+        """As :meth:`d2dmoe_pl.adapters.Adapter.run_layers`."""
+        adapter_for(self.model).run_layers(self.model, batch)
+
+    @torch.no_grad()
     def logits_and_hidden_states(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As :meth:`d2dmoe_pl.adapters.Adapter.logits_and_hidden_states`."""
         return adapter_for(self.model).logits_and_hidden_states(self.model, batch)

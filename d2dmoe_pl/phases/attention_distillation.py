@@ -128,7 +128,7 @@ class AttentionDistillation(OptimizedPhase):
         assert self._original is not None
         watched = _watched(self._original.model, self._projections, learn)
         with watched_activations(self._ffns, penalise), watched:
-            self._original.logits(batch)
+            self._original.run_layers(batch)
         return errors, relative, penalties
 
 

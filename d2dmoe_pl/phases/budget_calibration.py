@@ -1,7 +1,6 @@
 """A phase of ours: a tau for every layer, for every budget. Trains nothing."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -29,7 +28,6 @@ from d2dmoe_pl.moe.budgets.allocation import (
     shares_at,
     tau_grid,
 )
-from d2dmoe_pl.moe.budgets.block_replay import BlockReplay
 from d2dmoe_pl.moe.budgets.budget_path import (
     BudgetPath,
     BudgetPoint,
@@ -41,8 +39,8 @@ from d2dmoe_pl.moe.budgets.budget_path import (
 from d2dmoe_pl.moe.budgets.second_order import SecondOrder
 from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.notices import notice
+from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._calibration import Calibration
 from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 
@@ -50,24 +48,13 @@ PATH = "budget_path"  # key in checkpoints
 PREDICTIONS_A_LAYER = 4  # at least
 
 
-@dataclass(frozen=True)
-class _Calls:
-    """Batches of validation samples, and what the model says of them with every expert on."""
-
-    batches: Sequence[Batch]
-    dense: Sequence[Tensor]
-    replay: BlockReplay
-    # by batch and layer, the pairs that ran when it ran last, and tokens
-    counts: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
-
-
 class BudgetCalibration(Calibration):
     """Find the ``tau`` of every layer for every budget: greedily, by divergence from the dense model per FLOP saved.
 
     From the dense end, the layer is lowered whose next step adds the least divergence of predictions per FLOP that it
     saves, on samples of the validation split; attention projections are layers of their own. Where one tau for all
-    layers does better, that is taken. The whole way down is kept with the model, so that one artifact answers every
-    budget, see :func:`d2dmoe_pl.set_budget_`.
+    layers does better, that is taken, if it is measured. The whole way down is kept with the model, so that one
+    artifact answers every budget, see :func:`d2dmoe_pl.set_budget_`.
 
     Args:
         ffn_flops: The budget that the model is saved with, share of the dense FFNs' FLOPs; the least that it can do, if
@@ -78,7 +65,10 @@ class BudgetCalibration(Calibration):
         keep: Share of a layer's executed experts that one step keeps; nearer to 1 is finer and takes longer.
         estimate: What a step adds to the divergence: ``measured``, by running the samples; or ``gradients``, by one
             gradient and what the step changes in the layer's own output. Measuring runs the model hundreds of times,
-            and as much again for every further layer; gradients are for deep models and for large vocabularies.
+            and as much again for every further layer, and looks at one tau for all layers too; meanwhile the device
+            holds ``tokens * d_model * (blocks + 1)`` values of ``num_samples``. Gradients are for deep models and for
+            large vocabularies; what they find is not held against one tau for all layers, and all that they and scores
+            need at once is a batch.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
 
     Raises:
@@ -140,7 +130,7 @@ class BudgetCalibration(Calibration):
         if self.estimate == "gradients":
             self._keep(self._scored(self._estimated(batches, grids, found), rule))
             return
-        samples = self._calls(batches)
+        samples = BesideDense(self, batches, keeps_vocabulary=False)
         path = greedy_path(grids, partial(self._measure, samples))
         uniform = [self._measure(samples, [tau] * len(layers)) for tau in UNIFORM_TAUS]
         # the dense end stays, whatever noise makes of its divergence
@@ -156,12 +146,6 @@ class BudgetCalibration(Calibration):
             )
         set_budget_(self.model, ffn_flops=max(self.ffn_flops, least))
 
-    def _calls(self, batches: Sequence[Batch]) -> _Calls:
-        """Batches, and what is said of them."""
-        set_tau_(self.model, 1.0)
-        replay = BlockReplay(self.model, list(moe_layers(self.model)))
-        return _Calls(batches, [self.logits(moved(self, batch)) for batch in batches], replay)
-
     def _grids(self, batches: Sequence[Batch], rule: str) -> list[list[float]]:
         """Settings of each layer, by the scores that its router gives with every expert on."""
         layers = moe_layers(self.model)
@@ -175,18 +159,18 @@ class BudgetCalibration(Calibration):
         set_tau_(self.model, 1.0)
         with hooked(handles):
             for batch in batches:
-                self.logits(moved(self, batch))
+                self.run_layers(moved(self, batch))
         totals = {name: summed(self, each.to(self.device)) for name, each in sums.items()}
         return [tau_grid((totals[name][:-1] / totals[name][-1]).tolist(), self.keep) for name in layers]
 
     def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:
         """The way down by gradients; divergences are sums over predictions."""
         layers = moe_layers(self.model)
-        sums = SecondOrder(layers, grids)
+        sums = SecondOrder(self.model, grids)
         for batch in batches:
             on_device, weight = moved(self, batch), self.task.weight(batch)
             sums.add(
-                partial(self.logits, on_device),
+                partial(self.run_layers, on_device),
                 partial(lambda given, times: times * self.task_loss(self.logits(given), given), on_device, weight),
             )
         parts = (sums.divergences, sums.pairs, sums.tokens)
@@ -198,37 +182,13 @@ class BudgetCalibration(Calibration):
         ]
         return additive_path(grids, [[each / predictions for each in steps] for steps in divergences], costs)
 
-    def _measure(self, calls: _Calls, taus: Sequence[float]) -> Measured:
+    def _measure(self, samples: BesideDense, taus: Sequence[float]) -> Measured:
         """Divergence and FFN FLOPs, share of the dense ones', with a tau for each layer."""
-        divergence, flops, dense, _, _ = self._run(calls, taus).tolist()
-        return Measured(tuple(taus), divergence, flops / dense)
-
-    def _run(self, calls: _Calls, taus: Sequence[float], metrics: Any = None) -> Tensor:
-        """Sums over samples and processes: mean divergence, FFN FLOPs, those of dense, FLOPs outside, samples."""
-        layers = list(moe_layers(self.model).values())
-        for layer, tau in zip(layers, taus, strict=True):
-            layer.get_gate().set_tau(tau)
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        counts: dict[int, tuple[int, int]] = {}
-
-        def count(index: int, mask: Tensor) -> None:
-            counts[index] = int(mask.sum()), len(mask)
-
-        with hooked(layer.watch(partial(count, index)) for index, layer in enumerate(layers)):
-            for number, (batch, dense) in enumerate(zip(calls.batches, calls.dense, strict=True)):
-                on_device, weight = moved(self, batch), self.task.weight(batch)
-                counts = {} if number not in calls.counts else dict(calls.counts[number])
-                with calls.replay.running(number, taus):
-                    logits = self.logits(on_device)
-                calls.counts[number] = dict(counts)
-                sums[0] += weight * self.task.prediction_loss(logits, dense, on_device)
-                sums[1:3] += _ffn_flops(layers, counts).to(sums)
-                sums[3] += weight
-                if metrics is not None:
-                    sums[4] += self._outside(on_device)
-                    metrics.update(logits, self.with_written(on_device))
-        sums = summed(self, sums)
-        return torch.stack([sums[0] / sums[3], sums[1], sums[2], sums[4], sums[3]])
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        for number in range(len(samples.batches)):
+            sums += samples.run(number, taus)[1]
+        divergence, flops, dense, weight = summed(self, sums).tolist()
+        return Measured(tuple(taus), divergence / weight, flops / dense)
 
     def _outside(self, batch: Batch) -> int:
         """FLOPs outside the FFNs of all samples of a batch."""
@@ -239,20 +199,29 @@ class BudgetCalibration(Calibration):
 
     def _scored(self, path: Sequence[Measured], rule: str) -> BudgetPath:
         """The path with costs and scores of more samples: measured at some points, those between interpolated."""
-        calls = self._calls(held_out(self, self.num_scored_samples))
-        steps = torch.linspace(0, len(path) - 1, min(self.num_scored_points, len(path))).round().int().tolist()
+        spread = torch.linspace(0, len(path) - 1, min(self.num_scored_points, len(path))).round().int().tolist()
+        steps = list(dict.fromkeys(spread))
+        sums = torch.zeros(len(steps), 4, dtype=torch.float64, device=self.device)
+        metrics = [self.task.metrics().to(self.device) for _ in steps]
+        outside = 0  # FLOPs that are not the FFNs'
+        for batch in held_out(self, self.num_scored_samples):
+            samples, on_device = BesideDense(self, [batch], keeps_vocabulary=True), moved(self, batch)
+            outside += self._outside(on_device)
+            for place, step in enumerate(steps):  # all of a batch together: what one needs is held, not what all do
+                logits, added = samples.run(0, path[step].taus)
+                sums[place] += added
+                metrics[place].update(logits, self.with_written(on_device))
+        sums = summed(self, sums)
+        beside = float(summed(self, torch.tensor(float(outside), dtype=torch.float64, device=self.device)))
+        share_outside = beside / (beside + float(sums[0, 2]))  # of the dense model's
         measured: dict[int, BudgetPoint] = {}
-        samples, outside = 0, 0.0  # the share of the dense model's FLOPs that are not the FFNs'
-        for step in dict.fromkeys(steps):
-            metrics = self.task.metrics().to(self.device)
-            divergence, flops, dense, beside, count = self._run(calls, path[step].taus, metrics).tolist()
-            score = float(metrics.compute()[self.task.main_metric])
-            samples, outside = int(count), beside / (beside + dense)
+        for step, (divergence, flops, dense, weight), of_step in zip(steps, sums.tolist(), metrics, strict=True):
+            score = float(of_step.compute()[self.task.main_metric])
             measured[step] = BudgetPoint(
                 path[step].taus,
                 flops / dense,
-                outside + (1 - outside) * flops / dense,
-                divergence,
+                share_outside + (1 - share_outside) * flops / dense,
+                divergence / weight,
                 100 * score if self.task.in_percent else score,
             )
         # costs on few samples are off by a factor that hardly changes from one point to the next
@@ -262,7 +231,7 @@ class BudgetCalibration(Calibration):
         points = []
         for step, each in enumerate(path):
             cost = each.cost * interpolated(factors, step)
-            whole = outside + (1 - outside) * cost
+            whole = share_outside + (1 - share_outside) * cost
             at_step = (interpolated(divergences, step), interpolated(scores, step))
             points.append(BudgetPoint(each.taus, cost, whole, *at_step))
         task = self.task
@@ -272,7 +241,7 @@ class BudgetCalibration(Calibration):
             task.main_metric,
             task.in_percent,
             task.higher_is_better,
-            samples,
+            int(sums[0, 3]),
             falling(points),
         )
 
@@ -284,13 +253,3 @@ def check_enough(samples: int, num_layers: int, argument: str) -> None:
         samples >= needed,
         f"{argument}: {samples} validation samples are too few; {num_layers} layers need at least {needed}",
     )
-
-
-def _ffn_flops(layers: Sequence[MoELayer], counts: Mapping[int, tuple[int, int]]) -> Tensor:
-    """FLOPs of the layers, by the pairs that ran and tokens of each, and those of the dense FFNs: ``(2,)``."""
-    ran = dense = 0
-    for index, layer in enumerate(layers):
-        pairs, tokens = counts[index]
-        ran += pairs * pair_flops(layer.sizes) + layer.flops_beside_experts(tokens, 1)
-        dense += tokens * dense_ffn_flops(layer.sizes)
-    return torch.tensor([ran, dense], dtype=torch.float64)

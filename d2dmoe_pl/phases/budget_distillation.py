@@ -5,11 +5,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.artifact import load_model, read_artifact
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, budget_path, set_taus_
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, set_taus_
 from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import learned_choices
@@ -90,9 +90,9 @@ class BudgetDistillation(OptimizedPhase):
         super().configure_model()
         if self.is_fitting and not was_made:
             assert self.init_from is not None  # only an artifact has budgets
-            before = load_model(self.init_from)
-            self._path = budget_path(before)
+            self._path = read_artifact(self.init_from).budgets
             if self.trains == "model":
+                before = load_model(self.init_from)
                 set_gate_(before, None)
                 self._teacher = Teacher(before)
 

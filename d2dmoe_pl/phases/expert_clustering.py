@@ -108,7 +108,7 @@ class ExpertClustering(OrderedPass):
                 self._sums[name] += self.split.statistic(firing, tokens)
 
         with watched_activations(self._ffns, watch):
-            self.logits(batch)
+            self.run_layers(batch)
         self.advance(size)
 
     def conclude(self) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from d2dmoe_pl.data.epoch_order import check_shares
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.hooks import first_given, hooked
 from d2dmoe_pl.moe.conversion import add_stand_ins_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.fitting import FittingConfig, fit_stand_ins_, joined
@@ -61,7 +62,7 @@ class StandInFitting(Calibration):
 
     def calibrate_(self) -> None:
         batch = moved(self, joined(self._gathered()))
-        fit_stand_ins_(self.model, self.config, run=self.logits, batch=batch, reduce=partial(summed, self))
+        fit_stand_ins_(self.model, self.config, run=self.run_layers, batch=batch, reduce=partial(summed, self))
 
     def _gathered(self) -> Sequence[Batch]:
         """This process's batches with its share of the tokens."""
@@ -83,8 +84,11 @@ class StandInFitting(Calibration):
         if self._tokens_a_sample is None:
             seen: list[int] = []
             layer = next(iter(moe_layers(self.model).values()))
-            handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
-            self.logits(moved(self, {key: value[:1] for key, value in batch.items()}))
-            handle.remove()
+
+            def see(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+                seen.append(first_given(args, kwargs).shape[:-1].numel())
+
+            with hooked([layer.register_forward_pre_hook(see, with_kwargs=True)]):
+                self.run_layers(moved(self, {key: value[:1] for key, value in batch.items()}))
             self._tokens_a_sample = seen[0]
         return self._tokens_a_sample * len(batch["labels"])

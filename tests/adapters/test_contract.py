@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from d2dmoe_pl.adapters import ADAPTERS, HEADS, HuggingFaceModel, adapter_for, adapter_named, holder_of
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
-from d2dmoe_pl.data.head import LABELLED_HEADS
+from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, swap_activation_
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 from d2dmoe_pl.structure import describe
@@ -123,6 +124,29 @@ class TestContract:
         _, changed = adapter_for(model).logits_and_hidden_states(model, inputs)
         same = [torch.equal(*pair) for pair in zip(states, changed, strict=True)]
         assert same == [True] * (len(states) - 1) + [False]
+
+    @torch.no_grad()
+    def test_layers_see_the_same_where_logits_are_not_read(self, kind):
+        model, batch = tiny.routed(kind), tiny.batch(kind)
+        # with padding in front
+        batch |= {key: value.flip(1) for key, value in batch.items() if key in ("input_ids", "attention_mask")}
+        adapter = adapter_for(model)
+        head = adapter.vocabulary_head(model)
+        assert (head is not None) == (adapter.head(model) in VOCABULARY_HEADS)
+        seen, positions = [], []
+        handles = [
+            layer.register_forward_hook(lambda _, args, output: seen[-1].extend([*args, output]))
+            for layer in moe_layers(model).values()
+        ]
+        if head is not None:
+            handles.append(head.register_forward_hook(lambda _, args, output: positions.append(output.shape[1])))
+        with hooked(handles):
+            for run in (adapter.logits, adapter.run_layers):
+                seen.append([])
+                run(model, batch)
+        assert len(seen[0]) == len(seen[1]) > 0
+        assert all(one.equal(other) for one, other in zip(*seen, strict=True))
+        assert head is None or positions[1:] == [1] < positions[:1]
 
     def test_says_what_head_it_has(self, kind, tmp_path):
         model, adapter = tiny.dense(kind), adapter_named(tiny.family_of(kind))

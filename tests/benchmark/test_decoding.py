@@ -136,6 +136,10 @@ def test_from_the_command_line(tmp_path, capsys):
         (["--artifact", "x", "--decode", "1"], "decode=1: must be at least 2, or 0 for none"),
         (["--decode", "4"], "decode=4: only with --artifact; must be 0"),
         (
+            ["--artifact", "x", "--decode", "4", "--scope", "model,layer"],
+            "decode=4: only of whole models; leave --scope layer out",
+        ),
+        (
             ["--artifact", "x", "--decode", "4", "--compare", "torch-int8"],
             "compare='torch-int8': reads texts, and writes none; must go, or --decode 0",
         ),

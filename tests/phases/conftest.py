@@ -1,10 +1,30 @@
 """Artifacts of earlier phases."""
 
 import pytest
+import tiny
 from digits_models import DIGIT_LABELS, digits_source
 
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.data import DatasetSource, LanguageModeling
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def make_data(tmp_path):
+    """Data for a language model of a kind: texts in which a letter tells the next."""
+    tokenizer = tiny.tokenizer(tmp_path / "tok", LETTERS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
+    texts = [" ".join(LETTERS[(i + 3 * j) % 26] for j in range(5 + i % 7)) for i in range(200)]
+    path = str(tmp_path / "texts.txt")
+    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
+    source = DatasetSource(train=path, validation=path, test=None)
+
+    def make(kind, length=12):
+        objective = tiny.TASKS[kind].partition("-")[0]
+        return LanguageModeling(source, tokenizer, objective, length, batch_size=8)
+
+    return make
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The phase that finds budgets: what is promised is what is measured, and the way there is the same every time."""
 
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -10,11 +12,14 @@ from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
 from d2dmoe_pl.moe.budgets.budget_path import budget_path
-from d2dmoe_pl.moe.conversion import set_gate_
+from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.phases import BudgetCalibration, RecoveryTuning, StandInFitting
+from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._held_out import held_out
 
 BUDGETS = [0.6, 0.4, 0.3]
@@ -50,14 +55,102 @@ def test_costs_and_scores_are_those_of_a_sweep(trainer, routed):
     assert read_artifact(path).budgets == budget_path(model)
 
 
+@torch.no_grad()
+def naively(phase, taus):
+    """Divergence, FFN FLOPs and score of a setting, from whole runs of the model alone."""
+    layers, task, model = moe_layers(phase.model), phase.task, phase.model
+    batches, metrics = held_out(phase, 2000), phase.task.metrics()
+    divergence = ran = every = weight = 0.0
+    for batch in batches:
+        set_tau_(model, 1.0)
+        dense = tiny.logits(model, batch)
+        masks = []
+        with hooked(layer.watch(masks.append) for layer in layers.values()):
+            for layer, tau in zip(layers.values(), taus, strict=True):
+                layer.gate.set_tau(tau)
+            logits = tiny.logits(model, batch)
+        for layer, mask in zip(layers.values(), masks, strict=True):
+            ran += float(mask.sum()) * pair_flops(layer.sizes) + layer.flops_beside_experts(len(mask), 1)
+            every += len(mask) * dense_ffn_flops(layer.sizes)
+        divergence += task.weight(batch) * float(task.prediction_loss(logits, dense, batch))
+        weight += task.weight(batch)
+        metrics.update(logits, batch)
+    score = float(metrics.compute()[task.main_metric])
+    return divergence / weight, ran / every, 100 * score if task.in_percent else score
+
+
+@pytest.mark.parametrize("estimate", ["measured", "gradients"])
+def test_points_are_what_whole_runs_give(trainer, routed, estimate):
+    phase, _ = calibrated(trainer, routed, num_scored_points=1000, estimate=estimate)
+    points = budget_path(phase.model).points
+    for point in (points[0], points[len(points) // 2], points[-1]):
+        divergence, ffn_flops, score = naively(phase, point.taus)
+        assert point.divergence == pytest.approx(divergence, rel=1e-5, abs=1e-7)
+        assert point.ffn_flops == pytest.approx(ffn_flops, rel=1e-6)
+        assert point.score == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "estimate"),
+    [
+        ("timm_vit", "gradients"),
+        ("gpt2-causal-language-modeling", "gradients"),
+        ("gpt2-causal-language-modeling", "measured"),
+        ("gemma-2-causal-language-modeling", "measured"),
+        ("bert-masked-language-modeling", "measured"),
+    ],
+)
+def test_the_logits_of_a_few_batches_are_held_at_once(trainer, tmp_path, make_data, kind, estimate, monkeypatch):
+    """However many there are: the dense ones, those beside them, and those that are about to go."""
+    model = tiny.route_(digits_source().build(DIGIT_LABELS)) if kind == "timm_vit" else tiny.routed(kind)
+    save_artifact(model, tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    alive, most, logits = weakref.WeakSet(), [], BudgetCalibration.logits
+
+    def counted(phase, batch):
+        result = logits(phase, batch)
+        if phase.trainer.training:  # not in Lightning's validation
+            alive.add(result)
+            most.append(len(alive))
+        return result
+
+    monkeypatch.setattr(BudgetCalibration, "logits", counted)
+    data = Digits(16) if kind == "timm_vit" else make_data(kind)
+    phase = BudgetCalibration(
+        num_samples=64, num_scored_points=4, keep=0.3, estimate=estimate, init_from=str(tmp_path / "routed")
+    )
+    trainer(limit_val_batches=1.0).fit(phase, datamodule=data)
+    assert len(held_out(phase, 2000)) > 6
+    assert max(most) <= 3
+
+
+@pytest.mark.parametrize("kind", ["gpt2-causal-language-modeling", "gemma-2-causal-language-modeling"])
+def test_logits_over_a_vocabulary_are_the_same_to_the_bit_when_computed_anew(trainer, tmp_path, make_data, kind):
+    save_artifact(tiny.routed(kind), tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    phase = BudgetCalibration(
+        num_samples=16, num_scored_points=2, estimate="gradients", init_from=str(tmp_path / "routed")
+    )
+    trainer(limit_val_batches=1.0).fit(phase, datamodule=make_data(kind))
+    batches = held_out(phase, 40)
+    kept, anew = (BesideDense(phase, batches, keeps_vocabulary=keeps) for keeps in (True, False))
+    assert not kept._head_inputs
+    for taus in ([1.0, 0.5], [0.5, 0.5], [0.5, 0.1]):
+        for number in range(len(batches)):
+            with torch.no_grad():
+                one, other = kept.run(number, taus), anew.run(number, taus)
+            assert one[0].equal(other[0])
+            assert one[1].equal(other[1])
+    assert len(anew._head_inputs) == len(kept._logits) == len(batches)
+    assert not anew._logits
+
+
 def test_is_at_least_as_near_to_dense_as_one_tau_for_all(trainer, routed):
     phase, _ = calibrated(trainer, routed, num_samples=400)
     path = budget_path(phase.model)
-    calls = phase._calls(held_out(phase, 400))
+    samples = BesideDense(phase, held_out(phase, 400), keeps_vocabulary=False)
     worse = 0
     with torch.no_grad():
         for tau in (0.7, 0.8, 0.9):
-            uniform = phase._measure(calls, [tau] * len(path.layers))
+            uniform = phase._measure(samples, [tau] * len(path.layers))
             worse += path.at_cost("ffn_flops", uniform.cost).divergence > uniform.divergence
     assert worse <= 1
 

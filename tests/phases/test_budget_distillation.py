@@ -16,7 +16,7 @@ from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_taus_
 from d2dmoe_pl.moe.conversion import add_stand_ins_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
-from d2dmoe_pl.phases import BudgetCalibration, BudgetDistillation
+from d2dmoe_pl.phases import BudgetCalibration, BudgetDistillation, budget_distillation
 
 
 @pytest.fixture
@@ -73,6 +73,14 @@ def test_budgets_that_the_model_cannot_reach_are_its_least(trainer, calibrated):
     least = budget_path(load_model(calibrated)).points[-1].taus
     _, folder = distilled(trainer, calibrated, {"ffn_flops_min": 0.01, "ffn_flops_max": 0.02}, max_epochs=1)
     assert tuple(layer.gate.config.tau for layer in moe_layers(load_model(folder)).values()) == least
+
+
+@pytest.mark.parametrize(("trains", "models"), [("routers", 0), ("model", 1)])
+def test_a_second_model_is_read_only_to_train_the_whole(trainer, calibrated, monkeypatch, trains, models):
+    read = []
+    monkeypatch.setattr(budget_distillation, "load_model", lambda path: read.append(path) or load_model(path))
+    distilled(trainer, calibrated, {"trains": trains}, max_epochs=1)
+    assert read == [calibrated] * models
 
 
 def test_the_whole_model_learns_from_what_it_was(trainer, calibrated):

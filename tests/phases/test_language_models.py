@@ -23,21 +23,6 @@ WORDS = "abcdefghijklmnopqrstuvwxyz"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-@pytest.fixture
-def make_data(tmp_path):
-    """Data for a model of a kind: texts in which a letter tells the next."""
-    tokenizer = tiny.tokenizer(tmp_path / "tok", WORDS, SPECIAL)
-    texts = [" ".join(WORDS[(i + 3 * j) % 26] for j in range(5 + i % 7)) for i in range(200)]
-    (tmp_path / "texts.txt").write_text("\n\n".join(texts))
-    source = DatasetSource(train=str(tmp_path / "texts.txt"), validation=None, test=None)
-
-    def make(kind, length=12):
-        objective = tiny.TASKS[kind].partition("-")[0]
-        return LanguageModeling(source, tokenizer, objective, length, batch_size=8)
-
-    return make
-
-
 @pytest.mark.parametrize(
     "kind",
     [

@@ -58,13 +58,13 @@ def fit(trainer, experts):
     def run(make, data, ckpt_path=None, **kwargs):
         torch.manual_seed(0)
         phase, passes = make(init_from=experts, optimizer=partial(torch.optim.Adam, lr=1e-2)), []
-        logits = phase.logits
+        run_layers = phase.run_layers
 
         def counted(batch):
             passes.extend([phase.current_epoch] if phase.trainer.training else [])
-            return logits(batch)
+            run_layers(batch)
 
-        phase.logits = counted
+        phase.run_layers = counted
         own = trainer(**{"max_epochs": EPOCHS, "limit_train_batches": 1.0, **kwargs})
         own.fit(phase, datamodule=data, ckpt_path=ckpt_path)
         return phase, own, passes

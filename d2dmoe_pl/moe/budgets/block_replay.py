@@ -38,6 +38,9 @@ class BlockReplay:
     Blocks run one after another, each on what the one before gives, as those of Transformers do; a model whose layers
     are in no list of blocks is run whole each time.
 
+    What every block gave last stays on the device, for each batch: of Transformers ``tokens * d_model`` values a block,
+    padding in. A caller who has many batches and few settings needs one replay a batch, not one for all.
+
     Args:
         model: Whose blocks hold the layers.
         layers: Names of the layers that have settings, first to last.

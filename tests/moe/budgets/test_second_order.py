@@ -36,13 +36,62 @@ def test_sums_are_those_by_hand_padding_out():
     set_gate_(model, GateConfig("dynk_cumulative"))
     layers, batch = moe_layers(model), tiny.batch("bert")
     batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
-    found = SecondOrder(layers, [GRID] * len(layers))
+    found = SecondOrder(model, [GRID] * len(layers))
     found.add(partial(tiny.logits, model, batch), partial(loss_of, model, batch))
     assert found.tokens.tolist() == [int(batch["attention_mask"].sum())] * len(layers)
-    assert found.divergences[:, 0].abs().max() < 1e-10
+    assert (found.divergences[:, 0] == 0).all()
     assert (found.pairs.diff(dim=1) < 0).all()
     for index, layer in enumerate(layers.values()):
         for step, tau in enumerate(GRID):
             torch.testing.assert_close(
                 found.divergences[index, step].float(), by_hand(model, layer, batch, tau), rtol=1e-3, atol=1e-9
             )
+
+
+def estimated(model, batch):
+    found = SecondOrder(model, [GRID] * len(moe_layers(model)))
+    found.add(partial(tiny.logits, model, batch), partial(loss_of, model, batch))
+    return found.divergences
+
+
+def test_what_a_step_changes_does_not_drown_in_the_rounding_of_mixed_precision():
+    layer = moe_layers(tiny.routed())["blocks.0.mlp"]
+    x, signs = torch.randn(20, 16), torch.randint(2, (20, 16)) * 2.0 - 1  # a gradient that any type holds
+    found = [SecondOrder(torch.nn.ModuleList([layer]), [GRID]) for _ in range(2)]
+    for sums, narrow in zip(found, (False, True), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            sums.add(partial(layer, x), lambda: (layer(x) * signs).sum())
+    exact, narrowed = found
+    assert (exact.divergences[0, 1:] > 0).all()
+    assert narrowed.divergences.equal(exact.divergences)
+    assert narrowed.pairs.equal(exact.pairs)
+
+
+def test_only_what_is_needed_has_gradients():
+    model, batch = tiny.routed("bert").eval(), tiny.batch("bert")
+    batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
+    model.classifier.bias.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    during = []
+    model.register_forward_hook(lambda *_: during.append([each.requires_grad for each in model.parameters()]))
+    estimated(model, batch)
+    assert not any(during[0])
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert sum(before.values()) == len(before) - 1
+
+
+def test_a_layer_may_be_called_by_keyword():
+    model, batch = tiny.routed("timm_vit").eval(), tiny.batch("timm_vit")
+    expected = estimated(model, batch)
+    for block in model.blocks:
+        block.mlp = ByKeyword(block.mlp)
+    assert estimated(model, batch).equal(expected)
+
+
+class ByKeyword(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x=x)

@@ -1,0 +1,111 @@
+"""What settings of the layers do to predictions and FLOPs, beside the same model with every expert on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
+from d2dmoe_pl.moe.budgets.block_replay import BlockReplay
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.phases._held_out import moved
+from d2dmoe_pl.phases._phase import Phase
+
+
+class BesideDense:
+    """Batches that a model is run on again and again, at one setting of its layers after the other.
+
+    Kept on the device, for all batches, are what :class:`BlockReplay` keeps, and the logits with every expert on. Those
+    over a vocabulary can be left out: kept is then what its head is given, ``d_model`` values a token, from which they
+    are computed anew, each time a batch.
+
+    Args:
+        phase: In its trainer; its model has gates.
+        batches: As they come from the data.
+        keeps_vocabulary: Whether logits over a vocabulary are kept.
+    """
+
+    def __init__(self, phase: Phase, batches: Sequence[Batch], keeps_vocabulary: bool) -> None:
+        layers = moe_layers(phase.model)
+        self.batches = batches
+        self._phase = phase
+        self._layers = list(layers.values())
+        self._replay = BlockReplay(phase.model, list(layers))
+        self._head = None if keeps_vocabulary else adapter_for(phase.model).vocabulary_head(phase.model)
+        # by batch
+        self._logits: dict[int, Tensor] = {}
+        self._head_inputs: dict[int, Tensor] = {}
+        # by batch and layer, the pairs that ran when it ran last, and tokens
+        self._counts: dict[int, dict[int, tuple[int, int]]] = {}
+
+    def run(self, number: int, taus: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Run one batch with a tau for each layer, which the gates keep.
+
+        Args:
+            number: Of the batch.
+            taus: Of the layers, first to last.
+
+        Returns:
+            The logits; and, ``(4,)`` float64, to be added up over batches: the divergence times the batch's weight,
+            FFN FLOPs, those of the dense model, the weight.
+        """
+        task, batch = self._phase.task, moved(self._phase, self.batches[number])
+        if number not in self._counts:
+            self._run_dense(number, batch)
+        logits = self._run(number, batch, taus)
+        flops = _ffn_flops(self._layers, self._counts[number])
+        divergence = task.prediction_loss(logits, self._dense_logits(number, batch, taus), batch)
+        weight = task.weight(self.batches[number])
+        sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
+        sums[0], sums[1], sums[2], sums[3] = weight * divergence, *flops, weight
+        return logits, sums
+
+    def _run(self, number: int, batch: Batch, taus: Sequence[float]) -> Tensor:
+        counts = dict(self._counts.get(number, {}))  # layers that do not run again have those of before
+
+        def count(index: int, mask: Tensor) -> None:
+            counts[index] = int(mask.sum()), len(mask)
+
+        for layer, tau in zip(self._layers, taus, strict=True):
+            layer.get_gate().set_tau(tau)
+        watched = hooked(layer.watch(partial(count, index)) for index, layer in enumerate(self._layers))
+        with watched, self._replay.running(number, taus):
+            logits = self._phase.logits(batch)
+        self._counts[number] = counts
+        return logits
+
+    def _run_dense(self, number: int, batch: Batch) -> None:
+        given: list[Tensor] = []
+        with self._before_head(lambda _, args: given.extend(args)):
+            logits = self._run(number, batch, [1.0] * len(self._layers))
+        if given:
+            self._head_inputs[number] = given[0]
+        else:
+            self._logits[number] = logits
+
+    def _dense_logits(self, number: int, batch: Batch, taus: Sequence[float]) -> Tensor:
+        """The logits with every expert on, where the batch has just been run at ``taus``."""
+        if number in self._logits:
+            return self._logits[number]
+        kept = self._head_inputs[number]
+        with self._before_head(lambda _, args: (kept, *args[1:])):
+            return self._run(number, batch, taus)  # of which, settings being the same, only the end is run
+
+    def _before_head(self, hook: Callable[[nn.Module, tuple], tuple | None]) -> AbstractContextManager[None]:
+        return hooked([] if self._head is None else [self._head.register_forward_pre_hook(hook)])
+
+
+def _ffn_flops(layers: Sequence[MoELayer], counts: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
+    """FLOPs of the layers, by the pairs that ran and tokens of each, and those of the dense FFNs."""
+    ran = dense = 0
+    for index, layer in enumerate(layers):
+        pairs, tokens = counts[index]
+        ran += pairs * pair_flops(layer.sizes) + layer.flops_beside_experts(tokens, 1)
+        dense += tokens * dense_ffn_flops(layer.sizes)
+    return ran, dense
