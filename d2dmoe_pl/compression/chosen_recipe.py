@@ -85,7 +85,7 @@ def sizes_of(structure: nn.Module) -> Sizes:
 
 
 def chosen_phases(
-    sizes: Sizes, start: Mapping[str, Any], effort: str, needs_head: bool, is_image: bool, num_samples: int
+    sizes: Sizes, start: Mapping[str, Any], effort: str, needs_head: bool, task: str, num_samples: int
 ) -> dict[str, Any]:
     """The phases of a recipe.
 
@@ -94,21 +94,24 @@ def chosen_phases(
         start: ``source`` or ``init_from`` of the first phase.
         effort: ``minutes`` trains nothing but routers; ``hours`` the model as well.
         needs_head: Whether the model has no head for the data yet.
-        is_image: Whether samples are pictures, which training changes at random.
+        task: Of pictures, which training changes at random; of vectors, whose loss is small, and beside which hidden
+            states are kept; or any other.
         num_samples: Of the training split.
     """
     phases: dict[str, Any] = {}
     tuned = {"optimizer": _adamw(_learning_rate(sizes.parameters), 0.01)}
     clipped = {"gradient_clip_val": 1.0}
+    is_image, is_embedding = task == "image-classification", task == "embeddings"
+    kept = {"hidden_weight": 1.0} if is_embedding else {}
     if effort == "hours":
         if needs_head or not sizes.is_sparse:
             swap = {} if sizes.is_sparse else {"activation": "relu"}
             phases["fine_tuning"] = _phase(
-                "FineTuning", {**swap, **tuned}, {"max_epochs": _epochs(32_000, num_samples)} | clipped
+                "FineTuning", {**swap, **kept, **tuned}, {"max_epochs": _epochs(32_000, num_samples)} | clipped
             )
         phases["sparsity_enforcement"] = _phase(
             "SparsityEnforcement",
-            {"penalty": "hoyer", "alpha": 1e-3, "schedule": "warmup", **tuned},
+            {"penalty": "hoyer", "alpha": 3e-4 if is_embedding else 1e-3, "schedule": "warmup", **kept, **tuned},
             {"max_epochs": _epochs(48_000, num_samples)} | clipped,
         )
     sparse = sizes.is_sparse or effort == "hours"
@@ -127,8 +130,11 @@ def chosen_phases(
     phases["stand_in_fitting"] = _phase("StandInFitting", {"rank": sizes.rank})
     if effort == "hours":
         epochs = _epochs(32_000, num_samples)
+        penalised = {"alpha": 3e-4, "task_weight": 1.0, "beta": 0.0, **kept} if is_embedding else {}
         phases["recovery_tuning"] = _phase(
-            "RecoveryTuning", tuned, {"max_epochs": epochs, "check_val_every_n_epoch": epochs} | clipped
+            "RecoveryTuning",
+            {**penalised, **tuned},
+            {"max_epochs": epochs, "check_val_every_n_epoch": epochs} | clipped,
         )
     quick = effort == "minutes"
     sweep = {"class_path": "TauSweep", "init_args": {"budgets": BUDGETS[1::2] if quick else [*BUDGETS]}}

@@ -53,8 +53,7 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
     sizes = sizes_of(structure)
     _check_reachable(target, sizes)
     check_enough(loaded.num_validation_samples, sizes.num_layers, "data")
-    is_image = task == "image-classification"
-    phases = chosen_phases(sizes, start, given.effort, needs_head, is_image, loaded.num_training_samples)
+    phases = chosen_phases(sizes, start, given.effort, needs_head, task, loaded.num_training_samples)
     trainer: dict[str, Any] = {"log_every_n_steps": 50, "enable_model_summary": False}
     if torch.cuda.is_available() or (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -171,14 +171,14 @@ def test_what_is_said_to_be_the_least_is(kind):
     assert sizes.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert sizes.least_ffn_flops > 0
     assert adapter_for(model) is not None
-    phases = chosen_phases(sizes, {"init_from": "a"}, "minutes", False, False, 10_000)
+    phases = chosen_phases(sizes, {"init_from": "a"}, "minutes", False, "text-classification", 10_000)
     assert phases["expert_clustering"]["model"]["init_args"]["init_from"] == "a"
     assert phases["expert_clustering"]["model"]["init_args"]["split"] == "activation"
 
 
 def test_what_cannot_be_sparse_is_split_by_its_weights():
     sizes = sizes_of(tiny.dense("bert", "gelu"))
-    phases = chosen_phases(sizes, {}, "minutes", False, False, 1000)
+    phases = chosen_phases(sizes, {}, "minutes", False, "text-classification", 1000)
     assert phases["expert_clustering"]["model"]["init_args"]["split"] == "parameter"
     assert phases["router_regression"]["trainer"]["max_epochs"] == 20
 
