@@ -101,7 +101,7 @@ def _bytes(tensors: Mapping[str, Tensor], order: list[str], wanted: bool) -> Ite
     for name in order:
         whole = whole_on_cpu(tensors[name], wanted)
         if whole is not None:
-            values: Any = whole.resolve_conj().reshape(-1).view(torch.uint8).numpy()
+            values: Any = whole.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy()
             yield values
 
 

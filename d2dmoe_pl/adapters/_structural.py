@@ -26,6 +26,8 @@ SHOWN = 3
 class StructuralAdapter(Adapter):
     """Asked last, of models that no other adapter knows. What it finds is kept on the model."""
 
+    tells_hidden_states = False  # what a model calls so need not be one a token
+
     @abstractmethod
     def example(self, model: nn.Module) -> Mapping[str, Tensor]:
         """A batch to call the model with, two texts or pictures."""

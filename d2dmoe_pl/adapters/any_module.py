@@ -65,7 +65,6 @@ class AnyModuleAdapter(StructuralAdapter):
 
     family = "any_module"
     title = "any other, in Python"
-    tells_hidden_states = False
     tasks = ()
 
     def matches(self, model: Any) -> bool:

@@ -17,7 +17,6 @@ class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
     family = "any_timm"
     title = "any other of timm"
     takes_activation = False
-    tells_hidden_states = False
 
     def matches(self, model: Any) -> bool:
         return type(model).__module__.startswith("timm.") and hasattr(model, "pretrained_cfg")

@@ -33,6 +33,7 @@ class Sizes:
         num_layers: FFNs that are converted.
         least_ffn_flops: Share of the FFNs' FLOPs that is left with one expert of each layer on.
         least_flops: The same for the whole model, of very short samples.
+        tells_hidden_states: Whether its layers are known.
     """
 
     d_model: int
@@ -45,6 +46,7 @@ class Sizes:
     num_layers: int
     least_ffn_flops: float
     least_flops: float
+    tells_hidden_states: bool
 
 
 def sizes_of(structure: nn.Module) -> Sizes:
@@ -81,6 +83,7 @@ def sizes_of(structure: nn.Module) -> Sizes:
         len(ffns),
         least,
         share + (1 - share) * least,
+        adapter_for(structure).tells_hidden_states,
     )
 
 
@@ -102,7 +105,7 @@ def chosen_phases(
     tuned = {"optimizer": _adamw(_learning_rate(sizes.parameters), 0.01)}
     clipped = {"gradient_clip_val": 1.0}
     is_image, is_embedding = task == "image-classification", task == "embeddings"
-    kept = {"hidden_weight": 1.0} if is_embedding else {}
+    kept = {"hidden_weight": 1.0} if is_embedding and sizes.tells_hidden_states else {}
     if effort == "hours":
         if needs_head or not sizes.is_sparse:
             swap = {} if sizes.is_sparse else {"activation": "relu"}

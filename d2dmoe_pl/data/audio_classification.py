@@ -17,7 +17,7 @@ from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
 
-SAMPLE = "sample"  # column of what each is called
+SAMPLE = "name of the sample"  # column of what each is called
 
 
 class AudioClassification(TaskData):
@@ -31,7 +31,7 @@ class AudioClassification(TaskData):
         source: Where the splits are.
         processor: Hub name or folder of the feature extractor, which is most often the model's.
         audio_column: Column of the recordings: ``datasets.Audio``, read with the package ``torchcodec``; or their
-            numbers, at the feature extractor's rate.
+            numbers from -1 to 1, at the feature extractor's rate.
         label_column: Column of the labels, strings or whole numbers.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
@@ -76,12 +76,13 @@ class AudioClassification(TaskData):
 
     def _named(self, split: Dataset, name: str) -> Dataset:
         """The split with recordings at the rate that is wanted, and what each sample is called."""
+        split = split.select_columns([self.audio_column, self.label_column])
         feature = split.features[self.audio_column]
         kind = str(getattr(getattr(feature, "feature", None), "dtype", ""))
         check(
-            isinstance(feature, Audio) or kind.startswith(("float", "int")),
+            isinstance(feature, Audio) or kind.startswith("float"),
             f"audio_column={self.audio_column!r}: has {feature} in the {name} split; must be recordings, or lists of "
-            "their numbers",
+            "their numbers, from -1 to 1",
         )
         if isinstance(feature, Audio):
             split = split.cast_column(self.audio_column, Audio(sampling_rate=self._extractor.sampling_rate))

@@ -20,7 +20,7 @@ from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 
-SAMPLE = "sample"  # column of what each is called
+SAMPLE = "name of the sample"  # column of what each is called
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -124,6 +124,7 @@ class ImageClassification(TaskData):
 
     def _undecoded(self, split: Dataset, name: str) -> Dataset:
         """The split with pictures as they are in their files, and what each sample is called."""
+        split = split.select_columns([self.image_column, self.label_column])
         feature = split.features[self.image_column]
         kind = getattr(feature, "dtype", None)
         check(

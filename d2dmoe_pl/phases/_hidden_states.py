@@ -11,8 +11,8 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.token_context import real_tokens, token_index
-from d2dmoe_pl.phases._sharding import shard_
-from d2dmoe_pl.phases._teacher import Teacher
+from d2dmoe_pl.phases._sharding import shares_model
+from d2dmoe_pl.phases._teacher import Teacher, on_same_memory
 
 if TYPE_CHECKING:
     from d2dmoe_pl.phases._phase import Phase
@@ -31,20 +31,23 @@ class HiddenStateKeeping:
         self._before: Teacher | None = None
 
     def begin(self, model: nn.Module) -> None:
-        """Copy ``model`` as it is now.
+        """Take ``model`` as it is now; until :meth:`place`, on its own memory.
 
         Raises:
             ConfigError: If its hidden states cannot be told.
         """
         check_hidden_states(model, self.weight)
         if self.weight > 0:
-            self._before = Teacher(copy.deepcopy(model))
+            self._before = Teacher(on_same_memory(model))
 
     def place(self, phase: "Phase") -> None:
-        """Part the copy among processes as the model of ``phase`` is, or move it to its device."""
-        if self._before is not None:
-            shard_(self._before.model, phase)
-            self._before.to(phase.device)
+        """Part what was taken among processes as the model of ``phase`` is, or copy it, before that is trained."""
+        if self._before is None:
+            return
+        if not shares_model(phase):
+            self._before = Teacher(copy.deepcopy(self._before.model))
+        self._before.prepare(phase)
+        self._before.to(phase.device)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The logits of ``model``, and the loss of its hidden states by name; no loss where nothing is kept."""
@@ -78,11 +81,24 @@ def hidden_state_error(states: Sequence[Tensor], wanted: Sequence[Tensor], batch
 
     Returns:
         A scalar.
+
+    Raises:
+        ConfigError: If they are not of the same number and width, or not one a token.
     """
-    index = token_index(batch.get("attention_mask"))
+    mask = batch.get("attention_mask")
+    index = token_index(mask)
+    shapes = [[tuple(each.shape) for each in all_states] for all_states in (states, wanted)]
+    check(
+        shapes[0] == shapes[1],
+        f"hidden_weight: the teacher has {len(wanted)} hidden states of width {shapes[1][-1][-1]}; must have "
+        f"{len(states)} of width {shapes[0][-1][-1]}, as the model has",
+    )
+    fits = all(len(shape) == 3 and (mask is None or shape[:2] == mask.shape) for shape in shapes[0])
+    check(fits, f"hidden_weight: must be 0, since hidden states of shape {shapes[0][-1]} are not one a token")
     errors = []
     for one, other in zip(states, wanted, strict=True):
-        found, meant = (real_tokens(each.flatten(0, -2), index).float() for each in (one, other))  # (N, d_model)
-        squares = (found - meant).square().sum(dim=1) / meant.square().sum(dim=1).clamp(min=1e-12)  # (N,)
-        errors.append(squares.mean())
+        found, meant = (real_tokens(each.flatten(0, 1), index).float() for each in (one, other))  # (N, d_model)
+        sizes = meant.square().sum(dim=1)  # (N,)
+        least = 1e-3 * sizes.mean() + torch.finfo(sizes.dtype).tiny  # a token that is next to nothing counts for little
+        errors.append(((found - meant).square().sum(dim=1) / sizes.clamp(min=least)).mean())
     return torch.stack(errors).mean()

@@ -1,11 +1,18 @@
 """A model to learn from."""
 
+import copy
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.phases._optimized_phase import freeze_
+from d2dmoe_pl.phases._sharding import shard_
+
+if TYPE_CHECKING:
+    from d2dmoe_pl.phases._phase import Phase
 
 
 class Teacher:
@@ -20,6 +27,11 @@ class Teacher:
     def __init__(self, model: nn.Module) -> None:
         freeze_(model)
         self.model = model
+
+    def prepare(self, phase: "Phase") -> None:
+        """Have the model in the type of the trainer's precision, and parted as the model of ``phase`` is."""
+        self.model = phase.trainer.precision_plugin.convert_module(self.model)
+        shard_(self.model, phase)
 
     def to(self, device: torch.device) -> None:
         """Move the model."""
@@ -39,3 +51,9 @@ class Teacher:
     def logits_and_hidden_states(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As :meth:`d2dmoe_pl.adapters.Adapter.logits_and_hidden_states`."""
         return adapter_for(self.model).logits_and_hidden_states(self.model, batch)
+
+
+def on_same_memory(model: nn.Module) -> nn.Module:
+    """A model of its own modules and parameters, on the memory of ``model``; buffers are the very same."""
+    same = {id(each): nn.Parameter(each.detach(), requires_grad=each.requires_grad) for each in model.parameters()}
+    return copy.deepcopy(model, {**same, **{id(each): each for each in model.buffers()}})

@@ -95,6 +95,7 @@ class BudgetDistillation(OptimizedPhase):
                 before = load_model(self.init_from)
                 set_gate_(before, None)
                 self._teacher = Teacher(before)
+                self._teacher.prepare(self)
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:

@@ -111,6 +111,7 @@ class MoEBERTDistillation(OptimizedPhase):
             teacher = load_model(path)
             check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
             self._teacher = Teacher(teacher)
+            self._teacher.prepare(self)
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:

@@ -23,7 +23,7 @@ from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
-from d2dmoe_pl.phases._sharding import shard_, shares_model
+from d2dmoe_pl.phases._sharding import shares_model
 from d2dmoe_pl.phases._teacher import Teacher
 from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_like, parameters_of, put_best_
 
@@ -50,7 +50,7 @@ class RecoveryTuning(OptimizedPhase):
         tau_max: Upper end.
         task_weight: Weight of the labels; if not given, a share of ``FULL_WEIGHT_SAMPLES`` that the training samples
             are, at most 1: few labels are soon learnt by heart, and the dense model has seen them already.
-        beta: Weight of the distillation; with 0 there is no teacher.
+        beta: Weight of the distance of predictions to the teacher's; there is none if ``hidden_weight`` is 0 too.
         hidden_weight: Weight of the distance of hidden states to the teacher's, relative to their size.
         alpha: Weight of the penalty that keeps activations sparse; if not given, 1e-3 where all are ReLU, else 0.
         penalty: Its kind, as for ``SparsityEnforcement``.
@@ -64,7 +64,8 @@ class RecoveryTuning(OptimizedPhase):
 
     Raises:
         ConfigError: For a range that is none or leaves [0, 1], negative weights, or a ``router_lr`` that is not
-            positive or has no routers to train.
+            positive or has no routers to train; to fit, if hidden states count that cannot be told, or are not the teacher's
+            in number and width.
     """
 
     starts_from = "routed"
@@ -145,8 +146,9 @@ class RecoveryTuning(OptimizedPhase):
             check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
             if moe_layers(teacher):
                 set_gate_(teacher, None)
+            check_hidden_states(teacher, self.hidden_weight)
             self._teacher = Teacher(teacher)
-            shard_(teacher, self)
+            self._teacher.prepare(self)
 
     def on_fit_start(self) -> None:
         if self.num_held_out > 0:
@@ -169,8 +171,9 @@ class RecoveryTuning(OptimizedPhase):
         if self._teacher is not None:
             with torch.no_grad():
                 taught, taught_states = self._told(self._teacher.model, batch)
-            parts["prediction_loss"] = self.task.prediction_loss(logits, taught, batch)
-            loss = loss + self.beta * parts["prediction_loss"]
+            if self.beta > 0:
+                parts["prediction_loss"] = self.task.prediction_loss(logits, taught, batch)
+                loss = loss + self.beta * parts["prediction_loss"]
             if self.hidden_weight > 0:
                 parts["hidden_state_loss"] = hidden_state_error(states, taught_states, batch)
                 loss = loss + self.hidden_weight * parts["hidden_state_loss"]

@@ -54,6 +54,14 @@ def test_numbers_become_features(tmp_path, processor):
     assert torch.equal(batch["input_features"][:1], expected)
 
 
+def test_other_columns_may_be_called_anything(tmp_path, processor):
+    where = source(tmp_path, sample=list(range(12)))
+    columns = DatasetSource(train=where.train, validation=where.validation, test=where.test)
+    data = AudioClassification(columns, processor, batch_size=5)
+    data.setup()
+    assert first(data.val_dataloader())["labels"].tolist() == [0, 1, 0, 1, 0]
+
+
 def test_a_chain_on_recordings_and_what_it_leaves(trainer, tmp_path, processor):
     dense, clustered, routed = (tmp_path / name for name in ("dense", "clustered", "routed"))
     data = AudioClassification(source(tmp_path), processor, batch_size=4)

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
@@ -91,9 +91,56 @@ def test_what_is_kept_are_the_states_before_the_swap(trainer, tmp_path):
     assert expected > 0
 
 
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_is_learnt_from_has_the_precision_of_what_learns(phase, trainer, tmp_path):
+    made = PHASES[phase](saved(phase, tmp_path / "before"), 1.0)
+    trainer(precision="bf16-true").fit(made, datamodule=tiny.TextData(8))
+    teacher = made._teacher if phase == "recovery_tuning" else made._kept._before
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_kept_does_not_move_with_the_model(trainer, tmp_path):
+    folder = saved("fine_tuning", tmp_path / "before")
+    phase = FineTuning(hidden_weight=0.1, init_from=folder, optimizer=SGD)
+    trainer(max_epochs=3).fit(phase, datamodule=tiny.TextData(8))
+    before, kept, after = (
+        dict(model.named_parameters()) for model in (load_model(folder), phase._kept._before.model, phase.model)
+    )
+    assert all(torch.equal(kept[name], value) for name, value in before.items())
+    assert not all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_teacher_of_another_depth(trainer, tmp_path):
+    deeper = HuggingFaceModel("text-classification", config=tiny.bert_config(num_hidden_layers=3)).build(tiny.LABELS)
+    save_artifact(deeper, tmp_path / "deeper", [PhaseRecord("FineTuning")])
+    folder = saved("recovery_tuning", tmp_path / "before")
+    phase = RecoveryTuning(hidden_weight=1.0, teacher=str(tmp_path / "deeper"), init_from=folder)
+    message = "hidden_weight: the teacher has 4 hidden states of width 24; must have 3 of width 24, as the model has"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        trainer().fit(phase, datamodule=tiny.TextData(8))
+
+
+def test_states_that_are_not_one_a_token():
+    states = [torch.zeros(2, 3, 4)]
+    with pytest.raises(
+        ConfigError, match=r"hidden_weight: must be 0, since hidden states of shape \(2, 3, 4\) are not"
+    ):
+        hidden_state_error(states, states, {"attention_mask": torch.ones(2, 6)})
+
+
+def test_without_a_weight_predictions_of_the_teacher_count_for_nothing(trainer, tmp_path):
+    folder = saved("recovery_tuning", tmp_path / "before")
+    phase = RecoveryTuning(beta=0.0, hidden_weight=1.0, num_held_out=0, init_from=folder, optimizer=SGD)
+    run = trainer()
+    run.fit(phase, datamodule=tiny.TextData(8))
+    assert "train/hidden_state_loss" in run.callback_metrics
+    assert "train/prediction_loss" not in run.callback_metrics
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
+        ("any_transformer", "hidden_weight=1.0: must be 0 with .*, whose layers are not known"),
         ("any_timm", "hidden_weight=1.0: must be 0 with .*, whose layers are not known"),
         ("t5", "hidden_weight=1.0: must be 0 with T5ForSequenceClassification, which has more than one stack"),
     ],

@@ -34,5 +34,5 @@ def straight_through(scores: Tensor, mask: Tensor, softness: float) -> Tensor:
     least = scores.detach().masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)  # (N, 1)
     mean = scores.detach().mean(dim=1, keepdim=True)  # (N, 1)
     unit = (softness * mean).clamp(min=torch.finfo(scores.dtype).tiny)
-    soft = torch.sigmoid((scores - least) / unit)  # (N, E)
+    soft = torch.where(mean > 0, torch.sigmoid((scores - least) / unit), 0.5)  # (N, E); no scale, nothing to learn
     return mask + (soft - soft.detach())

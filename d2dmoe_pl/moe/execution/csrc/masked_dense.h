@@ -60,12 +60,12 @@ inline bool dense_is_faster(const Problem& problem, bool is_gated, at::ScalarTyp
   return dense < chosen;
 }
 
-// hidden (rows, E * s) becomes act(gate) * hidden, or act(hidden), where the mask (rows, E) is set, and 0 elsewhere.
+// hidden (count, E * s) becomes act(gate) * hidden, or act(hidden), where the mask (count, E) is set, and 0 elsewhere.
 // Rows of `T` go through a buffer of floats, so that the functions are those of the other way.
 template <typename T>
-void activate_masked(const Problem& problem, const T* gate, T* hidden) {
+void activate_masked(const Problem& problem, const bool* mask, int64_t count, const T* gate, T* hidden) {
   const int64_t experts = problem.experts, s = problem.neurons, size = experts * s;
-  at::parallel_for(0, problem.tokens, 8, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
     std::vector<float> up(size), gated(gate == nullptr ? 0 : size);
     for (int64_t t = begin; t < end; ++t) {
       T* row = hidden + t * size;
@@ -73,7 +73,7 @@ void activate_masked(const Problem& problem, const T* gate, T* hidden) {
       if (gate != nullptr) at::vec::convert(gate + t * size, gated.data(), size);
       activate(
           problem.activation, up.data(), nullptr, gate == nullptr ? nullptr : gated.data(), nullptr, 1, size, size);
-      const bool* chosen = problem.mask + t * experts;
+      const bool* chosen = mask + t * experts;
       for (int64_t e = 0; e < experts; ++e) { // by bits, since a product would let NaN through; no branch to mispredict
         const uint32_t kept = chosen[e] ? ~uint32_t(0) : 0;
         for (int64_t i = e * s; i < (e + 1) * s; ++i) up[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(up[i]) & kept);
@@ -83,27 +83,41 @@ void activate_masked(const Problem& problem, const T* gate, T* hidden) {
   });
 }
 
-// x (N, d); up and gate (E, s, d), biases (E, s); down (E, s, d_out), bias (d_out,), all of one type: (N, d_out).
+// x (N, d); up and gate (E, s, d), biases (E, s); down (E, s, d_out), bias (d_out,), weights of the type of x: (N, d_out).
 inline at::Tensor masked_dense(
     const Problem& problem, const at::Tensor& x, const at::Tensor& up, const std::optional<at::Tensor>& up_bias,
     const std::optional<at::Tensor>& gate, const std::optional<at::Tensor>& gate_bias, const at::Tensor& down,
     const std::optional<at::Tensor>& down_bias) {
   using Optional = std::optional<at::Tensor>;
-  const auto project = [&](const at::Tensor& weight, const Optional& bias) { // (N, E * s)
-    return at::linear(x, weight.flatten(0, 1), bias ? Optional(bias->flatten().to(x.scalar_type())) : Optional());
-  };
-  const at::Tensor hidden = project(up, up_bias);
-  const at::Tensor gated = gate ? project(*gate, gate_bias) : at::Tensor();
-  const auto activate_all = [&]<typename T>(const T* gate_values) {
-    activate_masked(problem, gate_values, hidden.mutable_data_ptr<T>());
-  };
-  if (x.scalar_type() == at::kBFloat16) {
-    activate_all(gated.defined() ? gated.const_data_ptr<at::BFloat16>() : static_cast<const at::BFloat16*>(nullptr));
-  } else {
-    activate_all(gated.defined() ? gated.const_data_ptr<float>() : static_cast<const float*>(nullptr));
+  constexpr int64_t kTokens = 1024; // at once: what is between the products is to stay in the cache, and small
+  const auto type = x.scalar_type();
+  const auto in_type = [&](const Optional& bias) { return bias ? Optional(bias->flatten().to(type)) : Optional(); };
+  const at::Tensor rows = up.flatten(0, 1), columns = down.flatten(0, 1); // (E * s, d), (E * s, d_out)
+  const Optional gate_rows = gate ? Optional(gate->flatten(0, 1)) : Optional();
+  const Optional first_bias = in_type(up_bias), second_bias = in_type(gate_bias), last_bias = in_type(down_bias);
+  at::Tensor out = at::empty({problem.tokens, problem.outputs}, x.options());
+  for (int64_t first = 0; first < problem.tokens; first += kTokens) {
+    const int64_t count = std::min(kTokens, problem.tokens - first);
+    const bool* mask = problem.mask + first * problem.experts;
+    const at::Tensor tokens = x.narrow(0, first, count);
+    const at::Tensor hidden = at::linear(tokens, rows, first_bias); // (count, E * s)
+    const at::Tensor gated = gate_rows ? at::linear(tokens, *gate_rows, second_bias) : at::Tensor();
+    if (type == at::kBFloat16) {
+      using T = at::BFloat16;
+      const T* from = gated.defined() ? gated.const_data_ptr<T>() : nullptr;
+      activate_masked(problem, mask, count, from, hidden.mutable_data_ptr<T>());
+    } else {
+      const float* from = gated.defined() ? gated.const_data_ptr<float>() : nullptr;
+      activate_masked(problem, mask, count, from, hidden.mutable_data_ptr<float>());
+    }
+    at::Tensor to = out.narrow(0, first, count);
+    if (last_bias) {
+      at::addmm_out(to, *last_bias, hidden, columns);
+    } else {
+      at::mm_out(to, hidden, columns);
+    }
   }
-  const at::Tensor rows = down.flatten(0, 1); // (E * s, d_out)
-  return down_bias ? at::addmm(down_bias->to(x.scalar_type()), hidden, rows) : at::mm(hidden, rows);
+  return out;
 }
 
 } // namespace d2dmoe

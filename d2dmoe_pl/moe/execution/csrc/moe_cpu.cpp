@@ -82,7 +82,7 @@ at::Tensor run_experts(const Operands& operands, const Inputs& inputs, const at:
   const Problem problem = operands.problem(mask.size(0), mask.const_data_ptr<bool>());
   const at::Tensor out = at::empty({problem.tokens, problem.outputs}, dtype);
   if (problem.tokens == 0) return out;
-  if (operands.prefers_dense(problem, inputs)) return operands.dense(problem, inputs);
+  if (operands.prefers_dense(problem, inputs)) return operands.dense(problem, inputs).to(dtype);
   operands.with_experts(problem, inputs, [&](const auto& experts) {
     if (dtype == at::kBFloat16) {
       execute(problem, experts, out.mutable_data_ptr<at::BFloat16>());

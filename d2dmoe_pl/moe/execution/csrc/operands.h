@@ -87,8 +87,7 @@ class Operands {
       const Form first = type_ == at::kFloat ? Form::fp32 : Form::transposed_pairs;
       up_ = in(up, first), down_ = in(down, type_ == at::kFloat ? Form::fp32 : Form::pairs);
       if (gate) gate_ = in(*gate, first);
-      const auto rows = [](const Optional& w) { return w ? Optional(w->contiguous()) : Optional(); };
-      weights_ = {up.contiguous(), given(1), rows(gate), given(3), down.contiguous(), given(5)};
+      weights_ = {up, given(1), gate, given(3), down, given(5)};
     }
   }
 
@@ -109,8 +108,7 @@ class Operands {
   // Whether every expert is computed, and the mask laid over them, rather than each by itself.
   bool prefers_dense(const Problem& problem, const Inputs& inputs) const {
     const auto type = inputs.x.scalar_type();
-    return !is_int8_ && problem.tokens > 0 && weights_[0]->scalar_type() == type &&
-        dense_is_faster(problem, gate_.defined(), type);
+    return are_of(type) && problem.tokens > 0 && dense_is_faster(problem, gate_.defined(), type);
   }
 
   at::Tensor dense(const Problem& problem, const Inputs& inputs) const {
@@ -135,9 +133,11 @@ class Operands {
     }
 #endif
     if (type_ == at::kBFloat16) {
-      const auto& w = weights_;
-      const bool as_they_are = problem.tokens <= kFewTokens && w[0]->scalar_type() == at::kBFloat16;
-      if (as_they_are) return f(FewTokensExperts(problem, inputs.x, *w[0], w[2], *w[4]));
+      if (problem.tokens <= kFewTokens && are_of(type_)) {
+        const at::Tensor up = weights_[0]->contiguous(), down = weights_[4]->contiguous();
+        const Optional rows = gate ? Optional(weights_[2]->contiguous()) : Optional();
+        return f(FewTokensExperts(problem, inputs.x, up, rows, down));
+      }
       return f(BFloat16Experts(problem, inputs.x, up_, gate, down_));
     }
     f(FloatExperts(problem, inputs.x, up_, gate, down_));
@@ -197,6 +197,12 @@ class Operands {
   }
 
  private:
+  // Whether the weights as they were given are all of `type`.
+  bool are_of(at::ScalarType type) const {
+    const auto is_of = [&](const Optional& w) { return !w || w->scalar_type() == type; };
+    return !is_int8_ && is_of(weights_[0]) && is_of(weights_[2]) && is_of(weights_[4]);
+  }
+
   void prepare_int8(const at::Tensor& up, const Optional& gate, const at::Tensor& down) {
     auto& packed = packed_weights();
     if (!has_vnni()) {
