@@ -64,8 +64,8 @@ class RecoveryTuning(OptimizedPhase):
 
     Raises:
         ConfigError: For a range that is none or leaves [0, 1], negative weights, or a ``router_lr`` that is not
-            positive or has no routers to train; to fit, if hidden states count that cannot be told, or are not the teacher's
-            in number and width.
+            positive or has no routers to train; to fit, if hidden states count that cannot be told, or are not the
+            teacher's in number and width.
     """
 
     starts_from = "routed"

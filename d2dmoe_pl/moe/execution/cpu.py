@@ -7,8 +7,8 @@ packed for it, a copy that costs as much memory again as the experts' weights; i
 after the weights were written to (writes through ``.data`` go unnoticed, as autograd would not notice them either).
 Without ``brgemm`` for bf16, that copy is in fp32, and so are the products.
 
-Where that is faster, as for many chosen experts or small ones, all are computed at once by dense products, 1,024 tokens at a
-time, and what the mask leaves out is set to zero.
+Where that is faster, as for many chosen experts or small ones, all are computed at once by dense products, 1,024
+tokens at a time, and what the mask leaves out is set to zero.
 """
 
 import functools

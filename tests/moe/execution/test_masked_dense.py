@@ -50,6 +50,28 @@ def test_all_at_once_where_that_is_faster(dtype, num_experts, expert_dim, share,
     assert torch.equal(cpu(experts, x, mask), reference(experts, x, mask)) == is_dense
 
 
+@pytest.mark.parametrize("tokens", [2, 90])
+@pytest.mark.parametrize("odd", ["up_weight", "gate_weight", "down_weight", "down_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_one_weight_of_another_type(tokens, odd, dtype):
+    experts = experts_of(2048, 2, dtype, gated=True)
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+    setattr(experts, odd, nn.Parameter(getattr(experts, odd).to(other)))
+    x, mask = torch.randn(tokens, 64, dtype=dtype), torch.rand(tokens, 2048) < 0.9
+    found = torch.ops.d2dmoe_pl.moe_cpu(x, mask, experts.weights, experts.activation_kind)
+    assert found.dtype == dtype
+    expected = reference(experts.float(), x.float(), mask)
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@torch.inference_mode()
+def test_more_tokens_than_are_taken_at_once():
+    experts = experts_of(512, 1, torch.float32, gated=True, d_model=32)
+    x, mask = torch.randn(2500, 32), torch.rand(2500, 512) < 0.5
+    torch.testing.assert_close(cpu(experts, x, mask), reference(experts, x, mask), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @torch.inference_mode()
 def test_what_is_not_chosen_is_not_seen(threads):
