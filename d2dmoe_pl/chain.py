@@ -32,7 +32,7 @@ from d2dmoe_pl.checkpoints import remove_preempted
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
-from d2dmoe_pl.recipe import phase_config, recipe_file
+from d2dmoe_pl.recipe import PARTS, check_phase_name, phase_config, recipe_file
 from d2dmoe_pl.report.writing import write_report
 from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.whole_files import clean_up, is_file_name
@@ -54,6 +54,7 @@ def run_chain(config: Namespace) -> None:
     check(len(names) > 0, "phases={}: must be at least one")
     for name in names:
         check(is_file_name(name), f"phases: {name!r} must be the name of a folder in output_dir")
+        check_phase_name(name, f"phases: {name!r}")
     start_over = config.get("from")
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
     settings = _split_settings(config.get("set", []), names)
@@ -159,7 +160,7 @@ def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str |
         check(equals == "=" and rest != "", f"set={setting!r}: must look like trainer.max_epochs=1")
         owner = first if first in names else None
         check(
-            owner is not None or first in ("trainer", "data", "model"),
+            owner is not None or first in PARTS,
             f"set={setting!r}: must begin with trainer, data or model, or with a phase: {', '.join(names)}",
         )
         arguments[owner].append(f"--{key if owner is None else rest}={value}")
