@@ -20,7 +20,6 @@ class CheckLaterPhases(L.Callback):
     def __init__(self, phases: Sequence[Phase]) -> None:
         self.phases = phases
 
-    def on_fit_start(self, trainer: L.Trainer, phase: L.LightningModule) -> None:
-        assert isinstance(phase, Phase)
+    def on_fit_start(self, trainer: L.Trainer, phase: Phase) -> None:
         for later in self.phases:
             later.check_data(phase)
