@@ -9,15 +9,15 @@ from .compression.command import compress as compress
 from .errors import ConfigError as ConfigError
 from .errors import NonFiniteLossError as NonFiniteLossError
 from .hub import push_to_hub as push_to_hub
+from .moe.activations import ActivationConfig as ActivationConfig
+from .moe.activations import swap_activation_ as swap_activation_
 from .moe.budgets.budget_path import set_budget_ as set_budget_
-from .moe.conversion import ActivationConfig as ActivationConfig
 from .moe.conversion import ExpertsConfig as ExpertsConfig
 from .moe.conversion import add_routers_ as add_routers_
 from .moe.conversion import convert_to_moe_ as convert_to_moe_
 from .moe.conversion import set_backend_ as set_backend_
 from .moe.conversion import set_gate_ as set_gate_
 from .moe.conversion import set_tau_ as set_tau_
-from .moe.conversion import swap_activation_ as swap_activation_
 from .moe.execution import register_backend as register_backend
 from .moe.experts.merging import merge_to_dense_ as merge_to_dense_
 from .moe.gating import GateConfig as GateConfig

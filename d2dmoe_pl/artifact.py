@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import KEY, adapter_for, adapter_named
-from d2dmoe_pl.artifact_parts import check_parts
+from d2dmoe_pl.artifact_parts import CONVERTED_FORMAT, FORMAT, check_parts, format_of
 from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.free_memory import check_fits
 from d2dmoe_pl.hub_folders import local_folder
+from d2dmoe_pl.moe.activations import own_activations, restore_activations_
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, budget_path, path_from_json, set_budget_path_
 from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
@@ -41,9 +42,6 @@ WEIGHTS = "model.safetensors"
 CONVERTED_WEIGHTS = "d2dmoe.safetensors"
 DTYPES = ("float32", "bfloat16", "float16", "int8")  # to load a model in
 IN_CODE = "code"  # stands for the phase where there was none
-# of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1. The
-# last is of models that have stand-ins or budgets
-DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, FORMAT = 1, 2, 3, 4
 
 
 @dataclass
@@ -68,6 +66,7 @@ class Artifact:
         weights: The files of the weights.
         quantized: The modules that are in int8, by name.
         budgets: What ``BudgetCalibration`` found; None if it has not been run.
+        activations: What :func:`d2dmoe_pl.moe.activations.own_activations` gave.
     """
 
     path: Path
@@ -79,6 +78,7 @@ class Artifact:
     weights: list[Path] = field(default_factory=list)
     quantized: list[str] = field(default_factory=list)
     budgets: BudgetPath | None = None
+    activations: dict[str, str] = field(default_factory=dict)
 
     @property
     def stage(self) -> str:
@@ -138,14 +138,11 @@ def save_artifact(
         check_finite(values.items(), f"the tensors of {name}", advice)
     adapter = adapter_for(model)
     converted, config, quantized = is_converted(model), adapter.config(model), quantized_names(model)
-    layers, budgets = describe(model), budget_path(model)
-    stands_in = any("stand_in" in made for made in layers.values())
-    of_stage = INT8_FORMAT if quantized else CONVERTED_FORMAT if converted else DENSE_FORMAT
+    activations, budgets = own_activations(model), budget_path(model)
     made: dict[str, Any] = {
-        "format": FORMAT if stands_in or budgets else of_stage,
         "family": adapter.family,
         "projections": describe_projections(model),
-        "layers": layers,
+        "layers": describe(model),
         "history": [asdict(record) for record in history or [PhaseRecord(IN_CODE)]],
         "tensors": sorted(tensors),
     }
@@ -153,6 +150,9 @@ def save_artifact(
         made["quantized"] = quantized
     if budgets is not None:
         made["budgets"] = budgets.as_json()
+    if activations:
+        made["activations"] = activations
+    made["format"] = format_of(made, converted)
     if converted and "model_type" in config:
         made["model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
     weights = CONVERTED_WEIGHTS if converted else WEIGHTS
@@ -171,8 +171,8 @@ def save_artifact(
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether ``model`` has experts, MLPs in the place of attention projections, or weights in int8."""
-    return bool(describe(model) or describe_projections(model) or quantized_names(model))
+    """Whether ``model`` is another than its own config says, by experts, projections, int8 or activations."""
+    return bool(describe(model) or describe_projections(model) or quantized_names(model) or own_activations(model))
 
 
 def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
@@ -207,16 +207,16 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
         except (OSError, safetensors.SafetensorError) as error:
             raise ConfigError(f"{argument}={str(path)!r}: {file.name} is missing or truncated ({error})") from None
     history = [PhaseRecord(**record) for record in made["history"]]
-    projections = made.get("projections", {})
-    quantized = made.get("quantized", [])
+    parts = {part: made[part] for part in ("projections", "quantized", "activations") if part in made}
     budgets = path_from_json(made["budgets"]) if "budgets" in made else None
-    return Artifact(path, made["family"], made["layers"], history, tensors, projections, weights, quantized, budgets)
+    return Artifact(path, made["family"], made["layers"], history, tensors, weights=weights, budgets=budgets, **parts)
 
 
 def build_structure(artifact: Artifact) -> nn.Module:
     """The artifact's model on the meta device: shapes without weights."""
     with torch.device("meta"):
         model = adapter_named(artifact.family).build(artifact.path)
+        restore_activations_(model, artifact.activations)
         restore_projections_(model, artifact.projections)
         restore_(model, artifact.layers)
         if artifact.quantized:

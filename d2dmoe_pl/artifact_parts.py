@@ -1,5 +1,6 @@
 """What an artifact says of its model, under our key in ``config.json``: which parts there are, and of which kind."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from d2dmoe_pl.adapters import KEY
@@ -14,8 +15,23 @@ PARTS = {
     "projections": dict,
     "quantized": list,
     "budgets": dict,
+    "activations": dict,
 }
-OPTIONAL = ("tensors", "projections", "quantized", "budgets")  # early artifacts had none, and others have none
+OPTIONAL = ("tensors", "projections", "quantized", "budgets", "activations")  # early artifacts and others have none
+# of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
+DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, BUDGETS_FORMAT, ACTIVATIONS_FORMAT = 1, 2, 3, 4, 5
+FORMAT = ACTIVATIONS_FORMAT  # the newest
+
+
+def format_of(made: Mapping[str, Any], is_converted: bool) -> int:
+    """The oldest format in which all of ``made`` can be said."""
+    if made.get("activations"):
+        return ACTIVATIONS_FORMAT
+    if "budgets" in made or any("stand_in" in layer for layer in made["layers"].values()):
+        return BUDGETS_FORMAT
+    if "quantized" in made:
+        return INT8_FORMAT
+    return CONVERTED_FORMAT if is_converted else DENSE_FORMAT
 
 
 def check_parts(made: Any, where: str) -> None:
@@ -33,6 +49,11 @@ def check_parts(made: Any, where: str) -> None:
             f"{where}: no artifact, {KEY}.history in config.json must hold records of phase and metrics",
         )
     check(bool(made["history"]), f"{where}: no artifact, {KEY}.history in config.json is empty")
+    for name, activation in made.get("activations", {}).items():
+        check(
+            isinstance(activation, str),
+            f"{where}: no artifact, {KEY}.activations in config.json says {activation!r} of {name}; must be a name",
+        )
     for name in made.get("tensors", []):
         check(
             is_file_name(name),

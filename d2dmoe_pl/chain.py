@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
 from d2dmoe_pl.artifact import load_model, record_metrics
+from d2dmoe_pl.callbacks.check_later_phases import CheckLaterPhases
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.chain_lock import locked
 from d2dmoe_pl.chain_status import (
@@ -20,6 +21,7 @@ from d2dmoe_pl.chain_status import (
     begin_redo,
     checkpoint_of,
     computed_config,
+    data_of,
     discard_phase,
     end_redo,
     plan_of,
@@ -31,8 +33,9 @@ from d2dmoe_pl.checkpoints import FOLDER as CHECKPOINTS
 from d2dmoe_pl.checkpoints import remove_preempted
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
 from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._preflight import preflight
-from d2dmoe_pl.recipe import phase_config, recipe_file
+from d2dmoe_pl.recipe import PARTS, check_phase_name, phase_config, recipe_file
 from d2dmoe_pl.report.writing import write_report
 from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.whole_files import clean_up, is_file_name
@@ -54,6 +57,7 @@ def run_chain(config: Namespace) -> None:
     check(len(names) > 0, "phases={}: must be at least one")
     for name in names:
         check(is_file_name(name), f"phases: {name!r} must be the name of a folder in output_dir")
+        check_phase_name(name, f"phases: {name!r}")
     start_over = config.get("from")
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
     settings = _split_settings(config.get("set", []), names)
@@ -97,6 +101,8 @@ def _run_what_is_left(
         [opening.datamodule for opening in openings],
         openings[0].trainer.strategy,
     )
+    of_data = [data_of(each) for each in computed[first:]]
+    later = [opening.model for opening, data in zip(openings, of_data, strict=True) if data == of_data[0]][1:]
     openings.clear()
     if start_over is not None:
         begin_redo(output_dir, start_over)
@@ -104,7 +110,7 @@ def _run_what_is_left(
     for index in range(first, len(names)):
         say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
         try:
-            finished = _run_phase(output_dir / names[index], arguments[index], computed[index], plan[index])
+            finished = _run_phase(output_dir / names[index], arguments[index], computed[index], plan[index], later)
         except (KeyboardInterrupt, SystemExit):
             say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
             raise
@@ -112,6 +118,7 @@ def _run_what_is_left(
             raise
         except Exception as error:
             raise InterruptedPhaseError(names[index], output_dir / names[index]) from error
+        later = []
     end_redo(output_dir)
     say(f"Finished. The model: {output_dir / names[-1] / FOLDER}", style="bold")
     if finished.trainer.is_global_zero:
@@ -159,7 +166,7 @@ def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str |
         check(equals == "=" and rest != "", f"set={setting!r}: must look like trainer.max_epochs=1")
         owner = first if first in names else None
         check(
-            owner is not None or first in ("trainer", "data", "model"),
+            owner is not None or first in PARTS,
             f"set={setting!r}: must begin with trainer, data or model, or with a phase: {', '.join(names)}",
         )
         arguments[owner].append(f"--{key if owner is None else rest}={value}")
@@ -192,12 +199,24 @@ def _clean_up(output_dir: Path, names: Sequence[str]) -> None:
         clean_up(folder / CHECKPOINTS)
 
 
-def _run_phase(folder: Path, arguments: list[str], computed: dict[str, Any], todo: Todo) -> PhaseCLI:
-    """Fit and test one phase; its artifact, with the test metrics, is then complete and its status ``finished``."""
+def _run_phase(
+    folder: Path, arguments: list[str], computed: dict[str, Any], todo: Todo, later: Sequence[Phase]
+) -> PhaseCLI:
+    """Fit and test one phase; its artifact, with the test metrics, is then complete and its status ``finished``.
+
+    Args:
+        folder: The phase's.
+        arguments: As ``fit`` takes them.
+        computed: What decides what it computes.
+        todo: Whether it goes on.
+        later: Phases that its data has to be enough for as well.
+    """
     resume_from = checkpoint_of(folder) if todo is Todo.RESUME else None
     if todo is Todo.RUN:
         discard_phase(folder)
     opening = PhaseCLI(args=arguments, run=False)  # anew: a Trainer runs once, and the seed is set here
+    trainer: Any = opening.trainer
+    trainer.callbacks.append(CheckLaterPhases(later))
     write_status(folder, computed, finished=False)
     opening.trainer.fit(opening.model, datamodule=opening.datamodule, ckpt_path=resume_from, weights_only=True)
     metrics = opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)

@@ -49,6 +49,12 @@ def computed_config(opening: PhaseCLI) -> dict[str, Any]:
     return _flat(config)
 
 
+def data_of(computed: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a :func:`computed_config` decides which samples there are."""
+    ways = ("batch_size", "num_workers")
+    return {key: value for key, value in computed.items() if key.startswith("data.") and not key.endswith(ways)}
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}

@@ -12,6 +12,7 @@ from d2dmoe_pl.errors import ConfigError, check
 
 # `from` and `set` are of one run rather than of a recipe, but `chain --print_config` prints them where they are given
 LONGEST_PATH = 1000
+PARTS = ("trainer", "data", "model")  # of what a phase takes
 KEYS = ("extends", "output_dir", "seed", "shared", "phases", "from", "set")
 SHAPE = "a recipe is one file: shared, what every phase takes, and phases, from each phase's name to what else it takes"
 
@@ -81,6 +82,11 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         ConfigError: For a file that is not there or holds no recipe, and for recipes that extend one another in a ring.
     """
     return _read(recipe_file(path), ())
+
+
+def check_phase_name(name: str, where: str) -> None:
+    """Raise ``ConfigError`` if a setting of this phase, which ``where`` names, would look like one of all phases."""
+    check(name not in PARTS, f"{where}: a phase of this name and --set {name}.… of all phases would look the same")
 
 
 def phase_config(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -172,6 +178,7 @@ def _check_shape(recipe: Any, file: Path) -> None:
         part = recipe.get(key, {})
         check(isinstance(part, dict), f"{file}: {key}={part!r}: must be a mapping")
     for name, phase in recipe.get("phases", {}).items():
+        check_phase_name(name, f"{file}: phases.{name}")
         check(phase is None or isinstance(phase, dict), f"{file}: phases.{name}={phase!r}: must be a mapping or empty")
 
 

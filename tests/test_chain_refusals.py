@@ -1,7 +1,8 @@
 """What a chain refuses ends in one line, before anything is written."""
 
 import pytest
-from recipe import arguments, write_recipe
+import yaml
+from recipe import PHASES, arguments, write_recipe
 
 from d2dmoe_pl.cli import main
 
@@ -64,3 +65,25 @@ def test_no_phases(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["chain", "--output_dir", str(tmp_path / "run"), "--phases", "{}"])
     assert capsys.readouterr().err == "error: phases={}: must be at least one\n"
+
+
+class TestTooLittleDataForALaterPhase:
+    @staticmethod
+    def run(tmp_path, capsys, **settings):
+        recipe = write_recipe(tmp_path / "recipe.yaml", epochs=1)
+        content = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+        model = {"class_path": "BudgetCalibration", "init_args": {"num_samples": 5}}
+        content["phases"]["budgets"] = {"model": model, **settings}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(recipe, tmp_path / "run"))
+        assert exit_info.value.code == 2
+        expected = "error: num_samples=5: 5 validation samples are too few; 2 layers need at least 8"
+        assert capsys.readouterr().err.strip().splitlines()[-1] == expected
+        return [name for name in [*PHASES, "budgets"] if (tmp_path / "run" / name / "artifact").exists()]
+
+    def test_is_told_before_the_first_trains(self, tmp_path, capsys):
+        assert self.run(tmp_path, capsys, data={"init_args": {"batch_size": 32}}) == []
+
+    def test_of_data_of_its_own_when_that_is_read(self, tmp_path, capsys):
+        assert self.run(tmp_path, capsys, data={"init_args": {"augment": False}}) == PHASES

@@ -132,6 +132,10 @@ def test_what_is_a_recipe(write, tmp_path):
         ("", "{file}: must be a mapping; {SHAPE}"),
         ("seed: 1", "{file}: phases is missing; {SHAPE}"),
         ("phases:\nseed: 1", "{file}: phases=None: must be a mapping"),
+        (
+            "phases: {a: {}, trainer: {}}",
+            "{file}: phases.trainer: a phase of this name and --set trainer.… of all phases would look the same",
+        ),
         ("phases: {a: 3}", "{file}: phases.a=3: must be a mapping or empty"),
         ("extends: original.yaml\nshared: [data]", "{file}: shared=['data']: must be a mapping"),
         ("phases: {a: }\nsead: 1", "{file}: sead: no key of a recipe; allowed are extends, output_dir, seed, shared, "),

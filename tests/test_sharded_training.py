@@ -86,7 +86,9 @@ def routed(tmp_path):
 
 def test_fine_tuning_and_sparsity_enforcement(tmp_path, dense):
     first = phase("FineTuning", init_from=dense, hidden_weight=0.5)
-    recipe = write(tmp_path, {"tuning": first, "sparsity": phase("SparsityEnforcement", [BEST], alpha=0.01, hidden_weight=0.5)})
+    recipe = write(
+        tmp_path, {"tuning": first, "sparsity": phase("SparsityEnforcement", [BEST], alpha=0.01, hidden_weight=0.5)}
+    )
     main(arguments(recipe, tmp_path / "one"))
     said = run(arguments(recipe, tmp_path / "two", "--set", *TWO))
     assert said.count("Finished. The model:") == 1
@@ -100,7 +102,9 @@ def test_fine_tuning_and_sparsity_enforcement(tmp_path, dense):
 
 def test_recovery_tuning(tmp_path, routed):
     sweep = {"class_path": "TauSweep", "init_args": {"taus": [0.5, 1.0]}}
-    recipe = write(tmp_path, {"recovery": phase("RecoveryTuning", [sweep], init_from=routed, num_held_out=17, hidden_weight=0.5)})
+    recipe = write(
+        tmp_path, {"recovery": phase("RecoveryTuning", [sweep], init_from=routed, num_held_out=17, hidden_weight=0.5)}
+    )
     main(arguments(recipe, tmp_path / "one"))
     run(arguments(recipe, tmp_path / "two", "--set", *TWO))
     assert_same(tmp_path / "one" / "recovery", tmp_path / "two" / "recovery")

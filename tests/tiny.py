@@ -20,13 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2dmoe_pl.adapters import HEADS, HuggingFaceModel, TimmModel, adapter_for, adapter_named
 from d2dmoe_pl.data import Classification, TaskData
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
 from d2dmoe_pl.moe.conversion import (
-    ActivationConfig,
     ExpertsConfig,
     add_routers_,
     convert_to_moe_,
     set_gate_,
-    swap_activation_,
 )
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.gating import GateConfig

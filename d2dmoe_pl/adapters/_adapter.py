@@ -125,8 +125,8 @@ class Adapter(ABC):
         """Record in the model's own config how pictures become its input, where its library keeps that there."""
 
     @abstractmethod
-    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str) -> None:
-        """Give ``ffns`` the activation ``name`` and record it in the model's own config.
+    def set_activation_(self, model: nn.Module, ffns: Sequence[FFN], name: str, is_all: bool) -> None:
+        """Give ``ffns`` the activation ``name``, and record it in the model's own config where they are all it has.
 
         Raises:
             ConfigError: If the family knows no such activation.

@@ -28,6 +28,8 @@ class AttentionParts:
         value: See ``query``.
         fused: Path of that module, whose output holds queries, keys and values in this order.
         fused_widths: How wide each of the three is, by the module that holds the projections; equally if not given.
+        fused_turns: In how many turns they come, by that module, as many as heads where each head has its three side by
+            side; in one if not given.
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -37,6 +39,7 @@ class AttentionParts:
     value: str | None = None
     fused: str | None = None
     fused_widths: Callable[[Any], tuple[int, int, int]] | None = None
+    fused_turns: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Projection:
         role: What it gives.
         place: Dotted path of the module that computes it now.
         linear: That module.
-        rows: Which of the module's outputs are the projection's.
+        rows: Which of the module's outputs are the projection's, in each turn.
         fused_widths: Of a fused module, how many outputs each of its projections has, in order.
+        turns: In how many equal turns a fused module gives all of its projections.
     """
 
     name: str
@@ -58,16 +62,21 @@ class Projection:
     linear: nn.Linear | TransposedLinear
     rows: slice = field(default_factory=lambda: slice(None))
     fused_widths: tuple[int, ...] = ()
+    turns: int = 1
+
+    def part_of(self, outputs: Tensor) -> Tensor:
+        """What the projection gave among the outputs of its module: ``(..., outputs)`` to ``(..., d_out)``."""
+        return outputs.unflatten(-1, (self.turns, -1))[..., self.rows].flatten(-2)
 
     @property
     def weight(self) -> Tensor:
-        """A view, ``(d_out, d_in)``."""
-        return self.linear.weight[self.rows]
+        """``(d_out, d_in)``."""
+        return self.part_of(self.linear.weight.t()).t()
 
     @property
     def bias(self) -> Tensor | None:
-        """A view, ``(d_out,)``."""
-        return None if self.linear.bias is None else self.linear.bias[self.rows]
+        """``(d_out,)``."""
+        return None if self.linear.bias is None else self.part_of(self.linear.bias)
 
     @property
     def d_in(self) -> int:
@@ -79,10 +88,16 @@ class Projection:
 
 
 class SeparateProjections(nn.Module):
-    """What stands in the place of a fused module: one module a projection, their outputs side by side."""
+    """What stands in the place of a fused module: one module a projection, their outputs side by side.
 
-    def __init__(self, projections: dict[Role, nn.Module]) -> None:
+    Args:
+        projections: The modules by what they give.
+        turns: In how many equal turns their outputs come.
+    """
+
+    def __init__(self, projections: dict[Role, nn.Module], turns: int = 1) -> None:
         super().__init__()
+        self.turns = turns
         for role, module in projections.items():
             self.add_module(role, module)
 
@@ -92,7 +107,8 @@ class SeparateProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_in)`` to ``(..., d_out)``, with ``d_out`` of all three."""
-        return torch.cat([module(x) for module in self.children()], dim=-1)
+        outputs = [module(x).unflatten(-1, (self.turns, -1)) for module in self.children()]
+        return torch.cat(outputs, dim=-1).flatten(-2)  # (..., turns, d_out / turns) to (..., d_out)
 
 
 AsLinear = Callable[[nn.Module], nn.Linear | TransposedLinear | None]
@@ -122,7 +138,8 @@ def find_projections(model: nn.Module, parts: AttentionParts, as_linear: AsLinea
             continue
         if parts.fused is not None:
             widths = None if parts.fused_widths is None else parts.fused_widths(attention)
-            found += _of_fused(attention.get_submodule(parts.fused), f"{name}.{parts.fused}", as_linear, widths)
+            turns = 1 if parts.fused_turns is None else parts.fused_turns(attention)
+            found += _of_fused(attention.get_submodule(parts.fused), f"{name}.{parts.fused}", as_linear, widths, turns)
         for role in ROLES:
             path = getattr(parts, role)
             if path is not None and (linear := as_linear(attention.get_submodule(path))) is not None:
@@ -135,13 +152,14 @@ def put_projection_(model: nn.Module, projection: Projection, module: nn.Module)
     if projection.name != projection.place and not isinstance(
         model.get_submodule(projection.place), SeparateProjections
     ):
-        parts = _taken_apart(projection.linear, projection.place, projection.fused_widths)
-        model.set_submodule(projection.place, SeparateProjections({part.role: _alone(part) for part in parts}))
+        parts = _taken_apart(projection.linear, projection.place, projection.fused_widths, projection.turns)
+        separate = SeparateProjections({part.role: _alone(part) for part in parts}, projection.turns)
+        model.set_submodule(projection.place, separate)
     model.set_submodule(projection.name, module)
 
 
 def _of_fused(
-    module: nn.Module, name: str, as_linear: AsLinear, widths: tuple[int, int, int] | None
+    module: nn.Module, name: str, as_linear: AsLinear, widths: tuple[int, int, int] | None, turns: int
 ) -> list[Projection]:
     if isinstance(module, SeparateProjections):
         parts = {role: as_linear(part) for role, part in module.parts().items()}
@@ -157,14 +175,16 @@ def _of_fused(
             f"{name}: a {type(module).__name__} of {outputs} outputs, which cannot be taken apart into the projections "
             "query, key and value; must be one linear module with as many outputs for each"
         )
-    return _taken_apart(linear, name, widths or (outputs // len(FUSED),) * len(FUSED))
+    return _taken_apart(linear, name, widths or (outputs // len(FUSED),) * len(FUSED), turns)
 
 
-def _taken_apart(linear: nn.Linear | TransposedLinear, name: str, widths: tuple[int, ...]) -> list[Projection]:
-    ends = list(accumulate(widths))
+def _taken_apart(
+    linear: nn.Linear | TransposedLinear, name: str, widths: tuple[int, ...], turns: int
+) -> list[Projection]:
+    in_turn = [width // turns for width in widths]
     return [
-        Projection(f"{name}.{role}", role, name, linear, slice(end - width, end), widths)
-        for role, width, end in zip(FUSED, widths, ends, strict=True)
+        Projection(f"{name}.{role}", role, name, linear, slice(end - width, end), widths, turns)
+        for role, width, end in zip(FUSED, in_turn, accumulate(in_turn), strict=True)
     ]
 
 

@@ -64,17 +64,22 @@ class HuggingFaceAdapter(Adapter):
     def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and model.config.model_type in self.model_types
 
-    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
+    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str, is_all: bool) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
-        made, parts = self._made_with(model, name), dict(model.named_modules())
-        of_ffns = {id(ffn.activation) for ffn in self.ffns(made)}
-        for path, module in made.named_modules():  # what else has its activation by the same setting, such as heads
+        made = self._made_with(model, name)
+        for ffn in ffns:
+            self.put_activation_(model, ffn, ACT2FN[name])
+        if is_all:
+            self._put_in_heads_(model, made, name)
+            self._record_activation_(model.config, name)
+
+    def _put_in_heads_(self, model: Any, made: nn.Module, name: str) -> None:
+        """Give what else has its activation by the same setting, such as heads, the one that ``made`` has there."""
+        parts, of_ffns = dict(model.named_modules()), {id(ffn.activation) for ffn in self.ffns(made)}
+        for path, module in made.named_modules():
             is_one = type(module) is type(ACT2FN[name]) and id(module) not in of_ffns
             if is_one and path in parts and type(parts[path]) is not type(module):
                 model.set_submodule(path, ACT2FN[name])
-        for ffn in ffns:
-            self.put_activation_(model, ffn, ACT2FN[name])
-        self._record_activation_(model.config, name)
 
     def backbone_config(self, config: Any) -> Any:
         """Where in a model's ``config`` the settings of its layers are."""

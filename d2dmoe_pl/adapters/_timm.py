@@ -53,13 +53,14 @@ class TimmAdapter(Adapter):
         parent, attribute = module_at(model, ffn.name)
         setattr(parent, attribute, module)
 
-    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
+    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str, is_all: bool) -> None:
         try:
             activation = get_act_layer(name)
         except KeyError:
             raise ConfigError(f"activation={name!r}: timm knows no such activation; allowed is e.g. relu") from None
         self._put_activation_(model, ffns, activation)
-        model.model_args = {**self._model_args(model), "act_layer": name}
+        if is_all:
+            model.model_args = {**self._model_args(model), "act_layer": name}
 
     def _put_activation_(self, model: Any, ffns: Sequence[FFN], activation: Any) -> None:
         for ffn in ffns:

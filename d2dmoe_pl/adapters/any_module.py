@@ -74,7 +74,7 @@ class AnyModuleAdapter(StructuralAdapter):
         example: Mapping[str, Tensor] = model.__dict__[EXAMPLE]
         return example
 
-    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str) -> None:
+    def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str, is_all: bool) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
         for ffn in ffns:
             self.put_activation_(model, ffn, ACT2FN[name])

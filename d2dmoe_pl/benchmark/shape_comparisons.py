@@ -16,14 +16,13 @@ from d2dmoe_pl.benchmark.comparison import Comparison, Settings
 from d2dmoe_pl.benchmark.preset_masks import preset_masks, random_mask
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
 from d2dmoe_pl.moe.conversion import (
-    ActivationConfig,
     ExpertsConfig,
     add_routers_,
     convert_to_moe_,
     set_backend_,
     set_gate_,
-    swap_activation_,
     temporary_gate,
 )
 from d2dmoe_pl.moe.experts.experts import Experts

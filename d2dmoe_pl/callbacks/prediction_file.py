@@ -16,6 +16,7 @@ from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, layer_tokens
 from d2dmoe_pl.metrics.sample_cost import sample_cost
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
+from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.whole_files import replaced_file
 
 WRITERS: dict[str, Callable[[Dataset, Path], Any]] = {".csv": Dataset.to_csv, ".parquet": Dataset.to_parquet}
@@ -47,7 +48,7 @@ class PredictionFile(L.Callback):
         self._flops_outside: dict[SampleSize, int] = {}
         self._masks: dict[str, Tensor] = {}
 
-    def on_predict_start(self, trainer: L.Trainer, phase: Any) -> None:
+    def on_predict_start(self, trainer: L.Trainer, phase: Phase) -> None:
         """Watch what the model's layers decide."""
         check(trainer.world_size == 1, f"devices={trainer.world_size}: predictions are written by one process alone")
         check(phase.task.writes_rows, f"predict: writes classes, numbers and answers, not what {phase.task.head} gives")
@@ -62,7 +63,7 @@ class PredictionFile(L.Callback):
         self._masks[name] = mask
 
     def on_predict_batch_end(
-        self, trainer: L.Trainer, phase: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, phase: Phase, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Add the rows of a batch."""
         if dataloader_idx > 0:
@@ -85,7 +86,7 @@ class PredictionFile(L.Callback):
             for row, share, flops in zip(self.rows[-len(rows) :], cost.experts_percent, cost.flops, strict=True):
                 row.update(experts_percent=share, flops=flops)
 
-    def on_predict_end(self, trainer: L.Trainer, phase: Any) -> None:
+    def on_predict_end(self, trainer: L.Trainer, phase: Phase) -> None:
         """Write the file, whole or not at all."""
         self._watching.__exit__(None, None, None)
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.sharded_tensors import is_sharded
 
 FOLDER = "artifact"
@@ -14,7 +15,7 @@ FOLDER = "artifact"
 class SaveArtifact(L.Callback):
     """Write the fitted model to ``artifact`` in the run's folder, with its tokenizer or image processor."""
 
-    def on_fit_end(self, trainer: Any, phase: Any) -> None:
+    def on_fit_end(self, trainer: Any, phase: Phase) -> None:
         phase.end_training()
         folder = trainer.log_dir or trainer.default_root_dir  # asked on every process
         takes_part = trainer.is_global_zero or is_sharded(phase.model)

@@ -23,7 +23,7 @@ class SaveBeforeRequeue(L.Callback):
         self._before: Any = None
         self._watched: int | None = None
 
-    def on_fit_start(self, trainer: Any, phase: Any) -> None:
+    def on_fit_start(self, trainer: Any, phase: L.LightningModule) -> None:
         if not will_be_requeued(trainer) or threading.current_thread() is not threading.main_thread():
             return
         asked = trainer._accelerator_connector.cluster_environment.requeue_signal or signal.SIGUSR1
@@ -31,18 +31,20 @@ class SaveBeforeRequeue(L.Callback):
             self._watched = asked
             self._before = signal.signal(asked, self._note)
 
-    def on_train_batch_end(self, trainer: Any, phase: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, phase: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         loop = trainer.fit_loop.epoch_loop
         if not loop._should_accumulate() and not loop._num_ready_batches_reached():
             self._save(trainer)
 
-    def on_train_epoch_end(self, trainer: Any, phase: Any) -> None:
+    def on_train_epoch_end(self, trainer: Any, phase: L.LightningModule) -> None:
         self._save(trainer)
 
-    def on_fit_end(self, trainer: Any, phase: Any) -> None:
+    def on_fit_end(self, trainer: Any, phase: L.LightningModule) -> None:
         self._unwatch()
 
-    def on_exception(self, trainer: Any, phase: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, phase: L.LightningModule, exception: BaseException) -> None:
         self._unwatch()
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -107,34 +107,34 @@ class TauSweep(L.Callback):
             if all(row.keys() == known for row in rows)
         }
 
-    def setup(self, trainer: L.Trainer, phase: Any, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         check(
             phase.ends_at == "routed",
             "callbacks: TauSweep needs a phase that makes routers (RouterRegression, ExpertSelection, "
             f"MoEBERTDistillation), not {type(phase).__name__}",
         )
 
-    def on_validation_start(self, trainer: L.Trainer, phase: Any) -> None:
+    def on_validation_start(self, trainer: L.Trainer, phase: Phase) -> None:
         self._start(trainer, phase, "validation")
 
-    def on_test_start(self, trainer: L.Trainer, phase: Any) -> None:
+    def on_test_start(self, trainer: L.Trainer, phase: Phase) -> None:
         self._start(trainer, phase, "test")
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, phase: Any, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._sweep_batch(phase, batch, self._splits[dataloader_idx])
 
     def on_test_batch_end(
-        self, trainer: L.Trainer, phase: Any, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, phase: Phase, outputs: object, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._sweep_batch(phase, batch, self._splits[dataloader_idx])
 
-    def on_validation_end(self, trainer: L.Trainer, phase: Any) -> None:
+    def on_validation_end(self, trainer: L.Trainer, phase: Phase) -> None:
         if not trainer.sanity_checking:
             self._report_all(trainer, phase, final=trainer.state.fn == TrainerFn.VALIDATING)
 
-    def on_test_end(self, trainer: L.Trainer, phase: Any) -> None:
+    def on_test_end(self, trainer: L.Trainer, phase: Phase) -> None:
         self._report_all(trainer, phase, final=True)
 
     def _start(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:

@@ -13,11 +13,10 @@ from transformers import AutoFeatureExtractor
 from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
-
-SAMPLE = "name of the sample"  # column of what each is called
 
 
 class AudioClassification(TaskData):
@@ -84,9 +83,10 @@ class AudioClassification(TaskData):
             f"audio_column={self.audio_column!r}: has {feature} in the {name} split; must be recordings, or lists of "
             "their numbers, from -1 to 1",
         )
+        names = sample_names(split, name)
         if isinstance(feature, Audio):
             split = split.cast_column(self.audio_column, Audio(sampling_rate=self._extractor.sampling_rate))
-        return split.add_column(SAMPLE, [f"sample {i + 1} of the {name} split" for i in range(len(split))])
+        return split.add_column(SAMPLE, names)
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Recordings by their paths."""

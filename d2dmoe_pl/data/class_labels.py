@@ -9,6 +9,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset
 
 from d2dmoe_pl.data.output_names import plain_name
+from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.errors import check
 
 # more classes than this, and more than half as many as samples, are no classes
@@ -69,14 +70,14 @@ def encode_numbers(splits: Mapping[str, Dataset], column: str) -> dict[str, Data
     encoded = {}
     for name, split in splits.items():
         numbers = []
-        for row, value in enumerate(split[column], 1):
+        for sample, value in zip(sample_names(split, name), split[column], strict=True):
             try:
                 number = float(value)
             except (TypeError, ValueError):
                 number = math.nan
             check(
                 math.isfinite(number),
-                f"label_column={column!r}: {value!r} in sample {row} of the {name} split is no number; must be finite",
+                f"label_column={column!r}: {value!r} in {sample} is no number; must be finite",
             )
             numbers.append(number)
         encoded[name] = with_column(split, column, numbers)
@@ -97,8 +98,9 @@ def label_names(split: Dataset, column: str, split_name: str) -> list[str]:
     feature = split.features[column]
     names = [plain_name(name) for name in feature.names] if isinstance(feature, ClassLabel) else None
     found = []
-    for row, label in enumerate(split[column], 1):
-        where = f"label_column={column!r}: sample {row} of the {split_name} split has"
+    samples = sample_names(split, split_name)
+    for sample, label in zip(samples, split[column], strict=True):
+        where = f"label_column={column!r}: {sample} has"
         if isinstance(label, float) and not isinstance(label, bool):
             check(not math.isnan(label), f"{where} no label")
             check(
@@ -113,7 +115,7 @@ def label_names(split: Dataset, column: str, split_name: str) -> list[str]:
             label = names[label]
         check(label is not None and str(label).strip() != "", f"{where} no label")
         found.append(plain_name(label))
-    _check_whole(found, column, split_name)
+    _check_whole(found, column, samples)
     return found
 
 
@@ -130,7 +132,7 @@ def _sorted(names: set[str]) -> list[str]:
     return sorted(names, key=int) if all(re.fullmatch(r"[+-]?\d+", name) for name in names) else sorted(names)
 
 
-def _check_whole(names: Sequence[str], column: str, split_name: str) -> None:
+def _check_whole(names: Sequence[str], column: str, samples: Sequence[str]) -> None:
     """Refuse labels that are all numbers, written out, of which some have a fractional part."""
     numbers = []
     for name in names:
@@ -138,9 +140,9 @@ def _check_whole(names: Sequence[str], column: str, split_name: str) -> None:
             numbers.append(float(name))
         except ValueError:
             return
-    broken = next((row for row, number in enumerate(numbers, 1) if not number.is_integer()), None)
-    check(
-        broken is None,
-        f"label_column={column!r}: sample {broken} of the {split_name} split has {names[(broken or 1) - 1]}, a number "
-        "with a fractional part, which is no class; for numbers there is TextRegression with the task text-regression",
-    )
+    for sample, name, number in zip(samples, names, numbers, strict=True):
+        check(
+            number.is_integer(),
+            f"label_column={column!r}: {sample} has {name}, a number with a fractional part, which is no class; for "
+            "numbers there is TextRegression with the task text-regression",
+        )

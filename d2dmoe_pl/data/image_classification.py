@@ -16,11 +16,11 @@ from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.image_preprocessing import INTERPOLATIONS, ImagePreprocessing, opened, preprocessing_of
 from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 
-SAMPLE = "name of the sample"  # column of what each is called
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 IMAGENET_STD = [0.229, 0.224, 0.225]
 
@@ -132,11 +132,12 @@ class ImageClassification(TaskData):
             f"image_column={self.image_column!r}: has {feature} in the {name} split; must be pictures, their paths or "
             "their bytes",
         )
+        names = sample_names(split, name)
         if kind in ("string", "large_string"):
             folder = self.source.folder_of(name)
             split = split.map(partial(_with_path, column=self.image_column, folder=folder), desc="Finding pictures")
         split = split.cast_column(self.image_column, Image(decode=False))
-        return split.add_column(SAMPLE, [f"sample {i + 1} of the {name} split" for i in range(len(split))])
+        return split.add_column(SAMPLE, names)
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Pictures by their paths."""

@@ -15,6 +15,7 @@ from d2dmoe_pl.data.class_labels import with_column
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.output_names import plain_name
+from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.text_classification import TextClassification
 from d2dmoe_pl.errors import check
@@ -142,12 +143,12 @@ class TextMultiLabel(TextClassification):
         return [float(name in sample) for name in names]
 
     def _from_columns(self, split: Dataset, split_name: str) -> list[list[float]]:
-        columns = [split[column] for column in self.label_columns]
+        columns, samples = [split[column] for column in self.label_columns], sample_names(split, split_name)
         for column, values in zip(self.label_columns, columns, strict=True):
-            for row, value in enumerate(values, 1):
+            for sample, value in zip(samples, values, strict=True):
                 check(
                     value in (0, 1, "0", "1"),
-                    f"label_columns={column!r}: sample {row} of the {split_name} split has {value!r}; must be 0 or 1",
+                    f"label_columns={column!r}: {sample} has {value!r}; must be 0 or 1",
                 )
         return [[float(value) for value in row] for row in zip(*columns, strict=True)]
 
@@ -156,11 +157,11 @@ class TextMultiLabel(TextClassification):
         feature = getattr(split.features[column], "feature", None)
         names = getattr(feature, "names", None)
         found = []
-        for row, value in enumerate(split[column], 1):
+        for sample, value in zip(sample_names(split, split_name), split[column], strict=True):
             check(
                 value is None or isinstance(value, str | list),
-                f"label_columns={column!r}: sample {row} of the {split_name} split has {value!r}; must be a list of "
-                "labels, or a text in which commas part them",
+                f"label_columns={column!r}: {sample} has {value!r}; must be a list of labels, or a text in which "
+                "commas part them",
             )
             parts = (value or "").split(",") if not isinstance(value, list) else value
             named = [plain_name(names[part] if names is not None else part) for part in parts]

@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
+from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check
@@ -76,8 +77,8 @@ class TextClassification(TokenizedData):
 
 def check_texts(split: Dataset, column: str, split_name: str, argument: str = "text_columns") -> None:
     """Raise ``ConfigError`` unless there is a text, not only blanks, in each row of ``column``."""
-    for row, text in enumerate(split[column], 1):
-        where = f"{argument}={column!r}: sample {row} of the {split_name} split has"
+    for sample, text in zip(sample_names(split, split_name), split[column], strict=True):
+        where = f"{argument}={column!r}: {sample} has"
         check(text is not None and text != "", f"{where} no text")
         check(isinstance(text, str), f"{where} {text!r}; must be a text")
         check(text.strip() != "", f"{where} only blanks; must have a text")

@@ -1,4 +1,4 @@
-"""In-place conversion of a model, one stage after the other: activation, experts, routers, gate.
+"""In-place conversion of a model, one stage after the other: experts, routers, gate.
 
 Each function takes ``(model, config, filter_fn)``, checks every place it will touch before it touches the first, and
 raises ``ConfigError`` if it finds none.
@@ -21,17 +21,6 @@ from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 from d2dmoe_pl.moe.routers import RouterConfig, make_router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig, make_stand_in
 from d2dmoe_pl.moe.token_streams import shared_context_
-
-
-@dataclass(frozen=True)
-class ActivationConfig:
-    """The activation function to put into every FFN.
-
-    Attributes:
-        name: As ``transformers`` and ``timm`` both spell it, e.g. ``relu``.
-    """
-
-    name: str = "relu"
 
 
 @dataclass(frozen=True)
@@ -83,26 +72,6 @@ def select_moe_layers(model: nn.Module, filter_fn: LayerFilterFn | None) -> dict
             f"{type(model).__name__}: no MoE layer found" + (" that the filter admits" if filter_fn else "")
         )
     return layers
-
-
-def swap_activation_(model: nn.Module, config: ActivationConfig, filter_fn: FilterFn | None = None) -> None:
-    """Replace the activation function of every FFN ("relufication", D2DMoE section 4).
-
-    Raises:
-        ConfigError: If the architecture does not know the activation, or no FFN is found.
-
-    Example:
-        >>> import transformers
-        >>> from d2dmoe_pl import ActivationConfig, swap_activation_
-        >>> config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)
-        >>> model = transformers.GPT2LMHeadModel(config)
-        >>> swap_activation_(model, ActivationConfig("relu"))
-        >>> model.transformer.h[0].mlp.act
-        ReLU()
-    """
-    # MLPs in the place of projections have theirs from the start
-    ffns = select_ffns(model, lambda ffn, name: not ffn.is_projection and (filter_fn is None or filter_fn(ffn, name)))
-    adapter_for(model).set_activation_(model, ffns, config.name)
 
 
 def convert_to_moe_(

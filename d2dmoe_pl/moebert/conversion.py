@@ -106,6 +106,9 @@ def _check_ffn(ffn: FFN, config: MoEBERTConfig, importance: Mapping[str, Tensor]
         f"{ffn.name}: MoEBERT's experts replace an FFN without a gate and the LayerNorm after its residual, as BERT "
         "has; this one is of another kind",
     )
+    parts = {"up": ffn.up, "down": ffn.down, "its LayerNorm": ffn.residual_norm}
+    bare = [part for part, module in parts.items() if module is not None and module.bias is None]
+    check(not bare, f"{ffn.name}: MoEBERT's experts have biases of their own; must have some in {', '.join(bare)}")
     check_expert_sizes(config.num_experts, config.expert_dim, config.num_shared, ffn.d_ff, ffn.name)
     if importance is not None:
         scores = importance.get(ffn.name)

@@ -122,6 +122,9 @@ class Phase(L.LightningModule):
         """What the fitted phase leaves beside the weights: for each name in ``leaves``, tensors by name."""
         return {}
 
+    def check_data(self, running: "Phase") -> None:
+        """Raise ``ConfigError`` if the data of ``running``, a phase in its fit, is too little to fit this one on it."""
+
     def prepare_evaluation_(self, model: nn.Module) -> None:
         """Set up a model that is loaded to be evaluated, not fitted."""
 

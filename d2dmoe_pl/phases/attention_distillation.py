@@ -144,7 +144,7 @@ def _watched(
 
     def register(projection: Projection) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            observer(projection.name, args[0], output[..., projection.rows])
+            observer(projection.name, args[0], projection.part_of(output))
 
         return model.get_submodule(projection.place).register_forward_hook(hook)
 

@@ -43,6 +43,7 @@ from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._calibration import Calibration
 from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
+from d2dmoe_pl.phases._phase import Phase
 
 PATH = "budget_path"  # key in checkpoints
 PREDICTIONS_A_LAYER = 4  # at least
@@ -98,6 +99,7 @@ class BudgetCalibration(Calibration):
         self.num_scored_points = num_scored_points
         self.keep = keep
         self.estimate = estimate
+        self._num_layers = 0  # until there is a model
         self._path: BudgetPath | None = None
         self._flops_outside: dict[SampleSize, int] = {}
 
@@ -106,6 +108,13 @@ class BudgetCalibration(Calibration):
         gates = {name: layer.get_gate().config for name, layer in moe_layers(model).items()}
         rules = {gate.rule for gate in gates.values()}
         check(len(rules) == 1, f"gates: have the rules {', '.join(sorted(rules))}; must be one for all layers")
+        self._num_layers = len(gates)
+
+    def check_data(self, running: Phase) -> None:
+        check_held_out(running, num_samples=self.num_samples, num_scored_samples=self.num_scored_samples)
+        number = min(self.num_samples, running.data.num_validation_samples)
+        if number < PREDICTIONS_A_LAYER * self._num_layers:  # they may be of several tokens each
+            self._check_enough(running, held_out(running, number))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -117,14 +126,20 @@ class BudgetCalibration(Calibration):
             self._keep(path_from_json(checkpoint[PATH]))
 
     def on_fit_start(self) -> None:
-        check_held_out(self, num_samples=self.num_samples, num_scored_samples=self.num_scored_samples)
+        self.check_data(self)
         super().on_fit_start()
+
+    def _check_enough(self, running: Phase, batches: Sequence[Batch]) -> int:
+        """How many predictions there are in ``batches``, over all processes; raises ``ConfigError`` for too few."""
+        own = torch.tensor(sum(map(running.task.weight, batches)), device=running.device)
+        found = int(summed(running, own))
+        check_enough(found, self._num_layers, f"num_samples={self.num_samples}")
+        return found
 
     def calibrate_(self) -> None:
         layers = moe_layers(self.model)
         batches = held_out(self, self.num_samples)
-        found = int(summed(self, torch.tensor(sum(map(self.task.weight, batches)), device=self.device)))
-        check_enough(found, len(layers), f"num_samples={self.num_samples}")
+        found = self._check_enough(self, batches)
         rule = next(iter(layers.values())).get_gate().config.rule
         grids = self._grids(batches, rule)
         if self.estimate == "gradients":

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2dmoe_pl.data.task import Batch
-from d2dmoe_pl.moe.conversion import ActivationConfig, swap_activation_
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._hidden_states import HiddenStateKeeping

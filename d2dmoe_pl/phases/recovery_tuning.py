@@ -23,6 +23,7 @@ from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
+from d2dmoe_pl.phases._phase import Phase
 from d2dmoe_pl.phases._sharding import shares_model
 from d2dmoe_pl.phases._teacher import Teacher
 from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_like, parameters_of, put_best_
@@ -150,9 +151,12 @@ class RecoveryTuning(OptimizedPhase):
             self._teacher = Teacher(teacher)
             self._teacher.prepare(self)
 
-    def on_fit_start(self) -> None:
+    def check_data(self, running: Phase) -> None:
         if self.num_held_out > 0:
-            check_held_out(self, num_held_out=self.num_held_out)
+            check_held_out(running, num_held_out=self.num_held_out)
+
+    def on_fit_start(self) -> None:
+        self.check_data(self)
         self._layers = moe_layers(self.model)
         is_sparse = all(layer.experts.activation_kind == "relu" for layer in self._layers.values())
         self._alpha = (DEFAULT_ALPHA if is_sparse else 0.0) if self.alpha is None else self.alpha

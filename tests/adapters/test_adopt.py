@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from d2dmoe_pl.adapters import adopt_
 from d2dmoe_pl.artifact import save_artifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, set_tau_, swap_activation_
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_, set_tau_
 from d2dmoe_pl.moe.experts.activation_watching import watched_activations
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 

@@ -15,7 +15,8 @@ from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_arti
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.hooks import hooked
-from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, swap_activation_
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 from d2dmoe_pl.structure import describe
 

@@ -29,7 +29,7 @@ from d2dmoe_pl.structure import describe
 KINDS = [
     kind
     for kind, task in tiny.TASKS.items()
-    if task in ("text-classification", "image-classification")
+    if task in ("text-classification", "image-classification", "audio-classification")
     and adapter_named(tiny.family_of(kind)).attention is not None
 ]
 
@@ -64,7 +64,6 @@ def test_every_family_is_under_contract():
     assert {tiny.family_of(kind) for kind in KINDS} == {
         family for family in ADAPTERS.names() if adapter_named(family).attention is not None
     }
-    assert adapter_named("gpt_neox").attention is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,6 +79,13 @@ class TestContract:
         assert {id(model.get_submodule(projection.place)) for projection in projections} == linear
         assert Counter(projection.role for projection in projections) == roles_of(kind)
         assert len({projection.name for projection in projections}) == len(projections)
+
+    def test_its_part_of_what_its_module_gives(self, kind):
+        model = tiny.dense(kind)
+        for projection in select_projections(model):
+            x = torch.randn(2, 3, projection.d_in)
+            gives = projection.part_of(model.get_submodule(projection.place)(x))
+            torch.testing.assert_close(gives, as_linear(projection)(x), rtol=1e-5, atol=1e-5)
 
     def test_each_put_in_by_itself_computes_what_it_computed(self, kind):
         model, inputs = tiny.dense(kind), tiny.batch(kind)

@@ -12,7 +12,8 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.adapters._timm_model import create_timm_model
 from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, swap_activation_
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 
 TEXT = {"vocab_size": 40, **tiny.SHAPE}

@@ -18,7 +18,8 @@ import transformers
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.data import Classification, TaskData
-from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, swap_activation_
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.phases import RouterRegression
 
 LABELS = ["a", "b"]

@@ -17,7 +17,8 @@ from torch import nn
 
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.data import Classification
-from d2dmoe_pl.moe.conversion import ActivationConfig, ExpertsConfig, convert_to_moe_, swap_activation_
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
 from d2dmoe_pl.phases import FineTuning, RouterRegression, SparsityEnforcement
 

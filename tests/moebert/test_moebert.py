@@ -220,6 +220,18 @@ class TestConversion:
         with pytest.raises(ConfigError, match=r"blocks.0.mlp: MoEBERT's experts replace an FFN without a gate"):
             convert_to_moebert_(tiny.dense(), MoEBERTConfig(4, 12, 5, "gate_token"))
 
+    @pytest.mark.parametrize(
+        ("part", "called"),
+        [("intermediate.dense", "up"), ("output.dense", "down"), ("output.LayerNorm", "its LayerNorm")],
+    )
+    def test_an_ffn_without_biases_leaves_the_model_as_it_was(self, part, called):
+        model = tiny.dense("bert")
+        model.get_submodule(f"bert.encoder.layer.1.{part}").bias = None
+        names = list(model.state_dict())
+        with pytest.raises(ConfigError, match=f"layer.1.intermediate: .* of their own; must have some in {called}$"):
+            convert_to_moebert_(model, tiny.MOEBERT)
+        assert list(model.state_dict()) == names
+
     def test_token_ids_of_a_model_without(self):
         with pytest.raises(ConfigError, match="routing='hash_random': goes by token ids, which a vit has not"):
             convert_to_moebert_(tiny.dense("vit"), tiny.MOEBERT)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.language_modeling.token_prediction import NOT_PREDICTED
 from d2dmoe_pl.data.output_names import plain_name
+from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.token_classification.token_tagging import TokenTagging
 from d2dmoe_pl.data.tokenized import TokenizedData
@@ -81,8 +82,7 @@ class TokenClassification(TokenizedData):
         tokenised = {}
         for split, dataset in splits.items():
             words = [_parts(value) for value in dataset[self.words_column]]
-            for row, (of_words, of_labels) in enumerate(zip(words, labels[split], strict=True), 1):
-                where = f"sample {row} of the {split} split"
+            for where, of_words, of_labels in zip(sample_names(dataset, split), words, labels[split], strict=True):
                 check(bool(of_words), f"words_column={self.words_column!r}: {where} has no words")
                 check(
                     len(of_words) == len(of_labels),

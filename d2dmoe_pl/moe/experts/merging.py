@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for, holder_of
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.activations import own_activations, restore_activations_
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.moe.conversion import select_moe_layers
 from d2dmoe_pl.moe.experts.experts import Experts
@@ -78,6 +79,7 @@ def merge_to_dense_(model: nn.Module, filter_fn: LayerFilterFn | None = None) ->
     adapter = adapter_for(model)
     with torch.device("meta"):
         dense = adapter.rebuild(model)
+        restore_activations_(dense, own_activations(model))
     ffns = {ffn.name: ffn for ffn in adapter.ffns(dense)}
     mlps = {f"{name}.mlp" for name in projection_mlps(model)}
     for name in layers:
