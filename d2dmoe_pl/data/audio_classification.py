@@ -86,7 +86,7 @@ class AudioClassification(TaskData):
         names = sample_names(split, name)
         if isinstance(feature, Audio):
             split = split.cast_column(self.audio_column, Audio(sampling_rate=self._extractor.sampling_rate))
-        return split.add_column(SAMPLE, names)
+        return split.add_column(SAMPLE, list(names))
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Recordings by their paths."""

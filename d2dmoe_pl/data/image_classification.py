@@ -137,7 +137,7 @@ class ImageClassification(TaskData):
             folder = self.source.folder_of(name)
             split = split.map(partial(_with_path, column=self.image_column, folder=folder), desc="Finding pictures")
         split = split.cast_column(self.image_column, Image(decode=False))
-        return split.add_column(SAMPLE, names)
+        return split.add_column(SAMPLE, list(names))
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Pictures by their paths."""

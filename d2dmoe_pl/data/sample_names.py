@@ -1,6 +1,7 @@
 """What errors call the samples of a split: by the row where the user finds them."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 
@@ -16,6 +17,27 @@ def sample_names(split: Dataset, name: str) -> Sequence[str]:
     if SAMPLE in split.column_names:
         return list(split[SAMPLE])
     kept = split._indices  # of a part of a dataset, which rows of the whole it has
-    rows = range(len(split)) if kept is None else kept.column(0).to_pylist()
-    counted = name if kept is None else "train"
-    return [f"sample {row + 1} of the {counted} split" for row in rows]
+    if kept is None:
+        return _Names(range(len(split)), name)
+    return _Names(kept.column(0).to_numpy(), "train")
+
+
+class _Names(Sequence[str]):
+    """Made as they are asked for: a large split would have as many texts of them.
+
+    Args:
+        rows: Where samples are, from 0.
+        split: In which split.
+    """
+
+    def __init__(self, rows: Any, split: str) -> None:
+        self._rows = rows
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return _Names(self._rows[index], self._split)
+        return f"sample {self._rows[index] + 1} of the {self._split} split"
