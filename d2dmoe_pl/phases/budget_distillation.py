@@ -32,7 +32,8 @@ class BudgetDistillation(OptimizedPhase):
         ffn_flops_min: Lower end of the range from which budgets are drawn, uniformly; shares of the dense FFNs' FLOPs.
             What the model cannot reach is cut off.
         ffn_flops_max: Upper end.
-        softness: How far from the threshold of its gate a score learns, as a share of the token's mean score.
+        softness: How far from the threshold of its gate a score learns, as a share of the threshold, or of the token's
+            mean score where that is larger.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:

@@ -8,13 +8,14 @@ def straight_through(scores: Tensor, mask: Tensor, softness: float) -> Tensor:
     """The mask as numbers, whose gradient is that of a sigmoid around the token's threshold (Bengio et al., 2013).
 
     An expert's number gets the gradient of what the expert would add to the layer's output. The nearer its score is to
-    the least one that runs, the more of that reaches the score. How near is in shares of the token's mean score: the
-    least itself is next to nothing where all experts run, and its few neighbours would outweigh all other gradients.
+    the least one that runs, the more of that reaches the score. How near is in shares of that least score, or of the
+    token's mean where that is larger: where all experts run, the least is next to nothing, and its few neighbours would
+    outweigh all other gradients.
 
     Args:
         scores: Not negative, ``(N, E)``.
         mask: Which experts run, boolean ``(N, E)``; one a token at least.
-        softness: How far from the threshold gradients reach, as a share of the token's mean score.
+        softness: How far from the threshold gradients reach, as a share of it, or of the token's mean score.
 
     Returns:
         Zeros and ones, ``(N, E)`` float32.
@@ -33,6 +34,6 @@ def straight_through(scores: Tensor, mask: Tensor, softness: float) -> Tensor:
     scores = scores.float()
     least = scores.detach().masked_fill(~mask, torch.inf).amin(dim=1, keepdim=True)  # (N, 1)
     mean = scores.detach().mean(dim=1, keepdim=True)  # (N, 1)
-    unit = (softness * mean).clamp(min=torch.finfo(scores.dtype).tiny)
+    unit = (softness * torch.maximum(least, mean)).clamp(min=torch.finfo(scores.dtype).tiny)
     soft = torch.where(mean > 0, torch.sigmoid((scores - least) / unit), 0.5)  # (N, E); no scale, nothing to learn
     return mask + (soft - soft.detach())
