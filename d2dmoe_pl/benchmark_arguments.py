@@ -12,6 +12,7 @@ from d2dmoe_pl.recipe import is_recipe, read_recipe
 DEFAULT_BACKEND = "auto"
 SCOPES = ("layer", "model")
 DTYPES = ("float32", "bfloat16", "float16", "int8")  # of torch
+AROUND = ("float32", "bfloat16")
 
 
 class CommaSeparated:
@@ -58,6 +59,9 @@ def benchmark_arguments(data: type | None = None) -> ArgumentParser:
     parser.add_argument("--output_dir", type=str, default="runs/benchmark", help="Gets benchmark.csv, benchmark.png.")
     parser.add_argument("--scope", type=words, default=["model"], help="model: whole models; layer: FFNs alone.")
     parser.add_argument("--dtype", type=words, default=["float32"], help=f"Some of {', '.join(DTYPES)}.")
+    parser.add_argument(
+        "--around", type=str, default="float32", help=f"Type around int8 in models in int8: {', '.join(AROUND)}."
+    )
     parser.add_argument("--batch_size", type=numbers, default=[1, 8], help="Samples a call of a whole model.")
     parser.add_argument("--backend", type=str, default=DEFAULT_BACKEND, help="Name of a file in moe/execution.")
     parser.add_argument(

@@ -78,16 +78,16 @@ def artifact_comparisons(
             yield compared(dense, moes, batches(batch_size), taus, scoring, settings)
     if "layer" in settings.scope:
         for dtype, moe in moes.items():
-            dense.to(settings.device, _floating(dtype))
+            dense.to(settings.device, settings.floating(dtype))
             for batch_size in settings.batch_size:
-                batch = _to(batches(batch_size)[0], settings.device, _floating(dtype))
+                batch = _to(batches(batch_size)[0], settings.device, settings.floating(dtype))
                 yield from _layers(dense, moe, batch, taus, settings)
 
 
 def _converted(path: str, dtype: torch.dtype, settings: Settings) -> nn.Module:
     moe = load_model(path, dtype=dtype)
     set_backend_(moe, settings.backend)
-    return moe.to(settings.device)
+    return moe.to(settings.device, settings.floating(dtype))
 
 
 def _whole(
@@ -102,12 +102,12 @@ def _whole(
     rivals = {name: RUNTIMES[name](dense, batches) for name in settings.compare if name in RUNTIMES}
     choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
     placed = {
-        dtype: [_to(batch, settings.device, _floating(dtype)) for batch in batches]
-        for dtype in {*moes, settings.dense_dtype}
+        dtype: [_to(batch, settings.device, dtype) for batch in batches]
+        for dtype in {*map(settings.floating, moes), settings.dense_dtype}
     }
     first = next(iter(moes))
     with temporary_gate(moes[first], None):
-        inputs = [layer_inputs(moes[first], batch) for batch in placed[first]]
+        inputs = [layer_inputs(moes[first], batch) for batch in placed[settings.floating(first)]]
     _optimize(moes, settings)
     return model_comparison(dense, moes, placed, inputs, choices, rivals, scoring)
 
@@ -184,11 +184,6 @@ def _at_tau(module: nn.Module, tau: float) -> Iterator[None]:
 def random_batches(model: nn.Module, batch_size: int, length: int) -> list[Batch]:
     """A batch of noise for ``model``."""
     return [adapter_for(model).random_inputs(model, batch_size, length)]
-
-
-def _floating(dtype: torch.dtype) -> torch.dtype:
-    """The type of what a model in ``dtype`` is given."""
-    return dtype if dtype.is_floating_point else torch.float32
 
 
 def _to(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:

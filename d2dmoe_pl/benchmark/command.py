@@ -16,7 +16,7 @@ from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_u
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES, check_runtimes
 from d2dmoe_pl.benchmark.shape_comparisons import Shape, shape_comparisons
 from d2dmoe_pl.benchmark.timing import NOISE_BOUND
-from d2dmoe_pl.benchmark_arguments import DTYPES, SCOPES, benchmark_arguments
+from d2dmoe_pl.benchmark_arguments import AROUND, DTYPES, SCOPES, benchmark_arguments
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.execution import BACKENDS
@@ -59,6 +59,7 @@ def _settings(given: Namespace) -> Settings:
         check(scope in SCOPES, f"scope={scope!r}: allowed are {', '.join(SCOPES)}")
     for dtype in given.dtype:
         check(dtype in DTYPES, f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
+    check(given.around in AROUND, f"around={given.around!r}: allowed are {', '.join(AROUND)}")
     for batch_size in given.batch_size:
         check(batch_size > 0, f"batch_size={batch_size}: must be positive")
     BACKENDS.find(given.backend, "backend")
@@ -92,6 +93,7 @@ def _settings(given: Namespace) -> Settings:
         scored_samples=given.scored_samples,
         budgets=given.budget,
         decode=given.decode,
+        around=getattr(torch, given.around),
     )
 
 

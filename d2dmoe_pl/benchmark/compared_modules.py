@@ -90,7 +90,8 @@ def layer_inputs(model: nn.Module, batch: Batch) -> dict[str, LayerInput]:
 
         return layer.register_forward_pre_hook(hook)
 
-    with hooked(register(name, layer) for name, layer in moe_layers(model).items()):
+    # what is compiled with hooks stays in pieces without them, for batches of this shape
+    with uncompiled(model), hooked(register(name, layer) for name, layer in moe_layers(model).items()):
         adapter_for(model).logits(model, batch)
     return found
 
@@ -214,8 +215,8 @@ def model_comparison(
         for name, rival in rivals.items()
     ]
     for dtype, moe in moes.items():
-        floating = dtype if dtype.is_floating_point else dense_type
-        if floating != dense_type:
+        floating = floating_type(moe)
+        if floating not in {dense_type, *(way.dtype for way in ways)}:
             twin = copy.deepcopy(dense).to(floating)
             own = predict(twin, floating)
             timed = Contender(over(own, floating), parts=parts)
@@ -223,11 +224,11 @@ def model_comparison(
         own = predict(moe, floating)
         backend = next(iter(moe_layers(moe).values())).experts.backend
         for choice in choices[dtype]:
-            with uncompiled(moe):  # which experts run is the same, and hooks would be compiled for
+            with uncompiled(moe):  # which experts run is the same
                 made = way(backend, choice, moe, over(own, floating), positions, parts)
-            ways.append(replace(made, dtype=dtype, score=score(own, choice)))
+            ways.append(replace(made, dtype=dtype, around=floating, score=score(own, choice)))
     experts, moe = next(iter(moe_layers(moes[first]).values())).experts, moes[first]
-    floating = first if first.is_floating_point else dense_type
+    floating = floating_type(moes[first])
     tokens = [len(next(iter(given.values())).tokens) for given in inputs]
     plain = moe if moe._compiled_call_impl is None else None
     return Comparison(
@@ -245,6 +246,11 @@ def model_comparison(
         scoring=scoring,
         dense_score=score(predict(dense, dense_type)),
     )
+
+
+def floating_type(model: nn.Module) -> torch.dtype:
+    """The type of what ``model`` is given, which is around int8 where it is in int8."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 @contextmanager

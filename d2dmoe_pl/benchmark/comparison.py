@@ -32,6 +32,7 @@ class Settings:
         scored_samples: Test samples that predictions are judged on, at most; 0 for none.
         budgets: Shares of the dense FFNs' FLOPs that a whole model is set to, instead of a ``tau``.
         decode: Tokens that a whole model writes behind each text; 0 to have it read them alone.
+        around: Type of what is no int8 number in a model in int8.
     """
 
     scope: list[Scope]
@@ -45,6 +46,11 @@ class Settings:
     scored_samples: int = 0
     budgets: Sequence[float] = ()
     decode: int = 0
+    around: torch.dtype = torch.float32
+
+    def floating(self, dtype: torch.dtype) -> torch.dtype:
+        """The type of what a model in ``dtype`` is given, and of what is no int8 number in it."""
+        return dtype if dtype.is_floating_point else self.around
 
     @property
     def dense_dtype(self) -> torch.dtype:
@@ -71,6 +77,7 @@ class Way:
         budget: Share of the dense FFNs' FLOPs that the gates are set to, instead of a ``tau``.
         bytes_share: Of the bytes of weights that the dense model reads to write a token; None where none is written.
         agreement: Of the tokens that the dense model writes, those that this way would have written, in percent.
+        around: Type of what is no int8 number, where weights are in int8.
     """
 
     name: str
@@ -85,6 +92,7 @@ class Way:
     budget: float | None = None
     bytes_share: float | None = None
     agreement: float | None = None
+    around: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
                 name=comparison.name,
                 backend=way.name,
                 router=way.router,
-                dtype=str(way.dtype or comparison.dtype).removeprefix("torch."),
+                dtype=_type_name(way, comparison),
                 num_experts=comparison.num_experts,
                 batch_size=comparison.batch_size,
                 tokens=comparison.tokens,
@@ -175,6 +183,12 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
             )
         )
     return rows
+
+
+def _type_name(way: Way, comparison: Comparison) -> str:
+    dtype = way.dtype or comparison.dtype
+    both = [dtype] if dtype.is_floating_point or way.around == torch.float32 else [dtype, way.around]
+    return " in ".join(str(each).removeprefix("torch.") for each in both)
 
 
 def _ideal(dense: Timing, rest: Timing | None, way: Way, is_unknown: bool) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import MASK, adapter_for
-from d2dmoe_pl.benchmark.compared_modules import Choice, uncompiled
+from d2dmoe_pl.benchmark.compared_modules import Choice, floating_type, uncompiled
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
 from d2dmoe_pl.benchmark.result_rows import PYTORCH
 from d2dmoe_pl.benchmark.scoring import Scoring
@@ -79,6 +79,7 @@ def decoding_comparison(
             cost=share,
             contender=Contender(partial(_write, model, prompts, num_tokens), context, num_tokens),
             dtype=dtype,
+            around=floating_type(model),
             is_dense=choice is None,
             score=score,
             budget=None if choice is None else choice.budget,
@@ -89,7 +90,7 @@ def decoding_comparison(
     ways = []
     for dtype, moe in moes.items():
         if dtype != dense_type:
-            twin = _in_type(dense, dtype)
+            twin = _in_type(dense, dtype, floating_type(moe))
             ways.append(made(twin, PYTORCH, None, dtype, 1.0, _bytes(twin)))
         backend = next(iter(moe_layers(moe).values())).own_experts.backend
         for choice in choices[dtype]:
@@ -176,9 +177,8 @@ def _bytes_of_experts(layer: MoELayer) -> int:
     return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name != "down_bias")
 
 
-def _in_type(dense: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _in_type(dense: nn.Module, dtype: torch.dtype, floating: torch.dtype) -> nn.Module:
     twin = copy.deepcopy(dense)
-    if dtype.is_floating_point:
-        return twin.to(dtype)
-    quantize_(twin)
-    return twin
+    if not dtype.is_floating_point:
+        quantize_(twin)
+    return twin.to(floating)

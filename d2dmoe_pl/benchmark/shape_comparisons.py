@@ -143,7 +143,7 @@ def _layer_comparisons(shape: Shape, num_experts: int, settings: Settings, dtype
     ffn = random_ffn(shape)
     layer = MoELayer(Experts(ffn, num_experts, None, settings.backend), TokenContext(), nn.Identity()).eval()
     _route_(layer, shape)
-    floating = _cast_(layer, dtype, settings.device)
+    floating = _cast_(layer, dtype, settings)
     part: Any
     for part in filter(None, (ffn.up, ffn.down, ffn.gate_proj)):
         part.to(settings.device, floating)
@@ -162,16 +162,16 @@ def _model_comparisons(shape: Shape, num_experts: int, settings: Settings) -> It
         convert_to_moe_(moe, ExpertsConfig(num_experts))
         set_backend_(moe, settings.backend)
         _route_(moe, shape)
-        _cast_(moe, dtype, settings.device)
+        _cast_(moe, dtype, settings)
         moes[dtype] = moe
     for batch_size in settings.batch_size:
         noise = adapter_for(dense).random_inputs(dense, batch_size, length=1)
         batches = {
             dtype: [{key: value.to(settings.device, dtype) for key, value in noise.items()}]
-            for dtype in {settings.dense_dtype, *(dtype for dtype in settings.dtype if dtype.is_floating_point)}
+            for dtype in {settings.dense_dtype, *map(settings.floating, settings.dtype)}
         }
         first = next(iter(moes))
-        inputs = layer_inputs(moes[first], batches[first if first.is_floating_point else settings.dense_dtype][0])
+        inputs = layer_inputs(moes[first], batches[settings.floating(first)][0])
         positions = {name: len(given.tokens) for name, given in inputs.items()}
         choices = {}
         for dtype, moe in moes.items():
@@ -185,17 +185,16 @@ def _model_comparisons(shape: Shape, num_experts: int, settings: Settings) -> It
         yield model_comparison(dense, moes, batches, [inputs], choices, rivals)
 
 
-def _cast_(module: nn.Module, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def _cast_(module: nn.Module, dtype: torch.dtype, settings: Settings) -> torch.dtype:
     """Have a model, or a layer, with experts in ``dtype``; the type of what it is given then."""
-    if dtype.is_floating_point:
-        module.to(device, dtype)
-        return dtype
-    if isinstance(module, MoELayer):
-        quantize_layer_(module)
-    else:
-        quantize_(module)
-    module.to(device)
-    return torch.float32
+    if not dtype.is_floating_point:
+        if isinstance(module, MoELayer):
+            quantize_layer_(module)
+        else:
+            quantize_(module)
+    floating = settings.floating(dtype)
+    module.to(settings.device, floating)
+    return floating
 
 
 def _route_(module: nn.Module, shape: Shape) -> None:

@@ -1,8 +1,15 @@
 """A model that is done changing, made as fast as it can be on the machine at hand."""
 
+import operator
+from types import FunctionType
+from typing import Any
+
+import torch
 from torch import nn
 
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.execution.cpu import compile_failure
+from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 
 
 def optimize_(model: nn.Module) -> None:
@@ -10,7 +17,11 @@ def optimize_(model: nn.Module) -> None:
 
     The first calls compile, for about a minute each: one for a batch of one sample, one for all others. ``set_tau_``
     can be called as before; a gate, router, backend or type that changes is compiled for anew. Nothing can be trained
-    any more, and what is saved is the model as it was.
+    any more, and what is saved is the model as it was. Hooks, such as those that watch decisions, leave in pieces what
+    is compiled for batches of that shape, also when they are gone: watch a model that is not optimised.
+
+    On the CPU, attention over short sequences is this package's, and linear layers in int8 that share an input, such as
+    those of queries, keys and values, round it once.
 
     Args:
         model: A model at any stage, in the type that it is to run in.
@@ -28,5 +39,84 @@ def optimize_(model: nn.Module) -> None:
         (False, False)
     """
     check(model._compiled_call_impl is None, f"{type(model).__name__}: is optimised already")
+    leave_inference_mode_(model)
     model.eval().requires_grad_(False)  # without gradients, experts run on compiled kernels
-    model.compile(dynamic=True)
+    model._compiled_call_impl = torch.compile(_own_call(model), dynamic=True, options=_options(model))
+
+
+def _own_call(model: nn.Module) -> Any:
+    """The call of ``model``, hooks and all, as a function with a code object of its own.
+
+    What is compiled is kept by code object, and for eight models at most.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    return FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # noqa: PLC0415 (takes a second)
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            use_short_attention_(graph)
+            join_int8_linears_(graph)
+
+        def uuid(self) -> Any:
+            return get_hash_for_files((__file__,))
+
+    is_on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    return {"post_grad_custom_pre_pass": Pass()} if is_on_cpu and compile_failure() is None else {}
+
+
+def use_short_attention_(graph: torch.fx.Graph) -> None:
+    """Have the attention of a graph of ATen's operators for the CPU computed by this package's, where it is plain."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    for node in graph.find_nodes(op="call_function", target=flash):
+        query, key, value, dropout, causal = (*node.args, 0.0, False)[:5]
+        kwargs = node.kwargs
+        outputs = list(node.users)
+        is_plain = not (kwargs.get("dropout_p", dropout) or kwargs.get("is_causal", causal))
+        if is_plain and all(user.target is operator.getitem and user.args[1] == 0 for user in outputs):
+            arguments = (query, key, value, kwargs.get("attn_mask"), kwargs.get("scale"))
+            own = _call_before(graph, node, torch.ops.d2dmoe_pl.attention_cpu.default, arguments)
+            for output in outputs:
+                output.replace_all_uses_with(own)
+                graph.erase_node(output)
+            graph.erase_node(node)
+
+
+def join_int8_linears_(graph: torch.fx.Graph) -> None:
+    """Have linear layers in int8 that share an input, such as queries, keys and values, round it once."""
+    sharing: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.d2dmoe_pl.int8_linear_cpu.default):
+        sharing.setdefault(_source(node.args[0]), []).append(node)
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    for nodes in sharing.values():
+        weights = [node.args[1:] for node in nodes]
+        first = min(nodes, key=places.__getitem__)
+        is_there = all(places[part] < places[first] for own in weights for part in own if part is not None)
+        if len(nodes) > 1 and is_there:
+            arguments = (first.args[0], *map(list, zip(*weights, strict=True)))
+            joined = _call_before(graph, first, torch.ops.d2dmoe_pl.int8_linears_cpu.default, arguments)
+            parts = [_call_before(graph, first, operator.getitem, (joined, index)) for index in range(len(nodes))]
+            for node, part in zip(nodes, parts, strict=True):
+                node.replace_all_uses_with(part)
+                graph.erase_node(node)
+
+
+def _source(rows: Any) -> torch.fx.Node:
+    """What ``rows`` is a view of: views of the same numbers, in order, of the same width are the same rows."""
+    while rows.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
+        rows = rows.args[0]
+    return rows
+
+
+def _call_before(graph: torch.fx.Graph, node: torch.fx.Node, target: Any, arguments: tuple) -> torch.fx.Node:
+    """A call that is made before ``node``, which knows the shapes and strides that it gives."""
+    with graph.inserting_before(node):
+        call = graph.call_function(target, arguments)
+    call.meta["val"] = target(*torch.fx.map_arg(arguments, lambda argument: argument.meta["val"]))
+    return call

@@ -136,6 +136,7 @@ def test_a_noisy_machine_is_said(tmp_path, monkeypatch, capsys):
     [
         (["--scope", "block"], "scope='block': allowed are layer, model"),
         (["--dtype", "float32,int4"], "dtype='int4': allowed are float32, bfloat16, float16, int8"),
+        (["--around", "float16"], "around='float16': allowed are float32, bfloat16"),
         (["--batch_size", "0"], "batch_size=0: must be positive"),
         (["--rounds", "1"], "rounds=1: must be at least 2"),
         (["--threads", "0"], "threads=0: must be positive"),

@@ -68,6 +68,12 @@ def test_an_expert_is_read_once_for_all_texts_of_a_batch(tmp_path):
     assert together.ways[0].bytes_share > alone.ways[0].bytes_share
 
 
+def test_bfloat16_around_int8(tmp_path):
+    _, [whole] = comparisons(LLAMA, tmp_path, [0.3], dtype=[torch.int8], around=torch.bfloat16)
+    rows = measure(whole, 2, torch.device("cpu"))
+    assert [(row.dtype, row.is_dense) for row in rows] == [("int8 in bfloat16", True), ("int8 in bfloat16", False)]
+
+
 def test_types_beside_each_other_and_rows(tmp_path):
     _, [whole] = comparisons(LLAMA, tmp_path, [0.3], dtype=[torch.float32, torch.bfloat16, torch.int8])
     rows = measure(whole, 2, torch.device("cpu"))

@@ -78,7 +78,10 @@ def test_a_package_that_is_missing(monkeypatch):
         check_runtimes(["onnxruntime-int8"])
 
 
-def test_one_table_for_all_types_and_runtimes_with_scores(tmp_path):
+@pytest.mark.parametrize("around", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimize", [False, True])
+def test_one_table_for_all_types_and_runtimes_with_scores(around, optimize, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # which takes a minute
     save_artifact(tiny.routed("bert"), tmp_path / "artifact", [PhaseRecord("RouterRegression")])
     settings = Settings(
         scope=["model"],
@@ -89,21 +92,33 @@ def test_one_table_for_all_types_and_runtimes_with_scores(tmp_path):
         rounds=2,
         device=torch.device("cpu"),
         scored_samples=40,
+        optimize=optimize,
+        around=around,
     )
     data = tiny.TextData()
     [comparison] = artifact_comparisons(str(tmp_path / "artifact"), [0.3, 1.0], data, 6, settings)
     rows = measure(comparison, 2, torch.device("cpu"))
+    int8 = {torch.float32: "int8", torch.bfloat16: "int8 in bfloat16"}[around]
     assert [(row.backend, row.dtype, row.tau, row.is_dense) for row in rows] == [
         ("torch-int8", "float32", None, True),
         ("PyTorch", "bfloat16", None, True),
         ("auto", "bfloat16", 0.3, False),
         ("auto", "bfloat16", 1.0, False),
-        ("auto", "int8", 0.3, False),
-        ("auto", "int8", 1.0, False),
+        ("auto", int8, 0.3, False),
+        ("auto", int8, 1.0, False),
     ]
     assert all(row.dense_dtype == "float32" and 0 <= row.score <= 100 for row in rows)
     assert len(as_table(rows).rows) == 7
     assert verdict(rows).startswith("batch of 2: fastest within 0.5 of the dense")
+
+
+def test_bfloat16_around_int8_has_the_dense_model_in_that_type_beside_it(tmp_path):
+    save_artifact(tiny.routed("bert"), tmp_path / "artifact", [PhaseRecord("RouterRegression")])
+    given = {"scope": ["model"], "batch_size": [2], "backend": "auto", "compare": [], "rounds": 2}
+    settings = Settings(dtype=[torch.int8], around=torch.bfloat16, device=torch.device("cpu"), **given)
+    [comparison] = artifact_comparisons(str(tmp_path / "artifact"), [1.0], None, 6, settings)
+    rows = measure(comparison, 2, torch.device("cpu"))
+    assert [(row.dtype, row.is_dense) for row in rows] == [("bfloat16", True), ("int8 in bfloat16", False)]
 
 
 def test_an_artifact_in_int8_has_no_dense_twin(tmp_path):

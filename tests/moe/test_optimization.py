@@ -3,14 +3,15 @@
 import pytest
 import tiny
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from d2dmoe_pl import ConfigError, load_model, optimize_, quantize_, save_artifact, set_tau_
+from d2dmoe_pl.moe.optimization import join_int8_linears_, use_short_attention_
 
 
 @torch.no_grad()
-def test_optimised_in_int8(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", _with_eager_backend)
-    torch._dynamo.reset()
+def test_optimised_in_int8(tmp_path, compiled):
     model = tiny.routed("bert", tau=0.5).eval()
     quantize_(model)
     save_artifact(model, tmp_path / "before")
@@ -31,9 +32,7 @@ def test_optimised_in_int8(tmp_path, monkeypatch):
         optimize_(model)
 
 
-def test_load_model_optimised_needs_no_no_grad(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", _with_eager_backend)
-    torch._dynamo.reset()
+def test_load_model_optimised_needs_no_no_grad(tmp_path, compiled):
     model = tiny.routed("bert", tau=0.5).eval()
     save_artifact(model, tmp_path)
     inputs = tiny.batch("bert")
@@ -43,6 +42,78 @@ def test_load_model_optimised_needs_no_no_grad(tmp_path, monkeypatch):
     assert (got - tiny.logits(model, inputs)).norm() < 0.1 * got.norm()
 
 
-def _with_eager_backend(module, **kwargs):
-    """Inductor takes a minute; what it is given is what counts here."""
-    module._compiled_call_impl = torch.compile(module._call_impl, backend="eager", **kwargs)
+@pytest.mark.parametrize(("family", "attentions"), [("bert", 2), ("vit", 2), ("timm_vit", 2), ("gpt2", 2)])
+@torch.no_grad()
+def test_short_attention_is_ours(family, attentions, compiled):
+    model = tiny.routed(family, tau=0.5).eval()
+    inputs = tiny.batch(family)
+    expected = tiny.logits(model, inputs)
+    optimize_(model)
+    torch.testing.assert_close(tiny.logits(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    (graph,) = compiled
+    assert graph.count("attention_cpu") == attentions
+
+
+@torch.no_grad()
+def test_causal_attention_without_a_mask_is_atens(compiled):
+    model = tiny.routed("gpt2", tau=0.5).eval()
+    ids = tiny.batch("gpt2")["input_ids"]
+    expected = model(ids).logits
+    optimize_(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    (graph,) = compiled
+    assert graph.count("attention_cpu") == 0
+
+
+@torch.no_grad()
+def test_linear_layers_in_int8_that_share_an_input_round_it_once(compiled):
+    model = tiny.routed("bert", tau=0.5).eval()
+    quantize_(model)
+    inputs = tiny.batch("bert")
+    expected = tiny.logits(model, inputs)
+    optimize_(model)
+    assert torch.equal(tiny.logits(model, inputs), expected)
+    (graph,) = compiled
+    assert graph.count("int8_linears_cpu") == 2  # queries, keys and values of two layers
+    assert graph.count("int8_linear_cpu") == 4  # outputs, the pooler and the head
+
+
+@torch.no_grad()
+def test_many_models_are_each_compiled(compiled, monkeypatch):
+    """They do not fill one cache, which holds eight, and the ninth would be run as it is without a word."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for number in range(3):
+        model = tiny.routed("bert", tau=0.5).eval()
+        optimize_(model)
+        tiny.logits(model, tiny.batch("bert"))
+        assert len(compiled) == number + 1
+
+
+@torch.inference_mode()
+def test_a_model_made_in_inference_mode_is_packed_once(compiled):
+    model = tiny.routed("bert", tau=0.5).eval()
+    optimize_(model)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The names of the operators of each graph; inductor takes a minute, and what it is given is what counts here."""
+    graphs = []
+
+    def passed(module, inputs):
+        use_short_attention_(module.graph)
+        join_int8_linears_(module.graph)
+        module.recompile()
+        graphs.append(
+            [str(node.target).split(".")[-2:][0] for node in module.graph.nodes if node.op == "call_function"]
+        )
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=passed)
+    compile_by_inductor = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda call, dynamic, options: compile_by_inductor(call, dynamic=dynamic, backend=backend)
+    )
+    torch._dynamo.reset()
+    return graphs

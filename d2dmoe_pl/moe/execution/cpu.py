@@ -12,6 +12,7 @@ tokens at a time, and what the mask leaves out is set to zero.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,22 @@ def _load() -> str | None:
     def shape_of_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])
 
-    torch.library.register_fake("d2dmoe_pl::int8_linear_cpu", shape_of_linear, allow_override=True)
-    for name in ("moe_cpu", "moe_layer_cpu"):
-        torch.library.register_fake(f"d2dmoe_pl::{name}", shape, allow_override=True)  # loaded anew, it is the same
+    def shape_of_attention(query: Tensor, *_: Any) -> Tensor:
+        batch, heads, length, width = query.shape
+        return query.new_empty(batch, length, heads, width).transpose(1, 2)
+
+    def shapes_of_linears(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
+        return [shape_of_linear(x, weight) for weight in weights]
+
+    shapes: dict[str, Callable[..., Any]] = {
+        "moe_cpu": shape,
+        "moe_layer_cpu": shape,
+        "int8_linear_cpu": shape_of_linear,
+        "int8_linears_cpu": shapes_of_linears,
+        "attention_cpu": shape_of_attention,
+    }
+    for name, function in shapes.items():
+        torch.library.register_fake(f"d2dmoe_pl::{name}", function, allow_override=True)  # loaded anew, it is the same
     return None
 
 

@@ -50,8 +50,10 @@ def weights_to_pack(module: Any) -> Weights:
     if not torch.compiler.is_compiling() and weights[0].is_inference():
         leave_inference_mode_(module)
         weights = module.weights
-    # copies are gone after the call, and what was packed of them is never taken for another's
-    return [None if weight is None else weight.clone() for weight in weights] if module.is_gathered else weights
+    if not module.is_gathered:
+        return weights
+    with torch.inference_mode(False):  # copies are gone after the call; what was packed of them is of no other's
+        return [None if weight is None else weight.clone() for weight in weights]
 
 
 class Experts(nn.Module):

@@ -257,6 +257,9 @@ def test_operators_keep_torchs_rules():
         torch.library.opcheck(torch.ops.d2dmoe_pl.moe_layer_cpu, layer)
     linear = (x, torch.randint(-9, 9, (7, x.shape[1]), dtype=torch.int8), torch.rand(7), torch.rand(7))
     torch.library.opcheck(torch.ops.d2dmoe_pl.int8_linear_cpu, linear)
+    weights = [torch.randint(-9, 9, (width, x.shape[1]), dtype=torch.int8) for width in (7, 90)]
+    linears = (x, weights, [torch.rand(7), torch.rand(90)], [torch.rand(7), None])
+    torch.library.opcheck(torch.ops.d2dmoe_pl.int8_linears_cpu, linears)
 
 
 def test_the_operator_checks_its_arguments():

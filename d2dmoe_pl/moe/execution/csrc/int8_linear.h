@@ -1,7 +1,9 @@
-// A linear layer in int8: rows are quantised as they come, a scale each; the product is ATen's brgemm, by VNNI or AMX.
+// Linear layers in int8 that share their input: rows are quantised as they come, a scale each, once for all of them; the
+// products are ATen's brgemm, by VNNI or AMX.
 #pragma once
 
 #include "int8_products.h"
+#include "operands.h"
 #include "packed.h"
 
 #include <ATen/ATen.h>
@@ -10,25 +12,37 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
-#include <optional>
+#include <utility>
 #include <vector>
 
 namespace d2dmoe {
 
-// out (M, N) = x (M, K) w^T + bias; w (N, K) as `in_panels` gives it, with a scale and 128 times the sum of each row.
+// out (M, N) = x (M, K) w^T + bias.
 template <typename T>
-void int8_linear(
-    const T* x, int64_t rows, int64_t depth, const int8_t* w, const float* scale, const int32_t* less,
-    const float* bias, int64_t columns, T* out) {
-  constexpr int64_t kRows = 64, kColumns = kPanel; // at once
+struct Int8Linear {
+  const int8_t* w; // (N, K) as `in_panels` gives it
+  const float* scale; // of each row of w
+  const int32_t* less; // 128 times their sums
+  const float* bias; // or null
+  int64_t columns; // N
+  T* out;
+};
+
+template <typename T>
+void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int8Linear<T>>& linears) {
+  constexpr int64_t kRows = 64; // at once
   const int64_t ld = quads(depth) * 4;
-  const int64_t blocks = (rows + kRows - 1) / kRows, panels = (columns + kColumns - 1) / kColumns;
+  std::vector<std::pair<const Int8Linear<T>*, int64_t>> panels; // and their first columns
+  for (const auto& linear : linears) {
+    for (int64_t n = 0; n < linear.columns; n += kPanel) panels.emplace_back(&linear, n);
+  }
+  const int64_t blocks = (rows + kRows - 1) / kRows, count_panels = panels.size();
   // few rows: threads share columns, and each quantises all rows
-  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / blocks, 1, panels);
+  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / blocks, 1, count_panels);
   at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> row(depth), scales(kRows);
     std::vector<uint8_t> q(kRows * ld);
-    std::vector<int32_t> c(kRows * kColumns);
+    std::vector<int32_t> c(kRows * kPanel);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / shares * kRows, count = std::min(kRows, rows - first), share = task % shares;
       const int64_t height = rounded_height(count);
@@ -41,20 +55,69 @@ void int8_linear(
           scales[m] = quantise(row.data(), depth, /*from_zero=*/false, q.data() + m * ld);
         }
       }
-      for (int64_t n = share * panels / shares * kColumns; n < std::min(columns, (share + 1) * panels / shares * kColumns);
-           n += kColumns) {
-        const int64_t width = std::min(kColumns, columns - n);
+      for (int64_t panel = share * count_panels / shares; panel < (share + 1) * count_panels / shares; ++panel) {
+        const auto& [linear, n] = panels[panel];
+        const int64_t width = std::min(kPanel, linear->columns - n);
         at::native::cpublas::brgemm(
-            height, kColumns, ld, ld, kColumns, kColumns, /*add_C=*/false, q.data(), w + n * ld, c.data());
+            height, kPanel, ld, ld, kPanel, kPanel, /*add_C=*/false, q.data(), linear->w + n * ld, c.data());
         for (int64_t m = 0; m < count; ++m) {
           dequantise(
-              c.data() + m * kColumns, less + n, scale + n, scales[m], bias == nullptr ? nullptr : bias + n, width,
-              out + (first + m) * columns + n);
+              c.data() + m * kPanel, linear->less + n, linear->scale + n, scales[m],
+              linear->bias == nullptr ? nullptr : linear->bias + n, width,
+              linear->out + (first + m) * linear->columns + n);
         }
       }
     }
     at::native::cpublas::brgemm_release();
   });
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+// Of each weight, scale and bias, what a linear layer in int8 gives for x (M, K): (M, N).
+inline Tensors int8_linears_cpu(const at::Tensor& x, at::TensorList weights, at::TensorList scales, const Optionals& biases) {
+  const bool in_bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK_VALUE(in_bf16 || x.scalar_type() == at::kFloat, "x is ", x.scalar_type(), ", not float32 or bfloat16");
+  TORCH_CHECK_VALUE(scales.size() == weights.size() && biases.size() == weights.size(), "one scale and bias a weight");
+  const at::Tensor rows = x.contiguous();
+  Tensors out, kept; // kept: what is read below
+  const auto collect = [&]<typename T>(std::vector<Int8Linear<T>> linears) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const at::Tensor& weight = weights[i];
+      TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar, "weight must be int8 (N, K)");
+      const int64_t columns = weight.size(0), depth = weight.size(1);
+      TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == depth, "x has shape ", x.sizes(), ", not (M, ", depth, ")");
+      const at::Tensor &scale = scales[i];
+      TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef{columns}, "scale has shape ", scale.sizes(), ", not ", columns);
+      const Optional& bias = biases[i];
+      TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
+      const at::Tensor factors = in_fp32(scale), added = in_fp32(bias);
+      if (!has_int8_brgemm()) {
+        const at::Tensor multiplied = packed_weights().get(weight, Form::dequantised_rows, factors);
+        const Optional own_bias = bias ? Optional(added) : Optional();
+        out.push_back(at::linear(rows.to(at::kFloat), multiplied, own_bias).to(x.scalar_type()));
+        continue;
+      }
+      const at::Tensor w = packed_weights().get(weight, Form::panels);
+      const at::Tensor sums = packed_weights().get(weight, Form::row_sums);
+      out.push_back(at::empty({rows.size(0), columns}, x.options()));
+      linears.push_back(
+          {w.const_data_ptr<int8_t>(), floats(factors), sums.const_data_ptr<int32_t>(), floats(added), columns,
+           out.back().mutable_data_ptr<T>()});
+      kept.insert(kept.end(), {factors, added, w, sums});
+    }
+    if (rows.size(0) > 0 && !linears.empty()) int8_linears(rows.const_data_ptr<T>(), rows.size(0), x.size(1), linears);
+  };
+  if (in_bf16) {
+    collect(std::vector<Int8Linear<at::BFloat16>>());
+  } else {
+    collect(std::vector<Int8Linear<float>>());
+  }
+  return out;
+}
+
+inline at::Tensor int8_linear_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const Optional& bias) {
+  return int8_linears_cpu(x, weight, scale, {bias}).front();
 }
 
 } // namespace d2dmoe

@@ -1,6 +1,7 @@
-// The operators d2dmoe_pl::moe_cpu, which runs, for every token, the experts that a mask selects; and
-// d2dmoe_pl::moe_layer_cpu, which lets a router and a gate select them, and leaves padding out.
+// The operators d2dmoe_pl::moe_cpu, which runs, for every token, the experts that a mask selects; d2dmoe_pl::moe_layer_cpu,
+// which lets a router and a gate select them, and leaves padding out; and those of what is around a layer.
 
+#include "attention.h"
 #include "few_tokens.h"
 #include "int8_linear.h"
 #include "operands.h"
@@ -193,36 +194,6 @@ at::Tensor moe_layer_cpu(
   return rows.placed(out);
 }
 
-at::Tensor int8_linear_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const Optional& bias) {
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar, "weight must be int8 (N, K)");
-  const int64_t columns = weight.size(0), depth = weight.size(1);
-  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == depth, "x has shape ", x.sizes(), ", not (M, ", depth, ")");
-  TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef{columns}, "scale has shape ", scale.sizes(), ", not ", columns);
-  TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
-  const bool in_bf16 = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK_VALUE(in_bf16 || x.scalar_type() == at::kFloat, "x is ", x.scalar_type(), ", not float32 or bfloat16");
-  const at::Tensor scales = in_fp32(scale), added = in_fp32(bias), rows = x.contiguous();
-  if (!has_int8_brgemm()) {
-    const at::Tensor multiplied = packed_weights().get(weight, Form::dequantised_rows, scales);
-    return at::linear(rows.to(at::kFloat), multiplied, bias ? Optional(added) : Optional()).to(x.scalar_type());
-  }
-  const at::Tensor w = packed_weights().get(weight, Form::panels);
-  const at::Tensor sums = packed_weights().get(weight, Form::row_sums);
-  const at::Tensor out = at::empty({rows.size(0), columns}, x.options());
-  if (out.numel() == 0) return out;
-  const auto run = [&]<typename T>(const T* in) {
-    int8_linear(
-        in, rows.size(0), depth, w.const_data_ptr<int8_t>(), floats(scales), sums.const_data_ptr<int32_t>(),
-        floats(added), columns, out.mutable_data_ptr<T>());
-  };
-  if (in_bf16) {
-    run(rows.const_data_ptr<at::BFloat16>());
-  } else {
-    run(rows.const_data_ptr<float>());
-  }
-  return out;
-}
-
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
@@ -231,12 +202,16 @@ TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
       "moe_layer_cpu(Tensor positions, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
       "Tensor[] stand_in, Tensor?[] weights, str activation) -> Tensor");
   library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
+  library.def("int8_linears_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor[]");
+  library.def("attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(d2dmoe_pl, CPU, library) {
   library.impl("moe_cpu", moe_cpu);
   library.impl("moe_layer_cpu", moe_layer_cpu);
   library.impl("int8_linear_cpu", int8_linear_cpu);
+  library.impl("int8_linears_cpu", int8_linears_cpu);
+  library.impl("attention_cpu", attention_cpu);
 }
 
 } // namespace d2dmoe

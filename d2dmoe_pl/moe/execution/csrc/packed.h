@@ -110,7 +110,12 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
 class PackedWeights {
  public:
   at::Tensor get(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale = std::nullopt) {
-    if (weight.is_inference()) return pack(weight, form, scale); // has no version to tell a change by
+    if (weight.is_inference()) { // has no version to tell a change by
+      TORCH_WARN_ONCE(
+          "weights made under torch.inference_mode() are packed anew in each call, which takes most of its time; "
+          "load, convert and cast models outside of it, or compile them by d2dmoe_pl.optimize_");
+      return pack(weight, form, scale);
+    }
     const std::lock_guard<std::mutex> guard(mutex_);
     const Key key{weight.const_data_ptr(), form};
     const auto found = entries_.find(key);
@@ -142,48 +147,41 @@ class PackedWeights {
   std::map<Key, Entry> entries_;
 };
 
-// Whether ATen's brgemm multiplies bf16 pairs on this machine, by trying.
-inline bool has_brgemm() {
-  static const bool has = [] {
-    const at::BFloat16 a[2] = {2.f, 3.f};
-    at::BFloat16 b[32];
-    float c[16];
-    for (int i = 0; i < 32; ++i) b[i] = static_cast<float>(i);
+// Whether ATen's brgemm multiplies `depth` interleaved numbers of these types on this machine, by trying.
+template <typename A, typename B, typename C, int depth>
+bool brgemm_works() {
+  static const bool works = [] {
+    A a[depth];
+    B b[16 * depth];
+    C c[16];
+    for (int k = 0; k < depth; ++k) a[k] = static_cast<A>(k % 2 == 0 ? 3.f : 200.f);
+    for (int i = 0; i < 16 * depth; ++i) b[i] = static_cast<B>(i - 32.f);
     try {
-      at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, /*add_C=*/false, a, b, c);
+      at::native::cpublas::brgemm(1, 16, depth, depth, 16, 16, /*add_C=*/false, a, b, c);
     } catch (const c10::Error&) {
       return false;
     }
     at::native::cpublas::brgemm_release();
     for (int i = 0; i < 16; ++i) {
-      if (c[i] != 2.f * (2 * i) + 3.f * (2 * i + 1)) return false;
+      float sum = 0.f;
+      for (int k = 0; k < depth; ++k) sum += (k % 2 == 0 ? 3.f : 200.f) * (i * depth + k - 32.f);
+      if (static_cast<float>(c[i]) != sum) return false;
     }
     return true;
   }();
-  return has;
+  return works;
 }
 
-// Whether ATen's brgemm multiplies uint8 with int8 in fours on this machine, by trying.
+inline bool has_float_brgemm() {
+  return brgemm_works<float, float, float, 1>();
+}
+
+inline bool has_brgemm() {
+  return brgemm_works<at::BFloat16, at::BFloat16, float, 2>();
+}
+
 inline bool has_int8_brgemm() {
-  static const bool has = [] {
-    const uint8_t a[4] = {1, 200, 3, 255};
-    int8_t b[64];
-    int32_t c[16];
-    for (int i = 0; i < 64; ++i) b[i] = static_cast<int8_t>(i - 32);
-    try {
-      at::native::cpublas::brgemm(1, 16, 4, 4, 16, 16, /*add_C=*/false, a, b, c);
-    } catch (const c10::Error&) {
-      return false;
-    }
-    at::native::cpublas::brgemm_release();
-    for (int i = 0; i < 16; ++i) {
-      int32_t sum = 0;
-      for (int k = 0; k < 4; ++k) sum += a[k] * b[i * 4 + k];
-      if (c[i] != sum) return false;
-    }
-    return true;
-  }();
-  return has;
+  return brgemm_works<uint8_t, int8_t, int32_t, 4>();
 }
 
 } // namespace d2dmoe
