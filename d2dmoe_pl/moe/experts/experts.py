@@ -1,6 +1,6 @@
 """The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -42,6 +42,18 @@ def leave_inference_mode_(module: nn.Module) -> None:
                     copied: Any = tensor.clone()
                     is_parameter = isinstance(tensor, nn.Parameter)
                     tensors[name] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+
+
+def own_tensors(module: nn.Module, names: Iterable[str]) -> Weights:
+    """Parameters and buffers of ``module`` by name, past nn.Module's lookup, which takes as long as a token's products.
+
+    Where something else stands for them, as a parametrisation does, it is asked.
+    """
+    parameters, buffers = module._parameters, module._buffers
+    return [
+        parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(module, name)
+        for name in names
+    ]
 
 
 def weights_to_pack(module: Any) -> Weights:
@@ -145,7 +157,7 @@ class Experts(nn.Module):
     @property
     def weights(self) -> Weights:
         """All parameters, in the order that kernels registered with ``torch.library`` take them."""
-        return [getattr(self, name) for name in WEIGHTS]  # by attribute, as what is parametrised is
+        return own_tensors(self, WEIGHTS)
 
     def weights_in(self, dtype: torch.dtype) -> Weights:
         """The same as they are multiplied in ``dtype``: as they are, unless they are packed in a narrower type."""

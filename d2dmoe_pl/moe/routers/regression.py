@@ -5,9 +5,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.experts.experts import Experts, own_tensors
 from d2dmoe_pl.moe.routers import Router, RouterConfig
 from d2dmoe_pl.moe.routers._router import RouterLinear
+
+LINEAR = ("weight", "bias")
 
 
 class RegressionRouter(Router):
@@ -24,17 +26,19 @@ class RegressionRouter(Router):
     @property
     def weights(self) -> list[Tensor | None]:
         """All parameters, in the order that kernels take them; those in int8 have their scales after them."""
-        up: Any = self.up
-        down: Any = self.down
-        weights = [up.weight, up.bias, down.weight, down.bias]
-        return [*weights, up.scale, down.scale] if self.is_quantized else weights
+        up, down = self._layers
+        scales = [layer._buffers["scale"] for layer in (up, down) if "scale" in layer._buffers]
+        return [*own_tensors(up, LINEAR), *own_tensors(down, LINEAR), *scales]
 
     @property
     def is_quantized(self) -> bool | None:
-        # None for a layer of another kind too, as an adapter's, or one that is watched: it is more than its weights
-        layers: list[Any] = [self._modules["up"], self._modules["down"]]
-        kinds = {"scale" in layer._buffers if _is_plain(layer) else None for layer in layers}
-        return kinds.pop() if len(kinds) == 1 else None
+        up, down = self._layers
+        is_up = _is_quantized(up)
+        return is_up if is_up == _is_quantized(down) else None
+
+    @property
+    def _layers(self) -> tuple[Any, Any]:
+        return self._modules["up"], self._modules["down"]
 
     def flops(self) -> int:
         return 2 * (self.up.weight.numel() + self.down.weight.numel())
@@ -43,9 +47,13 @@ class RegressionRouter(Router):
         return F.mse_loss(self(tokens), target)
 
 
-def _is_plain(layer: Any) -> bool:
-    is_kind = type(layer) in (nn.Linear, RouterLinear) or (isinstance(layer, nn.Module) and "scale" in layer._buffers)
-    return is_kind and not layer._forward_hooks and not layer._forward_pre_hooks
+def _is_quantized(layer: Any) -> bool | None:
+    """None for a layer of another kind, as an adapter's, or one that is watched, too: it is more than its weights."""
+    if not isinstance(layer, nn.Module) or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    if type(layer) in (nn.Linear, RouterLinear):
+        return False
+    return True if "scale" in layer._buffers else None
 
 
 ROUTER = RegressionRouter
