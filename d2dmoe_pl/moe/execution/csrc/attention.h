@@ -195,7 +195,9 @@ inline at::Tensor attention_cpu(
   const bool is_plain = q.dim() == 4 && q.sizes().slice(0, 2) == k.sizes().slice(0, 2) && k.sizes() == v.sizes() &&
       k.size(3) == d && k.scalar_type() == type && v.scalar_type() == type && (!mask || mask->scalar_type() == type);
   const bool is_known = (type == at::kFloat && has_float_brgemm()) || (type == at::kBFloat16 && has_brgemm());
-  const bool is_short = is_plain && k.size(2) > 0 && k.size(2) <= kLongest && d <= kWidestHead && d % kTile == 0;
+  // for few queries, as in writing, keys are not worth the packing
+  const bool is_short = is_plain && k.size(2) > 0 && k.size(2) <= std::min(kLongest, 2 * q.size(2)) && d <= kWidestHead &&
+      d % kTile == 0;
   if (!is_short || !is_known) {
     return std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0., /*is_causal=*/false, mask, scale));
   }
