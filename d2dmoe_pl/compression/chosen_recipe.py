@@ -117,10 +117,8 @@ def chosen_phases(
             {"penalty": "hoyer", "alpha": 3e-4 if is_embedding else 1e-3, "schedule": "warmup", **kept, **tuned},
             {"max_epochs": _epochs(48_000, num_samples)} | clipped,
         )
-    sparse = sizes.is_sparse or effort == "hours"
     phases["expert_clustering"] = _phase(
-        "ExpertClustering",
-        {"num_experts": sizes.num_experts, "split": "activation" if sparse else "parameter", "num_samples": 1024},
+        "ExpertClustering", {"num_experts": sizes.num_experts, "split": "activation", "num_samples": 1024}
     )
     epochs = _epochs(80_000, num_samples)
     phases["router_regression"] = _phase(

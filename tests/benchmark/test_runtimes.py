@@ -78,8 +78,7 @@ def test_a_package_that_is_missing(monkeypatch):
         check_runtimes(["onnxruntime-int8"])
 
 
-@pytest.mark.parametrize("around", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize(("around", "optimize"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_one_table_for_all_types_and_runtimes_with_scores(around, optimize, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)  # which takes a minute
     save_artifact(tiny.routed("bert"), tmp_path / "artifact", [PhaseRecord("RouterRegression")])

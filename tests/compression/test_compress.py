@@ -176,10 +176,10 @@ def test_what_is_said_to_be_the_least_is(kind):
     assert phases["expert_clustering"]["model"]["init_args"]["split"] == "activation"
 
 
-def test_what_cannot_be_sparse_is_split_by_its_weights():
+def test_what_cannot_be_sparse_is_split_by_what_fires_most():
     sizes = sizes_of(tiny.dense("bert", "gelu"))
     phases = chosen_phases(sizes, {}, "minutes", False, "text-classification", 1000)
-    assert phases["expert_clustering"]["model"]["init_args"]["split"] == "parameter"
+    assert phases["expert_clustering"]["model"]["init_args"]["split"] == "activation"
     assert phases["router_regression"]["trainer"]["max_epochs"] == 20
 
 

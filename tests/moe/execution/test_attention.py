@@ -37,7 +37,7 @@ def masks(kind, batch, num_heads, queries, keys):
     }[kind]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 999),
     batch=st.integers(1, 3),
