@@ -113,6 +113,7 @@ class TokenContext:
 
     def install(self, model: nn.Module) -> None:
         """Hook this context onto ``model``."""
+        _RUNNING.calls = _running()  # there from the first call on, which is else compiled for its absence
         self._parameters = list(inspect.signature(model.forward).parameters)
         if MASK_ARGUMENT in self._parameters:
             self._handles = [

@@ -79,9 +79,9 @@ def test_linear_layers_in_int8_that_share_an_input_round_it_once(compiled):
 
 
 @torch.no_grad()
-def test_many_models_are_each_compiled(compiled, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_many_models_are_each_compiled(compiled):
     """They do not fill one cache, which holds eight, and the ninth would be run as it is without a word."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     for number in range(2):
         model = tiny.routed("bert", tau=0.5).eval()
         optimize_(model)

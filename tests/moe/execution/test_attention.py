@@ -104,7 +104,9 @@ def test_no_key_gives_zeros_and_what_is_not_a_number_shows():
 def test_what_the_kernel_has_not_is_atens(query, key, value):
     query, key, value = (torch.randn(shape) for shape in (query, key, value))
     expected = scaled_dot_product_attention(query, key, value)
-    torch.testing.assert_close(attention(query, key, value), expected)
+    got = attention(query, key, value)
+    torch.testing.assert_close(got, expected)
+    assert got.transpose(1, 2).is_contiguous()
 
 
 @torch.inference_mode()

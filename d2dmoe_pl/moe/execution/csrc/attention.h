@@ -199,7 +199,9 @@ inline at::Tensor attention_cpu(
   const bool is_short = is_plain && k.size(2) > 0 && k.size(2) <= std::min(kLongest, 2 * q.size(2)) && d <= kWidestHead &&
       d % kTile == 0;
   if (!is_short || !is_known) {
-    return std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0., /*is_causal=*/false, mask, scale));
+    const at::Tensor out =
+        std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0., /*is_causal=*/false, mask, scale));
+    return out.transpose(1, 2).contiguous().transpose(1, 2); // as below, whatever it is
   }
   const auto dense = [](const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
   at::Tensor added;
