@@ -73,6 +73,23 @@ def test_equals_reference_in_inference(backend, dtype, case):
     assert_close(got.double() / scale, expected / scale, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("expert_dim", [6, 32, 64, 100, 128, 200])
+@pytest.mark.parametrize("d_out", [640, 700])
+@torch.no_grad()
+def test_outputs_larger_than_a_cache(d_out, expert_dim, dtype):
+    """The kernel adds to a few columns at a time, and to some of them by a matrix unit's tiles."""
+    torch.manual_seed(0)
+    experts = Experts(make_ffn(30, 5 * expert_dim, d_out=d_out), 5, None, "cpu").to(dtype)
+    tokens, mask = torch.randn(300, 30).to(dtype), torch.rand(300, 5) < 0.3
+    mask[:, 1] = False
+    mask[:, 2] = torch.arange(300) == 7  # one token alone
+    got = experts(tokens, mask)
+    experts.double().set_backend("reference")
+    expected = experts(tokens.double(), mask)
+    assert_close(got.double(), expected, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("backend", ON_CPU)
 class TestContract:
     @torch.no_grad()

@@ -40,6 +40,13 @@ def twin(experts, tokens, mask):
     return output + (0 if down_bias is None else down_bias)
 
 
+needs_vnni = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.cpu._is_vnni_supported(),
+    reason="without AVX-512 VNNI activations are not rounded",
+)
+
+
+@needs_vnni
 @given(cases(120, 9, 150, 150))
 @settings(deadline=None, max_examples=80)
 @torch.no_grad()
@@ -52,6 +59,33 @@ def test_experts_equal_the_plain_twin(case):
     # float32 now and then rounds to the neighbouring step
     torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=0.02)
     assert (got - expected).square().mean().sqrt() <= 0.003 * scale or not expected.numel()
+
+
+@needs_vnni
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("expert_dim", [6, 32, 64, 100, 200])
+@pytest.mark.parametrize("d_out", [640, 700])
+@torch.no_grad()
+def test_outputs_larger_than_a_cache(d_out, expert_dim, activation):
+    """They are added to a few columns at a time."""
+    torch.manual_seed(0)
+    case = {"tokens": 300, "num_experts": 5, "expert_dim": expert_dim, "d_model": 30, "d_out": d_out, "bias": True}
+    experts, tokens, mask = experts_of(case | {"gated": False, "activation": activation, "density": 0.3}, "cpu")
+    mask[:, 1] = False
+    mask[:, 2] = torch.arange(300) == 7  # one token alone
+    int8 = Int8Experts(experts)
+    torch.testing.assert_close(int8(tokens, mask).double(), twin(int8, tokens, mask), rtol=0, atol=4e-3)
+
+
+@torch.no_grad()
+def test_many_experts_of_many_tokens():
+    """All of them are then computed at once, where there is a matrix unit, in bfloat16."""
+    torch.manual_seed(0)
+    case = {"tokens": 700, "num_experts": 64, "expert_dim": 32, "d_model": 128, "d_out": 128, "bias": True}
+    experts, tokens, _ = experts_of(case | {"gated": True, "activation": "silu", "density": 1.0}, "cpu")
+    mask = torch.rand(700, 64) < 0.95
+    int8 = Int8Experts(experts)
+    torch.testing.assert_close(int8(tokens, mask).double(), twin(int8, tokens, mask), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "grouped", "reference"])

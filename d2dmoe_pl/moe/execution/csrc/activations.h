@@ -4,12 +4,29 @@
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
+#include <limits>
 #include <string>
 
 namespace d2dmoe {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kWidth = Vec::size();
+
+// The largest of a vector's numbers; NaN where one is.
+inline float largest_lane(Vec v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 lanes = v;
+  if (_mm512_cmp_ps_mask(lanes, lanes, _CMP_UNORD_Q) != 0) return std::numeric_limits<float>::quiet_NaN();
+  return _mm512_reduce_max_ps(lanes);
+#else
+  float lanes[kWidth];
+  v.store(lanes);
+  float most = lanes[0];
+  for (const float lane : lanes) most = lane > most || std::isnan(lane) ? lane : most;
+  return most;
+#endif
+}
 
 enum class Activation { relu, gelu, gelu_tanh, silu, tanh };
 

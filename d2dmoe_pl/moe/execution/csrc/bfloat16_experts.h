@@ -2,8 +2,10 @@
 #pragma once
 
 #include "activations.h"
+#include "hidden_rows.h"
 #include "packed.h"
 #include "problem.h"
+#include "tiles.h"
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/native/CPUBlas.h>
@@ -32,80 +34,105 @@ class BFloat16Experts {
     if (used_) at::native::cpublas::brgemm_release();
   }
 
-  // y[rows] += expert(x[first + rows]), without the output bias.
-  void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
-    used_ = true;
-    const scalar* x = x_ + first * problem_.width;
-    const int64_t d = problem_.width, s = problem_.neurons, depth = even(d);
-    const int64_t step = std::min(s, kNeuronsAtOnce), ld = even(step);
-    for (int64_t m = 0; m < count; m += kTokensAtOnce) {
-      const int64_t tokens = std::min(kTokensAtOnce, count - m);
-      const int64_t height = rounded_height(tokens);
-      // neighbouring rows, as when every token runs, are read and added to where they are
-      const bool in_place = rows[m + tokens - 1] - rows[m] == tokens - 1 && height == tokens && depth == d;
-      const scalar* a = x + rows[m] * d;
-      if (!in_place) a = gather(x, rows + m, tokens, height);
-      grow(hidden_, height * step);
-      if (gate_ != nullptr) grow(gated_, height * step);
-      grow(narrow_, height * ld);
-      grow(sums_, height * kColumnsAtOnce);
-      for (int64_t n = 0; n < s; n += step) {
-        const int64_t neurons = std::min(step, s - n);
-        first_product(a, up_ + expert * depth * s + 2 * n, height, neurons, depth, hidden_.data(), step);
-        if (gate_ != nullptr) {
-          first_product(a, gate_ + expert * depth * s + 2 * n, height, neurons, depth, gated_.data(), step);
-        }
-        activate(
-            problem_.activation, hidden_.data(), at(problem_.up_bias, expert * s + n),
-            gate_ == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, expert * s + n), tokens, neurons, step);
-        for (int64_t i = 0; i < tokens; ++i) {
-          at::vec::convert(hidden_.data() + i * step, narrow_.data() + i * ld, neurons);
-          if (neurons % 2 == 1) narrow_[i * ld + neurons] = 0.f;
-        }
-        second_product(
-            down_ + (expert * even(s) + n) * problem_.outputs, height, tokens, even(neurons), ld, rows + m, y, in_place);
-      }
+  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
+  void run(const Block& block, float* y) {
+    for (int64_t e = block.begin; e < block.end; ++e) {
+      first_products(e, block);
+      if (narrow_.is_full()) second_products(block.tokens, y);
     }
+    second_products(block.tokens, y);
   }
 
  private:
-  static constexpr int64_t kTokensAtOnce = 32;
+  static constexpr int64_t kTokensAtOnce = 96;
   static constexpr int64_t kNeuronsAtOnce = 64; // even, so that pairs of rows stay whole
   static constexpr int64_t kColumnsAtOnce = 256;
 
-  // A copy (height, even(d)) of rows of x, of which those past the last are not written.
-  const scalar* gather(const scalar* x, const int32_t* rows, int64_t count, int64_t height) {
-    const int64_t d = problem_.width, depth = even(d);
-    grow(tokens_, height * depth);
-    for (int64_t i = 0; i < count; ++i) {
-      std::copy_n(x + rows[i] * d, d, tokens_.data() + i * depth);
-      if (depth > d) tokens_[i * depth + d] = 0.f;
+  int64_t step() const { return std::min(problem_.neurons, kNeuronsAtOnce); }
+
+  // narrow_ gets those of one expert
+  void first_products(int64_t expert, const Block& block) {
+    const scalar* x = x_ + block.first * problem_.width;
+    const int64_t d = problem_.width, s = problem_.neurons, depth = even(d), ld = even(step());
+    for (int64_t m = 0; m < block.count(expert); m += kTokensAtOnce) {
+      const int32_t* rows = block.rows(expert) + m;
+      const int64_t tokens = std::min(kTokensAtOnce, block.count(expert) - m), height = rounded_height(tokens);
+      // neighbouring rows, as when every token runs, are read where they are
+      const bool in_place = rows[tokens - 1] - rows[0] == tokens - 1 && height == tokens && depth == d;
+      if (!in_place) {
+        grow(tokens_, height * depth);
+        gather_rows(x, d, rows, tokens, depth, tokens_.data());
+      }
+      const scalar* a = in_place ? x + rows[0] * d : tokens_.data();
+      grow(hidden_, height * step());
+      if (gate_ != nullptr) grow(gated_, height * step());
+      for (int64_t n = 0; n < s; n += step()) {
+        const int64_t neurons = std::min(step(), s - n);
+        first_product(a, up_ + expert * depth * s + 2 * n, height, neurons, depth, hidden_.data(), step());
+        if (gate_ != nullptr) {
+          first_product(a, gate_ + expert * depth * s + 2 * n, height, neurons, depth, gated_.data(), step());
+        }
+        activate(
+            problem_.activation, hidden_.data(), at(problem_.up_bias, expert * s + n),
+            gate_ == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, expert * s + n), tokens, neurons, step());
+        scalar* narrow = narrow_.add(expert, n / step(), rows, tokens, ld);
+        for (int64_t i = 0; i < tokens; ++i) {
+          at::vec::convert(hidden_.data() + i * step(), narrow + i * ld, neurons);
+          if (neurons % 2 == 1) narrow[i * ld + neurons] = 0.f;
+        }
+      }
     }
-    return tokens_.data();
   }
 
   void first_product(
       const scalar* a, const scalar* weight, int64_t rows, int64_t neurons, int64_t depth, float* out, int64_t ld) {
+    used_ = true;
     at::native::cpublas::brgemm(rows, neurons, depth, depth, problem_.neurons, ld, /*add_C=*/false, a, weight, out);
   }
 
-  void second_product(
-      const scalar* weight, int64_t height, int64_t tokens, int64_t depth, int64_t ld, const int32_t* rows, float* y,
-      bool in_place) {
-    const int64_t d = problem_.outputs;
-    for (int64_t n = 0; n < d; n += kColumnsAtOnce) {
-      const int64_t columns = std::min(kColumnsAtOnce, d - n);
-      if (in_place) {
-        at::native::cpublas::brgemm(
-            height, columns, depth, ld, d, d, /*add_C=*/true, narrow_.data(), weight + 2 * n, y + rows[0] * d + n);
-        continue;
-      }
+  void second_products(int64_t tokens, float* y) {
+    const int64_t outputs = problem_.outputs, pairs = even(step()) / 2;
+    const bool is_regular = outputs % Tiles::kColumns == 0 && problem_.neurons % step() == 0;
+    if (is_regular && Tiles::may_be_used()) {
+      if (used_) at::native::cpublas::brgemm_release(); // of the tiles
+      used_ = false;
+      const Tiles tiles(pairs);
+      narrow_.add_outputs(
+          tokens, outputs, Tiles::kColumns, y,
+          [&](const Part& part, int64_t first, int64_t columns, float* to, int64_t ld) {
+            for (int64_t n = 0; n < columns; n += Tiles::kColumns) {
+              tiles.add_bfloat16(
+                  narrow_.of(part), 2 * pairs, down_of(part) + 2 * (first + n), outputs, to + n, ld, part.rows,
+                  part.count);
+            }
+          });
+    } else {
+      narrow_.add_outputs(
+          tokens, outputs, kColumnsAtOnce, y,
+          [&](const Part& part, int64_t first, int64_t columns, float* to, int64_t ld) {
+            add_product(part, first, columns, to, ld);
+          });
+    }
+  }
+
+  const scalar* down_of(const Part& part) const {
+    return down_ + (part.expert * even(problem_.neurons) + part.chunk * step()) * problem_.outputs;
+  }
+
+  // y[rows] += the columns from `first` on of what a part gives
+  void add_product(const Part& part, int64_t first, int64_t columns, float* y, int64_t y_ld) {
+    const int64_t neurons = even(std::min(step(), problem_.neurons - part.chunk * step()));
+    const int64_t height = rounded_height(part.count);
+    grow(sums_, height * kColumnsAtOnce);
+    used_ = true;
+    for (int64_t n = 0; n < columns; n += kColumnsAtOnce) {
+      const int64_t here = std::min(kColumnsAtOnce, columns - n);
       at::native::cpublas::brgemm(
-          height, columns, depth, ld, d, kColumnsAtOnce, /*add_C=*/false, narrow_.data(), weight + 2 * n, sums_.data());
-      for (int64_t i = 0; i < tokens; ++i) {
-        const float* from = sums_.data() + i * kColumnsAtOnce;
-        float* to = y + rows[i] * d + n;
-        at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, to, to, from, columns);
+          height, here, neurons, even(step()), problem_.outputs, kColumnsAtOnce, /*add_C=*/false, narrow_.of(part),
+          down_of(part) + 2 * (first + n), sums_.data());
+      for (int64_t i = 0; i < part.count; ++i) {
+        float* to = y + part.rows[i] * y_ld + n;
+        at::vec::map2<float>([](Vec a, Vec b) { return a + b; }, to, to, sums_.data() + i * kColumnsAtOnce, here);
       }
     }
   }
@@ -113,7 +140,8 @@ class BFloat16Experts {
   Problem problem_;
   const scalar *x_, *up_, *gate_, *down_;
   bool used_ = false;
-  std::vector<scalar> tokens_, narrow_; // (kTokensAtOnce, even(d)), (kTokensAtOnce, even(step))
+  HiddenRows<scalar> narrow_;   // (rows, even(step()))
+  std::vector<scalar> tokens_; // (kTokensAtOnce, even(d))
   std::vector<float> hidden_, gated_, sums_;
 };
 

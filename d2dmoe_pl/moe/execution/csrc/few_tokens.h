@@ -4,6 +4,7 @@
 #pragma once
 
 #include "activations.h"
+#include "plan.h"
 #include "problem.h"
 #include "products.h"
 
@@ -102,7 +103,12 @@ class FewTokensExperts {
     at::vec::convert(x.const_data_ptr<at::BFloat16>(), x_.data(), x.numel());
   }
 
-  // y[rows] += expert(x[first + rows]), without the output bias.
+  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
+  void run(const Block& block, float* y) {
+    for (int64_t e = block.begin; e < block.end; ++e) run(e, block.first, block.rows(e), block.count(e), y);
+  }
+
+ private:
   void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
     const int64_t d = problem_.width, s = problem_.neurons, d_out = problem_.outputs;
     for (int64_t i = 0; i < count; ++i) {
@@ -116,7 +122,6 @@ class FewTokensExperts {
     }
   }
 
- private:
   Problem problem_;
   const at::BFloat16 *up_, *gate_, *down_;
   std::vector<float> x_, hidden_, gated_; // (N, d), (s,), (s,)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activations.h"
+#include "plan.h"
 #include "problem.h"
 #include "products.h"
 
@@ -24,7 +25,12 @@ class FloatExperts {
         gate_(gate ? gate->const_data_ptr<float>() : nullptr),
         down_(down.const_data_ptr<float>()) {}
 
-  // y[rows] += expert(x[first + rows]), without the output bias.
+  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
+  void run(const Block& block, float* y) {
+    for (int64_t e = block.begin; e < block.end; ++e) run(e, block.first, block.rows(e), block.count(e), y);
+  }
+
+ private:
   void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
     const float* x = x_ + first * problem_.width;
     const int64_t d = problem_.width, s = problem_.neurons;
@@ -48,7 +54,6 @@ class FloatExperts {
     }
   }
 
- private:
   static constexpr int64_t kTokensAtOnce = 96;
   static constexpr int64_t kNeuronsAtOnce = 128;
   Problem problem_;

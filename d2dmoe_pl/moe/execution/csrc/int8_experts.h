@@ -1,9 +1,11 @@
 // Experts in int8: weights with a scale an output channel, tokens and activations with a scale each.
 #pragma once
 
+#include "hidden_rows.h"
 #include "int8_products.h"
 #include "packed.h"
 #include "problem.h"
+#include "tiles.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -34,6 +36,8 @@ Int8Tokens quantised_tokens(const at::Tensor& x) {
   });
   return made;
 }
+
+constexpr int64_t kManyTokens = 16; // from which on tiles of a matrix unit are worth their setting up
 
 #if defined(D2DMOE_VNNI)
 
@@ -70,77 +74,103 @@ class Int8Experts {
     if (used_) at::native::cpublas::brgemm_release();
   }
 
-  // y[rows] += expert(x[first + rows]), without the output bias.
-  void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
-    const int64_t d = problem_.width, s = problem_.neurons, outputs = problem_.outputs;
-    const int64_t chunks = (s + kChunk - 1) / kChunk, step = std::min(s, kChunk), ld = quads(step) * 4;
-    const int64_t height = std::min(count, kTokensAtOnce);
-    const bool from_zero = problem_.activation == Activation::relu && gate_.weight == nullptr;
-    const uint8_t* x = x_ + first * d;
-    const float* x_scale = x_scale_ + first;
-    grow(hidden_, height * step);
-    if (gate_.weight != nullptr) grow(gated_, height * step);
-    grow(narrow_, rounded_height(height) * ld);
-    grow(scales_, height);
-    for (int64_t m = 0; m < count; m += kTokensAtOnce) {
-      const int64_t tokens = std::min(kTokensAtOnce, count - m);
+  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
+  void run(const Block& block, float* y) {
+    for (int64_t e = block.begin; e < block.end; ++e) {
+      first_products(e, block);
+      if (narrow_.is_full()) second_products(block.tokens, y);
+    }
+    second_products(block.tokens, y);
+  }
+
+ private:
+  static constexpr int64_t kTokensAtOnce = 96;
+  static constexpr int64_t kSomeTokens = 8; // from which on tiles are worth it in second products
+
+  int64_t hidden_ld() const { return quads(std::min(problem_.neurons, kChunk)) * 4; }
+  bool from_zero() const { return problem_.activation == Activation::relu && gate_.weight == nullptr; }
+
+  // narrow_ and scales_ get those of one expert
+  void first_products(int64_t expert, const Block& block) {
+    const int64_t d = problem_.width, s = problem_.neurons, step = std::min(s, kChunk), ld = hidden_ld();
+    const uint8_t* x = x_ + block.first * d;
+    const float* x_scale = x_scale_ + block.first;
+    const int64_t all = block.count(expert);
+    grow(hidden_, std::min(all, kTokensAtOnce) * step);
+    if (gate_.weight != nullptr) grow(gated_, std::min(all, kTokensAtOnce) * step);
+    for (int64_t m = 0; m < all; m += kTokensAtOnce) {
+      const int64_t tokens = std::min(kTokensAtOnce, all - m);
+      const int32_t* rows = block.rows(expert) + m;
       const bool in_tiles = tokens >= kManyTokens && up_quads_ != nullptr;
-      if (in_tiles) gather(x, rows + m, tokens);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t n = chunk * kChunk, neurons = std::min(kChunk, s - n), row = expert * s + n;
+      if (in_tiles) {
+        grow(tokens_, rounded_height(tokens) * quads(d) * 4);
+        gather_rows(x, d, rows, tokens, quads(d) * 4, tokens_.data());
+      }
+      const auto product = [&](const Int8Up& up, const int8_t* packed, int64_t n, int64_t neurons, float* out) {
         if (in_tiles) {
-          first_product(expert, n, neurons, up_, up_quads_, x_scale, rows + m, tokens, hidden_.data(), step);
+          tile_product(expert, n, neurons, up, packed, x_scale, rows, tokens, out, step);
         } else {
-          int8_dot_product(x, d, x_scale, rows + m, tokens, up_.rows(row, d), neurons, hidden_.data(), step);
+          int8_dot_product(x, d, x_scale, rows, tokens, up.rows(expert * s + n, d), neurons, out, step);
         }
-        if (gate_.weight != nullptr && in_tiles) {
-          first_product(expert, n, neurons, gate_, gate_quads_, x_scale, rows + m, tokens, gated_.data(), step);
-        } else if (gate_.weight != nullptr) {
-          int8_dot_product(x, d, x_scale, rows + m, tokens, gate_.rows(row, d), neurons, gated_.data(), step);
-        }
+      };
+      for (int64_t n = 0; n < s; n += kChunk) {
+        const int64_t neurons = std::min(kChunk, s - n), row = expert * s + n;
+        product(up_, up_quads_, n, neurons, hidden_.data());
+        if (gate_.weight != nullptr) product(gate_, gate_quads_, n, neurons, gated_.data());
         activate(
             problem_.activation, hidden_.data(), at(problem_.up_bias, row),
             gate_.weight == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, row), tokens, neurons, step);
+        uint8_t* narrow = narrow_.add(expert, n / kChunk, rows, tokens, ld);
+        grow(scales_, narrow_.filled());
+        float* scales = scales_.data() + narrow_.filled() - tokens;
         for (int64_t i = 0; i < tokens; ++i) {
-          scales_[i] = quantise(hidden_.data() + i * step, neurons, from_zero, narrow_.data() + i * ld);
-          std::fill(narrow_.data() + i * ld + neurons, narrow_.data() + (i + 1) * ld, uint8_t(0));
-        }
-        const int8_t* down = down_ + (expert * quads(s) + n / 4) * outputs * 4;
-        const float* scale = down_scale_ + expert * outputs;
-        const int32_t* sums = down_sums_ + (expert * chunks + chunk) * outputs;
-        if (in_tiles) {
-          second_product(down, quads(neurons) * 4, ld, scale, from_zero ? nullptr : sums, rows + m, tokens, y);
-        } else {
-          int8_add_product(
-              narrow_.data(), ld, quads(neurons), scales_.data(), from_zero, down, outputs, scale, sums, y, rows + m,
-              tokens);
+          scales[i] = quantise(hidden_.data() + i * step, neurons, from_zero(), narrow + i * ld);
+          std::fill(narrow + i * ld + neurons, narrow + (i + 1) * ld, uint8_t(0));
         }
       }
     }
   }
 
- private:
-  static constexpr int64_t kTokensAtOnce = 96;
-  static constexpr int64_t kManyTokens = 16; // from which on tiles of a matrix unit are worth their setting up
-  static constexpr int64_t kColumnsAtOnce = 256;
+  void second_products(int64_t tokens, float* y) {
+    if (used_) at::native::cpublas::brgemm_release(); // of the tiles
+    used_ = false;
+    const Tiles tiles(quads(std::min(problem_.neurons, kChunk)));
+    const auto add = [&](const Part& part, int64_t first, int64_t columns, float* to, int64_t ld) {
+      second_product(tiles, part, first, columns, to, ld);
+    };
+    narrow_.add_outputs(tokens, problem_.outputs, Tiles::kColumns, y, add);
+  }
 
-  // tokens_ (count, 4 * quads(d)): rows of x, with zeros behind
-  void gather(const uint8_t* x, const int32_t* rows, int64_t count) {
-    const int64_t d = problem_.width, depth = quads(d) * 4;
-    grow(tokens_, rounded_height(count) * depth);
-    for (int64_t i = 0; i < count; ++i) {
-      std::copy_n(x + rows[i] * d, d, tokens_.data() + i * depth);
-      std::fill(tokens_.data() + i * depth + d, tokens_.data() + (i + 1) * depth, uint8_t(0));
+  // y[rows] += the columns from `first` on of what a part gives
+  void second_product(
+      const Tiles& tiles, const Part& part, int64_t first, int64_t columns, float* y, int64_t y_ld) const {
+    const int64_t outputs = problem_.outputs, s = problem_.neurons, ld = hidden_ld();
+    const int64_t chunks = (s + kChunk - 1) / kChunk, depth = quads(std::min(kChunk, s - part.chunk * kChunk));
+    const uint8_t* h = narrow_.of(part);
+    const float* h_scale = scales_.data() + part.first;
+    const int8_t* down = down_ + (part.expert * quads(s) + part.chunk * kChunk / 4) * outputs * 4;
+    const float* scale = down_scale_ + part.expert * outputs;
+    const int32_t* sums = down_sums_ + (part.expert * chunks + part.chunk) * outputs;
+    int64_t n = first; // by tiles up to here
+    if (part.count >= kSomeTokens && tiles.fit(depth)) {
+      for (; n + Tiles::kColumns <= first + columns; n += Tiles::kColumns) {
+        tiles.add_int8(
+            h, ld, h_scale, from_zero(), down + n * 4, outputs, scale + n, sums + n, y + n - first, y_ld, part.rows,
+            part.count);
+      }
     }
+    int8_add_product(
+        h, ld, depth, h_scale, from_zero(), down + n * 4, outputs, first + columns - n, scale + n, sums + n,
+        y + n - first, y_ld, part.rows, part.count);
   }
 
   // out (count, neurons) of tokens_, from neuron n of the expert on
-  void first_product(
+  void tile_product(
       int64_t expert, int64_t n, int64_t neurons, const Int8Up& up, const int8_t* packed, const float* x_scale,
       const int32_t* rows, int64_t count, float* out, int64_t ld) {
     used_ = true;
     const int64_t s = problem_.neurons, depth = quads(problem_.width) * 4, height = rounded_height(count);
-    grow(whole_, height * std::max(neurons, kColumnsAtOnce));
+    grow(whole_, height * neurons);
     at::native::cpublas::brgemm(
         height, neurons, depth, depth, s, neurons, /*add_C=*/false, tokens_.data(), packed + (expert * depth * s + n * 4),
         whole_.data());
@@ -148,23 +178,6 @@ class Int8Experts {
       dequantise<float>(
           whole_.data() + i * neurons, up.sums + expert * s + n, up.scale + expert * s + n, x_scale[rows[i]], nullptr,
           neurons, out + i * ld);
-    }
-  }
-
-  // y[rows] += narrow_ (count, depth) times a chunk of `down`
-  void second_product(
-      const int8_t* down, int64_t depth, int64_t ld, const float* scale, const int32_t* sums, const int32_t* rows,
-      int64_t count, float* y) {
-    const int64_t outputs = problem_.outputs, height = rounded_height(count);
-    for (int64_t n = 0; n < outputs; n += kColumnsAtOnce) {
-      const int64_t columns = std::min(kColumnsAtOnce, outputs - n);
-      at::native::cpublas::brgemm(
-          height, columns, depth, ld, outputs, columns, /*add_C=*/false, narrow_.data(), down + n * 4, whole_.data());
-      for (int64_t i = 0; i < count; ++i) {
-        dequantise_add(
-            whole_.data() + i * columns, sums == nullptr ? nullptr : sums + n, scale + n, scales_[i], columns,
-            y + rows[i] * outputs + n);
-      }
     }
   }
 
@@ -177,9 +190,11 @@ class Int8Experts {
   const int32_t* down_sums_;
   const int8_t *up_quads_, *gate_quads_;
   bool used_ = false;
-  std::vector<float> hidden_, gated_, scales_; // (kTokensAtOnce, step), the same, (kTokensAtOnce,)
-  std::vector<uint8_t> narrow_, tokens_;       // (kTokensAtOnce, ld), (kTokensAtOnce, depth)
-  std::vector<int32_t> whole_;                 // sums of products in int8
+  HiddenRows<uint8_t> narrow_;        // (rows, hidden_ld())
+  std::vector<float> scales_;         // of each of them
+  std::vector<float> hidden_, gated_; // (kTokensAtOnce, step)
+  std::vector<uint8_t> tokens_;       // (kTokensAtOnce, depth)
+  std::vector<int32_t> whole_;        // sums of products in int8
 };
 
 #endif

@@ -25,10 +25,7 @@ inline float quantise(const float* values, int64_t count, bool from_zero, uint8_
     const Vec v = Vec::loadu(values + k, std::min(kWidth, count - k));
     largest = at::vec::maximum(largest, v.abs());
   }
-  float lanes[kWidth];
-  largest.store(lanes);
-  float most = 0.f;
-  for (const float lane : lanes) most = lane > most || std::isnan(lane) ? lane : most;
+  const float most = largest_lane(largest);
   const float steps = from_zero ? 255.f : 127.f;
   const float scale = most == 0.f ? 1.f : most / steps, inverse = 1.f / scale;
   const float offset = from_zero ? 0.f : static_cast<float>(kZeroPoint);
@@ -85,6 +82,11 @@ inline void dequantise_add(
 
 #if defined(D2DMOE_VNNI)
 
+// Adds products of fours, in the register that the sum is in: as an intrinsic, GCC keeps sums of a loop in memory.
+inline void dot_add(__m512i& sum, __m512i of_uint8, __m512i of_int8) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(of_uint8), "v"(of_int8));
+}
+
 // Sums over the lanes of four vectors, to four neighbouring numbers.
 inline __m128i lane_sums(const __m512i (&v)[4]) {
   __m256i half[4];
@@ -125,7 +127,7 @@ void int8_dot_tile(
     for (int n = 0; n < kNeurons; ++n) {
       const __m512i wv = _mm512_maskz_loadu_epi8(there, b[n] + k);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sum[m][n] = _mm512_dpbusd_epi32(sum[m][n], xv[m], wv);
+      for (int m = 0; m < M; ++m) dot_add(sum[m][n], xv[m], wv);
     }
   }
   const __mmask8 stored = (1u << neurons) - 1;
@@ -156,7 +158,7 @@ inline void int8_dot_product(
 template <int M, int V>
 void int8_add_tile(
     const uint8_t* h, int64_t ld, int64_t quads, const float* h_scale, bool from_zero, const int8_t* w, int64_t width,
-    const float* scale, const int32_t* less, float* y, const int32_t* rows, __mmask16 there) {
+    const float* scale, const int32_t* less, float* y, int64_t y_ld, const int32_t* rows, __mmask16 there) {
   __m512i sum[M][V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
@@ -173,7 +175,7 @@ void int8_add_tile(
     for (int m = 0; m < M; ++m) {
       const __m512i hv = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(h + m * ld + k * 4));
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[m][v] = _mm512_dpbusd_epi32(sum[m][v], hv, wv[v]);
+      for (int v = 0; v < V; ++v) dot_add(sum[m][v], hv, wv[v]);
     }
   }
 #pragma GCC unroll 8
@@ -181,29 +183,32 @@ void int8_add_tile(
     const __m512 s = _mm512_maskz_loadu_ps(there, scale + v * 16);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      float* at = y + rows[m] * width + v * 16;
+      float* at = y + rows[m] * y_ld + v * 16;
       const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][v]), _mm512_set1_ps(h_scale[m]));
       _mm512_mask_storeu_ps(at, there, _mm512_fmadd_ps(part, s, _mm512_maskz_loadu_ps(there, at)));
     }
   }
 }
 
-// y[rows] += h (count, 4 * quads) w, of which four rows each are interleaved: (quads, width, 4)
+// y[rows] += h (count, 4 * quads) w, of which four rows each are interleaved: (quads, width, 4), of which `columns`
 inline void int8_add_product(
     const uint8_t* h, int64_t ld, int64_t quads, const float* h_scale, bool from_zero, const int8_t* w, int64_t width,
-    const float* scale, const int32_t* less, float* y, const int32_t* rows, int64_t count) {
+    int64_t columns, const float* scale, const int32_t* less, float* y, int64_t y_ld, const int32_t* rows,
+    int64_t count) {
   constexpr int kRows = 6, kVectorsHere = 4;
   for (int64_t m = 0; m < count; m += kRows) {
     with_rows<kRows>(std::min<int64_t>(kRows, count - m), [&](auto M) {
       int64_t n = 0;
-      for (; n + kVectorsHere * 16 <= width; n += kVectorsHere * 16) {
+      for (; n + kVectorsHere * 16 <= columns; n += kVectorsHere * 16) {
         int8_add_tile<M, kVectorsHere>(
-            h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, rows + m, 0xffff);
+            h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, y_ld, rows + m,
+            0xffff);
       }
-      for (; n < width; n += 16) {
-        const __mmask16 there = width - n >= 16 ? 0xffff : (1u << (width - n)) - 1;
+      for (; n < columns; n += 16) {
+        const __mmask16 there = columns - n >= 16 ? 0xffff : (1u << (columns - n)) - 1;
         int8_add_tile<M, 1>(
-            h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, rows + m, there);
+            h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, y_ld, rows + m,
+            there);
       }
     });
   }

@@ -32,9 +32,13 @@ struct Costs {
 
 constexpr Costs kOfFewTokens{50, 8.3e-5, 1.9e-6, 0.1, 5e-5, 0.0, 0.0, 3.6e-5}; // in bf16
 constexpr Costs kInFloat{30, 7.1e-5, 9.9e-6, 0.3, 5e-5, 1.2e-4, 0.0, 1.38e-5};
+// Of experts in int8, beside dense products in bf16.
+constexpr Costs kInInt8{50, 8.3e-5, 1.9e-6, 1.2, 5e-5, 1.0e-4, 0.0, 1.7e-6};
 #if defined(__AMX_BF16__)
+constexpr bool kHasMatrixUnit = true;
 constexpr Costs kInBFloat16{50, 8.3e-5, 1.9e-6, 1.2, 5e-5, 1.0e-4, 1.6e-4, 2.9e-6};
 #else
+constexpr bool kHasMatrixUnit = false;
 constexpr Costs kInBFloat16 = kInFloat; // the units are those of fp32
 #endif
 
@@ -51,8 +55,11 @@ inline bool dense_is_faster(const Problem& problem, bool is_gated, at::ScalarTyp
   }
   int64_t pairs = 0, running = 0;
   for (const int64_t count : counts) pairs += count, running += count > 0;
-  const Costs& costs = type != at::kBFloat16 ? kInFloat : n <= kFewTokens ? kOfFewTokens : kInBFloat16;
-  const double bytes = matrix * (type == at::kBFloat16 ? 2 : 4);
+  const Costs& costs = type == at::kFloat ? kInFloat
+      : type == at::kChar                 ? kInInt8
+      : n <= kFewTokens                   ? kOfFewTokens
+                                          : kInBFloat16;
+  const double bytes = matrix * (type == at::kFloat ? 4 : 2);
   const double dense = costs.dense_call + experts * (bytes * costs.dense_byte + n * matrix * costs.dense_product);
   const double moved = costs.pair + costs.pair_in_memory * std::min(1.0, n / 512.0);
   const double chosen = running * (costs.expert + bytes * costs.expert_byte) +

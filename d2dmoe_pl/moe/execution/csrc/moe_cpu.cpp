@@ -69,9 +69,7 @@ void execute(const Problem& problem, const Experts& experts, T* out) {
       const int64_t begin_expert = plan.bounds[group], end_expert = plan.bounds[group + 1];
       buckets.fill(
           problem.mask + first * problem.experts + begin_expert, tokens, end_expert - begin_expert, problem.experts);
-      for (int64_t e = begin_expert; e < end_expert; ++e) {
-        own.run(e, first, buckets.rows(e - begin_expert), buckets.count(e - begin_expert), y);
-      }
+      own.run(Block{first, tokens, begin_expert, end_expert, buckets}, y);
       if (plan.groups == 1 && !in_place) at::vec::convert(y, out + first * d, tokens * d);
     }
   });

@@ -73,6 +73,7 @@ class Operands {
     check("gate_bias", given(3), {experts_, neurons_}, false);
     check("down_weight", down, {experts_, neurons_, outputs_}, is_int8_);
     check("down_bias", given(5), {outputs_}, false);
+    weights_ = {up, given(1), gate, given(3), down, given(5)};
     up_bias_ = in_fp32(given(1)), gate_bias_ = in_fp32(given(3)), down_bias_ = in_fp32(given(5));
     if (is_int8_) {
       TORCH_CHECK_VALUE(given(6) && given(8) && bool(given(7)) == bool(gate), "weights in int8 must have scales");
@@ -87,7 +88,6 @@ class Operands {
       const Form first = type_ == at::kFloat ? Form::fp32 : Form::transposed_pairs;
       up_ = in(up, first), down_ = in(down, type_ == at::kFloat ? Form::fp32 : Form::pairs);
       if (gate) gate_ = in(*gate, first);
-      weights_ = {up, given(1), gate, given(3), down, given(5)};
     }
   }
 
@@ -107,13 +107,22 @@ class Operands {
 
   // Whether every expert is computed, and the mask laid over them, rather than each by itself.
   bool prefers_dense(const Problem& problem, const Inputs& inputs) const {
+    if (problem.tokens == 0) return false;
+    const bool is_gated = gate_.defined();
+    if (is_int8_) return has_vnni() && kHasMatrixUnit && dense_is_faster(problem, is_gated, at::kChar);
     const auto type = inputs.x.scalar_type();
-    return are_of(type) && problem.tokens > 0 && dense_is_faster(problem, gate_.defined(), type);
+    return are_of(type) && dense_is_faster(problem, is_gated, type);
   }
 
+  // Each expert in int8 has scales of its own, so that all at once are computed in bf16.
   at::Tensor dense(const Problem& problem, const Inputs& inputs) const {
     const auto& w = weights_;
-    return masked_dense(problem, inputs.x, *w[0], w[1], w[2], w[3], *w[4], w[5]);
+    if (!is_int8_) return masked_dense(problem, inputs.x, *w[0], w[1], w[2], w[3], *w[4], w[5]);
+    auto& packed = packed_weights();
+    const at::Tensor up = packed.get(*w[0], Form::bfloat16_rows, up_scale_);
+    const Optional gate = w[2] ? Optional(packed.get(*w[2], Form::bfloat16_rows, gate_scale_)) : Optional();
+    const at::Tensor down = packed.get(*w[4], Form::bfloat16_columns, down_scale_);
+    return masked_dense(problem, inputs.x.to(at::kBFloat16), up, w[1], gate, w[3], down, w[5]);
   }
 
   // Call f with the experts of the type at hand.
@@ -170,7 +179,10 @@ class Operands {
       const at::Tensor t1 = packed_weights().get(u, Form::row_sums), t2 = packed_weights().get(v, Form::row_sums);
       const Int8Up first{u.const_data_ptr<int8_t>(), floats(s1), t1.const_data_ptr<int32_t>()};
       const Int8Up second{v.const_data_ptr<int8_t>(), floats(s2), t2.const_data_ptr<int32_t>()};
-      const Int8Router scorer(problem, inputs.int8, first, second);
+      const at::Tensor p1 = has_int8_brgemm() ? packed_weights().get(u, Form::panels) : at::Tensor();
+      const at::Tensor p2 = has_int8_brgemm() ? packed_weights().get(v, Form::panels) : at::Tensor();
+      const auto panels = [](const at::Tensor& w) { return w.defined() ? w.const_data_ptr<int8_t>() : nullptr; };
+      const Int8Router scorer(problem, inputs.int8, first, second, panels(p1), panels(p2));
       return choose_experts(scorer, problem, gate, inputs.int8.values.const_data_ptr<uint8_t>(), tokens, mask, skipped);
 #else
       const at::Tensor w1 = packed_weights().get(up, Form::dequantised_rows, s1);
@@ -235,7 +247,7 @@ class Operands {
   bool is_int8_;
   at::ScalarType type_; // of products, but for those in int8
   int64_t experts_, neurons_, width_, outputs_;
-  std::array<Optional, 6> weights_; // as they were given, unless in int8
+  std::array<Optional, 6> weights_; // as they were given
   at::Tensor up_, gate_, down_, up_bias_, gate_bias_, down_bias_;
   at::Tensor up_scale_, gate_scale_, down_scale_, up_sums_, gate_sums_, down_sums_, up_quads_, gate_quads_; // of int8
 };

@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <exception>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -80,7 +81,10 @@ inline at::Tensor chunk_sums(const at::Tensor& weight) {
 }
 
 // How a copy of a weight (E, s, d) is kept.
-enum class Form { fp32, pairs, transposed_pairs, quads, transposed_quads, panels, row_sums, chunk_sums, dequantised_rows, dequantised_columns };
+enum class Form {
+  fp32, pairs, transposed_pairs, quads, transposed_quads, panels, row_sums, chunk_sums,
+  dequantised_rows, dequantised_columns, bfloat16_rows, bfloat16_columns // of int8, multiplied out
+};
 
 inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale) {
   switch (form) {
@@ -103,6 +107,10 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
       return weight * scale->unsqueeze(-1); // (E, s, d) * (E, s, 1)
     case Form::dequantised_columns:
       return weight * scale->unsqueeze(1); // (E, s, d) * (E, 1, d)
+    case Form::bfloat16_rows:
+      return pack(weight, Form::dequantised_rows, scale).to(at::kBFloat16);
+    case Form::bfloat16_columns:
+      return pack(weight, Form::dequantised_columns, scale).to(at::kBFloat16);
   }
 }
 
@@ -158,7 +166,7 @@ bool brgemm_works() {
     for (int i = 0; i < 16 * depth; ++i) b[i] = static_cast<B>(i - 32.f);
     try {
       at::native::cpublas::brgemm(1, 16, depth, depth, 16, 16, /*add_C=*/false, a, b, c);
-    } catch (const c10::Error&) {
+    } catch (const std::exception&) { // of ATen or of oneDNN
       return false;
     }
     at::native::cpublas::brgemm_release();

@@ -70,4 +70,14 @@ class Buckets {
   std::vector<int32_t> counts_;
 };
 
+// One task: some tokens, and those of a range of experts that they chose.
+struct Block {
+  int64_t first, tokens;
+  int64_t begin, end; // experts
+  const Buckets& buckets; // of the range
+
+  const int32_t* rows(int64_t expert) const { return buckets.rows(expert - begin); }
+  int64_t count(int64_t expert) const { return buckets.count(expert - begin); }
+};
+
 } // namespace d2dmoe

@@ -121,43 +121,68 @@ class FewTokensRouter {
 
 #if defined(D2DMOE_VNNI)
 
-// Weights in int8 with a scale for each of their rows; tokens too.
+// Weights in int8 with a scale for each of their rows; tokens too. `up_panels` and `down_panels` are the same weights for
+// many tokens at once; null where there is no brgemm.
 class Int8Router {
  public:
   using scalar = uint8_t;
-  Int8Router(const RouterProblem& problem, const Int8Tokens& x, const Int8Up& up, const Int8Up& down)
+  Int8Router(
+      const RouterProblem& problem, const Int8Tokens& x, const Int8Up& up, const Int8Up& down, const int8_t* up_panels,
+      const int8_t* down_panels)
       : problem_(problem),
         x_(x.values.const_data_ptr<uint8_t>()),
         scale_(x.scale.const_data_ptr<float>()),
         up_(up),
-        down_(down) {}
+        down_(down),
+        up_panels_(up_panels),
+        down_panels_(down_panels) {}
+
+  ~Int8Router() {
+    if (!sums_.empty()) at::native::cpublas::brgemm_release();
+  }
 
   void run(const uint8_t* x, int64_t count, float* scores) {
     const auto& p = problem_;
-    if (static_cast<int64_t>(rows_.size()) < count) {
-      rows_.resize(count);
-      std::iota(rows_.begin(), rows_.end(), 0);
-    }
     hidden_.resize(count * p.hidden);
     narrow_.resize(count * p.hidden);
     scales_.resize(count);
-    const float* scale = scale_ + (x - x_) / p.width;
-    int8_dot_product(x, p.width, scale, rows_.data(), count, up_.rows(0, p.width), p.hidden, hidden_.data(), p.hidden);
+    product(x, p.width, scale_ + (x - x_) / p.width, up_, up_panels_, p.hidden, count, hidden_.data());
     activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, count, p.hidden, p.hidden);
     for (int64_t i = 0; i < count; ++i) {
       scales_[i] = quantise(hidden_.data() + i * p.hidden, p.hidden, /*from_zero=*/false, narrow_.data() + i * p.hidden);
     }
-    int8_dot_product(
-        narrow_.data(), p.hidden, scales_.data(), rows_.data(), count, down_.rows(0, p.hidden), p.experts, scores,
-        p.experts);
+    product(narrow_.data(), p.hidden, scales_.data(), down_, down_panels_, p.experts, count, scores);
   }
 
  private:
+  // out (count, columns) = x (count, depth) w^T
+  void product(
+      const uint8_t* x, int64_t depth, const float* x_scale, const Int8Up& w, const int8_t* panels, int64_t columns,
+      int64_t count, float* out) {
+    const bool in_tiles = panels != nullptr && depth % 4 == 0 && count >= kManyTokens;
+    const int64_t tiled = in_tiles ? count / 4 * 4 : 0; // a number of rows as `rounded_height` has it
+    if (in_tiles) sums_.resize(tiled * kPanel);
+    for (int64_t n = 0; in_tiles && n < columns; n += kPanel) {
+      at::native::cpublas::brgemm(
+          tiled, kPanel, depth, depth, kPanel, kPanel, /*add_C=*/false, x, panels + n * depth, sums_.data());
+      for (int64_t i = 0; i < tiled; ++i) {
+        dequantise<float>(
+            sums_.data() + i * kPanel, w.sums + n, w.scale + n, x_scale[i], nullptr, std::min(kPanel, columns - n),
+            out + i * columns + n);
+      }
+    }
+    if (tiled == count) return;
+    while (static_cast<int64_t>(rows_.size()) < count) rows_.push_back(static_cast<int32_t>(rows_.size()));
+    int8_dot_product(
+        x, depth, x_scale, rows_.data() + tiled, count - tiled, w.rows(0, depth), columns, out + tiled * columns, columns);
+  }
+
   RouterProblem problem_;
   const uint8_t* x_;
   const float* scale_;
   Int8Up up_, down_;
-  std::vector<int32_t> rows_;
+  const int8_t *up_panels_, *down_panels_;
+  std::vector<int32_t> rows_, sums_; // 0, 1, 2, ...; (count, kPanel)
   std::vector<float> hidden_, scales_;
   std::vector<uint8_t> narrow_;
 };
@@ -182,9 +207,11 @@ struct Gate {
   // scores, not negative, and mask: (E,) of one token; order: work space
   void choose(const float* scores, bool* mask, int64_t experts, std::vector<uint64_t>& order) const {
     if (rule == Rule::dynk_max) {
-      float largest = scores[0];
-      for (int64_t e = 1; e < experts; ++e) largest = scores[e] > largest || std::isnan(scores[e]) ? scores[e] : largest;
-      const float least = static_cast<float>(1.0 - tau) * largest;
+      Vec most(0.f);
+      for (int64_t e = 0; e < experts; e += kWidth) {
+        most = at::vec::maximum(most, Vec::loadu(scores + e, std::min(kWidth, experts - e)));
+      }
+      const float least = static_cast<float>(1.0 - tau) * largest_lane(most);
       for (int64_t e = 0; e < experts; ++e) mask[e] = !(scores[e] < least); // a NaN runs and shows in the output
       return;
     }
