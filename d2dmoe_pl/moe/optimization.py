@@ -90,9 +90,10 @@ def use_short_attention_(graph: torch.fx.Graph) -> None:
 
 def join_int8_linears_(graph: torch.fx.Graph) -> None:
     """Have linear layers in int8 that share an input, such as queries, keys and values, round it once."""
-    sharing: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    sharing: dict[tuple[torch.fx.Node, int], list[torch.fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.d2dmoe_pl.int8_linear_cpu.default):
-        sharing.setdefault(_source(node.args[0]), []).append(node)
+        rows: Any = node.args[0]
+        sharing.setdefault((_source(rows), rows.meta["val"].shape[1]), []).append(node)
     places = {node: place for place, node in enumerate(graph.nodes)}
     for nodes in sharing.values():
         weights = [node.args[1:] for node in nodes]

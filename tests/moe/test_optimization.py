@@ -4,10 +4,12 @@ import pytest
 import tiny
 import torch
 from functorch.compile import make_boxed_func
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 from d2dmoe_pl import ConfigError, load_model, optimize_, quantize_, save_artifact, set_tau_
 from d2dmoe_pl.moe.optimization import join_int8_linears_, use_short_attention_
+from d2dmoe_pl.moe.quantization.int8_layers import Int8Linear
 
 
 @torch.no_grad()
@@ -76,6 +78,25 @@ def test_linear_layers_in_int8_that_share_an_input_round_it_once(compiled):
     (graph,) = compiled
     assert graph.count("int8_linears_cpu") == 2  # queries, keys and values of two layers
     assert graph.count("int8_linear_cpu") == 4  # outputs, the pooler and the head
+
+
+@torch.no_grad()
+def test_linear_layers_that_see_the_same_numbers_in_other_rows(compiled):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all, self.halves, self.also = (Int8Linear(torch.randn(64, width), None) for width in (64, 32, 64))
+
+        def forward(self, x):  # (N, 64)
+            return self.all(x) + self.halves(x.view(-1, 32)).view(-1, 2, 64).sum(1) + self.also(x)
+
+    model = Model()
+    x = torch.randn(6, 64)
+    expected = model(x)
+    optimize_(model)
+    assert torch.equal(model(x), expected)
+    (graph,) = compiled
+    assert (graph.count("int8_linears_cpu"), graph.count("int8_linear_cpu")) == (1, 1)
 
 
 @torch.no_grad()

@@ -109,6 +109,15 @@ def test_what_the_kernel_has_not_is_atens(query, key, value):
     assert got.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_heads_beside_something_else_in_memory(dtype):
+    whole = torch.randn(3, 2, 4, 20, 33).to(dtype)  # rows of an odd number of numbers
+    query, key, value = whole[..., :32]
+    expected = scaled_dot_product_attention(query.float(), key.float(), value.float())
+    torch.testing.assert_close(attention(query, key, value).float(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
 @torch.inference_mode()
 def test_threads_change_nothing():
     query, key, value = (heads(3, 70, 2, 32) for _ in range(3))

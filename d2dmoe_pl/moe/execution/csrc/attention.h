@@ -203,7 +203,9 @@ inline at::Tensor attention_cpu(
         std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0., /*is_causal=*/false, mask, scale));
     return out.transpose(1, 2).contiguous().transpose(1, 2); // as below, whatever it is
   }
-  const auto dense = [](const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
+  const auto dense = [](const at::Tensor& x) { // with rows that start where pairs do
+    return x.stride(-1) == 1 && x.stride(-2) % 2 == 0 ? x : x.contiguous();
+  };
   at::Tensor added;
   if (mask) added = dense(mask->expand({q.size(0), q.size(1), q.size(2), k.size(2)}));
   const at::Tensor out = at::empty({q.size(0), q.size(2), q.size(1), d}, q.options());
