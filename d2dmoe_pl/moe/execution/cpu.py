@@ -1,14 +1,18 @@
 """Executed (token, expert) pairs on the CPU, in C++ (``csrc``), compiled on first use.
 
-Tokens are bucketed by expert, block by block. For each expert, the rows of its tokens are multiplied where they lie,
-and the second product is added to the rows of the output, so that nothing of the size of the pairs is ever stored.
-In fp32 the weights are read as they are. In bf16 the products are ATen's ``brgemm`` (AMX where there is any) on weights
-packed for it, a copy that costs as much memory again as the experts' weights; it is made in the first call, and again
-after the weights were written to (writes through ``.data`` go unnoticed, as autograd would not notice them either).
-Without ``brgemm`` for bf16, that copy is in fp32, and so are the products.
+Tokens are bucketed by expert, block by block. For each expert, the rows of its tokens are multiplied, and the second
+product is added to the rows of the output, so that no output of a pair is ever stored. In bf16 and int8 the activations
+of a block's experts are all computed before that, and outputs added to a few columns at a time, so that these lie in
+the cache; by AMX where there is any.
+
+In fp32 the weights are read as they are. In bf16 the first products are ATen's ``brgemm`` on weights packed for it, a
+copy that costs as much memory again as the experts' weights; it is made in the first call, and again after the weights
+were written to (writes through ``.data`` go unnoticed, as autograd would not notice them either). Without ``brgemm``
+for bf16, that copy is in fp32, and so are the products.
 
 Where that is faster, as for many chosen experts or small ones, all are computed at once by dense products, 1,024
-tokens at a time, and what the mask leaves out is set to zero.
+tokens at a time, and what the mask leaves out is set to zero. With weights in int8 that is in bf16, on AMX alone, and
+keeps a copy of the weights in it.
 """
 
 import functools

@@ -30,17 +30,10 @@ class BFloat16Experts {
         gate_(gate ? gate->const_data_ptr<scalar>() : nullptr),
         down_(down.const_data_ptr<scalar>()) {}
 
-  ~BFloat16Experts() {
-    if (used_) at::native::cpublas::brgemm_release();
-  }
-
   // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
   void run(const Block& block, float* y) {
-    for (int64_t e = block.begin; e < block.end; ++e) {
-      first_products(e, block);
-      if (narrow_.is_full()) second_products(block.tokens, y);
-    }
-    second_products(block.tokens, y);
+    narrow_.run(
+        block, [&](int64_t expert) { first_products(expert, block); }, [&] { second_products(block.tokens, y); });
   }
 
  private:
@@ -86,7 +79,7 @@ class BFloat16Experts {
 
   void first_product(
       const scalar* a, const scalar* weight, int64_t rows, int64_t neurons, int64_t depth, float* out, int64_t ld) {
-    used_ = true;
+    unit_.held = true;
     at::native::cpublas::brgemm(rows, neurons, depth, depth, problem_.neurons, ld, /*add_C=*/false, a, weight, out);
   }
 
@@ -94,8 +87,7 @@ class BFloat16Experts {
     const int64_t outputs = problem_.outputs, pairs = even(step()) / 2;
     const bool is_regular = outputs % Tiles::kColumns == 0 && problem_.neurons % step() == 0;
     if (is_regular && Tiles::may_be_used()) {
-      if (used_) at::native::cpublas::brgemm_release(); // of the tiles
-      used_ = false;
+      unit_.release();
       const Tiles tiles(pairs);
       narrow_.add_outputs(
           tokens, outputs, Tiles::kColumns, y,
@@ -124,7 +116,7 @@ class BFloat16Experts {
     const int64_t neurons = even(std::min(step(), problem_.neurons - part.chunk * step()));
     const int64_t height = rounded_height(part.count);
     grow(sums_, height * kColumnsAtOnce);
-    used_ = true;
+    unit_.held = true;
     for (int64_t n = 0; n < columns; n += kColumnsAtOnce) {
       const int64_t here = std::min(kColumnsAtOnce, columns - n);
       at::native::cpublas::brgemm(
@@ -139,7 +131,7 @@ class BFloat16Experts {
 
   Problem problem_;
   const scalar *x_, *up_, *gate_, *down_;
-  bool used_ = false;
+  HeldUnit unit_;
   HiddenRows<scalar> narrow_;   // (rows, even(step()))
   std::vector<scalar> tokens_; // (kTokensAtOnce, even(d))
   std::vector<float> hidden_, gated_, sums_;

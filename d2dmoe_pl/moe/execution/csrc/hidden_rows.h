@@ -47,7 +47,17 @@ class HiddenRows {
 
   const T* of(const Part& part) const { return values_.data() + part.first * ld_; }
   int64_t filled() const { return filled_; } // rows
-  bool is_full() const { return filled_ * ld_ * static_cast<int64_t>(sizeof(T)) > kBytes; }
+
+  // Calls first(expert), which adds the expert's parts, for all of a block, and second() whenever enough wait, and at
+  // the end.
+  template <typename First, typename Second>
+  void run(const Block& block, const First& first, const Second& second) {
+    for (int64_t e = block.begin; e < block.end; ++e) {
+      first(e);
+      if (filled_ * ld_ * static_cast<int64_t>(sizeof(T)) > kBytes) second();
+    }
+    second();
+  }
 
   // Calls add(part, first column, columns, y from there on, ld of it) for every part and all columns of y (tokens,
   // outputs), `step` at once where the cache does not hold them all; then forgets the parts.

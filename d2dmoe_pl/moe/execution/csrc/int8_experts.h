@@ -70,17 +70,10 @@ class Int8Experts {
         up_quads_(up_quads),
         gate_quads_(gate_quads) {}
 
-  ~Int8Experts() {
-    if (used_) at::native::cpublas::brgemm_release();
-  }
-
   // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
   void run(const Block& block, float* y) {
-    for (int64_t e = block.begin; e < block.end; ++e) {
-      first_products(e, block);
-      if (narrow_.is_full()) second_products(block.tokens, y);
-    }
-    second_products(block.tokens, y);
+    narrow_.run(
+        block, [&](int64_t expert) { first_products(expert, block); }, [&] { second_products(block.tokens, y); });
   }
 
  private:
@@ -132,8 +125,7 @@ class Int8Experts {
   }
 
   void second_products(int64_t tokens, float* y) {
-    if (used_) at::native::cpublas::brgemm_release(); // of the tiles
-    used_ = false;
+    unit_.release();
     const Tiles tiles(quads(std::min(problem_.neurons, kChunk)));
     const auto add = [&](const Part& part, int64_t first, int64_t columns, float* to, int64_t ld) {
       second_product(tiles, part, first, columns, to, ld);
@@ -168,7 +160,7 @@ class Int8Experts {
   void tile_product(
       int64_t expert, int64_t n, int64_t neurons, const Int8Up& up, const int8_t* packed, const float* x_scale,
       const int32_t* rows, int64_t count, float* out, int64_t ld) {
-    used_ = true;
+    unit_.held = true;
     const int64_t s = problem_.neurons, depth = quads(problem_.width) * 4, height = rounded_height(count);
     grow(whole_, height * neurons);
     at::native::cpublas::brgemm(
@@ -189,7 +181,7 @@ class Int8Experts {
   const float* down_scale_;
   const int32_t* down_sums_;
   const int8_t *up_quads_, *gate_quads_;
-  bool used_ = false;
+  HeldUnit unit_;
   HiddenRows<uint8_t> narrow_;        // (rows, hidden_ld())
   std::vector<float> scales_;         // of each of them
   std::vector<float> hidden_, gated_; // (kTokensAtOnce, step)

@@ -24,6 +24,20 @@ inline int64_t rounded_height(int64_t rows) {
   return rows <= 2 ? rows : (rows + 3) / 4 * 4;
 }
 
+// The matrix unit, which ATen's brgemm holds for its thread from the first call on. Copies hold nothing.
+struct HeldUnit {
+  bool held = false;
+
+  HeldUnit() = default;
+  HeldUnit(const HeldUnit&) {}
+  ~HeldUnit() { release(); }
+
+  void release() {
+    if (held) at::native::cpublas::brgemm_release();
+    held = false;
+  }
+};
+
 // bf16 (E, s, d) to (E, ceil(d / 2), s, 2) if `transposed`, of B = W^T, else to (E, ceil(s / 2), d, 2), of B = W.
 inline at::Tensor interleave(const at::Tensor& weight, bool transposed) {
   const int64_t experts = weight.size(0), rows = weight.size(1), columns = weight.size(2);

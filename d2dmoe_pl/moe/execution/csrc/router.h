@@ -75,6 +75,7 @@ class BFloat16Router {
     hidden_.resize(height * p.hidden);
     narrow_.assign(height * ld, scalar(0.f));
     scores_.resize(height * p.experts);
+    unit_.held = true;
     at::native::cpublas::brgemm(height, p.hidden, depth, depth, p.hidden, p.hidden, false, x, up_, hidden_.data());
     activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, count, p.hidden, p.hidden);
     for (int64_t i = 0; i < count; ++i) {
@@ -85,13 +86,10 @@ class BFloat16Router {
     std::copy_n(scores_.data(), count * p.experts, scores);
   }
 
-  ~BFloat16Router() {
-    if (!scores_.empty()) at::native::cpublas::brgemm_release();
-  }
-
  private:
   RouterProblem problem_;
   const scalar *up_, *down_;
+  HeldUnit unit_;
   std::vector<scalar> tokens_, narrow_;
   std::vector<float> hidden_, scores_;
 };
@@ -137,10 +135,6 @@ class Int8Router {
         up_panels_(up_panels),
         down_panels_(down_panels) {}
 
-  ~Int8Router() {
-    if (!sums_.empty()) at::native::cpublas::brgemm_release();
-  }
-
   void run(const uint8_t* x, int64_t count, float* scores) {
     const auto& p = problem_;
     hidden_.resize(count * p.hidden);
@@ -162,6 +156,7 @@ class Int8Router {
     const bool in_tiles = panels != nullptr && depth % 4 == 0 && count >= kManyTokens;
     const int64_t tiled = in_tiles ? count / 4 * 4 : 0; // a number of rows as `rounded_height` has it
     if (in_tiles) sums_.resize(tiled * kPanel);
+    unit_.held |= in_tiles;
     for (int64_t n = 0; in_tiles && n < columns; n += kPanel) {
       at::native::cpublas::brgemm(
           tiled, kPanel, depth, depth, kPanel, kPanel, /*add_C=*/false, x, panels + n * depth, sums_.data());
@@ -182,6 +177,7 @@ class Int8Router {
   const float* scale_;
   Int8Up up_, down_;
   const int8_t *up_panels_, *down_panels_;
+  HeldUnit unit_;
   std::vector<int32_t> rows_, sums_; // 0, 1, 2, ...; (count, kPanel)
   std::vector<float> hidden_, scales_;
   std::vector<uint8_t> narrow_;
