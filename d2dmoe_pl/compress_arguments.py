@@ -47,7 +47,9 @@ def compress_parser() -> ArgumentParser:
     parser.add_argument(
         "--output_dir", type=str, default="runs/compress", help="Gets the recipe, the model, the report."
     )
-    parser.add_argument("--text_columns", type=list[str] | None, default=None, help="If names do not tell them.")
+    parser.add_argument(
+        "--text_columns", type=list[str] | str | None, default=None, help="One, or a list, if names do not tell."
+    )
     parser.add_argument("--label_column", type=str | None, default=None, help="If its name does not tell it.")
     parser.add_argument("--image_column", type=str | None, default=None, help="If its name does not tell it.")
     parser.add_argument(

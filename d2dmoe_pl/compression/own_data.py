@@ -87,9 +87,14 @@ def data_config(
     check(task is None or task in TASKS, f"task={task!r}: allowed are {', '.join(TASKS)}")
     source = source_of(data)
     train = DatasetSource(**source).load()["train"]
+    given_texts = [columns["text_columns"]] if isinstance(columns["text_columns"], str) else columns["text_columns"]
+    for argument, names in {**columns, "text_columns": given_texts}.items():
+        for name in [names] if isinstance(names, str) else names or []:
+            there = ", ".join(train.column_names)
+            check(name in train.column_names, f"{argument}={name!r}: no such column in {data}; there are {there}")
     image = columns["image_column"] or next((name for name in train.column_names if _is_image(train, name)), None)
     if task is None:
-        text_only = columns["label_column"] is None and not set(LABELS) & set(train.column_names)
+        text_only = columns["label_column"] is None and not _named(LABELS, train.column_names)
         task = "image-classification" if image else "causal-language-modeling" if text_only else "text-classification"
     if task == "image-classification":
         check(
@@ -108,18 +113,18 @@ def data_config(
         arguments = {
             "source": source,
             "tokenizer": tokenizer,
-            "text_column": _text_columns(train, columns["text_columns"], [])[0],
+            "text_column": _text_columns(train, given_texts, [])[0],
         }
         arguments |= {"length": BLOCK, "batch_size": max(1, batch_size // 4)}
         return {"class_path": "LanguageModeling", "init_args": arguments}, task
     common: dict[str, Any] = {"source": source, "batch_size": batch_size, "group_by_length": True}
     if task == "embeddings":
-        (text,) = _text_columns(train, columns["text_columns"], [])[:1]
+        (text,) = _text_columns(train, given_texts, [])[:1]
         longest = _max_length(train, [text], tokenizer)
         arguments = {**common, "model": model or tokenizer, "text_column": text, "max_length": longest}
         return {"class_path": "TextEmbeddings", "init_args": arguments}, task
-    label = _label_column(train, columns["label_column"], list(columns["text_columns"] or []))
-    texts = _text_columns(train, columns["text_columns"], [label])
+    label = _label_column(train, columns["label_column"], given_texts or [])
+    texts = _text_columns(train, given_texts, [label])
     named: dict[str, dict[str, Any]] = {
         "multi-label-classification": {"text_columns": texts, "label_columns": [label]},
         "token-classification": {"words_column": texts[0], "labels_column": label},
@@ -130,14 +135,20 @@ def data_config(
     return {"class_path": LABELLED[task], "init_args": arguments}, task
 
 
+def _named(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Those of ``columns`` that are called one of ``names``, in the order of these, in whatever case."""
+    return [column for name in names for column in columns if column.strip().lower() == name]
+
+
 def _is_image(train: Dataset, name: str) -> bool:
-    return isinstance(train.features[name], Image) or (name in IMAGES and "text" not in train.column_names)
+    is_called_so = bool(_named(IMAGES, [name])) and not _named(["text"], train.column_names)
+    return isinstance(train.features[name], Image) or is_called_so
 
 
 def _label_column(train: Dataset, given: str | None, others: Sequence[str]) -> str:
     if given is not None:
         return given
-    found = [name for name in LABELS if name in train.column_names]
+    found = _named(LABELS, train.column_names)
     left = [name for name in train.column_names if name not in others]
     if not found and len(left) == 1 and others:
         return left[0]
@@ -150,11 +161,19 @@ def _text_columns(train: Dataset, given: Sequence[str] | None, others: Sequence[
         return list(given)
     names = [name for name in train.column_names if name not in others]
     for pair in PAIRS:
-        if set(pair) <= set(names):
-            return list(pair)
-    found = [name for name in TEXTS if name in names] or (names if len(names) == 1 else [])
+        if len(both := _named(pair, names)) == len(pair):
+            return both
+    found = _named(TEXTS, names) or (names if len(names) == 1 else [])
+    if not found:
+        worded = [name for name in names if _has_words(train.select(range(min(SAMPLED, len(train))))[name])]
+        found = worded if len(worded) == 1 else []
     check(bool(found), f"text_columns=None: none of {', '.join(names)} has a name that tells; say which")
     return found[:1]
+
+
+def _has_words(values: Sequence[Any]) -> bool:
+    """Whether most of them are of several words."""
+    return sum(len(value.split()) > 1 for value in values if isinstance(value, str)) > len(values) / 2
 
 
 def _max_length(train: Dataset, texts: Sequence[str], tokenizer: str) -> int:

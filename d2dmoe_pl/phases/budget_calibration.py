@@ -22,6 +22,7 @@ from d2dmoe_pl.moe.budgets.allocation import (
     UNIFORM_TAUS,
     Measured,
     additive_path,
+    filled,
     greedy_path,
     interpolated,
     lower_envelope,
@@ -141,15 +142,17 @@ class BudgetCalibration(Calibration):
         batches = held_out(self, self.num_samples)
         found = self._check_enough(self, batches)
         rule = next(iter(layers.values())).get_gate().config.rule
-        grids = self._grids(batches, rule)
+        shares = self._shares(batches, rule)
+        grids = [tau_grid(of_layer, self.keep) for of_layer in shares]
         if self.estimate == "gradients":
-            self._keep(self._scored(self._estimated(batches, grids, found), rule))
-            return
-        samples = BesideDense(self, batches, keeps_vocabulary=False)
-        path = greedy_path(grids, partial(self._measure, samples))
-        uniform = [self._measure(samples, [tau] * len(layers)) for tau in UNIFORM_TAUS]
-        # the dense end stays, whatever noise makes of its divergence
-        self._keep(self._scored([path[0], *lower_envelope([*path[1:], *uniform])], rule))
+            path = self._estimated(batches, grids, found)
+        else:
+            samples = BesideDense(self, batches, keeps_vocabulary=False)
+            greedy = greedy_path(grids, partial(self._measure, samples))
+            uniform = [self._measure(samples, [tau] * len(layers)) for tau in UNIFORM_TAUS]
+            # the dense end stays, whatever noise makes of its divergence
+            path = [greedy[0], *lower_envelope([*greedy[1:], *uniform])]
+        self._keep(self._scored(filled(path, shares), rule))
 
     def _keep(self, path: BudgetPath) -> None:
         self._path = path
@@ -161,8 +164,8 @@ class BudgetCalibration(Calibration):
             )
         set_budget_(self.model, ffn_flops=max(self.ffn_flops, least))
 
-    def _grids(self, batches: Sequence[Batch], rule: str) -> list[list[float]]:
-        """Settings of each layer, by the scores that its router gives with every expert on."""
+    def _shares(self, batches: Sequence[Batch], rule: str) -> list[list[float]]:
+        """What each layer runs at each of ``FINE_TAUS``, by the scores that its router gives with every expert on."""
         layers = moe_layers(self.model)
         sums: dict[str, Tensor] = {}
 
@@ -176,7 +179,7 @@ class BudgetCalibration(Calibration):
             for batch in batches:
                 self.run_layers(moved(self, batch))
         totals = {name: summed(self, each.to(self.device)) for name, each in sums.items()}
-        return [tau_grid((totals[name][:-1] / totals[name][-1]).tolist(), self.keep) for name in layers]
+        return [(totals[name][:-1] / totals[name][-1]).tolist() for name in layers]
 
     def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:
         """The way down by gradients; divergences are sums over predictions."""

@@ -68,15 +68,25 @@ def test_columns_by_other_names(tmp_path, tokenizer):
     reviews = write(tmp_path / "reviews.csv", rows_of("review", "sentiment"))
     arguments = config(reviews, tokenizer)[0]["init_args"]
     assert (arguments["text_columns"], arguments["label_column"]) == (["review"], "sentiment")
+    reviews = write(tmp_path / "capital.csv", rows_of("Id", "Title", "Sentiment"))
+    arguments = config(reviews, tokenizer)[0]["init_args"]
+    assert (arguments["text_columns"], arguments["label_column"]) == (["Title"], "Sentiment")
     odd = write(tmp_path / "odd.csv", rows_of("a", "b", "c"))
     arguments = config(odd, tokenizer, "text-classification", text_columns=["c"], label_column="a")[0]["init_args"]
     assert (arguments["text_columns"], arguments["label_column"]) == (["c"], "a")
+    one = config(odd, tokenizer, "text-classification", text_columns="c", label_column="a")[0]["init_args"]
+    assert one["text_columns"] == ["c"]
+    worded = write(tmp_path / "worded.csv", [{"a": "x", "b": f"{n}", "c": "some words"} for n in range(9)])
+    assert config(worded, tokenizer, "text-classification", label_column="a")[0]["init_args"]["text_columns"] == ["c"]
     with pytest.raises(ConfigError) as error:
         config(odd, tokenizer, "text-classification")
     assert str(error.value) == "label_column=None: none of a, b, c has a name that tells; say which"
     with pytest.raises(ConfigError) as error:
         config(odd, tokenizer, "text-classification", label_column="a")
     assert str(error.value) == "text_columns=None: none of b, c has a name that tells; say which"
+    with pytest.raises(ConfigError) as error:
+        config(odd, tokenizer, "text-classification", text_columns=["c", "d"], label_column="a")
+    assert str(error.value) == f"text_columns='d': no such column in {odd}; there are a, b, c"
 
 
 @pytest.mark.parametrize(

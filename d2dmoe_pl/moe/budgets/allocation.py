@@ -3,10 +3,12 @@
 As TEAL (arXiv 2408.14690) does for the sparsity of activations; here for the tau of each layer.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,6 +178,50 @@ def lower_envelope(settings: Iterable[Measured]) -> list[Measured]:
         if not found or each.divergence < found[-1].divergence:
             found.append(each)
     return found[::-1]
+
+
+def filled(path: Sequence[Measured], shares: Sequence[Sequence[float]], gap: float = 0.01) -> list[Measured]:
+    """A way down with points in between, where costs are further apart than a share ``gap`` of the lower one.
+
+    What a layer runs does not fall evenly with its tau, so that half-way between two settings the cost is not. Points
+    are put where the layers that change run as much less as the cost is to fall, by the shares that they run at each
+    setting.
+
+    Args:
+        path: Each cheaper than the one before.
+        shares: Of each layer, what it runs at each of ``FINE_TAUS``, rising.
+        gap: In (0, 1).
+
+    Example:
+        >>> from d2dmoe_pl.moe.budgets.allocation import FINE_TAUS, Measured, filled
+        >>> ends = [Measured((1.0,), 0.0, 1.0), Measured((0.0,), 1.0, 0.5)]
+        >>> squares = [[(1 + tau**2) / 2 for tau in FINE_TAUS]]
+        >>> [round(each.taus[0], 2) for each in filled(ends, squares, gap=0.5)]
+        [1.0, 0.64, 0.0]
+    """
+    points = [*path[:1]]
+    for above, below in pairwise(path):
+        ratio = below.cost / above.cost
+        parts = math.ceil(-math.log(ratio) / math.log1p(gap)) if 0 < ratio < 1 else 1
+        for part in range(1, parts):
+            way = (1 - ratio ** (part / parts)) / (1 - ratio)
+            taus = tuple(
+                a if a == b else _tau_between(a, b, way, of_layer)
+                for a, b, of_layer in zip(above.taus, below.taus, shares, strict=True)
+            )
+            divergence = above.divergence + way * (below.divergence - above.divergence)
+            points.append(Measured(taus, divergence, above.cost + way * (below.cost - above.cost)))
+        points.append(below)
+    return points
+
+
+def _tau_between(above: float, below: float, way: float, shares: Sequence[float]) -> float:
+    """The setting that runs as much less than ``above`` as is ``way`` of the difference to ``below``."""
+    first, last = np.interp((above, below), FINE_TAUS, shares)
+    if first == last:
+        return above + way * (below - above)
+    tau = float(np.interp(first + way * (last - first), shares, FINE_TAUS))
+    return min(max(tau, min(above, below)), max(above, below))
 
 
 def interpolated(points: Mapping[int, float], at: float) -> float:

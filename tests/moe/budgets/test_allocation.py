@@ -2,11 +2,20 @@
 
 import itertools
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2dmoe_pl.moe.budgets.allocation import FINE_TAUS, Measured, greedy_path, interpolated, shares_at, tau_grid
+from d2dmoe_pl.moe.budgets.allocation import (
+    FINE_TAUS,
+    Measured,
+    filled,
+    greedy_path,
+    interpolated,
+    shares_at,
+    tau_grid,
+)
 
 HARMS = st.lists(st.floats(0.01, 10), min_size=1, max_size=5)
 
@@ -66,6 +75,29 @@ def test_a_grid_falls_by_about_one_share_a_step(tokens, num_experts, rule, seed)
     share = dict(zip(FINE_TAUS, shares, strict=True))
     for before, after in itertools.pairwise(grid):
         assert share[after] < share[before] or share[after] <= 0.75
+
+
+@given(st.integers(1, 5), st.sampled_from(["dynk_max", "dynk_cumulative"]), st.integers(0, 99))
+@settings(deadline=None, max_examples=40)
+def test_what_lies_between_two_points_costs_what_it_says(layers, rule, seed):
+    torch.manual_seed(seed)
+    shares = [shares_at(torch.rand(200, 32) ** (1 + 3 * layer), rule).tolist() for layer in range(layers)]
+
+    def measure(taus):
+        run = [np.interp(tau, FINE_TAUS, of_layer) for tau, of_layer in zip(taus, shares, strict=True)]
+        return Measured(tuple(taus), 1 - sum(run) / layers, sum(run) + 0.1)
+
+    path = greedy_path([tau_grid(of_layer, 0.5) for of_layer in shares], measure)
+    points = filled(path, shares)
+    assert [point for point in points if point in path] == path
+    for before, after in itertools.pairwise(points):
+        assert after.cost < before.cost <= 1.0101 * after.cost
+        assert abs(measure(after.taus).cost / after.cost - 1) < 0.01
+
+
+def test_points_that_are_near_have_none_between():
+    near = [Measured((1.0,), 0.0, 1.0), Measured((0.9,), 0.1, 0.995)]
+    assert filled(near, [list(FINE_TAUS)]) == near
 
 
 def test_interpolation():
