@@ -1,10 +1,7 @@
 """Compiled kernels: what they refuse, what ``auto`` does instead, ``torch.compile`` and ``torch.export``."""
 
 import multiprocessing
-import os
 import resource
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -31,23 +28,6 @@ CASE = {
     "density": 0.4,
 }
 MASK = torch.ones(2, 3, dtype=torch.bool)
-IN_TWO_TYPES = """
-import copy
-import torch
-from torch import nn
-from d2dmoe_pl.adapters import FFN
-from d2dmoe_pl.moe.experts.experts import Experts
-from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
-
-torch.manual_seed(0)
-experts = Experts(FFN("ffn", up=nn.Linear(64, 160), activation=nn.ReLU(), down=nn.Linear(160, 640)), 5, None, "cpu")
-narrow, int8 = copy.deepcopy(experts).bfloat16(), Int8Experts(experts)
-for tokens in (1, 7, 300):
-    x, mask = torch.randn(tokens, 64), torch.rand(tokens, 5) < 0.3
-    with torch.no_grad():
-        for other in (narrow(x.bfloat16(), mask).float(), int8(x, mask)):
-            torch.testing.assert_close(other, experts(x, mask), rtol=0, atol=0.05)
-"""
 
 
 @pytest.fixture
@@ -280,16 +260,6 @@ def test_operators_keep_torchs_rules():
     weights = [torch.randint(-9, 9, (width, x.shape[1]), dtype=torch.int8) for width in (7, 90)]
     linears = (x, weights, [torch.rand(7), torch.rand(90)], [torch.rand(7), None])
     torch.library.opcheck(torch.ops.d2dmoe_pl.int8_linears_cpu, linears)
-
-
-@pytest.mark.parametrize("most", ["AVX512_CORE", "AVX512_CORE_VNNI"])
-def test_a_processor_without_bfloat16(most):
-    """Of which ATen says that it has products in it, and oneDNN, when called, that it has not."""
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
-    done = subprocess.run(
-        [sys.executable, "-c", IN_TWO_TYPES], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_the_operator_checks_its_arguments():

@@ -1,4 +1,8 @@
-"""Packed copies of weights are of the weights at hand, whatever lay in the same memory before."""
+"""Weights are packed for products that this processor has, and are those at hand, whatever lay in the same memory."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,6 +11,24 @@ from torch import nn
 
 from d2dmoe_pl.moe.execution import cpu, reference
 from d2dmoe_pl.moe.experts.experts import Experts
+
+IN_TWO_TYPES = """
+import copy
+import torch
+from torch import nn
+from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
+
+torch.manual_seed(0)
+experts = Experts(FFN("ffn", up=nn.Linear(64, 160), activation=nn.ReLU(), down=nn.Linear(160, 640)), 5, None, "cpu")
+narrow, int8 = copy.deepcopy(experts).bfloat16(), Int8Experts(experts)
+for tokens in (1, 7, 300):
+    x, mask = torch.randn(tokens, 64), torch.rand(tokens, 5) < 0.3
+    with torch.no_grad():
+        for other in (narrow(x.bfloat16(), mask).float(), int8(x, mask)):
+            torch.testing.assert_close(other, experts(x, mask), rtol=0, atol=0.05)
+"""
 
 
 def on(memory, shape):
@@ -30,3 +52,13 @@ def test_another_tensor_in_the_same_memory_is_another(name):
         expected = reference.reference(experts, tokens, mask)
         torch.testing.assert_close(cpu.cpu(experts, tokens, mask), expected, rtol=0.05, atol=0.05)
     assert alive[0].data_ptr() == alive[1].data_ptr()
+
+
+@pytest.mark.parametrize("most", ["AVX512_CORE", "AVX512_CORE_VNNI"])
+def test_a_processor_without_bfloat16(most):
+    """Of which ATen says that it has products in it, and oneDNN, when called, that it has not."""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TWO_TYPES], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
