@@ -118,7 +118,7 @@ def test_ci_runs_the_readmes_test_line():
     assert "main.py chain" in start
     assert "pytest" in tests
     assert len(tests.splitlines()) == len(start.splitlines()) == 1
-    assert tests in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert f"{tests} || exit" in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
 def test_requirements_have_a_floor_and_a_ceiling():
