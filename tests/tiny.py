@@ -68,6 +68,7 @@ def _kinds():
         yield f"timm_vit{suffix}", "image-classification", make
     for suffix, architecture, kwargs in [
         ("", "eva02_tiny_patch14_224", {}),
+        ("-rope", "vit_pe_spatial_tiny_patch16_512", {}),
         ("-dinov3", "vit_small_patch16_dinov3", {}),
         ("-dinov3_gated", "vit_small_plus_patch16_dinov3", {}),
     ]:

@@ -1,6 +1,6 @@
 """The canonical view of an attention's linear projections, and how a module is put in the place of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
@@ -30,6 +30,8 @@ class AttentionParts:
         fused_widths: How wide each of the three is, by the module that holds the projections; equally if not given.
         fused_turns: In how many turns they come, by that module, as many as heads where each head has its three side by
             side; in one if not given.
+        replaceable: Which of ``query``, ``key``, ``value``, ``fused`` and ``output``, as they are called here, a module
+            that holds projections calls on a layer's input and on nothing else; all that are named if not given.
     """
 
     classes: tuple[type[nn.Module], ...]
@@ -40,6 +42,13 @@ class AttentionParts:
     fused: str | None = None
     fused_widths: Callable[[Any], tuple[int, int, int]] | None = None
     fused_turns: Callable[[Any], int] | None = None
+    replaceable: Callable[[Any], Collection[str]] | None = None
+
+    def paths(self, attention: nn.Module) -> dict[str, str]:
+        """The paths of what can be replaced in ``attention``, from it, by what they are called here."""
+        named = {name: path for name in ("fused", *ROLES) if (path := getattr(self, name)) is not None}
+        able = named if self.replaceable is None else self.replaceable(attention)
+        return {name: path for name, path in named.items() if name in able}
 
 
 @dataclass(frozen=True)
@@ -136,14 +145,15 @@ def find_projections(model: nn.Module, parts: AttentionParts, as_linear: AsLinea
     for name, attention in model.named_modules():
         if not isinstance(attention, parts.classes) or getattr(attention, "is_cross_attention", False):
             continue
-        if parts.fused is not None:
+        paths = parts.paths(attention)
+        if "fused" in paths:
             widths = None if parts.fused_widths is None else parts.fused_widths(attention)
             turns = 1 if parts.fused_turns is None else parts.fused_turns(attention)
-            found += _of_fused(attention.get_submodule(parts.fused), f"{name}.{parts.fused}", as_linear, widths, turns)
+            path = paths["fused"]
+            found += _of_fused(attention.get_submodule(path), f"{name}.{path}", as_linear, widths, turns)
         for role in ROLES:
-            path = getattr(parts, role)
-            if path is not None and (linear := as_linear(attention.get_submodule(path))) is not None:
-                found.append(Projection(f"{name}.{path}", role, f"{name}.{path}", linear))
+            if role in paths and (linear := as_linear(attention.get_submodule(paths[role]))) is not None:
+                found.append(Projection(f"{name}.{paths[role]}", role, f"{name}.{paths[role]}", linear))
     return found
 
 

@@ -7,10 +7,12 @@ from collections import Counter
 import pytest
 import tiny
 import torch
+from timm.models.eva import EvaAttention
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from d2dmoe_pl.adapters import ADAPTERS, ROLES, HuggingFaceModel, adapter_for, adapter_named, put_projection_
+from d2dmoe_pl.adapters._attention import find_projections
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, flops_outside_ffns, sample_inputs
@@ -34,22 +36,21 @@ KINDS = [
 ]
 
 
-ONE_ROLE = {"deberta_v2": "output", "timm_eva": "output"}  # what the families that do not name all of them name
+SOME = {"deberta_v2": ("value", "output"), "timm_eva": ("output",)}  # of kinds of which not all can be replaced
 CROSS = ("EncDecAttention", "encoder_attn")
 
 
 def roles_of(kind):
     """The roles that are named, each as often as there are self-attentions."""
     attentions = 4 if tiny.family_of(kind) in tiny.ENCODER_DECODERS else 2
-    only = ONE_ROLE.get(tiny.family_of(kind))
-    return dict.fromkeys(ROLES if only is None else [only], attentions)
+    return dict.fromkeys(SOME.get(kind, ROLES), attentions)
 
 
 def is_projection(kind, name):
     """Whether the linear module ``name`` is one of those that are named."""
     if any(part in name for part in CROSS) or ".head." in name or "att" not in name.lower():
         return False
-    return tiny.family_of(kind) not in ONE_ROLE or name.endswith((".output.dense", ".attn.proj"))
+    return kind not in SOME or name.endswith((".output.dense", ".attn.proj", ".value_proj"))
 
 
 def as_linear(projection):
@@ -194,6 +195,42 @@ def test_cross_attention_is_left_alone():
     names = [projection.name for projection in select_projections(model)]
     assert len(names) == 8
     assert not any("crossattention" in name for name in names)
+
+
+def test_positions_with_projections_of_their_own_leave_all_to_be_replaced():
+    config = tiny.CONFIGS["deberta_v2"]()
+    config.share_att_key = False
+    model = HuggingFaceModel("text-classification", config=config).build(tiny.LABELS).eval()
+    projections = select_projections(model)
+    assert Counter(projection.role for projection in projections) == dict.fromkeys(ROLES, 2)
+    inputs = tiny.batch("deberta_v2")
+    expected = model(**inputs).logits
+    for projection in projections:
+        put_projection_(model, projection, nn.Sequential(as_linear(projection)))
+    torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "names"),
+    [
+        ({"qkv_fused": False}, ["q_proj", "k_proj", "v_proj", "proj"]),
+        ({"qkv_bias": False}, ["qkv.query", "qkv.key", "qkv.value", "proj"]),
+        ({"qkv_bias_separate": True}, ["qkv.query", "qkv.key", "qkv.value", "proj"]),
+        ({}, ["proj"]),
+    ],
+)
+def test_eva_where_its_module_is_called(kwargs, names):
+    attention = EvaAttention(24, num_heads=4, scale_norm=False, **kwargs).eval()
+    model, x = nn.ModuleDict({"attn": attention}), torch.randn(2, 5, 24)
+    for name, bias in attention.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(bias)
+    expected = attention(x)
+    projections = find_projections(model, adapter_named("timm_eva").attention)
+    assert [projection.name for projection in projections] == [f"attn.{name}" for name in names]
+    for projection in projections:
+        put_projection_(model, projection, nn.Sequential(as_linear(projection)))
+    torch.testing.assert_close(attention(x), expected)
 
 
 class TestRefused:
