@@ -18,9 +18,9 @@ from d2dmoe_pl.compression.own_data import data_config
 from d2dmoe_pl.compression.target import Target
 from d2dmoe_pl.data import DatasetSource
 from d2dmoe_pl.data.head import LABELLED_HEADS
-from d2dmoe_pl.data.output_names import places
+from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
 
@@ -45,11 +45,13 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
         structure = source.build_structure(loaded.class_names)
         outputs = source.output_names() if loaded.head in LABELLED_HEADS else None
     needs_head = outputs is not None and places(loaded.class_names, outputs) is None
-    check(
-        given.effort == "hours" or not needs_head,
-        f"effort='minutes': {given.model} has no head for {', '.join(loaded.class_names[:5])}, and minutes trains "
-        "none; must be hours, or a model that has been trained on these labels",
-    )
+    if given.effort == "minutes" and outputs is not None and needs_head:
+        unknown = [name for name in loaded.class_names if places([name], outputs) is None] or loaded.class_names
+        has = "" if are_placeholders(outputs) else f" (but for {', '.join(outputs[:5])})"
+        raise ConfigError(
+            f"effort='minutes': {given.model} has no head for {', '.join(unknown[:5])}{has}, and minutes trains none; "
+            "must be hours, or a model that has been trained on these labels"
+        )
     sizes = sizes_of(structure)
     _check_reachable(target, sizes)
     check_enough(loaded.num_validation_samples, sizes.num_layers, "data")

@@ -130,6 +130,12 @@ def test_refused_before_anything_is_trained(place):
     assert refused("bare", "texts").startswith(
         "effort='minutes': bare has no head for cat, dog, eel, fox, gnu, and minutes trains none; must be hours"
     )
+    train = place / "texts" / "train.csv"
+    train.write_text(train.read_text().replace(f",{LABELS[2]}\n", ",misspelt\n", 1))
+    assert refused("model", "texts").startswith(
+        f"effort='minutes': model has no head for misspelt (but for {', '.join(LABELS)}), and minutes trains none"
+    )
+    stand_ins.write_emotion(place / "texts")
     said = refused("model", "texts", ("target", "ffn_flops=5%"))
     assert said.startswith("target='ffn_flops=5%': cannot be reached; ")
     assert said.endswith("is the least of this model, with one expert of each layer on")
