@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Image, load_dataset_builder
 from datasets.exceptions import DatasetsError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource
 from d2dmoe_pl.data.load_pretrained import load_pretrained
@@ -95,6 +95,11 @@ def data_config(
     image = columns["image_column"] or next((name for name in train.column_names if _is_image(train, name)), None)
     if task is None:
         text_only = columns["label_column"] is None and not _named(LABELS, train.column_names)
+        check(
+            image is not None or not text_only or _writes_text(model),
+            f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which, or set task "
+            "(causal-language-modeling and embeddings need no labels)",
+        )
         task = "image-classification" if image else "causal-language-modeling" if text_only else "text-classification"
     if task == "image-classification":
         check(
@@ -133,6 +138,14 @@ def data_config(
     by_name = named.get(task, {"text_columns": texts, "label_column": label})
     arguments = {**common, "tokenizer": tokenizer, **by_name, "max_length": _max_length(train, texts, tokenizer)}
     return {"class_path": LABELLED[task], "init_args": arguments}, task
+
+
+def _writes_text(model: str | None) -> bool:
+    """Whether a model is one of language; not known of one without a config."""
+    if model is None:
+        return False
+    config = load_pretrained(AutoConfig, model, "model")
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
 
 
 def _named(names: Sequence[str], columns: Sequence[str]) -> list[str]:

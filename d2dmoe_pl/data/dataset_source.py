@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset, load_dataset_builder
+from datasets import Dataset, IterableDataset, List, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from d2dmoe_pl.data.file_rows import READERS, check_decodable, hold_articles, json_fault, lines_of, rows_of, stamps
@@ -140,13 +141,25 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
         check_decodable(file)
         check(any(line.strip() for line in lines_of(file)), f"{file}: has no rows; must have one at least")
     try:
-        return load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming)
+        loaded = load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming)
     except (ValueError, DatasetsError) as error:
         faults = (json_fault(file) for file in files) if BUILDERS[ending] == "json" else ()
         fault = next((fault for fault in faults if fault is not None), None)
         if fault is None:
             raise
         raise ConfigError(fault) from error
+    inner = [name for name, feature in (loaded.features or {}).items() if _is_of_rows(feature)]
+    check(
+        streaming or len(loaded) > 1 or not inner or ending == ".parquet",
+        f"{files[0]}: is one object, with rows in {', '.join(map(repr, inner))}; must be a list of rows, or a row a "
+        "line",
+    )
+    return loaded
+
+
+def _is_of_rows(feature: Any) -> bool:
+    """Whether values are lists of records."""
+    return isinstance(feature, List) and isinstance(feature.feature, dict)
 
 
 def _first_line(error: BaseException) -> str:

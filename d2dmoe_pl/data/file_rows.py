@@ -15,6 +15,7 @@ import fsspec
 from d2dmoe_pl.errors import ConfigError, check
 
 QUOTE = '"'
+DELIMITERS = ",;\t"  # of CSV files, the likeliest first
 TITLE = re.compile(r" = (?!= )\S(.*\S)?(?<! =) = \s*")  # of an article in WikiText; its sections have = twice or more
 
 
@@ -50,8 +51,14 @@ def stamps(files: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def comma_separated_rows(file: str) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file by the names in its header; RFC 4180, so that quoted values may hold anything."""
-    return _named(file, _quoted(file, ","))
+    """Rows of a CSV file by the names in its header; RFC 4180, so that quoted values may hold anything.
+
+    Where numbers have commas, spreadsheets put semicolons in their place, and some programs put tabs: what parts the
+    header parts the rows.
+    """
+    header = next((line for line in lines_of(file) if line.strip("\r\n")), "")
+    parting = (mark for mark in DELIMITERS if len(next(csv.reader([header], delimiter=mark))) > 1)
+    return _named(file, _quoted(file, next(parting, DELIMITERS[0])))
 
 
 def tab_separated_rows(file: str) -> Iterator[dict[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WHOLE = re.compile(r"[+-]?\d+\.0+")
 PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
@@ -39,7 +40,8 @@ def places(data_names: Sequence[str], output_names: Sequence[str]) -> list[int] 
             return [index[key] for key in keys]
     if any(plain_name(name).isdecimal() for name in output_names):
         return None
-    numbers = [int(name) if name.isdecimal() else len(output_names) for name in data_names]
+    plain = map(plain_name, data_names)
+    numbers = [int(name) if name.isdecimal() else len(output_names) for name in plain]
     return numbers if all(number < len(output_names) for number in numbers) else None
 
 
@@ -54,8 +56,9 @@ def are_placeholders(output_names: Sequence[str]) -> bool:
 
 
 def plain_name(label: Any) -> str:
-    """A label's name, without the blanks around it."""
-    return str(label).strip()
+    """A label's name, without the blanks around it; of a whole number that was written as ``1.0``, ``1``."""
+    name = str(label).strip()
+    return name.partition(".")[0] if WHOLE.fullmatch(name) else name
 
 
 def _loose(name: str) -> str:

@@ -6,6 +6,7 @@ import json
 import pytest
 import stand_ins
 import tiny
+import transformers
 
 from d2dmoe_pl.compression.own_data import data_config, source_of
 from d2dmoe_pl.errors import ConfigError
@@ -112,12 +113,24 @@ def test_texts_for_vectors(tmp_path, tokenizer):
 
 def test_text_alone_is_for_a_language_model(tmp_path, tokenizer):
     (tmp_path / "all.txt").write_text("cat dog\n\neel fox\n\n" * 30)
-    made, task = config(str(tmp_path / "all.txt"), tokenizer)
+    transformers.GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "writer")
+    made, task = config(str(tmp_path / "all.txt"), tokenizer, model=str(tmp_path / "writer"))
     assert (task, made["class_path"], made["init_args"]["text_column"]) == (
         "causal-language-modeling",
         "LanguageModeling",
         "text",
     )
+
+
+def test_text_alone_is_not_for_a_model_that_writes_none(tmp_path, tokenizer):
+    (tmp_path / "all.csv").write_text("a cat,pet\n" * 30)  # a header is missing
+    for architectures in (["BertForSequenceClassification"], ["BertForMaskedLM"], None):
+        transformers.BertConfig(architectures=architectures).save_pretrained(tmp_path / "model")
+        with pytest.raises(ConfigError) as error:
+            config(str(tmp_path / "all.csv"), tokenizer, model=str(tmp_path / "model"))
+        assert str(error.value).startswith(
+            "label_column=None: none of a cat, pet has a name that tells; say which, or set task (causal-language"
+        )
 
 
 def test_pictures(tmp_path):

@@ -54,6 +54,12 @@ class TestSplits:
         splits = {"train": labelled(["bee", "ant", "bee"]), "test": labelled([1, 0], ["ant", "bee"])}
         assert names_of(splits)["test"] == ["bee", "ant"]
 
+    def test_whole_numbers_are_the_same_however_they_are_written(self):
+        splits = {"train": labelled(["0.0", "1.0", "0"]), "test": labelled([1, 0])}
+        assert names_of(splits) == {"train": ["0", "1", "0"], "test": ["1", "0"]}
+        assert places(["0.0", "1"], ["LABEL_0", "LABEL_1"]) == [0, 1]
+        assert places(["1", "0"], ["0.0", "1.0"]) == [1, 0]
+
     def test_blanks_around_names_are_no_new_class(self):
         splits = {"train": labelled(["joy", " joy", "fear ", "fear"]), "test": labelled([" fear", "joy"])}
         assert names_of(splits) == {"train": ["joy", "joy", "fear", "fear"], "test": ["fear", "joy"]}

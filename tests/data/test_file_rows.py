@@ -29,6 +29,18 @@ class TestDelimited:
                 writer.writerows([("text", "label"), *rows])
             assert [tuple(row.values()) for row in read(str(file))] == rows
 
+    @given(st.lists(st.tuples(WORDS, WORDS), min_size=1), st.sampled_from(",;\t"), st.booleans())
+    def test_what_parts_the_header_parts_the_rows(self, tmp_path_factory, rows, delimiter, all_quoted):
+        file = tmp_path_factory.mktemp("table") / "a.csv"
+        with file.open("w", newline="") as opened:
+            quoting = csv.QUOTE_ALL if all_quoted else csv.QUOTE_MINIMAL
+            csv.writer(opened, delimiter=delimiter, quoting=quoting).writerows([("text", "label"), *rows])
+        assert [tuple(row.values()) for row in comma_separated_rows(str(file))] == rows
+
+    def test_one_column_is_parted_by_nothing(self, tmp_path):
+        (tmp_path / "a.csv").write_text("text\none; two\nthree\tfour\n")
+        assert load(tmp_path / "a.csv")["text"][:] == ["one; two", "three\tfour"]
+
     @given(st.lists(st.tuples(PLAIN, PLAIN), min_size=1))
     def test_tabs_part_values_with_any_quotes_in_them(self, tmp_path_factory, rows):
         file = tmp_path_factory.mktemp("table") / "a.tsv"
@@ -165,6 +177,10 @@ class TestOtherFiles:
         [
             (b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
             (b'{"text": "\xff"}\n', "a.jsonl: line 1: not UTF-8"),
+            (
+                b'{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}',
+                "a.jsonl: is one object, with rows in 'data'; must be a list of rows, or a row a line",
+            ),
         ],
     )
     def test_json_that_is_none(self, tmp_path, content, message):
