@@ -26,6 +26,7 @@ from d2dmoe_pl.moe.budgets.allocation import (
     greedy_path,
     interpolated,
     lower_envelope,
+    next_places,
     shares_at,
     tau_grid,
 )
@@ -63,7 +64,8 @@ class BudgetCalibration(Calibration):
             that is more.
         num_samples: Of the validation split, that allocation goes by; drawn at random, but the same every time.
         num_scored_samples: Of the validation split, that costs and scores of the points on the way are measured on.
-        num_scored_points: How many of them are measured; those between are interpolated.
+        num_scored_points: How many of them are measured, more of them where the score changes fast; those between are
+            interpolated.
         keep: Share of a layer's executed experts that one step keeps; nearer to 1 is finer and takes longer.
         estimate: What a step adds to the divergence: ``measured``, by running the samples; or ``gradients``, by one
             gradient and what the step changes in the layer's own output. Measuring runs the model hundreds of times,
@@ -217,35 +219,19 @@ class BudgetCalibration(Calibration):
 
     def _scored(self, path: Sequence[Measured], rule: str) -> BudgetPath:
         """The path with costs and scores of more samples: measured at some points, those between interpolated."""
-        spread = torch.linspace(0, len(path) - 1, min(self.num_scored_points, len(path))).round().int().tolist()
-        steps = list(dict.fromkeys(spread))
-        sums = torch.zeros(len(steps), 4, dtype=torch.float64, device=self.device)
-        metrics = [self.task.metrics().to(self.device) for _ in steps]
-        outside = 0  # FLOPs that are not the FFNs'
-        for batch in held_out(self, self.num_scored_samples):
-            samples, on_device = BesideDense(self, [batch], keeps_vocabulary=True), moved(self, batch)
-            outside += self._outside(on_device)
-            for place, step in enumerate(steps):  # all of a batch together: what one needs is held, not what all do
-                logits, added = samples.run(0, path[step].taus)
-                sums[place] += added
-                metrics[place].update(logits, self.with_written(on_device))
-        sums = summed(self, sums)
+        batches = held_out(self, self.num_scored_samples)
+        sums: dict[int, list[float]] = {}
+        scores: dict[int, float] = {}
+        later = self.num_scored_points // 5
+        for number in (self.num_scored_points - 3 * later, *[later] * 3):
+            if steps := next_places(scores, len(path), number):
+                self._measure_points(path, steps, batches, sums, scores)
+        outside = sum(self._outside(moved(self, batch)) for batch in batches)  # FLOPs that are not the FFNs'
         beside = float(summed(self, torch.tensor(float(outside), dtype=torch.float64, device=self.device)))
-        share_outside = beside / (beside + float(sums[0, 2]))  # of the dense model's
-        measured: dict[int, BudgetPoint] = {}
-        for step, (divergence, flops, dense, weight), of_step in zip(steps, sums.tolist(), metrics, strict=True):
-            score = float(of_step.compute()[self.task.main_metric])
-            measured[step] = BudgetPoint(
-                path[step].taus,
-                flops / dense,
-                share_outside + (1 - share_outside) * flops / dense,
-                divergence / weight,
-                100 * score if self.task.in_percent else score,
-            )
+        share_outside = beside / (beside + sums[0][2])  # of the dense model's
         # costs on few samples are off by a factor that hardly changes from one point to the next
-        factors = {step: point.ffn_flops / path[step].cost for step, point in measured.items()}
-        divergences = {step: point.divergence for step, point in measured.items()}
-        scores = {step: point.score for step, point in measured.items()}
+        factors = {step: flops / dense / path[step].cost for step, (_, flops, dense, _) in sums.items()}
+        divergences = {step: divergence / weight for step, (divergence, _, _, weight) in sums.items()}
         points = []
         for step, each in enumerate(path):
             cost = each.cost * interpolated(factors, step)
@@ -259,9 +245,30 @@ class BudgetCalibration(Calibration):
             task.main_metric,
             task.in_percent,
             task.higher_is_better,
-            int(sums[0, 3]),
+            int(sums[0][3]),
             falling(points),
         )
+
+    def _measure_points(
+        self,
+        path: Sequence[Measured],
+        steps: Sequence[int],
+        batches: Sequence[Batch],
+        sums: dict[int, list[float]],
+        scores: dict[int, float],
+    ) -> None:
+        """Measure the points ``steps`` of ``path``: what :class:`BesideDense` sums up into ``sums``, and ``scores``."""
+        totals = torch.zeros(len(steps), 4, dtype=torch.float64, device=self.device)
+        metrics = [self.task.metrics().to(self.device) for _ in steps]
+        for batch in batches:
+            samples, on_device = BesideDense(self, [batch], keeps_vocabulary=True), moved(self, batch)
+            for place, step in enumerate(steps):  # all of a batch together: what one needs is held, not what all do
+                logits, added = samples.run(0, path[step].taus)
+                totals[place] += added
+                metrics[place].update(logits, self.with_written(on_device))
+        for step, total, metric in zip(steps, summed(self, totals).tolist(), metrics, strict=True):
+            score = float(metric.compute()[self.task.main_metric])
+            sums[step], scores[step] = total, 100 * score if self.task.in_percent else score
 
 
 def check_enough(samples: int, num_layers: int, argument: str) -> None:

@@ -224,6 +224,28 @@ def _tau_between(above: float, below: float, way: float, shares: Sequence[float]
     return min(max(tau, min(above, below)), max(above, below))
 
 
+def next_places(measured: Mapping[int, float], length: int, number: int) -> list[int]:
+    """Where to measure next on a way of ``length`` points: evenly at first, then where values change the most.
+
+    Args:
+        measured: Values by where they are; none at first.
+        length: How many places there are.
+        number: How many to take; at first at least both ends, later fewer where no gap is left to halve.
+
+    Example:
+        >>> from d2dmoe_pl.moe.budgets.allocation import next_places
+        >>> next_places({}, 9, 3)
+        [0, 4, 8]
+        >>> next_places({0: 90.0, 4: 89.0, 8: 60.0}, 9, 1)
+        [6]
+    """
+    if not measured:
+        return sorted({round(i * (length - 1) / max(1, number - 1)) for i in range(number)})
+    gaps = [(low, high) for low, high in pairwise(sorted(measured)) if high - low > 1]
+    gaps.sort(key=lambda gap: abs(measured[gap[1]] - measured[gap[0]]), reverse=True)
+    return sorted((low + high) // 2 for low, high in gaps[:number])
+
+
 def interpolated(points: Mapping[int, float], at: float) -> float:
     """The value at ``at`` on the lines through ``points``; that of the nearest beyond their ends.
 

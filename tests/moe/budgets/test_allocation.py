@@ -13,6 +13,7 @@ from d2dmoe_pl.moe.budgets.allocation import (
     filled,
     greedy_path,
     interpolated,
+    next_places,
     shares_at,
     tau_grid,
 )
@@ -98,6 +99,32 @@ def test_what_lies_between_two_points_costs_what_it_says(layers, rule, seed):
 def test_points_that_are_near_have_none_between():
     near = [Measured((1.0,), 0.0, 1.0), Measured((0.9,), 0.1, 0.995)]
     assert filled(near, [list(FINE_TAUS)]) == near
+
+
+@given(st.integers(1, 60), st.lists(st.integers(2, 9), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_nothing_is_measured_twice_and_both_ends_are(length, numbers, random):
+    measured = {}
+    for number in numbers:
+        places = next_places(measured, length, number)
+        assert len(places) <= number
+        assert not measured.keys() & set(places)
+        assert all(0 <= place < length for place in places)
+        measured |= {place: random.random() for place in places}
+    assert {0, length - 1} <= measured.keys()
+
+
+def test_a_fall_at_the_end_is_found_by_as_many_measurements():
+    values = [93 - 4 * 0.7 ** (359 - place) for place in range(360)]  # all of it in the last dozen
+
+    def furthest_off(measured):
+        return max(abs(interpolated(measured, place) - value) for place, value in enumerate(values))
+
+    evenly = {place: values[place] for place in next_places({}, 360, 20)}
+    found = {}
+    for number in (8, 4, 4, 4):
+        found |= {place: values[place] for place in next_places(found, 360, number)}
+    assert len(found) == len(evenly) == 20
+    assert furthest_off(found) < 0.7 * furthest_off(evenly)
 
 
 def test_interpolation():
