@@ -12,11 +12,15 @@ import transformers
 from recipe import arguments, write_recipe
 
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
+from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.data import DatasetSource, TextClassification
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint
 from d2dmoe_pl.phases import BudgetCalibration
 from d2dmoe_pl.report.drawings import as_svg, layers, loads, shortened
+from d2dmoe_pl.report.findings import Findings, PhaseFinding
+from d2dmoe_pl.report.page import as_markdown
 from d2dmoe_pl.report.single_samples import _patches, expert_loads, single_samples
 
 
@@ -62,6 +66,16 @@ def test_a_chain_ends_in_a_page_of_its_own_figures(run):
         assert phase in text
     assert page.count("<svg") == 4  # curve, layers, loads, pictures; nothing was logged often enough for courses
     assert "Where compute goes" in page
+
+
+@pytest.mark.parametrize(("spread", "said"), [(0.0005, "0.50x"), (0.004, "too noisy to tell")])
+def test_a_speed_is_not_told_where_something_else_ran(tmp_path, spread, said):
+    point = BudgetPoint((0.5,), 0.2, 0.5, 0.1, 90.0)
+    times = {None: Timing(0.01, spread), 0.2: Timing(0.02, 0.001)}
+    phases = [PhaseFinding("budget_calibration", "BudgetCalibration", 1.0, {})]
+    text = as_markdown(Findings(tmp_path, "speed=2x", "accuracy", phases, (), promised=point, times=times, timed="1"))
+    assert f"- **{said}** as fast as dense, 1" in text
+    assert re.search(rf"20%.*{said}", text)
 
 
 def test_run_again_with_nothing_to_do_it_stays(run):
