@@ -1,5 +1,6 @@
 """The data of a recipe, from a file, a folder or the name of a dataset: which splits there are, and which columns."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ LABELLED = {
 TASKS = (*LABELLED, "image-classification", "causal-language-modeling", "embeddings")
 LABELS = (
     *("label", "labels", "class", "target", "category", "emotion", "sentiment", "fine_label", "coarse_label"),
-    *("ner_tags", "tags", "pos_tags", "summary", "answer"),
+    *("ner_tags", "tags", "pos_tags", "summary", "answer", "score", "rating", "stars"),
 )
 TEXTS = (
     *("text", "sentence", "content", "review", "tweet", "document", "question", "query", "title", "comment"),
@@ -74,7 +75,7 @@ def data_config(
 
     Args:
         data: A file, a folder, or the name of a dataset on the hub.
-        task: One of ``TASKS``; None to go by the columns.
+        task: One of ``TASKS``; None to go by the columns, and by what labels are.
         model: Folder or hub name that a tokenizer or an image processor comes from; None if it has none.
         tokenizer: The same for the tokenizer, instead.
         columns: ``text_columns``, ``label_column`` and ``image_column``, each None to go by the names.
@@ -94,13 +95,7 @@ def data_config(
             check(name in train.column_names, f"{argument}={name!r}: no such column in {data}; there are {there}")
     image = columns["image_column"] or next((name for name in train.column_names if _is_image(train, name)), None)
     if task is None:
-        text_only = columns["label_column"] is None and not _named(LABELS, train.column_names)
-        check(
-            image is not None or not text_only or _writes_text(model),
-            f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which, or set task "
-            "(causal-language-modeling and embeddings need no labels)",
-        )
-        task = "image-classification" if image else "causal-language-modeling" if text_only else "text-classification"
+        task = "image-classification" if image else _task_of(train, given_texts, columns["label_column"], model)
     if task == "image-classification":
         check(
             image is not None,
@@ -138,6 +133,37 @@ def data_config(
     by_name = named.get(task, {"text_columns": texts, "label_column": label})
     arguments = {**common, "tokenizer": tokenizer, **by_name, "max_length": _max_length(train, texts, tokenizer)}
     return {"class_path": LABELLED[task], "init_args": arguments}, task
+
+
+def _task_of(train: Dataset, texts: Sequence[str] | None, label: str | None, model: str | None) -> str:
+    """The task that there is such a column of labels for; that of a language model where there is none."""
+    if label is None and not _named(LABELS, train.column_names):
+        check(
+            _writes_text(model),
+            f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which, or set task "
+            "(causal-language-modeling and embeddings need no labels)",
+        )
+        return "causal-language-modeling"
+    label = _label_column(train, label, texts or [])
+    text = _text_columns(train, texts, [label])[0]
+    some = train.select(range(min(SAMPLED, len(train))))
+    labels = [each for each in some[label] if each is not None]
+    if any(isinstance(each, list) for each in labels):
+        of_words = any(isinstance(each, list) for each in some[text])
+        return "token-classification" if of_words else "multi-label-classification"
+    numbers = [_number(each) for each in labels]
+    if all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers):
+        return "text-regression"
+    are_answers = _has_words(labels) and len(set(labels)) > len(labels) / 2
+    return "text-to-text" if are_answers else "text-classification"
+
+
+def _number(value: Any) -> float:
+    """The number that a value is, or says; not a number if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _writes_text(model: str | None) -> bool:

@@ -105,6 +105,28 @@ def test_other_tasks_of_texts(tmp_path, tokenizer, task, columns, made, settings
     assert [value[0] if isinstance(value, list) else value for value in values] == list(columns)
 
 
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("token-classification", lambda n: {"tokens": ["a", "cat"], "ner_tags": ["O", "PET"]}),
+        ("multi-label-classification", lambda n: {"text": "a cat", "labels": ["pet", "cat"][: n % 3]}),
+        ("text-regression", lambda n: {"text": "a cat", "label": n / 7}),
+        ("text-regression", lambda n: {"text": "a cat", "score": str(n / 7)}),
+        ("text-to-text", lambda n: {"article": "a cat", "summary": f"cat number {n}"}),
+        ("text-classification", lambda n: {"text": "a cat", "label": float(n % 3)}),
+        ("text-classification", lambda n: {"text": "a cat", "label": ["nan", "inf"][n % 2]}),
+        ("text-classification", lambda n: {"text": "a cat", "label": ["1.5", "two"][n % 2]}),
+        ("text-classification", lambda n: {"text": "a cat", "label": ["very good", "very bad"][n % 2]}),
+        ("text-classification", lambda n: {"text": "a cat", "label": [None, "pet", "cat"][n % 3]}),
+    ],
+)
+def test_the_task_is_told_by_the_labels(tmp_path, tokenizer, task, row):
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row(n)) + "\n" for n in range(30)))
+    assert config(str(file), tokenizer)[1] == task
+    assert config(str(file), tokenizer, "text-classification")[1] == "text-classification"
+
+
 def test_texts_for_vectors(tmp_path, tokenizer):
     found, _ = config(write(tmp_path / "own.csv", rows_of("text")), task="embeddings", model=tokenizer)
     assert found["class_path"] == "TextEmbeddings"
