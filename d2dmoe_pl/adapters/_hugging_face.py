@@ -25,6 +25,7 @@ from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 
 GENERATION_CONFIG = "generation_config.json"
+CODE_POINTS = 128  # of ASCII, for models that take the code points of text
 
 # the head for each task, and what of transformers knows the class that has it, by the type of a model
 HEADS: dict[TaskName, tuple[Head, Any]] = {
@@ -43,6 +44,11 @@ HEADS: dict[TaskName, tuple[Head, Any]] = {
 
 # of heads for whole texts that share a class, what a config calls them; one for classes need not be called anything
 PROBLEM_TYPES: dict[Head, Any] = {"regression": "regression", "multi-label": "multi_label_classification"}
+
+
+def text_config(config: Any) -> Any:
+    """Where settings of texts are; a model of texts and pictures has a config for each."""
+    return config if hasattr(config, "vocab_size") else getattr(config, "text_config", config)
 
 
 class HuggingFaceAdapter(Adapter):
@@ -164,7 +170,7 @@ class HuggingFaceAdapter(Adapter):
             length <= positions or positions < 0,
             f"length={length}: must be at most {positions}, the positions of the model",
         )
-        return {"input_ids": torch.randint(config.vocab_size, (batch_size, length))}
+        return {"input_ids": torch.randint(self.vocabulary_size(model) or CODE_POINTS, (batch_size, length))}
 
     def head(self, model: Any) -> Head:
         """See :meth:`Adapter.head`.
@@ -188,14 +194,16 @@ class HuggingFaceAdapter(Adapter):
     def num_outputs(self, model: Any) -> int:
         head = self.head(model)
         if head == "embedding":
-            return model.config.hidden_size
-        return model.config.vocab_size if head in VOCABULARY_HEADS else model.config.num_labels
+            return text_config(model.config).hidden_size
+        size: int | None = self.vocabulary_size(model) if head in VOCABULARY_HEADS else model.config.num_labels
+        assert size is not None
+        return size
 
     def label_names(self, model: Any) -> list[str] | None:
         return outputs_of(model.config) if self.head(model) in LABELLED_HEADS else None
 
     def vocabulary_size(self, model: Any) -> int | None:
-        return getattr(model.config, "vocab_size", None)
+        return getattr(text_config(model.config), "vocab_size", None)
 
     def num_positions(self, model: Any) -> int | None:
         for name, module in model.named_modules():

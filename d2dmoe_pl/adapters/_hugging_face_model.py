@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource, TaskName
-from d2dmoe_pl.adapters._hugging_face import HEADS, PROBLEM_TYPES, outputs_of
+from d2dmoe_pl.adapters._hugging_face import HEADS, PROBLEM_TYPES, outputs_of, text_config
 from d2dmoe_pl.data.embeddings.pooling import check_modules, pooling_of
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS
 from d2dmoe_pl.data.load_pretrained import load_pretrained
@@ -146,8 +146,9 @@ class HuggingFaceModel(ModelSource):
         config.problem_type = PROBLEM_TYPES.get(self.head)
         config.id2label = dict(enumerate(label_names))
         config.label2id = {label: index for index, label in enumerate(label_names)}
-        if getattr(config, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
-            config.pad_token_id = _first(getattr(config, "eos_token_id", None))
+        of_text = text_config(config)
+        if getattr(of_text, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
+            of_text.pad_token_id = _first(getattr(of_text, "eos_token_id", None))
         return config
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:

@@ -27,16 +27,19 @@ SEQ2SEQ = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+HEADS = {"num_key_value_heads": 1, "head_dim": 12}
+VISION = {"image_size": 32, "patch_size": 8, **tiny.SHAPE}
 # of each, its FFNs: a layer that is run twice has one, one that pools between sees other positions than the text's
 TRANSFORMERS = {
     "albert": (lambda: transformers.AlbertConfig(embedding_size=12, **TEXT), 1),
     "bigbird": (lambda: transformers.BigBirdConfig(**TEXT), 2),
     "bloom": (lambda: transformers.BloomConfig(hidden_size=24, n_layer=2, n_head=2, vocab_size=40, pad_token_id=0), 2),
-    "canine": (lambda: transformers.CanineConfig(**TEXT), 2),
+    "canine": (lambda: transformers.CanineConfig(**tiny.SHAPE), 2),  # takes code points, and has no vocabulary
     "deberta": (lambda: transformers.DebertaConfig(**TEXT), 2),
     "falcon": (lambda: transformers.FalconConfig(**DECODER), 2),
     "fnet": (lambda: transformers.FNetConfig(**TEXT), 2),
     "gptj": (lambda: transformers.GPTJConfig(n_embd=24, n_layer=2, n_head=2, rotary_dim=4, **_ids()), 2),
+    "gemma3": (lambda: transformers.Gemma3Config(text_config={**DECODER, **HEADS}, vision_config=VISION), 2),
     "mobilebert": (lambda: transformers.MobileBertConfig(**TEXT), 8),
     "starcoder2": (lambda: transformers.Starcoder2Config(num_key_value_heads=1, **DECODER), 2),
     "xlm": (lambda: transformers.XLMConfig(emb_dim=24, n_layers=2, n_heads=2, vocab_size=40), 2),
@@ -45,6 +48,7 @@ PICTURES = {
     "swin": lambda: transformers.SwinConfig(
         image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
     ),
+    "metaclip_2": lambda: transformers.MetaClip2Config(text_config=DECODER, vision_config=VISION),
     "convnext": lambda: transformers.ConvNextConfig(image_size=32, depths=[1, 1, 1, 1], hidden_sizes=[16] * 4),
 }
 TIMM = {
@@ -74,6 +78,22 @@ def test_texts(name, tmp_path):
     mask[1, 4:] = mask[2, 2:] = 0
     assert len(select_ffns(model)) == number
     converts_exactly(model, {**inputs, "attention_mask": mask}, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("config", "reads"),
+    [
+        (transformers.RwkvConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2, context_length=16), True),
+        (transformers.FalconConfig(**DECODER), False),
+        (transformers.BigBirdConfig(is_decoder=True, **TEXT), False),
+    ],
+)
+def test_padding_that_is_read_as_text_is_told(config, reads, caplog):
+    model = classifier(config, transformers.AutoModelForCausalLM)
+    model(torch.ones(1, 4, dtype=torch.long))  # it divides weights once, in place
+    with caplog.at_level(logging.INFO):
+        select_ffns(model)
+    assert ("Rwkv" in str(caplog.messages) and "reads padding before a text as text" in str(caplog.messages)) == reads
 
 
 @pytest.mark.parametrize("name", list(PICTURES))
