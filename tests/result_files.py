@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from d2dmoe_pl.moe.budgets.budget_path import path_from_json
+
 ROOT = Path(__file__).parents[1]
 LABELS = {
-    "d2dmoe_recovery": "D2DMoE, then recovery",
+    "d2dmoe_recovery_budgets": "D2DMoE, recovery, budgets",
+    "d2dmoe_recovery": "D2DMoE, recovery",
+    "d2dmoe_budgets": "D2DMoE, stand-ins, budgets",
     "d2dmoe": "D2DMoE",
     "d2dmoe_projections_recovery": "D2DMoE with projections, then recovery",
     "d2dmoe_projections": "D2DMoE with projections",
@@ -23,13 +27,9 @@ ABLATIONS = {
         "width_128": "routers of 128 neurons",
         "width_64": "routers of 64 neurons",
         "width_8": "routers of 8 neurons",
-        "penalty_l1": "L1 penalty",
-        "alpha_1e-3": "half the penalty, alpha 1e-3",
     },
     "d2dmoe_recovery": {
-        "alpha_1e-3_recovery": "half the penalty before it",
-        "router_lr_1e-3": "routers at a learning rate of 1e-3, not the model's 1e-4",
-        "router_lr_3e-4": "routers at the model's learning rate, 3e-4, not 2e-3",
+        "no_stand_ins": "nothing stands in for what is skipped",
     },
 }
 METHODS = [*LABELS, *(name for settings in ABLATIONS.values() for name in settings)]
@@ -61,6 +61,11 @@ class Results:
         """By method, the rows of the sweep of each seed."""
         found = {label: sorted(self.folder.glob(f"{name}-?.csv")) for name, label in LABELS.items()}
         return {label: [read(file) for file in files] for label, files in found.items() if files}
+
+    def promises(self) -> list[Row]:
+        """What calibrated models were said to do at each budget, and did, by seed; none if not measured."""
+        file = self.folder / "promises.csv"
+        return read(file) if file.is_file() else []
 
     def run(self, name: str, seed: str) -> list[Row]:
         """The rows of the sweep of one seed."""
@@ -95,13 +100,37 @@ def _note(recipe: str, name: str, seed: str, phase_folder: Path) -> None:
     """The scores that a phase ended with, into a file of such models' scores by seed."""
     config = json.loads((phase_folder / "artifact" / "config.json").read_text())
     scores = config["d2dmoe"]["history"][-1]["metrics"]
+    row = {"seed": seed, **{split: scores[f"{split}/accuracy"] for split in ("validation", "test")}}
+    _write(recipe, name, seed, [row])
+
+
+def promise(recipe: str, seed: str, phase_folder: str) -> None:
+    """Note what a calibrated model said of each budget that a sweep tried, and what it then did on the test split."""
+    config = json.loads((Path(phase_folder) / "artifact" / "config.json").read_text())
+    path = path_from_json(config["d2dmoe"]["budgets"])
+    before = [Path(phase_folder).parent / phase / "tau_sweep.csv" for phase in ("recovery_tuning", "router_regression")]
+    swept = read(next(file for file in before if file.is_file()))
+    dense = next(row["accuracy"] for row in swept if row["stage"] == "test" and float(row["tau"]) == 1)
+    rows = []
+    for row in read(Path(phase_folder) / "tau_sweep.csv"):
+        if row["stage"] == "test":
+            point = path.at_cost("ffn_flops", float(row["budget"]))
+            found = {"promised": point.score, "standard_error": path.standard_error(point.score)}
+            found |= {"accuracy": float(row["accuracy"]), "ffn_flops_percent": float(row["ffn_flops_percent"])}
+            found |= {"promised_with_all": path.dense.score, "accuracy_with_all": float(dense)}
+            rows.append({"seed": seed, "budget": row["budget"], **{key: f"{found[key]:.4f}" for key in found}})
+    _write(recipe, "promises", seed, rows)
+
+
+def _write(recipe: str, name: str, seed: str, rows: Sequence[Row]) -> None:
+    """Put a seed's rows into a file of all seeds."""
     file = Results(recipe, {}).folder / f"{name}.csv"
-    known = {row["seed"]: row for row in read(file)} if file.is_file() else {}
-    known[seed] = {"seed": seed, **{split: scores[f"{split}/accuracy"] for split in ("validation", "test")}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    others = [row for row in read(file) if row["seed"] != seed] if file.is_file() else []
     with file.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, ["seed", "validation", "test"])
+        writer = csv.DictWriter(opened, list(rows[0]))
         writer.writeheader()
-        writer.writerows(known[seed] for seed in sorted(known))
+        writer.writerows(sorted([*others, *rows], key=lambda row: row["seed"]))
 
 
 def speed(recipe: str, seed: str, benchmark: str) -> None:

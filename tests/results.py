@@ -2,14 +2,17 @@
 
     python tests/results.py keep minilm_emotion d2dmoe 0 runs/minilm_emotion/router_regression
     python tests/results.py control minilm_emotion 0 runs/minilm_emotion_dense/further_training
+    python tests/results.py promise minilm_emotion 0 runs/minilm_emotion/budget_calibration
     python tests/results.py speed minilm_emotion 0 runs/benchmark/benchmark.csv
     python tests/results.py draw
 
 ``keep`` copies what the sweep of one method and seed left, with the dense model's scores; ``control`` notes those of a
-dense model trained on for as long as D2DMoE and its recovery, without a penalty; ``speed`` copies a benchmark of the
-model that the first method in the table left with one seed; ``draw`` writes docs/results.md, the README's table and the
+dense model trained on for as long as D2DMoE and its recovery, without a penalty; ``promise`` notes what a calibrated
+model said of its budgets, and what came of it; ``speed`` copies a benchmark of the model that the first method in the
+table left with one seed; ``draw`` writes docs/results.md, the tables of the README and docs/budgets.md, and the
 pictures. How many experts a token runs is chosen on the validation split, for each budget anew: the setting with the
-best score among those that cost no more. What is shown is that setting's score on the test split.
+best score among those that cost no more; a model that is set to budgets is set to that one. What is shown is the score
+on the test split.
 """
 
 import statistics
@@ -17,16 +20,26 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from result_files import ABLATIONS, LABELS, ROOT, Results, Row, control, keep, read, speed
+from result_files import ABLATIONS, LABELS, ROOT, Results, Row, control, keep, promise, read, speed
 
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
+BUDGETS_PAGE = ROOT / "docs" / "budgets.md"
 COSTS = {"ffn_flops_percent": "FFN FLOPs", "model_flops_percent": "whole model's FLOPs"}
 TICKS = [3, 4, 5, 7, 10, 15, 20, 30, 50, 100]
-HEADLINE = [3, 5, 9, 18, 25]  # budgets of the README's table, which is of the first of RESULTS
+HEADLINE = [4, 7, 11, 18, 25]  # budgets of the README's table, which is of the first of RESULTS
 HEADLINE_MARKERS = (
     "<!-- the headline: python tests/results.py draw writes it -->",
     "<!-- end of the headline -->",
+)
+PROMISED = {  # budgets of the table in docs/budgets.md
+    "minilm_emotion": [0.04, 0.07, 0.11, 0.18],
+    "cifar10_vit": [0.08, 0.12, 0.2, 0.35],
+    "digits_vit": [0.12, 0.15, 0.25, 0.5],
+}
+PROMISED_MARKERS = (
+    "<!-- promises: python tests/results.py draw writes them -->",
+    "<!-- end of the promises -->",
 )
 RESULTS = [
     Results(
@@ -41,19 +54,28 @@ RESULTS = [
 
 
 def setting(row: Row) -> str:
-    """Which ``tau`` or ``k`` a row is of; empty for a routing that has neither."""
-    return row.get("tau") or row.get("k") or ""
+    """Which ``tau``, ``k`` or budget a row is of; empty for a routing that has none."""
+    return row.get("tau") or row.get("k") or row.get("budget") or ""
+
+
+def price(row: Row, cost: str) -> float:
+    """What a setting costs; a budget costs what it says, though not to the last digit."""
+    is_asked = "budget" in row and cost == "ffn_flops_percent"
+    return round(100 * float(row["budget"]), 6) if is_asked else float(row[cost])
 
 
 def chosen(rows: Sequence[Row], cost: str, budget: float) -> Row | None:
     """The test row of the setting with the best validation accuracy within ``budget``, and of equal ones the cheapest.
 
-    None if all cost more.
+    Of a model that is set to budgets, that of the dearest within ``budget``: it needs no choice. None if all cost more.
     """
-    affordable = [row for row in rows if row["stage"] == "validation" and float(row[cost]) <= budget]
+    affordable = [row for row in rows if row["stage"] == "validation" and price(row, cost) <= budget]
     if not affordable:
         return None
-    best = max(affordable, key=lambda row: (float(row["accuracy"]), -float(row[cost])))
+    if "budget" in affordable[0]:
+        best = max(affordable, key=lambda row: price(row, cost))
+    else:
+        best = max(affordable, key=lambda row: (float(row["accuracy"]), -float(row[cost])))
     return next(row for row in rows if row["stage"] == "test" and setting(row) == setting(best))
 
 
@@ -81,6 +103,29 @@ def table(runs: Mapping[str, Sequence[Sequence[Row]]], cost: str, budgets: Seque
     return lines
 
 
+def promises() -> str:
+    """What budgets were said to give, and gave, by recipe and budget."""
+    header = ("recipe", "FFN FLOPs", "cost off, relative", "promised, %", "test split, %", "apart, in standard errors")
+    header += ("loss promised, points", "loss")
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for recipe, budgets in PROMISED.items():
+        rows = Results(recipe, {}).promises()
+        for budget in budgets:
+            of_budget = [row for row in rows if abs(float(row["budget"]) - budget) < 1e-9]
+            keys = ("promised", "accuracy", "promised_with_all", "accuracy_with_all")
+            said, came, said_of_all, came_of_all = ([float(row[key]) for row in of_budget] for key in keys)
+            apart = [(a - b) / float(row["standard_error"]) for a, b, row in zip(came, said, of_budget, strict=True)]
+            off = max(abs(float(row["ffn_flops_percent"]) / (100 * budget) - 1) for row in of_budget)
+            signed = ", ".join(f"{each:+.1f}" for each in apart)
+            losses = [
+                spread([a - b for a, b in zip(every, of_some, strict=True)])
+                for every, of_some in ((said_of_all, said), (came_of_all, came))
+            ]
+            cells = [f"`{recipe}`", f"{100 * budget:g}%", f"{100 * off:.1f}%", spread(said), spread(came), signed]
+            lines.append(f"| {' | '.join([*cells, *losses])} |")
+    return "\n".join(lines)
+
+
 def ablations(results: Results) -> list[str]:
     """What one other setting does, as lines of Markdown; nothing where none was tried."""
     runs: dict[str, list[list[Row]]] = {}
@@ -102,19 +147,20 @@ def speeds(results: Results) -> list[str]:
     seed = file.stem.removeprefix("speed-")
     name = next(name for name in LABELS if (results.folder / f"{name}-{seed}.csv").is_file())
     rows = results.run(name, seed)
-    swept = {float(row["tau"]): row for row in rows if row["stage"] == "test"}
+    swept = {float(setting(row)): row for row in rows if row["stage"] == "test"}
     timed = [row for row in read(file) if row["scope"] == "model" and row["router"] == "True"]
     shapes = list(dict.fromkeys((row["dtype"], row["batch_size"]) for row in timed))
-    at = {(row["dtype"], row["batch_size"], float(row["tau"])): row for row in timed}
+    at = {(row["dtype"], row["batch_size"], float(setting(row))): row for row in timed}
     header = [f"{LABELS[name]}, seed {seed}", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
     header += [f"{dtype}, batch of {batch_size}" for dtype, batch_size in shapes]
     dense = [_milliseconds(next(at[key] for key in at if key[:2] == shape), "dense") for shape in shapes]
     lines = ["And on the clock, routers in:", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     lines.append(f"| dense | | | | {' | '.join(dense)} |")
-    for tau in dict.fromkeys(float(row["tau"]) for row in timed):
-        share = float(swept[tau]["model_flops_percent"])
-        cells = [f"tau {tau:g}", f"{float(swept[tau]['accuracy']):.2f}", f"{share:.1f}", f"{100 / share:.2f}x"]
-        rows = [at[(*shape, tau)] for shape in shapes]
+    for each in dict.fromkeys(float(setting(row)) for row in timed):
+        share = float(swept[each]["model_flops_percent"])
+        called = f"{100 * each:g}% of FFN FLOPs" if "budget" in swept[each] else f"tau {each:g}"
+        cells = [called, f"{float(swept[each]['accuracy']):.2f}", f"{share:.1f}", f"{100 / share:.2f}x"]
+        rows = [at[(*shape, each)] for shape in shapes]
         cells += [f"{float(row['speed_up']):.2f}x: {_milliseconds(row, 'moe')}" for row in rows]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -217,13 +263,18 @@ def readme(text: str) -> str:
     return placed(text, HEADLINE_MARKERS, headline())
 
 
+def budgets_page(text: str) -> str:
+    """The text of docs/budgets.md with its table."""
+    return placed(text, PROMISED_MARKERS, promises())
+
+
 def draw() -> None:
-    """Write the page, the README's table and the pictures."""
-    PAGE.write_text(page(PAGE.read_text()))
-    README.write_text(readme(README.read_text()))
+    """Write the pages with their tables, and the pictures."""
+    for path, made in ((PAGE, page), (README, readme), (BUDGETS_PAGE, budgets_page)):
+        path.write_text(made(path.read_text()))
     for results in RESULTS:
         picture(results).savefig(results.folder / "results.png", dpi=120)
 
 
 if __name__ == "__main__":
-    {"keep": keep, "control": control, "speed": speed, "draw": draw}[sys.argv[1]](*sys.argv[2:])
+    {"keep": keep, "control": control, "promise": promise, "speed": speed, "draw": draw}[sys.argv[1]](*sys.argv[2:])

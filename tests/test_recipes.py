@@ -97,8 +97,8 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
         ("moefication_bert_emotion", "expert_selection", 4),
         ("d2dmoe_vit_pets", "router_regression", 11),
         ("moefication_vit_pets", "expert_selection", 4),
-        ("minilm_emotion", "recovery_tuning", 14),
-        ("cifar10_vit", "recovery_tuning", 15),
+        ("minilm_emotion", "budget_calibration", 2),
+        ("cifar10_vit", "budget_calibration", 2),
         ("cifar10_vit_projections", "recovery_tuning", 15),
         ("cifar10_vit_moefication", "expert_selection", 4),
     ],
@@ -107,13 +107,19 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
     stand_ins.write_emotion(folder / "emotion")
     stand_ins.write_vit(folder / "vit")
     stand_ins.write_images(folder / "pets", {"train": 30, "test": 6})
-    stand_ins.write_images(folder / "cifar10", {"train": 30, "test": 6})
+    stand_ins.write_images(folder / "cifar10", {"train": 200 if last == "budget_calibration" else 30, "test": 6})
     if "relu" in recipe:
         stand_ins.with_relu(folder / "bert")
         stand_ins.with_relu(folder / "vit")
     small = [*SMALL_CLASSIFIER, *(SMALL_SELECTION if last == "expert_selection" else [])]
-    mixed = ["data.init_args.augmentation.mixup=0.8"] if recipe == "d2dmoe_vit_pets" else []
-    main([*commands(recipe)[-1], *small, *mixed])
+    own = ["data.init_args.augmentation.mixup=0.8"] if recipe == "d2dmoe_vit_pets" else []
+    if last == "budget_calibration":  # small models do not go far down
+        sweep = '[{"class_path": "TauSweep", "init_args": {"budgets": [0.99, 1.2]}}]'
+        own = [f"{last}.trainer.callbacks={sweep}", "stand_in_fitting.model.init_args.rank=1"]
+        own += [
+            f"{last}.model.init_args.{setting}" for setting in ("num_samples=16", "num_scored_points=2", "keep=0.2")
+        ]
+    main([*commands(recipe)[-1], *small, *own])
     artifact = read_artifact(folder / "runs" / recipe / last / "artifact")
     assert artifact.stage == "routed"
     assert json.loads((artifact.path / "config.json").read_text()).get("hidden_act", "relu") == "relu"

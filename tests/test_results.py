@@ -36,7 +36,7 @@ def test_a_cell_needs_every_seed():
 
 
 def test_pages_are_what_the_files_give():
-    text, readme = results.PAGE.read_text(), results.README.read_text()
+    text, readme, budgets = (page.read_text() for page in (results.PAGE, results.README, results.BUDGETS_PAGE))
     for each in results.RESULTS:
         assert all(text.count(marker) == 1 for marker in results.markers(each))
         assert (each.folder / "results.png").is_file()
@@ -44,6 +44,8 @@ def test_pages_are_what_the_files_give():
     assert all(readme.count(marker) == 1 for marker in results.HEADLINE_MARKERS)
     assert results.page(text) == text, "run python tests/results.py draw"
     assert results.readme(readme) == readme, "run python tests/results.py draw"
+    assert all(budgets.count(marker) == 1 for marker in results.PROMISED_MARKERS)
+    assert results.budgets_page(budgets) == budgets, "run python tests/results.py draw"
 
 
 @pytest.mark.parametrize("recipe", [each.recipe for each in results.RESULTS])
@@ -53,3 +55,21 @@ def test_the_control_is_trained_for_as_long_as_d2dmoe_and_its_recovery(recipe):
 
     longest = epochs(recipe, "sparsity_enforcement") + epochs(recipe, "recovery_tuning")
     assert epochs(f"{recipe}_dense", "further_training") == longest
+
+
+def test_a_budget_costs_what_it_says_though_not_to_the_last_digit():
+    def of(stage, budget, cost, accuracy):
+        return {"stage": stage, "budget": budget, "ffn_flops_percent": cost, "accuracy": accuracy}
+
+    rows = [
+        of("validation", "0.04", "4.01", "90"),
+        of("validation", "0.05", "4.9", "95"),
+        of("test", "0.04", "4.1", "91"),
+    ]
+    rows.append(of("test", "0.05", "4.8", "94"))
+    assert results.chosen(rows, "ffn_flops_percent", 4) == rows[2]
+    rows[1] = of("validation", "0.05", "4.9", "85")
+    assert results.chosen(rows, "ffn_flops_percent", 6) == rows[3]
+    assert results.price(rows[1], "ffn_flops_percent") == 5
+    assert results.chosen(rows, "ffn_flops_percent", 3) is None
+    assert results.price(of("test", "0.07", "7.1", "90"), "ffn_flops_percent") == 7  # which 100 * 0.07 is not
