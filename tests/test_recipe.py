@@ -204,6 +204,6 @@ def test_a_twin_says_nothing_that_it_would_take_from_its_original(file):
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_no_phase_says_what_all_share(file):
-    recipe = read_recipe(file)
-    for name, phase in recipe["phases"].items():
-        assert repeated(recipe["shared"], phase, name) == []
+    shared, own = read_recipe(file)["shared"], yaml.safe_load(file.read_text())
+    for name, phase in own["phases"].items():  # a twin may share what its original says of a phase alone
+        assert repeated(shared, phase, name) == []
