@@ -18,7 +18,17 @@ PACKAGE = ROOT / "d2dmoe_pl"
 # what stands left may be imported by what stands right
 FLOW = [
     ["sharded_tensors"],
-    ["errors", "finite_weights", "free_memory", "hooks", "hub_folders", "notices", "signals", "whole_files"],
+    [
+        "borrowed_tensors",
+        "errors",
+        "finite_weights",
+        "free_memory",
+        "hooks",
+        "hub_folders",
+        "notices",
+        "signals",
+        "whole_files",
+    ],
     ["auto_classes", "checkpoints", "failures", "plugins", "recipe"],
     ["benchmark_arguments", "chain_arguments", "compress_arguments"],
     ["__main__", "entry"],

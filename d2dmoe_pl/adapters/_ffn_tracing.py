@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from d2dmoe_pl.borrowed_tensors import Borrowing, own_tensors
 from d2dmoe_pl.hooks import hooked
 
 aten = torch.ops.aten
@@ -205,7 +205,7 @@ def _trace_fake(
     model: nn.Module, linear: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], call: Callable[[Any, Any], object]
 ) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    tensors = own_tensors(model)
     made: dict[int, Tensor] = {}
     for tensor in tensors.values():
         made.setdefault(id(tensor), mode.from_tensor(torch.empty_like(tensor, device="meta")))
@@ -215,16 +215,9 @@ def _trace_fake(
         for key in dict(module.named_parameters(recurse=False)):
             traced.own(fake[f"{name}.{key}"], name)
 
-    class Functional:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(model, name)
-
-        def __call__(self, *args: object, **kwargs: object) -> object:
-            return functional_call(model, fake, args, kwargs, tie_weights=False)
-
     given = {name: mode.from_tensor(tensor.to("meta")) for name, tensor in inputs.items()}
     with traced.watching(model), mode, traced:
-        call(Functional(), {name: traced.give(tensor) for name, tensor in given.items()})
+        call(Borrowing(model, fake), {name: traced.give(tensor) for name, tensor in given.items()})
     return traced
 
 

@@ -25,10 +25,12 @@ class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
         return self.random_inputs(model, 2, 0)
 
     def input_shape(self, model: Any) -> tuple[int, int, int]:
-        channels, height, width = model.pretrained_cfg["input_size"]
-        size = self._model_args(model).get("img_size", (height, width))
+        channels, *usual = model.pretrained_cfg["input_size"]
+        own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        args = getattr(model, "model_args", {})  # which are needed to save it, not to see it run
+        size = args.get("img_size") or own or usual
         height, width = (size, size) if isinstance(size, int) else size
-        return self._model_args(model).get("in_chans", channels), height, width
+        return args.get("in_chans", channels), height, width
 
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See :meth:`Adapter.logits_and_hidden_states`; there are none."""

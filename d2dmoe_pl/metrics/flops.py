@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2dmoe_pl.adapters import MASK, adapter_for
+from d2dmoe_pl.borrowed_tensors import Borrowing, own_tensors
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
 from d2dmoe_pl.sharded_tensors import without_gathering
@@ -80,18 +80,17 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
         model: A model with experts.
         inputs: A batch on the meta device, as :func:`sample_inputs` makes it.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     # fake, since models look into meta tensors, and do not look into what they take for tracing
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = {
         name: mode.from_tensor(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-        for name, tensor in tensors.items()
+        for name, tensor in own_tensors(model).items()
     }
     fake_inputs = {key: mode.from_tensor(value) for key, value in inputs.items()}
     experts_left_out = skipped(expert_layers(model).values())
     with mode, experts_left_out, without_gathering(model), FlopCounterMode(display=False) as counter, torch.no_grad():
-        functional: Any = _Functional(model, fake)
-        adapter_for(model).logits(functional, fake_inputs)
+        borrowing: Any = Borrowing(model, fake)
+        adapter_for(model).logits(borrowing, fake_inputs)
     return counter.get_total_flops()
 
 
@@ -110,17 +109,3 @@ def skipped(layers: Iterable[ExpertLayer]) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
-
-
-class _Functional:
-    """A model called with other parameters than its own."""
-
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self.model = model
-        self.tensors = tensors
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        return functional_call(self.model, dict(self.tensors), args, kwargs, tie_weights=False)

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import timm
 import tiny
 import torch
 import transformers
@@ -113,6 +114,16 @@ def test_answers(make, tmp_path):
     converted = converts_exactly(model, inputs, tmp_path / "artifact")
     assert len(moe_layers(converted)) == 4
     assert len({layer.context for layer in moe_layers(converted).values()}) == 2
+
+
+@pytest.mark.parametrize("name", list(TIMM))
+@torch.no_grad()
+def test_timm_as_timm_makes_it(name):
+    model = timm.create_model(name, **TIMM[name]).eval()
+    inputs = adapter_for(model).random_inputs(model, 2, 0)
+    expected = model(inputs["pixel_values"])
+    convert_to_moe_(model, ExpertsConfig(num_experts=4))
+    torch.testing.assert_close(model(inputs["pixel_values"]), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(TIMM))
