@@ -148,26 +148,33 @@ def speeds(results: Results) -> list[str]:
     name = next(name for name in LABELS if (results.folder / f"{name}-{seed}.csv").is_file())
     rows = results.run(name, seed)
     swept = {float(setting(row)): row for row in rows if row["stage"] == "test"}
-    timed = [row for row in read(file) if row["scope"] == "model" and row["router"] == "True"]
+    whole = [row for row in read(file) if row["scope"] == "model"]
+    timed = [row for row in whole if row["router"] == "True"]
     shapes = list(dict.fromkeys((row["dtype"], row["batch_size"]) for row in timed))
     at = {(row["dtype"], row["batch_size"], float(setting(row))): row for row in timed}
     header = [f"{LABELS[name]}, seed {seed}", "accuracy, %", "whole model's FLOPs, %", "speed-up they promise"]
     header += [f"{dtype}, batch of {batch_size}" for dtype, batch_size in shapes]
-    dense = [_milliseconds(next(at[key] for key in at if key[:2] == shape), "dense") for shape in shapes]
+    dense = {(row["dtype"], row["batch_size"]): _time(row, "dense") for row in timed if row["dtype"] == "float32"}
+    dense |= {(row["dtype"], row["batch_size"]): _time(row, "moe") for row in whole if row["backend"] == "PyTorch"}
     lines = ["And on the clock, routers in:", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines.append(f"| dense | | | | {' | '.join(dense)} |")
+    lines.append(f"| dense, in each type | | | | {' | '.join(_milliseconds(*dense[shape]) for shape in shapes)} |")
     for each in dict.fromkeys(float(setting(row)) for row in timed):
         share = float(swept[each]["model_flops_percent"])
         called = f"{100 * each:g}% of FFN FLOPs" if "budget" in swept[each] else f"tau {each:g}"
         cells = [called, f"{float(swept[each]['accuracy']):.2f}", f"{share:.1f}", f"{100 / share:.2f}x"]
-        rows = [at[(*shape, each)] for shape in shapes]
-        cells += [f"{float(row['speed_up']):.2f}x: {_milliseconds(row, 'moe')}" for row in rows]
+        for shape in shapes:
+            own = _time(at[(*shape, each)], "moe")
+            cells.append(f"{dense[shape][0] / own[0]:.2f}x: {_milliseconds(*own)}")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _milliseconds(row: Row, way: str) -> str:
-    median, deviation = float(row[f"{way}_ms"]), float(row[f"{way}_spread_ms"])
+def _time(row: Row, way: str) -> tuple[float, float]:
+    """Median and spread, milliseconds."""
+    return float(row[f"{way}_ms"]), float(row[f"{way}_spread_ms"])
+
+
+def _milliseconds(median: float, deviation: float) -> str:
     digits = 1 if median >= 10 else 2
     return f"{median:.{digits}f} ± {deviation:.{digits}f} ms"
 
