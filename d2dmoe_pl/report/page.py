@@ -52,10 +52,12 @@ def figures_of_merit(found: Findings) -> list[tuple[str, str]]:
     """The few numbers that matter, each with what it is."""
     merits = []
     metric = words(found.metric)
-    if found.test is not None and found.dense_test is not None and found.promised is not None:
+    if found.test is not None and found.promised is not None:
+        merits.append((_value(found.test, found.test.score, found), f"{metric}, test"))
+        if found.dense_test is not None:
+            dense = _value(found.dense_test, found.dense_test.score, found)
+            merits.append((dense, f"{metric} with every expert on, test"))
         merits += [
-            (_value(found.test, found.test.score, found), f"{metric}, test"),
-            (_value(found.dense_test, found.dense_test.score, found), f"{metric} with every expert on, test"),
             (f"{found.promised.score:.2f}", f"{metric} promised, by validation"),
             (f"{found.test.ffn_flops_percent:.1f}%", "of the dense FFNs' FLOPs, test"),
             (f"{found.test.model_flops_percent:.1f}%", "of the dense model's FLOPs, test"),
@@ -124,7 +126,7 @@ def time_table(found: Findings) -> Table:
 def commands(found: Findings) -> str:
     """How to load, serve, evaluate and reproduce."""
     last = found.folder / found.phases[-1].name
-    model = found.folder / "model" if found.asked else last / "artifact"
+    model = aside if (aside := found.folder / "model").is_dir() else last / "artifact"
     budget = f"\nset_budget_(model, ffn_flops={found.promised.ffn_flops:.3g})" if found.promised else ""
     names = "load_model, set_budget_" if budget else "load_model"
     return f"""# load; dtype="int8" or "bfloat16" and optimize=True make it faster

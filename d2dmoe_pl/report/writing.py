@@ -11,7 +11,7 @@ from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, read_csv
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint, budget_path, set_taus_
 from d2dmoe_pl.moe.find_layers import expert_layers
-from d2dmoe_pl.phases import Phase
+from d2dmoe_pl.phases import BudgetCalibration, Phase
 from d2dmoe_pl.report.findings import Findings, phase_findings
 from d2dmoe_pl.report.measured_speed import measured_times
 from d2dmoe_pl.report.page import as_html, as_markdown
@@ -38,7 +38,7 @@ def write_report(
         folder: Of the chain.
         names: Of its phases, all finished.
         phase: The last one, with its model and data, which is set up.
-        asked: What was asked for, in words.
+        asked: What was asked for, in words; the budget of ``BudgetCalibration`` if that is last, and nothing is given.
         promised: The budget that does that.
         measured: On the test split: at that budget, and with every expert on.
 
@@ -47,16 +47,21 @@ def write_report(
     """
     sweep = folder / names[-1] / "tau_sweep.csv"
     rows = read_csv(sweep, phase.task) if sweep.is_file() else []
+    test, dense_test = (measured[0], measured[-1]) if measured else (None, None)
+    path = budget_path(phase.model)
+    if promised is None and path is not None and isinstance(phase, BudgetCalibration):
+        asked = f"ffn_flops={100 * phase.ffn_flops:g}%"
+        promised = path.at_cost("ffn_flops", max(phase.ffn_flops, path.points[-1].ffn_flops))
+        test = next((row for row in rows if row.stage == "test" and row.setting == phase.ffn_flops), None)
     has_experts = bool(expert_layers(phase.model))
     times, timed = _times(phase, promised) if has_experts else ({}, "")
-    test, dense_test = (measured[0], measured[-1]) if measured else (None, None)
     found = Findings(
         folder,
         asked,
         phase.task.main_metric,
         phase_findings(folder, names, phase.task.main_metric),
         rows,
-        budget_path(phase.model),
+        path,
         promised,
         test,
         dense_test,

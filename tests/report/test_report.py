@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -9,6 +10,7 @@ import stand_ins
 import tiny
 import torch
 import transformers
+import yaml
 from recipe import arguments, write_recipe
 
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
@@ -66,6 +68,27 @@ def test_a_chain_ends_in_a_page_of_its_own_figures(run):
         assert phase in text
     assert page.count("<svg") == 4  # curve, layers, loads, pictures; nothing was logged often enough for courses
     assert "Where compute goes" in page
+
+
+def test_a_chain_that_ends_in_budgets_says_what_it_is_set_to(run):
+    recipe = yaml.safe_load((run.parent / "recipe.yaml").read_text())
+    calibration = {"ffn_flops": 0.6, "num_samples": 64, "num_scored_points": 4, "keep": 0.5}
+    sweep = [{"class_path": "TauSweep", "init_args": {"budgets": [0.6, 0.8]}}]
+    recipe["phases"]["budgets"] = {
+        "model": {"class_path": "BudgetCalibration", "init_args": calibration},
+        "trainer": {"callbacks": sweep},
+    }
+    (run.parent / "budgets.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    shutil.copytree(run, run.parent / "budgets")
+    main(arguments(str(run.parent / "budgets.yaml"), run.parent / "budgets"))
+    text = (run.parent / "budgets" / "report.md").read_text()
+    with (run.parent / "budgets" / "budgets" / "tau_sweep.csv").open() as opened:
+        (row,) = [row for row in csv.DictReader(opened) if row["stage"] == "test" and row["budget"] == "0.6"]
+    assert text.startswith("# 60.0% of the FFNs' FLOPs, ")
+    assert f": {float(row['accuracy']):.2f} ± " in text.splitlines()[0]
+    assert "Asked for: **ffn_flops=60%**." in text
+    assert "promised, by validation" in text
+    assert f'model = load_model("{run.parent / "budgets" / "budgets" / "artifact"}")' in text
 
 
 @pytest.mark.parametrize(("spread", "said"), [(0.0005, "0.50x"), (0.004, "too noisy to tell")])
