@@ -36,7 +36,8 @@ from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import PARTS, check_phase_name, phase_config, recipe_file
-from d2dmoe_pl.report.writing import write_report
+from d2dmoe_pl.report.writing import HTML, write_report
+from d2dmoe_pl.run_folders import RUN, with_run
 from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.whole_files import clean_up, is_file_name
 
@@ -94,6 +95,8 @@ def _run_what_is_left(
     if first is None:
         say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
         end_redo(output_dir)
+        if not (output_dir / HTML).is_file():  # it was broken off
+            _say_report(output_dir, names, _reopened(output_dir / names[-1]))
         return
     openings = openings[first:]
     preflight(
@@ -125,8 +128,21 @@ def _run_what_is_left(
         if is_sharded(finished.model.model):  # this process alone could not run it
             finished.model.model = load_model(output_dir / names[-1] / FOLDER)
             finished.model.to("cpu")
-        page = write_report(output_dir, names, finished.model)
-        say(f"Report: {page}", style="bold")
+        _say_report(output_dir, names, finished)
+
+
+def _say_report(output_dir: Path, names: Sequence[str], last: PhaseCLI) -> None:
+    say(f"Report: {write_report(output_dir, names, last.model)}", style="bold")
+
+
+def _reopened(folder: Path) -> PhaseCLI:
+    """A finished phase as it is after its test, on one process and with nothing written."""
+    alone = ["--trainer.logger=false", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto"]
+    opening = PhaseCLI(args=[*with_run([f"{RUN}={folder}"]), *alone], run=False)
+    trainer: Any = opening.trainer
+    trainer.callbacks, trainer.limit_test_batches = [], 1
+    trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
+    return opening
 
 
 def _check_writable(output_dir: Path) -> None:

@@ -107,6 +107,17 @@ def test_run_again_with_nothing_to_do_it_stays(run):
     assert (run / "report.html").read_bytes() == before
 
 
+def test_a_report_that_was_broken_off_is_written_by_the_next_call(run):
+    swept, text = (run / "router_regression" / "tau_sweep.csv").read_bytes(), (run / "report.md").read_text()
+    files = sorted(run.rglob("*"))
+    (run / "report.html").unlink()
+    main(arguments(str(run.parent / "recipe.yaml"), run))
+    assert (run / "report.html").is_file()
+    assert (run / "report.md").read_text() == text
+    assert (run / "router_regression" / "tau_sweep.csv").read_bytes() == swept
+    assert sorted(run.rglob("*")) == files
+
+
 def test_words_of_texts_and_their_loads(trainer, tmp_path):
     stand_ins.write_emotion(tmp_path / "texts")
     tiny.tokenizer(tmp_path / "words", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
