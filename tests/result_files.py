@@ -28,9 +28,6 @@ ABLATIONS = {
         "width_64": "routers of 64 neurons",
         "width_8": "routers of 8 neurons",
     },
-    "d2dmoe_recovery": {
-        "no_stand_ins": "nothing stands in for what is skipped",
-    },
 }
 METHODS = [*LABELS, *(name for settings in ABLATIONS.values() for name in settings)]
 Row = Mapping[str, str]
