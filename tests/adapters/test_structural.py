@@ -144,7 +144,8 @@ def test_it_is_said_once(caplog):
     with caplog.at_level(logging.WARNING, logger="d2dmoe_pl"):
         select_ffns(model)
         convert_to_moe_(model, ExpertsConfig(8))
-    assert [record.message for record in caplog.records] == [
+    # transformers has something to say too, where noise has padding's id in it
+    assert [record.message for record in caplog.records if record.name.startswith("d2dmoe_pl")] == [
         "DebertaForSequenceClassification: no adapter knows it; 2 FFNs found by tracing and proved on random input, "
         "the first deberta.encoder.layer.0.intermediate.dense (left alone: classifier gives another width than it "
         "takes)."
