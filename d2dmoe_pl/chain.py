@@ -95,7 +95,9 @@ def _run_what_is_left(
     if first is None:
         say(f"Nothing to do. Redo with --from PHASE ({', '.join(names)}).")
         end_redo(output_dir)
-        if not (output_dir / HTML).is_file():  # it was broken off
+        environment = getattr(openings[-1].trainer.strategy, "cluster_environment", None)
+        is_one_of_several = environment is not None and environment.creates_processes_externally
+        if not (output_dir / HTML).is_file() and not is_one_of_several:  # it was broken off
             _say_report(output_dir, names, _reopened(output_dir / names[-1]))
         return
     openings = openings[first:]

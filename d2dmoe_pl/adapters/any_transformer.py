@@ -61,7 +61,8 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
 
     def _prove(self, model: Any, sites: Sequence[Site], inputs: Mapping[str, Tensor]) -> None:
         super()._prove(model, sites, inputs)
-        if self.input_shape(model) is None and MASK in inspect.signature(model.forward).parameters:
+        takes_mask = MASK in inspect.signature(model.forward).parameters
+        if self.input_shape(model) is None and takes_mask and not model.config.is_encoder_decoder:
             ids = inputs["input_ids"].to(next(model.parameters()).device)
             mask = torch.ones_like(ids)
             mask[:, : LENGTH // 2] = 0
@@ -79,7 +80,7 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         modules = dict(model.named_modules())
         ends = [modules[site.name if site.form == "module" else site.down] for site in sites]
         expected = self.traced_logits(model, batch)
-        if expected.dim() < 3 or model.config.is_encoder_decoder:  # of the first token, or behind another mask
+        if expected.dim() < 3:  # of the first token
             return False
         with hooked(module.register_forward_hook(silence) for module in ends):
             got = self.traced_logits(model, batch)

@@ -118,6 +118,18 @@ def test_a_report_that_was_broken_off_is_written_by_the_next_call(run):
     assert sorted(run.rglob("*")) == files
 
 
+def test_a_launched_process_leaves_a_report_that_was_broken_off(run, monkeypatch):
+    copy = run.parent / "launched"
+    shutil.copytree(run, copy)
+    (copy / "report.html").unlink()
+    launched = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    several = ("--set", "trainer.devices=2", "trainer.strategy=ddp")
+    main(arguments(str(run.parent / "recipe.yaml"), copy, *several))
+    assert not (copy / "report.html").exists()
+
+
 def test_words_of_texts_and_their_loads(trainer, tmp_path):
     stand_ins.write_emotion(tmp_path / "texts")
     tiny.tokenizer(tmp_path / "words", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
