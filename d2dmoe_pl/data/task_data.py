@@ -169,7 +169,7 @@ class TaskData(L.LightningDataModule):
         assert found is not None
         others = [index for index in range(len(output_names)) if index not in set(found)]
         self.task = self._own_task.with_label_names(output_names)
-        self._outputs = torch.tensor([*found, *others])
+        self._outputs = torch.tensor([*found, *others], device="cpu")  # as batches are; models may be made elsewhere
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Samples to predict for, of inputs as they are: texts, or paths of pictures.

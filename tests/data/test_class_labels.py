@@ -158,6 +158,11 @@ class TestNumbering:
         assert self.labels(data) == [2, 1, 2, 0]
         assert data.task.label_names == ["anger", "fear", "joy"]
 
+    def test_batches_stay_on_the_cpu_wherever_models_are_made(self, data):
+        with torch.device("meta"):  # as Lightning has a GPU be the default while a phase makes its model
+            data.number_labels_as(["joy", "fear", "anger"])
+        assert self.labels(data) == [0, 1, 0, 2]
+
     def test_a_class_that_the_model_lacks(self, data):
         with pytest.raises(ConfigError, match="labels: anger, fear, joy are not all among fear, joy"):
             data.number_labels_as(["fear", "joy"])
