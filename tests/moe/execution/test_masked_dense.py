@@ -47,7 +47,9 @@ def test_all_at_once_where_that_is_faster(dtype, num_experts, expert_dim, share,
     """Of ReLU without bias it gives the bits of the plain twin; experts by themselves are added in another order."""
     experts = experts_of(num_experts, expert_dim, dtype, bias=False, d_model=128)
     x, mask = torch.randn(700, 128, dtype=dtype), torch.rand(700, num_experts) < share
-    assert torch.equal(cpu(experts, x, mask), reference(experts, x, mask)) == is_dense
+    got, plain = cpu(experts, x, mask), reference(experts, x, mask)
+    exact = reference(experts.float(), x.float(), mask).to(dtype)  # of CPUs that multiply bf16 in fp32
+    assert (torch.equal(got, plain) or torch.equal(got, exact)) == is_dense
 
 
 @pytest.mark.parametrize("tokens", [2, 90])

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from d2dmoe_pl.adapters import FFN
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, quantized
@@ -159,6 +160,20 @@ def test_what_was_written_to_a_weight_is_seen():
     torch.testing.assert_close(linear(x), -before)
     linear.scale.mul_(2)
     torch.testing.assert_close(linear(x), -2 * before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("name", ["up_scale", "down_scale"])
+def test_what_was_written_to_a_scale_of_experts_is_seen(name, share):
+    """Also where copies of the weights are multiplied out, of experts one by one or of all at once."""
+    torch.manual_seed(0)
+    ffn = FFN("ffn", nn.Linear(64, 2048, bias=False), nn.ReLU(), nn.Linear(2048, 64, bias=False))
+    experts = Int8Experts(Experts(ffn, 512))
+    x, mask = torch.randn(100, 64), torch.rand(100, 512) < share
+    before = experts(x, mask)
+    getattr(experts, name).mul_(2)
+    torch.testing.assert_close(experts(x, mask), 2 * before, rtol=1e-2, atol=1e-2 * before.abs().max().item())
 
 
 def test_gradients_pass_through_a_linear_layer():

@@ -140,9 +140,8 @@ def test_later_layers_are_fitted_on_what_earlier_ones_give():
             batch=batch,
         )
     for one, other in zip(moe_layers(model).values(), moe_layers(reference).values(), strict=True):
-        torch.testing.assert_close(
-            one.stand_in.down.t() @ one.stand_in.up[:-1], other.stand_in.down.t() @ other.stand_in.up[:-1]
-        )
+        products = [each.stand_in.down.t() @ each.stand_in.up[:-1] for each in (one, other)]
+        torch.testing.assert_close(*products, rtol=1e-4, atol=1e-4)  # by another route: rounding adds up
 
 
 def test_the_share_that_is_skipped():

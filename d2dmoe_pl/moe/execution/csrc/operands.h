@@ -109,7 +109,8 @@ class Operands {
   bool prefers_dense(const Problem& problem, const Inputs& inputs) const {
     if (problem.tokens == 0) return false;
     const bool is_gated = gate_.defined();
-    if (is_int8_) return has_vnni() && kHasMatrixUnit && dense_is_faster(problem, is_gated, at::kChar);
+    if (is_in_float()) return dense_is_faster(problem, is_gated, at::kFloat);
+    if (is_int8_) return kHasMatrixUnit && dense_is_faster(problem, is_gated, at::kChar);
     const auto type = inputs.x.scalar_type();
     return are_of(type) && dense_is_faster(problem, is_gated, type);
   }
@@ -117,6 +118,10 @@ class Operands {
   // Each expert in int8 has scales of its own, so that all at once are computed in bf16.
   at::Tensor dense(const Problem& problem, const Inputs& inputs) const {
     const auto& w = weights_;
+    if (is_in_float()) {
+      const Optional gate = gate_.defined() ? Optional(gate_) : Optional();
+      return masked_dense(problem, inputs.x, up_, w[1], gate, w[3], down_, w[5]);
+    }
     if (!is_int8_) return masked_dense(problem, inputs.x, *w[0], w[1], w[2], w[3], *w[4], w[5]);
     auto& packed = packed_weights();
     const at::Tensor up = packed.get(*w[0], Form::bfloat16_rows, up_scale_);
@@ -210,6 +215,9 @@ class Operands {
 
  private:
   // Whether the weights as they were given are all of `type`.
+  // Whether `up_`, `gate_` and `down_` are in fp32, whatever the weights that were given are in.
+  bool is_in_float() const { return type_ == at::kFloat && !(is_int8_ && has_vnni()); }
+
   bool are_of(at::ScalarType type) const {
     const auto is_of = [&](const Optional& w) { return !w || w->scalar_type() == type; };
     return !is_int8_ && is_of(weights_[0]) && is_of(weights_[2]) && is_of(weights_[4]);

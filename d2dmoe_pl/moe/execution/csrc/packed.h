@@ -128,11 +128,11 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
   }
 }
 
-// Packed copies by the weight they were made from, as long as it lives and is not written to.
+// Packed copies by the weight, and the scale, they were made from, as long as these live and are not written to.
 class PackedWeights {
  public:
   at::Tensor get(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale = std::nullopt) {
-    if (weight.is_inference()) { // has no version to tell a change by
+    if (weight.is_inference() || (scale && scale->is_inference())) { // has no version to tell a change by
       TORCH_WARN_ONCE(
           "weights made under torch.inference_mode() are packed anew in each call, which takes most of its time; "
           "load, convert and cast models outside of it, or compile them by d2dmoe_pl.optimize_");
@@ -141,28 +141,40 @@ class PackedWeights {
     const std::lock_guard<std::mutex> guard(mutex_);
     const Key key{weight.const_data_ptr(), form};
     const auto found = entries_.find(key);
-    if (found != entries_.end() && found->second.is_of(weight)) return found->second.packed;
+    if (found != entries_.end() && found->second.is_of(weight, scale)) return found->second.packed;
     for (auto entry = entries_.begin(); entry != entries_.end();) { // those whose weight is gone
-      entry = entry->second.storage.expired() ? entries_.erase(entry) : std::next(entry);
+      entry = entry->second.weight.storage.expired() ? entries_.erase(entry) : std::next(entry);
     }
     at::Tensor packed = pack(weight, form, scale);
-    entries_.insert_or_assign(
-        key, Entry{weight.storage().getWeakStorageImpl(), weight._version(), weight.sizes().vec(), packed});
+    std::optional<Source> factors;
+    if (scale) factors.emplace(*scale);
+    entries_.insert_or_assign(key, Entry{Source(weight), std::move(factors), packed});
     return packed;
   }
 
  private:
   using Key = std::pair<const void*, Form>;
-  struct Entry {
+  struct Source {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     int64_t version;
     std::vector<int64_t> sizes;
+
+    explicit Source(const at::Tensor& tensor)
+        : storage(tensor.storage().getWeakStorageImpl()), version(tensor._version()), sizes(tensor.sizes().vec()) {}
+
+    bool is(const at::Tensor& tensor) const {
+      // another tensor can lie where one was that is gone, or beside it on memory that both only borrow
+      const bool is_same = storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl();
+      return is_same && !storage.expired() && version == tensor._version() && tensor.sizes() == sizes;
+    }
+  };
+  struct Entry {
+    Source weight;
+    std::optional<Source> scale;
     at::Tensor packed;
 
-    bool is_of(const at::Tensor& weight) const {
-      // another tensor can lie where one was that is gone, or beside it on memory that both only borrow
-      const bool is_same = storage._unsafe_get_target() == weight.storage().unsafeGetStorageImpl();
-      return is_same && !storage.expired() && version == weight._version() && weight.sizes() == sizes;
+    bool is_of(const at::Tensor& other, const std::optional<at::Tensor>& factors) const {
+      return weight.is(other) && scale.has_value() == factors.has_value() && (!scale || scale->is(*factors));
     }
   };
   std::mutex mutex_;
