@@ -14,6 +14,7 @@ from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.experts.activation_watching import watched_activations
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.splitting import SPLITS, CountedTokens, fired
+from d2dmoe_pl.moe.splitting._several_ffns import split_each
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
 
 
@@ -136,14 +137,17 @@ class ExpertClustering(OrderedPass):
         }
         assignments: dict[str, Tensor] = {}
         if self.trainer.is_global_zero:
-            ffns = track(self._ffns, "Clustering neurons", disable=not self.trainer.progress_bar_callback)
-            assignments = {
-                ffn.name: self.split(
-                    ffn.input_weight,
-                    sums.get(ffn.name),
+            arguments = (
+                (
+                    ffn.input_weight.detach().cpu(),
+                    sums[ffn.name].cpu() if ffn.name in sums else None,
                     self.config.num_for(ffn),
                     self.seed,
                 )
-                for ffn in ffns
-            }
+                for ffn in self._ffns
+            )
+            given = split_each(self.split, arguments, len(self._ffns))
+            is_quiet = not self.trainer.progress_bar_callback
+            shown = track(given, "Clustering neurons", len(self._ffns), disable=is_quiet)
+            assignments = {ffn.name: assignment for ffn, assignment in zip(self._ffns, shown, strict=True)}
         return self.trainer.strategy.broadcast(assignments)
