@@ -2,28 +2,26 @@
 
     python tests/benchmarks/triton_on_gpu.py
 
-Both ways of the down projection are timed at each expert width, whichever the kernel would choose, so that
-``SCATTER_FROM`` can be set from what is measured. Random masks, no router. Ratios are the dense FFN's time over the
-MoE's, each the median of alternating runs; "graphs" replays CUDA graphs, "eager" counts the launches too.
+All four ways are timed at each expert width, and which of them is taken is said. Random masks, no router. Ratios are
+the dense FFN's time over the MoE's, each the median of alternating runs; "graphs" replays CUDA graphs, "eager" counts
+the launches too.
 """
 
 import argparse
 import copy
-import importlib
 import statistics
-import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.moe.execution.triton import WAYS, moe_triton
 from d2dmoe_pl.moe.experts.experts import Experts
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-THRESHOLD = {"scatter": 0, "dense": sys.maxsize}
-"""What ``SCATTER_FROM`` must be for the down projection to go one way or the other."""
 
 
 def make_experts(d_model: int, num_experts: int, expert_dim: int, gated: bool, dtype: torch.dtype) -> Experts:
@@ -33,12 +31,15 @@ def make_experts(d_model: int, num_experts: int, expert_dim: int, gated: bool, d
     return Experts(ffn, num_experts, None, "triton").to("cuda", dtype)
 
 
-def check_outputs(scatter_from: dict[torch.dtype, int]) -> bool:
+def run(experts: Experts, tokens: Tensor, mask: Tensor, way: str) -> Tensor:
+    return moe_triton(tokens, mask, *experts.weights, experts.activation_kind, way)
+
+
+def check_outputs() -> bool:
     """Print the kernel's largest error, relative to the largest output of the plain twin in float64."""
     passed = True
     for dtype, allowed in TOLERANCE.items():
-        for way, threshold in THRESHOLD.items():
-            scatter_from[dtype] = threshold
+        for way in WAYS:
             worst = 0.0
             for num_tokens in (1, 197, 1500):
                 for d_model, num_experts, expert_dim in ((768, 128, 24), (768, 24, 128), (33, 5, 7), (130, 3, 200)):
@@ -46,13 +47,13 @@ def check_outputs(scatter_from: dict[torch.dtype, int]) -> bool:
                         experts = make_experts(d_model, num_experts, expert_dim, gated, dtype)
                         tokens = torch.randn(num_tokens, d_model, device="cuda", dtype=dtype)
                         mask = torch.rand(num_tokens, num_experts, device="cuda") < 0.3
-                        got = experts(tokens, mask)
+                        got = run(experts, tokens, mask, way)
                         twin = copy.deepcopy(experts).double()
                         twin.set_backend("reference")
                         expected = twin(tokens.double(), mask)
                         worst = max(worst, ((got - expected).abs().max() / expected.abs().max()).item())
             passed &= worst <= allowed
-            print(f"  {dtype}, {way:7s}: largest error {worst:.1e}, allowed {allowed:.0e}")
+            print(f"  {dtype}, {way:11s}: largest error {worst:.1e}, allowed {allowed:.0e}")
     return passed
 
 
@@ -90,34 +91,40 @@ def compare(contenders: dict[str, Callable], rounds: int, repeats: int = 10) -> 
     return {name: (q[1], (q[2] - q[0]) / 2) for name, q in quartiles.items()}
 
 
-def benchmark(options: argparse.Namespace, scatter_from: dict[torch.dtype, int]) -> None:
+def dense_ffn(experts: Experts, tokens: Tensor) -> Callable[[], Tensor]:
+    """The FFN that the experts were made from, with its neurons in their order."""
+    up, up_bias, gate, gate_bias = (None if part is None else part.flatten(0, 1) for part in experts.weights[:4])
+    down, down_bias = experts.down_weight.flatten(0, 1).t().contiguous(), experts.down_bias
+
+    def ffn() -> Tensor:
+        hidden = F.linear(tokens, up, up_bias)
+        hidden = F.gelu(hidden) if gate is None else F.gelu(F.linear(tokens, gate, gate_bias)) * hidden
+        return F.linear(hidden, down, down_bias)
+
+    return ffn
+
+
+def benchmark(options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype)
     tokens = torch.randn(options.tokens, options.d_model, device="cuda", dtype=dtype)
-    print(f"{options.dtype}, {options.tokens} tokens, d={options.d_model}, h={options.d_ff}, GELU; milliseconds")
+    kind = "gated GELU" if options.gated else "GELU"
+    print(f"{options.dtype}, {options.tokens} tokens, d={options.d_model}, h={options.d_ff}, {kind}; milliseconds")
     for num_experts in options.num_experts:
-        experts = make_experts(options.d_model, num_experts, options.d_ff // num_experts, False, dtype)
-        up, down = experts.up_weight.flatten(0, 1), experts.down_weight.flatten(0, 1).t().contiguous()
-        up_bias, down_bias = experts.up_bias.flatten(), experts.down_bias
-
-        def dense(up=up, up_bias=up_bias, down=down, down_bias=down_bias) -> Tensor:
-            return F.linear(F.gelu(F.linear(tokens, up, up_bias)), down, down_bias)
-
+        expert_dim = options.d_ff // num_experts
+        experts = make_experts(options.d_model, num_experts, expert_dim, options.gated, dtype)
         for share in options.shares:
             mask = torch.rand(options.tokens, num_experts, device="cuda") < share
-
-            def moe(way: str, experts=experts, mask=mask) -> Tensor:
-                scatter_from[dtype] = THRESHOLD[way]
-                return experts(tokens, mask)
-
             check_no_waiting(experts, tokens, mask)
-            functions = {"FFN": dense} | {way: (lambda way=way, moe=moe: moe(way)) for way in THRESHOLD}
+            ways = {way: partial(run, experts, tokens, mask, way) for way in WAYS}
             for mode, wrap in (("graphs", graphed), ("eager", lambda function: function)):
+                functions = {"FFN": dense_ffn(experts, tokens)} | ways
                 results = compare({name: wrap(function) for name, function in functions.items()}, options.rounds)
                 print(f"  E={num_experts:3d}, {share:4.0%} executed, {mode:6s}", end="")
                 for name, (median, spread) in results.items():
                     ratio = "" if name == "FFN" else f" ({results['FFN'][0] / median:.2f}x)"
-                    print(f"   {name} {median:.3f} +- {spread:.3f}{ratio}", end="")
+                    print(f"   {name} {median:.4f} +- {spread:.4f}{ratio}", end="")
                 print(f"   limit {1 / share:.1f}x")
+            print(f"    auto takes {', '.join(experts.measured.values())}")
 
 
 def main() -> None:
@@ -127,19 +134,18 @@ def main() -> None:
     parser.add_argument("--d_ff", type=int, default=3072)
     parser.add_argument("--num_experts", type=int, nargs="+", default=[128, 64, 32, 24, 8])
     parser.add_argument("--shares", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.5, 1.0])
+    parser.add_argument("--gated", action="store_true")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("No CUDA device: nothing was measured.")
         return
-    scatter_from = importlib.import_module("d2dmoe_pl.moe.execution.triton").SCATTER_FROM
-    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; outputs against the plain twin:")
-    chosen = dict(scatter_from)
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}; outputs against the plain twin:", flush=True)
     with torch.no_grad():
-        passed = check_outputs(scatter_from)
-        benchmark(options, scatter_from)
-    print(f"The kernel goes by scatter from s = {', '.join(f'{s} ({dtype})' for dtype, s in chosen.items())}.")
+        passed = not options.check or check_outputs()
+        benchmark(options)
     if not passed:
         raise SystemExit("An output is off.")
 

@@ -2,8 +2,6 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,54 +19,7 @@ _CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def auto(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; differentiable."""
-    backend = choose(experts, tokens)
-    if tokens.device.type == "cuda" and backend is not reference and _can_measure():
-        backend = fastest([backend, reference], experts, tokens, mask, _milliseconds_on_gpu)
-    return backend(experts, tokens, mask)
-
-
-def fastest(
-    backends: Sequence[Backend],
-    experts: Experts,
-    tokens: Tensor,
-    mask: Tensor,
-    milliseconds: Callable[[Callable[[], object]], float],
-) -> Backend:
-    """The fastest of ``backends`` for so many tokens, by a measurement on first use.
-
-    It is kept with the experts, for each type and power of two of tokens, until ``set_tau_`` or ``set_backend_``: how
-    much there is to save depends on how many experts run.
-
-    Args:
-        backends: To choose from.
-        experts: To run.
-        tokens: ``(N, d_model)``.
-        mask: ``(N, E)``.
-        milliseconds: Times a call, which has been made once before.
-    """
-    shape = (tokens.dtype, tokens.device, tokens.shape[0].bit_length())
-    if shape not in experts.measured:
-        calls = [partial(backend, experts, tokens, mask) for backend in backends]
-        for call in calls:
-            call()  # the first may compile
-        times = [milliseconds(call) for call in calls]
-        experts.measured[shape] = backends[times.index(min(times))]
-    return experts.measured[shape]
-
-
-def _can_measure() -> bool:
-    """Whether a call may be timed: neither traced nor captured in a CUDA graph."""
-    return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
-
-
-def _milliseconds_on_gpu(call: Callable[[], object], calls: int = 10) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / calls
+    return choose(experts, tokens)(experts, tokens, mask)
 
 
 def choose(experts: Experts, tokens: Tensor) -> Backend:

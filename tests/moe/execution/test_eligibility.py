@@ -13,6 +13,7 @@ from torch import nn
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.conversion import set_backend_, set_tau_
 from d2dmoe_pl.moe.execution import auto, cpu, grouped, reference
+from d2dmoe_pl.moe.execution._measured_choice import fastest
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
 
@@ -169,33 +170,26 @@ class TestAuto:
 
 
 class TestMeasuring:
-    """Of more than one kernel the fastest is taken, by a measurement on first use; as on a GPU, by another clock."""
-
-    def backends(self, calls):
-        def made(name):
-            def backend(experts, tokens, mask):
-                calls.append(name)
-                return name
-
-            return backend
-
-        return [made("slow"), made("fast")]
+    """Of several ways the fastest is taken, by a measurement on first use; as on a GPU, by another clock."""
 
     def test_once_for_a_power_of_two_of_tokens(self):
         experts, calls = Experts(make_ffn(6, 12), 3), []
-        backends, times = self.backends(calls), {"slow": 2.0, "fast": 1.0}
+        times = {"slow": 2.0, "fast": 1.0}
+
+        def run(way):
+            calls.append(way)
+            return way
 
         def asked(tokens):
-            milliseconds = lambda call: times[call()]  # noqa: E731
-            return auto.fastest(backends, experts, torch.randn(tokens, 6), MASK, milliseconds)
+            return fastest(times, run, experts, torch.randn(tokens, 6), lambda call: times[call()])
 
-        assert [asked(tokens) for tokens in (5, 6, 7)] == [backends[1]] * 3
+        assert [asked(tokens) for tokens in (5, 6, 7)] == ["fast"] * 3
         assert calls == ["slow", "fast"] * 2  # to warm up, and to be timed
         times["slow"] = 0.5
-        assert asked(7) is backends[1]
-        assert asked(8) is backends[0]
+        assert asked(7) == "fast"
+        assert asked(8) == "slow"
         experts.set_backend("auto")
-        assert asked(7) is backends[0]
+        assert asked(7) == "slow"
 
     def test_another_tau_is_measured_anew(self):
         model = tiny.routed()

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -26,14 +27,21 @@ ACTIVATIONS = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
-DENSE, SCATTER = 5, 70
-"""Expert widths that go by one way and by the other, in every type."""
+NARROW, WIDE = 5, 70
+"""Expert widths: less than a block, and more."""
 
 
 @pytest.fixture(autouse=True)
 def _inference():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(params=kernel.WAYS)
+def _way(request, monkeypatch):
+    """Every way in its turn, whichever would be the fastest."""
+    monkeypatch.setattr(kernel, "fastest", lambda *_: "")
+    monkeypatch.setattr(kernel, "way_by_rule", lambda *_: request.param)
 
 
 def make_experts(d_model, num_experts, expert_dim, gated=False, bias=True, activation="relu", d_out=None, **kwargs):
@@ -83,8 +91,9 @@ def cases(draw):
     }
 
 
+@pytest.mark.usefixtures("_way")
 @given(cases())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_equals_the_plain_twin_at_any_shape(case):
     torch.manual_seed(case.pop("seed"))
     tokens, density = case.pop("tokens"), case.pop("density")
@@ -93,16 +102,20 @@ def test_equals_the_plain_twin_at_any_shape(case):
     assert_equals_twin(experts, torch.randn(tokens, case["d_model"], device=DEVICE), mask)
 
 
-@pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("expert_dim", [NARROW, WIDE])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("gated", [False, True])
 def test_narrow_types(expert_dim, dtype, gated):
     experts = make_experts(40, 3, expert_dim, gated, activation="gelu").to(dtype)
     tokens = torch.randn(50, 40, dtype=dtype, device=DEVICE)
-    assert_equals_twin(experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, relative=1e-2)
+    assert_equals_twin(
+        experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, relative=2e-2
+    )  # the interpreter cuts off bits that a GPU rounds
 
 
-@pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("expert_dim", [NARROW, WIDE])
 @pytest.mark.parametrize("tokens", [kernel.CHUNK, 2 * kernel.CHUNK + 3])
 def test_more_tokens_than_one_chunk_and_block(expert_dim, tokens):
     experts = make_experts(20, 3, expert_dim)
@@ -111,8 +124,9 @@ def test_more_tokens_than_one_chunk_and_block(expert_dim, tokens):
     assert_equals_twin(experts, torch.randn(tokens, 20, device=DEVICE), mask)
 
 
-@pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
-class TestBothWays:
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("expert_dim", [NARROW, WIDE])
+class TestEveryWay:
     @pytest.mark.parametrize("chosen", [[1], [0, 2], [0, 1, 2]])
     def test_all_tokens_on_the_same_experts(self, expert_dim, chosen):
         mask = torch.zeros(9, 3, dtype=torch.bool, device=DEVICE)
@@ -158,7 +172,7 @@ class TestBothWays:
 class TestOperator:
     @pytest.fixture
     def arguments(self):
-        experts = make_experts(12, 3, SCATTER, gated=True, activation="silu")
+        experts = make_experts(12, 3, WIDE, gated=True, activation="silu")
         return experts, torch.randn(6, 12, device=DEVICE), torch.rand(6, 3, device=DEVICE) < 0.5
 
     def test_compiles_without_a_graph_break(self, arguments):
@@ -175,12 +189,13 @@ class TestOperator:
         assert calls.count(torch.ops.d2dmoe_pl.moe_triton.default) == 1
         torch.testing.assert_close(program.module()(tokens[:5], mask[:5]), experts(tokens[:5], mask[:5]))
 
-    @pytest.mark.parametrize("expert_dim", [DENSE, SCATTER])
-    def test_fake_kernel_agrees(self, expert_dim):
+    @pytest.mark.parametrize("way", ["", *kernel.WAYS])
+    @pytest.mark.parametrize("expert_dim", [NARROW, WIDE])
+    def test_fake_kernel_agrees(self, expert_dim, way):
         experts = make_experts(12, 3, expert_dim, bias=False)
         weights = (experts.up_weight.detach(), None, None, None, experts.down_weight.detach()[..., :7], None)
         tokens, mask = torch.randn(12, 6, device=DEVICE).t(), torch.rand(6, 3, device=DEVICE) < 0.5
-        torch.library.opcheck(kernel.moe_triton, (tokens, mask, *weights, "relu"))
+        torch.library.opcheck(kernel.moe_triton, (tokens, mask, *weights, "relu", way))
 
 
 class TestRefusals:
@@ -215,7 +230,7 @@ class TestRefusals:
         self.run(message + "torch.bfloat16 or torch.float16", tokens)
 
     def test_no_gpu(self, monkeypatch):
-        monkeypatch.setattr(kernel, "INTERPRETED", kernel.tl.constexpr(False))
+        monkeypatch.setattr(kernel, "INTERPRETED", SimpleNamespace(value=False))
         experts = make_experts(4, 2, 3).cpu()
         with pytest.raises(ConfigError, match=r"^backend='triton': needs tokens on a CUDA device, they are on cpu$"):
             experts(torch.randn(5, 4), torch.ones(5, 2, dtype=torch.bool))
@@ -231,7 +246,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from d2dmoe_pl.moe.execution import triton as kernel
+from d2dmoe_pl.moe.execution import _triton_kernels as kernel
 
 def shared_memory(function, constants, **types):
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
@@ -241,10 +256,16 @@ def shared_memory(function, constants, **types):
 lists = dict(rows="*i16", counts="*i32", num_experts="i32")
 weights = {name: "*bf16" for name in ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "hidden")}
 blocks = dict(D=768, CHUNK=512, BLOCK_M=128, BLOCK_K=64)
-print(shared_memory(kernel._list_tokens, dict(CHUNK=512, BLOCK_E=16), mask="*u8", num_tokens="i32", **lists))
+of_mask = dict(mask="*u8", slots="*i16", num_experts="i32")
+print(shared_memory(kernel.list_tokens, dict(CHUNK=512, BLOCK_E=4), num_tokens="i32", **(lists | of_mask)))
 up = dict(S=24, BLOCK_N=32, **blocks)
-print(shared_memory(kernel._up, up | dict(ACTIVATION="gelu"), tokens="*bf16", **lists, **weights))
-print(shared_memory(kernel._down, dict(S=128, BLOCK_N=128, **blocks), sums="*fp32", **lists, **weights))
+print(shared_memory(kernel.up_listed, up | dict(ACTIVATION="gelu"), tokens="*bf16", **lists, **weights))
+whole = dict(mask="*u8", num_experts="i32", up="*bf16", gate="*bf16")
+print(shared_memory(kernel.activate_all, dict(S=24, WIDTH=3072, ACTIVATION="gelu", BLOCK=1024), **whole))
+down = dict(pairs="*bf16", first_chunk="i32", **lists)
+print(shared_memory(kernel.down_listed, dict(S=128, BLOCK_N=128, **blocks), **down, **weights))
+sums = dict(pairs="*bf16", down_bias="*bf16", output="*bf16", first_token="i32", **of_mask)
+print(shared_memory(kernel.sum_pairs, dict(D=768, CHUNK=512, BLOCK_D=1024), **sums))
 """
 
 
