@@ -2,7 +2,7 @@
 
     python tests/benchmarks/triton_on_gpu.py
 
-All four ways are timed at each expert width, and which of them is taken is said. Random masks, no router. Ratios are
+All ways are timed at each expert width, and which of them is taken is said. Random masks, no router. Ratios are
 the dense FFN's time over the MoE's, each the median of alternating runs; "graphs" replays CUDA graphs, "eager" counts
 the launches too.
 """

@@ -127,23 +127,83 @@ def down_listed(
 
 
 @jit
+def both_listed(
+    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, down_weight, pairs, first_chunk, num_experts,
+    D: tl.constexpr, S: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
+    BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """One expert of up to ``BLOCK_S`` neurons, one chunk: its rows in ``pairs``; activations stay in registers."""
+    expert = tl.program_id(0)
+    chunk = first_chunk + tl.program_id(1).to(tl.int64)
+    place = chunk * num_experts + expert
+    count = tl.load(counts + place)
+    neuron = tl.arange(0, BLOCK_S)
+    column = tl.arange(0, BLOCK_K)
+    weight_row = (expert.to(tl.int64) * S + neuron) * D
+    down_row = (expert.to(tl.int64) * S + neuron) * D_OUT
+    to = pairs + (tl.program_id(1).to(tl.int64) * num_experts + expert) * CHUNK * D_OUT
+    for first in range(0, count, BLOCK_M):
+        slot = first + tl.arange(0, BLOCK_M)
+        token = chunk * CHUNK + tl.load(rows + place * CHUNK + slot, mask=slot < count, other=0)
+        up = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
+        gate = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
+        for k in range(0, D, BLOCK_K):
+            in_d = k + column < D
+            x = tl.load(tokens + token[:, None] * D + (k + column)[None, :], (slot < count)[:, None] & in_d, 0.0)
+            w_mask = in_d[:, None] & (neuron < S)[None, :]
+            w = tl.load(up_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
+            up = _multiply(x, w, up)
+            if gate_weight is not None:
+                w = tl.load(gate_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
+                gate = _multiply(x, w, gate)
+        if up_bias is not None:
+            up += tl.load(up_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
+        if gate_weight is not None:
+            if gate_bias is not None:
+                gate += tl.load(gate_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
+            value = _activate(gate, ACTIVATION) * up
+        else:
+            value = _activate(up, ACTIVATION)
+        hidden = tl.where((neuron < S)[None, :], value, 0.0).to(down_weight.dtype.element_ty)
+        for n in range(0, D_OUT, BLOCK_N):
+            out = n + tl.arange(0, BLOCK_N)
+            w_mask = (neuron < S)[:, None] & (out < D_OUT)[None, :]
+            w = tl.load(down_weight + down_row[:, None] + out[None, :], w_mask, 0.0)
+            product = _multiply(hidden, w, tl.zeros((BLOCK_M, BLOCK_N), tl.float32))
+            inside = (slot < count)[:, None] & (out < D_OUT)[None, :]
+            tl.store(to + slot[:, None] * D_OUT + out[None, :], product.to(pairs.dtype.element_ty), mask=inside)
+
+
+@jit
 def sum_pairs(
     pairs, mask, slots, down_bias, output, first_token, num_experts,
-    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr,  # noqa: N803
+    D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
-    """One token, ``BLOCK_D`` columns: what its experts gave, added up in float32, always in the same order."""
+    """One token, ``BLOCK_D`` columns: what its experts gave, added up in float32, always in the same order.
+
+    With ``BLOCK_E`` 1 experts that were not chosen are skipped, one after the other; else so many are looked at at
+    once, which has less to wait for, and more to load in vain.
+    """
     place = tl.program_id(0).to(tl.int64)
     token = first_token + place
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < D
     total = tl.zeros((BLOCK_D,), tl.float32)
+    lists = place // CHUNK * num_experts  # before those of this chunk
+    for first in range(0, num_experts, BLOCK_E):
+        if BLOCK_E == 1:
+            if tl.load(mask + token * num_experts + first) != 0:
+                row = (lists + first) * CHUNK + tl.load(slots + token * num_experts + first)
+                total += tl.load(pairs + row * D + column, inside, 0.0).to(tl.float32)
+        else:
+            expert = first + tl.arange(0, BLOCK_E)
+            at = token * num_experts + expert
+            chosen = tl.load(mask + at, expert < num_experts, 0) != 0
+            row = (lists + expert) * CHUNK + tl.load(slots + at, chosen, 0)
+            terms = tl.load(pairs + row[:, None] * D + column[None, :], chosen[:, None] & inside[None, :], 0.0)
+            total += tl.sum(terms.to(tl.float32), axis=0)
     if down_bias is not None:
         total += tl.load(down_bias + column, inside, 0.0).to(tl.float32)
-    for expert in range(num_experts):
-        if tl.load(mask + token * num_experts + expert) != 0:
-            slot = tl.load(slots + token * num_experts + expert)
-            row = (place // CHUNK * num_experts + expert) * CHUNK + slot
-            total += tl.load(pairs + row * D + column, inside, 0.0).to(tl.float32)
     tl.store(output + token * D + column, total.to(output.dtype.element_ty), inside)
 
 
@@ -161,6 +221,5 @@ def activate_all(
         value = _activate(tl.load(gate + at, inside, 0.0).to(tl.float32), ACTIVATION) * value
     else:
         value = _activate(value, ACTIVATION)
-    if mask is not None:
-        value = tl.where(tl.load(mask + token * num_experts + neuron // S, inside, 0) != 0, value, 0.0)
+    value = tl.where(tl.load(mask + token * num_experts + neuron // S, inside, 0) != 0, value, 0.0)
     tl.store(up + at, value.to(up.dtype.element_ty), inside)

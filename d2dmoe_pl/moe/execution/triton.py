@@ -1,20 +1,20 @@
 """Executed (token, expert) pairs on a GPU, in Triton and cuBLAS; nothing waits for the GPU, so CUDA graphs can hold it.
 
-Either product can go by lists or be dense, which makes four ways (``WAYS``):
+``list_tokens`` turns the mask into a list of tokens for each expert and chunk of ``CHUNK`` tokens. There are three
+ways (``WAYS``), the fastest of which depends on how many experts run, and how wide they are:
 
-- *listed up*: ``list_tokens`` turns the mask into a list of tokens for each expert and chunk of ``CHUNK`` tokens;
-  ``up_listed`` gathers the rows of one list, multiplies by the expert's weights with float32 sums, and writes what the
-  activation gives to ``hidden``, ``(N, E * s)``;
-- *dense up*: one cuBLAS product (two if gated), and ``activate_all`` in its place, which writes zeros off the mask;
-- *listed down*: ``down_listed`` multiplies the rows of each list, and keeps what each pair gives in ``pairs``, in the
-  tokens' type; ``sum_pairs`` adds up those of each token, in float32 and in a fixed order, so that nothing is random;
-- *dense down*: ``hidden`` has zeros where nothing ran, and one cuBLAS product does the rest.
+- ``listed``: for each list, rows of tokens are gathered, multiplied by the expert's weights with float32 sums, and what
+  each pair gives is kept in ``pairs``, in the tokens' type: in one kernel, ``both_listed``, or in two for few tokens or
+  wide experts. ``sum_pairs`` adds up those of each token, in float32 and in a fixed order, so that nothing is random;
+- ``listed_up``: ``up_listed`` writes activations into zeros, ``(N, E * s)``, and one cuBLAS product does the rest;
+- ``dense``: two cuBLAS products (three if gated), and ``activate_all`` between them, which writes zeros off the mask.
 
-Work space, in bytes: ``2 N E`` of lists (N rounded up to ``CHUNK``), ``N E s`` elements of ``hidden`` (what the dense
-FFN holds too), and *listed down* ``2 N E`` of places and ``PAIRS_SPACE`` of pairs, or ``CHUNK E d`` elements if that is
-more: so many chunks at a time that all pairs would fit in it.
+Work space, in bytes: ``4 N E`` of lists and places (N rounded up to ``CHUNK``); activations, ``N E s`` elements, what
+the dense FFN holds too, but where ``both_listed`` keeps them; and of ``listed``, ``PAIRS_SPACE``, or ``CHUNK E d``
+elements if that is more: so many chunks at a time that all pairs would fit in it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ try:
     from d2dmoe_pl.moe.execution._triton_kernels import (
         INTERPRETED,
         activate_all,
+        both_listed,
         down_listed,
         list_tokens,
         sum_pairs,
@@ -48,14 +49,16 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 512
 """Tokens of one list: at 20% executed it fills one block of 128 rows to four fifths."""
 
-PAIRS_SPACE = 256 * 2**20
-"""Bytes that all pairs of the chunks that are multiplied at a time may take: some of them stay in the L2 cache."""
+PAIRS_SPACE = 512 * 2**20
+"""Bytes that all pairs of the chunks that are multiplied at a time may take."""
 
 FEW_TOKENS = 16
 """Up to here reading weights is all that counts."""
 
-WAYS = {"listed": (True, True), "listed_up": (True, False), "listed_down": (False, True), "dense": (False, False)}
-"""By name, whether the first product goes by lists, and whether the second does."""
+LARGEST_BLOCKS = 200 * 1024
+"""Bytes of shared memory that four stages of 128 tokens and twice 128 neurons may take, which an H100 has."""
+
+WAYS = ("listed", "listed_up", "dense")
 
 
 def _block(size: int, largest: int) -> int:
@@ -65,7 +68,7 @@ def _block(size: int, largest: int) -> int:
 
 def way_by_rule(num_tokens: int, expert_dim: int, dtype: torch.dtype) -> str:
     """The way to take where none can be measured, as while a CUDA graph is captured."""
-    return "listed" if num_tokens <= FEW_TOKENS or dtype == torch.float32 or expert_dim >= 64 else "listed_up"
+    return "listed" if num_tokens <= FEW_TOKENS or dtype == torch.float32 or expert_dim >= 96 else "listed_up"
 
 
 @torch.library.custom_op("d2dmoe_pl::moe_triton", mutates_args=())
@@ -82,74 +85,131 @@ def moe_triton(
     way: str,
 ) -> Tensor:
     """The operator under :func:`triton`; all tensors of one type, shapes as in ``Experts``; ``way`` "" goes by rule."""
-    num_tokens, d_model = tokens.shape
+    num_tokens = tokens.shape[0]
     num_experts, expert_dim, d_out = down_weight.shape
     if num_tokens == 0:
         return tokens.new_empty(0, d_out)
     tokens, mask = tokens.contiguous(), mask.contiguous().view(torch.uint8)
     up_weight, down_weight = up_weight.contiguous(), down_weight.contiguous()
     gate_weight = None if gate_weight is None else gate_weight.contiguous()
-    by_lists_up, by_lists_down = WAYS[way or way_by_rule(num_tokens, expert_dim, tokens.dtype)]
-    is_float = tokens.dtype == torch.float32  # multiplied on plain cores, in smaller blocks
-    is_few = num_tokens <= FEW_TOKENS
-    products = 1 if gate_weight is None else 2
-    chunk = _block(num_tokens, CHUNK)
-    num_chunks = cdiv(num_tokens, chunk)
-    block_m = _block(num_tokens, 64 if is_float else 128)
+    way = way or way_by_rule(num_tokens, expert_dim, tokens.dtype)
+    weights = (up_weight, up_bias, gate_weight, gate_bias)
     with torch.cuda.device_of(tokens):
-        if by_lists_up or by_lists_down:
-            rows = tokens.new_empty((num_chunks, num_experts, chunk), dtype=torch.int16)
-            slots = tokens.new_empty((num_tokens, num_experts), dtype=torch.int16) if by_lists_down else None
-            counts = tokens.new_empty((num_chunks, num_experts), dtype=torch.int32)
-            list_tokens[num_chunks, cdiv(num_experts, 4)](
-                mask, rows, slots, counts, num_tokens, num_experts, chunk, BLOCK_E=4
-            )
-        if by_lists_up:
-            new_hidden = tokens.new_empty if by_lists_down else tokens.new_zeros
-            hidden = new_hidden((num_tokens, num_experts * expert_dim))
-            widest = 64 if is_float or (products == 2 and not _has_much_shared_memory(tokens)) else 128
-            block_s = _block(expert_dim, 32 if is_few else widest)
-            up_listed[num_experts * cdiv(expert_dim, block_s), num_chunks](
-                tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, hidden, num_experts,
-                d_model, expert_dim, activation, chunk,
-                BLOCK_M=block_m, BLOCK_N=block_s, BLOCK_K=_block(d_model, 32 if is_float else 64),
-                num_warps=4 if is_few or (block_s == 128) == (products == 1) else 8, num_stages=5 if is_few else 3,
-            )  # fmt: skip
+        if way == "listed":
+            return _listed(tokens, mask, weights, down_weight, down_bias, activation)
+        if way == "listed_up":
+            hidden = tokens.new_zeros((num_tokens, num_experts * expert_dim))
+            _up_listed(tokens, _lists(mask, None), weights, hidden, activation)
         else:
             hidden = _all_neurons(tokens, up_weight, up_bias)
             gate = None if gate_weight is None else _all_neurons(tokens, gate_weight, gate_bias)
             width, block = hidden.shape[1], _block(hidden.shape[1], 1024)
-            activate_all[num_tokens, cdiv(width, block)](
-                hidden, gate, None if by_lists_down else mask, num_experts, expert_dim, width, activation, block
-            )
-        if not by_lists_down:
-            dense = down_weight.flatten(0, 1)  # (E * s, d_out)
-            return hidden @ dense if down_bias is None else torch.addmm(down_bias, hidden, dense)
-        output = tokens.new_empty((num_tokens, d_out))
-        at_a_time = max(1, PAIRS_SPACE // (chunk * num_experts * d_out * tokens.element_size()))  # chunks
-        pairs = tokens.new_empty((min(at_a_time, num_chunks), num_experts, chunk, d_out))
-        block_d = _block(d_out, 64 if is_float else 128)
-        for first in range(0, num_chunks, at_a_time):
-            chunks = min(at_a_time, num_chunks - first)
+            grid = (num_tokens, cdiv(width, block))
+            activate_all[grid](hidden, gate, mask, num_experts, expert_dim, width, activation, block)
+    dense = down_weight.flatten(0, 1)  # (E * s, d_out)
+    return hidden @ dense if down_bias is None else torch.addmm(down_bias, hidden, dense)
+
+
+def _lists(mask: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What ``list_tokens`` makes of a mask: the lists, ``(chunks, E, tokens of a chunk)``, and their lengths."""
+    num_tokens, num_experts = mask.shape
+    chunk = _block(num_tokens, CHUNK)
+    num_chunks = cdiv(num_tokens, chunk)
+    rows = mask.new_empty((num_chunks, num_experts, chunk), dtype=torch.int16)
+    counts = mask.new_empty((num_chunks, num_experts), dtype=torch.int32)
+    grid = (num_chunks, cdiv(num_experts, 4))
+    list_tokens[grid](mask, rows, slots, counts, num_tokens, num_experts, chunk, BLOCK_E=4)
+    return rows, counts
+
+
+def _up_listed(
+    tokens: Tensor, lists: tuple[Tensor, Tensor], weights: Sequence[Tensor | None], hidden: Tensor, activation: str
+) -> None:
+    (num_tokens, d_model), (rows, counts), up_weight = tokens.shape, lists, weights[0]
+    assert up_weight is not None
+    num_experts, expert_dim = up_weight.shape[:2]
+    is_float, is_gated, is_few = tokens.dtype == torch.float32, weights[2] is not None, num_tokens <= FEW_TOKENS
+    widest = 32 if is_few else 64 if is_float or (is_gated and not _has_much_shared_memory(tokens)) else 128
+    block_s = _block(expert_dim, widest)
+    up_listed[num_experts * cdiv(expert_dim, block_s), len(rows)](
+        tokens, rows, counts, *weights, hidden, num_experts, d_model, expert_dim, activation, rows.shape[2],
+        BLOCK_M=_block(num_tokens, 64 if is_float else 128),
+        BLOCK_N=block_s,
+        BLOCK_K=_block(d_model, 32 if is_float else 64),
+        num_warps=4 if is_few or (block_s == 128) != is_gated else 8,
+        num_stages=5 if is_few else 3,
+    )  # fmt: skip
+
+
+def _listed(
+    tokens: Tensor,
+    mask: Tensor,
+    weights: Sequence[Tensor | None],
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    num_tokens, d_model = tokens.shape
+    num_experts, expert_dim, d_out = down_weight.shape
+    is_float = tokens.dtype == torch.float32  # multiplied on plain cores, in smaller blocks
+    slots = mask.new_empty((num_tokens, num_experts), dtype=torch.int16)
+    rows, counts = _lists(mask, slots)
+    num_chunks, _, chunk = rows.shape
+    block_m = _block(num_tokens, 32 if is_float else 128)
+    is_one_kernel = num_tokens > FEW_TOKENS and expert_dim <= 128 and _has_much_shared_memory(tokens)
+    hidden = None if is_one_kernel else tokens.new_empty((num_tokens, num_experts * expert_dim))
+    if hidden is not None:
+        _up_listed(tokens, (rows, counts), weights, hidden, activation)
+    output = tokens.new_empty((num_tokens, d_out))
+    at_a_time = max(1, PAIRS_SPACE // (chunk * num_experts * d_out * tokens.element_size()))  # chunks
+    pairs = tokens.new_empty((min(at_a_time, num_chunks), num_experts, chunk, d_out))
+    for first in range(0, num_chunks, at_a_time):
+        chunks = min(at_a_time, num_chunks - first)
+        if hidden is None:
+            both_listed[num_experts, chunks](
+                tokens, rows, counts, *weights, down_weight, pairs, first, num_experts,
+                d_model, expert_dim, d_out, activation, chunk,
+                BLOCK_S=_block(expert_dim, 128), BLOCK_K=_block(d_model, 32 if is_float else 64),
+                **_both_blocks(num_tokens, d_out, is_float, weights[2] is not None),
+            )  # fmt: skip
+        else:
+            block_d = _block(d_out, 64 if is_float else 128)
             down_listed[num_experts * cdiv(d_out, block_d), chunks](
-                hidden, rows, counts, down_weight, pairs, first, num_experts,
-                d_out, expert_dim, chunk,
-                BLOCK_M=block_m, BLOCK_N=block_d, BLOCK_K=_block(expert_dim, 32 if is_float else 64),
-                num_warps=8 if block_d > 64 else 4, num_stages=3,
+                hidden, rows, counts, down_weight, pairs, first, num_experts, d_out, expert_dim, chunk,
+                BLOCK_M=block_m, BLOCK_N=block_d, BLOCK_K=_block(expert_dim, 32), num_warps=4, num_stages=3,
             )  # fmt: skip
-            sum_pairs[min(chunks * chunk, num_tokens - first * chunk), cdiv(d_out, 1024)](
-                pairs, mask, slots, down_bias, output, first * chunk, num_experts,
-                d_out, chunk, BLOCK_D=_block(d_out, 1024),
-            )  # fmt: skip
+        last = min((first + chunks) * chunk, num_tokens)
+        blocks = _sum_blocks(num_tokens, num_experts, d_out)
+        sum_pairs[last - first * chunk, cdiv(d_out, blocks["BLOCK_D"])](
+            pairs, mask, slots, down_bias, output, first * chunk, num_experts, d_out, chunk, **blocks
+        )
     return output
 
 
+def _both_blocks(num_tokens: int, d_out: int, is_float: bool, is_gated: bool) -> dict[str, int]:
+    """How ``both_listed`` is cut up: the best of eleven ways on an H200."""
+    rows, columns, warps, stages = (32, 32, 4, 2) if is_float else (128, 64, 8, 4) if is_gated else (64, 64, 4, 4)
+    return {
+        "BLOCK_M": _block(num_tokens, rows),
+        "BLOCK_N": _block(d_out, columns),
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def _sum_blocks(num_tokens: int, num_experts: int, d_out: int) -> dict[str, int]:
+    """How ``sum_pairs`` is cut up: of few tokens by columns, so that many processors have something to do."""
+    if num_tokens <= FEW_TOKENS:
+        return {"BLOCK_E": _block(num_experts, 64), "BLOCK_D": 64, "num_warps": 4}
+    return {"BLOCK_E": 1, "BLOCK_D": _block(d_out, 1024), "num_warps": 1}
+
+
 def _has_much_shared_memory(tokens: Tensor) -> bool:
-    """Whether three stages of 128 tokens and twice 128 neurons fit; all cards from 2020 on have the 96 KB of others."""
-    if tokens.device.type != "cuda":
-        return False
+    """Whether it holds the largest blocks; those of the other kernels fit in the 96 KB that cards from 2020 on have."""
+    if INTERPRETED.value:
+        return True
     properties = driver.active.utils.get_device_properties(tokens.device.index)
-    return bool(properties["max_shared_mem"] >= 160 * 1024)
+    return bool(properties["max_shared_mem"] >= LARGEST_BLOCKS)
 
 
 def _all_neurons(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,7 +227,7 @@ def _(tokens: Tensor, mask: Tensor, *rest: Any) -> Tensor:
 def triton(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; for inference on a CUDA device, or on any under ``TRITON_INTERPRET=1``.
 
-    Of the four ways the fastest is taken, by a measurement on first use; see :func:`fastest`. Under autocast tokens
+    Of the ways the fastest is taken, by a measurement on first use; see :func:`fastest`. Under autocast tokens
     and weights are cast to its type, as the dense layer's would be.
 
     Raises:
