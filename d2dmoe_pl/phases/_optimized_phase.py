@@ -13,6 +13,7 @@ from d2dmoe_pl.adapters import ModelSource
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases._phase import Phase
 from d2dmoe_pl.phases._schedule import TrainingSchedule
+from d2dmoe_pl.phases._slow_types import say_if_slow
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
 
@@ -66,6 +67,7 @@ class OptimizedPhase(Phase):
             not (clipped and mixed and optimizer.defaults.get("fused")),
             f"gradient_clip_val={clipped}: must be null with fused=True in mixed precision, or fused false",
         )
+        say_if_slow(self.trainer)
         schedule = TrainingSchedule(optimizer, self.trainer, self.warmup, self.decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
