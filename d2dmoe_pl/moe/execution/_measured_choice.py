@@ -16,7 +16,7 @@ def fastest(
     tokens: Tensor,
     milliseconds: Callable[[Callable[[], object]], float],
 ) -> str:
-    """The fastest of ``ways`` for so many tokens; "" where there is none yet, and a call cannot be timed.
+    """The fastest of ``ways`` for so many tokens; "" where there is none yet, and a call cannot be timed, or none fits.
 
     It is kept with the experts, for each type and power of two of tokens, until ``set_tau_`` or ``set_backend_``: how
     much there is to save depends on how many experts run.
@@ -35,12 +35,20 @@ def fastest(
         if tokens.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return ""
         calls = {way: partial(run, way) for way in ways}
-        for call in calls.values():
-            call()  # the first may compile
-        times = {way: milliseconds(call) for way, call in calls.items()}
-        experts.measured[shape] = min(times, key=times.__getitem__)
+        fitting = {way: call for way, call in calls.items() if _fits(call)}
+        times = {way: milliseconds(call) for way, call in fitting.items()}
+        experts.measured[shape] = min(times, key=times.__getitem__) if times else ""
     way: str = experts.measured[shape]
     return way
+
+
+def _fits(call: Callable[[], object]) -> bool:
+    """Make a call, which may compile; False where there is less memory than it takes."""
+    try:
+        call()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def milliseconds_on_gpu(call: Callable[[], object], calls: int = 10) -> float:

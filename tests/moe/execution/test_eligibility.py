@@ -191,6 +191,21 @@ class TestMeasuring:
         experts.set_backend("auto")
         assert asked(7) == "slow"
 
+    def test_a_way_that_needs_more_memory_than_there_is_is_not_taken(self):
+        def run(way):
+            if way in too_large:
+                raise torch.OutOfMemoryError
+            return way
+
+        def asked(tokens):
+            times = {"fast": 1.0, "slow": 2.0}
+            return fastest(times, run, experts, torch.randn(tokens, 6), lambda call: times[call()])
+
+        experts, too_large = Experts(make_ffn(6, 12), 3), {"fast"}
+        assert asked(5) == "slow"
+        too_large.add("slow")
+        assert not asked(9)  # by rule, whose error is the caller's
+
     def test_another_tau_is_measured_anew(self):
         model = tiny.routed()
         experts = next(iter(moe_layers(model).values())).experts
