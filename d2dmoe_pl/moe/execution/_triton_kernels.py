@@ -33,6 +33,37 @@ def _activate(x, KIND: tl.constexpr):  # noqa: N803
 
 
 @jit
+def _activations(
+    tokens, token, is_listed, up_weight, up_bias, gate_weight, gate_bias, expert, neuron,
+    D: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr,  # noqa: N803
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
+):  # fmt: skip
+    """What the activation gives for ``BLOCK_M`` gathered rows and ``BLOCK_N`` neurons of one expert, in float32."""
+    column = tl.arange(0, BLOCK_K)
+    weight_row = (expert.to(tl.int64) * S + neuron) * D
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        in_d = k + column < D
+        x = tl.load(tokens + token[:, None] * D + (k + column)[None, :], is_listed[:, None] & in_d, 0.0)
+        w_mask = in_d[:, None] & (neuron < S)[None, :]
+        w = tl.load(up_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
+        up = _multiply(x, w, up)
+        if gate_weight is not None:
+            w = tl.load(gate_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
+            gate = _multiply(x, w, gate)
+    if up_bias is not None:
+        up += tl.load(up_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
+    if gate_weight is not None:
+        if gate_bias is not None:
+            gate += tl.load(gate_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
+        value = _activate(gate, ACTIVATION) * up
+    else:
+        value = _activate(up, ACTIVATION)
+    return value
+
+
+@jit
 def list_tokens(
     mask, rows, slots, counts, num_tokens, num_experts, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -68,30 +99,13 @@ def up_listed(
     place = chunk * num_experts + expert
     count = tl.load(counts + place)
     neuron = tl.program_id(0) % S_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_K)
-    weight_row = (expert.to(tl.int64) * S + neuron) * D
     for first in range(0, count, BLOCK_M):
         slot = first + tl.arange(0, BLOCK_M)
         token = chunk * CHUNK + tl.load(rows + place * CHUNK + slot, mask=slot < count, other=0)
-        up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, D, BLOCK_K):
-            in_d = k + column < D
-            x = tl.load(tokens + token[:, None] * D + (k + column)[None, :], (slot < count)[:, None] & in_d, 0.0)
-            w_mask = in_d[:, None] & (neuron < S)[None, :]
-            w = tl.load(up_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
-            up = _multiply(x, w, up)
-            if gate_weight is not None:
-                w = tl.load(gate_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
-                gate = _multiply(x, w, gate)
-        if up_bias is not None:
-            up += tl.load(up_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
-        if gate_weight is not None:
-            if gate_bias is not None:
-                gate += tl.load(gate_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
-            value = _activate(gate, ACTIVATION) * up
-        else:
-            value = _activate(up, ACTIVATION)
+        value = _activations(
+            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, expert, neuron,
+            D, S, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         to = hidden + token[:, None] * (num_experts * S) + (expert * S + neuron)[None, :]
         tl.store(to, value.to(hidden.dtype.element_ty), mask=(slot < count)[:, None] & (neuron < S)[None, :])
 
@@ -138,32 +152,15 @@ def both_listed(
     place = chunk * num_experts + expert
     count = tl.load(counts + place)
     neuron = tl.arange(0, BLOCK_S)
-    column = tl.arange(0, BLOCK_K)
-    weight_row = (expert.to(tl.int64) * S + neuron) * D
     down_row = (expert.to(tl.int64) * S + neuron) * D_OUT
     to = pairs + (tl.program_id(1).to(tl.int64) * num_experts + expert) * CHUNK * D_OUT
     for first in range(0, count, BLOCK_M):
         slot = first + tl.arange(0, BLOCK_M)
         token = chunk * CHUNK + tl.load(rows + place * CHUNK + slot, mask=slot < count, other=0)
-        up = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
-        gate = tl.zeros((BLOCK_M, BLOCK_S), tl.float32)
-        for k in range(0, D, BLOCK_K):
-            in_d = k + column < D
-            x = tl.load(tokens + token[:, None] * D + (k + column)[None, :], (slot < count)[:, None] & in_d, 0.0)
-            w_mask = in_d[:, None] & (neuron < S)[None, :]
-            w = tl.load(up_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
-            up = _multiply(x, w, up)
-            if gate_weight is not None:
-                w = tl.load(gate_weight + weight_row[None, :] + (k + column)[:, None], w_mask, 0.0)
-                gate = _multiply(x, w, gate)
-        if up_bias is not None:
-            up += tl.load(up_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
-        if gate_weight is not None:
-            if gate_bias is not None:
-                gate += tl.load(gate_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
-            value = _activate(gate, ACTIVATION) * up
-        else:
-            value = _activate(up, ACTIVATION)
+        value = _activations(
+            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, expert, neuron,
+            D, S, ACTIVATION, BLOCK_M, BLOCK_S, BLOCK_K,
+        )  # fmt: skip
         hidden = tl.where((neuron < S)[None, :], value, 0.0).to(down_weight.dtype.element_ty)
         for n in range(0, D_OUT, BLOCK_N):
             out = n + tl.arange(0, BLOCK_N)

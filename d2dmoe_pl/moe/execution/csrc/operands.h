@@ -214,10 +214,10 @@ class Operands {
   }
 
  private:
-  // Whether the weights as they were given are all of `type`.
   // Whether `up_`, `gate_` and `down_` are in fp32, whatever the weights that were given are in.
   bool is_in_float() const { return type_ == at::kFloat && !(is_int8_ && has_vnni()); }
 
+  // Whether the weights as they were given are all of `type`.
   bool are_of(at::ScalarType type) const {
     const auto is_of = [&](const Optional& w) { return !w || w->scalar_type() == type; };
     return !is_int8_ && is_of(weights_[0]) && is_of(weights_[2]) && is_of(weights_[4]);
