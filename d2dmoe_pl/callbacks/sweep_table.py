@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich import box
@@ -245,6 +247,14 @@ def draw_layers(rows: Sequence[SweepRow]) -> Figure:
     axes.set_xlabel(rows[0].swept)
     figure.colorbar(image, label="experts run, %")
     return figure
+
+
+def drawn(figure: Figure) -> np.ndarray:
+    """The pixels of a figure, ``(height, width, 3)`` bytes: drawing takes long, so once for all who show it."""
+    figure.set_dpi(150)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def as_markdown(rows: Sequence[SweepRow]) -> str:

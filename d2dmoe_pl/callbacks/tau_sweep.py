@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from matplotlib.figure import Figure
+from PIL import Image
 from rich.console import Console
 from torchmetrics import MetricCollection
 
@@ -22,6 +23,7 @@ from d2dmoe_pl.callbacks.sweep_table import (
     as_table,
     draw_curve,
     draw_layers,
+    drawn,
     shown,
     sweep_row,
     write_csv,
@@ -202,10 +204,11 @@ class TauSweep(L.Callback):
         key = f"{split}/{metric}"
         dense = [record for record in phase.history if key in record.metrics][:1]
         references = {f"{split} after {record.phase}": shown(record.metrics[key], phase.task) for record in dense}
+        curve = drawn(draw_curve(rows, references))
         if folder is not None:
             write_csv(rows, Path(folder) / "tau_sweep.csv")
-            draw_curve(rows, references).savefig(Path(folder) / "tau_sweep.png", dpi=150)
-        self._log(trainer, split, draw_curve(rows, references))
+            Image.fromarray(curve).save(Path(folder) / "tau_sweep.png")
+        self._log(trainer, split, curve)
         if final:
             Console().print(as_table(self.rows[split], self._title(split, phase)))
             if folder is not None:
@@ -220,12 +223,12 @@ class TauSweep(L.Callback):
         routers = {layer.get_router().config.kind for layer in moe_layers(phase.model).values()}
         return f"{split}, rule {rule}, router {' and '.join(sorted(routers))}"
 
-    def _log(self, trainer: L.Trainer, split: str, curve: Figure) -> None:
+    def _log(self, trainer: L.Trainer, split: str, curve: np.ndarray) -> None:
         """The curve, a heat map of the layers and the table; scalars at each setting would be hundreds."""
         rows = self.rows[split]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 step = trainer.global_step
-                logger.experiment.add_figure(f"tau_sweep/{split}", curve, step)
+                logger.experiment.add_image(f"tau_sweep/{split}", curve, step, dataformats="HWC")
                 logger.experiment.add_figure(f"tau_sweep/{split}_layers", draw_layers(rows), step)
                 logger.experiment.add_text(f"tau_sweep/{split}_table", as_markdown(rows), step)

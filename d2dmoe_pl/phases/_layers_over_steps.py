@@ -1,5 +1,6 @@
 """What layers do in the course of a training, as one picture of all of them: a curve for each would be dozens."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
@@ -13,6 +14,8 @@ class LayersOverSteps:
 
     def __init__(self) -> None:
         self._kinds: dict[str, list[tuple[int, dict[str, Tensor]]]] = {}
+        self._added: Counter[str] = Counter()
+        self._shown: Counter[str] = Counter()  # how many of those that were added the newest picture has
 
     def add(self, kind: str, step: int, values: Mapping[str, Tensor]) -> None:
         """Add a value of each layer, a scalar; it is read when a picture is drawn."""
@@ -22,10 +25,19 @@ class LayersOverSteps:
         course.append((step, {name: value.detach() for name, value in values.items()}))
         if len(course) > MOST:
             del course[1::2]
+        self._added[kind] += 1
 
-    def figures(self) -> dict[str, Figure]:
-        """A heat map of each kind, layers down and steps across."""
-        return {kind: _drawn(kind, course) for kind, course in self._kinds.items()}
+    def figures(self, is_last: bool = False) -> dict[str, Figure]:
+        """A heat map of each kind that has twice the values of its picture before: layers down and steps across.
+
+        Args:
+            is_last: Whether there will be no other, so that a single new value is enough. A picture shows all that went
+                before, and one takes as long as a training step.
+        """
+        enough = {kind: self._shown[kind] + 1 if is_last else 2 * self._shown[kind] for kind in self._kinds}
+        kinds = [kind for kind, least in enough.items() if self._added[kind] >= max(1, least)]
+        self._shown.update({kind: self._added[kind] - self._shown[kind] for kind in kinds})
+        return {kind: _drawn(kind, self._kinds[kind]) for kind in kinds}
 
 
 def _drawn(kind: str, course: Sequence[tuple[int, Mapping[str, Tensor]]]) -> Figure:

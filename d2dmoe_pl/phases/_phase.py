@@ -204,7 +204,7 @@ class Phase(L.LightningModule):
         return [SeededCourse()]
 
     def on_train_end(self) -> None:
-        self._draw_layers()
+        self._draw_layers(is_last=True)
         self.end_training()
 
     def end_training(self) -> None:
@@ -274,8 +274,8 @@ class Phase(L.LightningModule):
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or not self.trainer.training:  # type: ignore[attr-defined]
             self._layers_over_steps.add(kind, self.global_step, values)
 
-    def _draw_layers(self) -> None:
-        for kind, figure in self._layers_over_steps.figures().items():
+    def _draw_layers(self, is_last: bool = False) -> None:
+        for kind, figure in self._layers_over_steps.figures(is_last).items():
             for logger in self.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure(f"layers/{kind}", figure, self.global_step)

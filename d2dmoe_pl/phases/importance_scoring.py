@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -57,22 +58,24 @@ class ImportanceScoring(OrderedPass):
         self.importance.scores = dict(zip(scores, parts, strict=True))
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for name, score in self.importance.scores.items():
-                    figure = draw_importance(score, name)
-                    logger.experiment.add_figure(f"importance/{name}", figure, self.trainer.global_step)
+                figure = draw_importance(self.importance.scores)
+                logger.experiment.add_figure("layers/importance", figure, self.trainer.global_step)
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         return {IMPORTANCE: self.importance.scores}
 
 
-def draw_importance(score: Tensor, title: str) -> Figure:
-    """The scores ``(d_ff,)`` of one FFN, largest first."""
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+def draw_importance(scores: Mapping[str, Tensor]) -> Figure:
+    """The scores of each FFN, ``(d_ff,)``, largest first, of all as shares of the layer's largest."""
+    figure = Figure(figsize=(8, max(4.0, 0.18 * len(scores))), layout="constrained")
     axes = figure.subplots()
-    axes.plot(score.sort(descending=True).values.cpu())
-    axes.set_title(title)
+    colours = colormaps["viridis"](torch.linspace(0, 0.9, len(scores)).tolist())
+    for (name, score), colour in zip(scores.items(), colours, strict=True):
+        shares = score / (float(score.max()) or 1.0)
+        axes.plot(shares.sort(descending=True).values.cpu(), color=colour, label=name)
     axes.set_xlabel("neurons, by importance")
-    axes.set_ylabel("importance")
-    axes.set_yscale("symlog", linthresh=float(score.max()) * 1e-4 or 1.0)
+    axes.set_ylabel("importance, share of the layer's largest")
+    axes.set_yscale("symlog", linthresh=1e-4)
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="x-small")
     return figure

@@ -24,7 +24,7 @@ def as_svg(figure: Figure) -> str:
     """A figure as an SVG element, its words as words, the same for the same figure."""
     out = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "d2dmoe_pl"}):
-        figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
+        figure.savefig(out, format="svg", metadata={"Date": None})
     svg = out.getvalue()
     return svg[svg.index("<svg") :]
 
