@@ -132,9 +132,21 @@ class MoELayer(ExpertLayer):
         Compiled, exported or on a GPU, shapes depend on those of ``x`` alone, whatever is padding. Elsewhere, and where
         gradients are wanted, parts that run one after the other are given real tokens only.
         """
-        positions = x.reshape(-1, x.shape[-1])  # (P, d)
-        output = self._run(positions, self.context.real)  # (P, d_out)
-        return self.output_dropout(output.view(*x.shape[:-1], output.shape[1]))
+        parts = self._modules  # nn.Module's own lookup, a dozen times a layer, takes as long as a token's products
+        experts: Any = parts["experts"]
+        router: Any = parts.get("router")
+        gate: Any = parts.get("gate")
+        stand_in: Any = parts.get("stand_in")
+        dropout: Any = parts["output_dropout"]
+        is_own = "base_layer" not in experts._modules  # nothing stands around them
+        is_plain = is_own and self.observer is None and self.softness is None
+        if is_plain and can_run_whole(experts, router, gate, stand_in, x):
+            output = run_whole(experts, router, gate, stand_in, x, self.context.real)
+        else:
+            positions = x.reshape(-1, x.shape[-1])  # (P, d)
+            output = self._run_parts(positions, self.context.real)  # (P, d_out)
+            output = output.view(*x.shape[:-1], output.shape[1])
+        return output if _drops_nothing(dropout) else dropout(output)
 
     def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
         def hook(gate: nn.Module, args: tuple[Tensor], mask: Tensor) -> None:  # a hook's value would replace the mask
@@ -165,17 +177,8 @@ class MoELayer(ExpertLayer):
         assert self.gate is not None
         return self.gate
 
-    def _run(self, positions: Tensor, real: Tensor | None) -> Tensor:
+    def _run_parts(self, positions: Tensor, real: Tensor | None) -> Tensor:
         """Positions ``(P, d_model)``, of which ``real``, ``(P,)``, says what is no padding, to ``(P, d_out)``."""
-        parts = self._modules  # nn.Module's own lookup, a dozen times a layer, takes as long as a token's products
-        experts: Any = parts["experts"]
-        router: Any = parts.get("router")
-        gate: Any = parts.get("gate")
-        stand_in: Any = parts.get("stand_in")
-        is_own = "base_layer" not in experts._modules  # nothing stands around them
-        is_plain = is_own and self.observer is None and self.softness is None
-        if is_plain and can_run_whole(experts, router, gate, stand_in, positions):
-            return run_whole(experts, router, gate, stand_in, positions, real)
         if real is None:
             return self._run_tokens(positions)
         is_static = positions.device.type != "cpu" and not torch.is_grad_enabled()
@@ -205,6 +208,12 @@ class MoELayer(ExpertLayer):
     def _learned(self, scores: Tensor, mask: Tensor) -> Tensor:
         assert self.softness is not None
         return straight_through(scores, mask, self.softness).to(self.own_experts.up_weight.dtype)
+
+
+def _drops_nothing(dropout: nn.Module) -> bool:
+    """Whether a call of it, which takes as long as a token's products, can be left out."""
+    is_known = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
+    return is_known and not (dropout._forward_hooks or dropout._forward_pre_hooks)
 
 
 @contextmanager

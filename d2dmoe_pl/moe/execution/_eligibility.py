@@ -1,6 +1,7 @@
 """What stands in the way of compiled kernels, which compute no gradients and know some functions and types only."""
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ def needs_gradients(experts: Experts, tokens: Tensor) -> bool:
 
 def has_active_dropout(experts: Experts) -> bool:
     """Whether activations are dropped in this call."""
-    return experts.hidden_dropout.training and getattr(experts.hidden_dropout, "p", 0.0) > 0
+    dropout: Any = experts._modules["hidden_dropout"]
+    return dropout.training and getattr(dropout, "p", 0.0) > 0
 
 
 def run_type(experts: Experts, tokens: Tensor) -> torch.dtype:

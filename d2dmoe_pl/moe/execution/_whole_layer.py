@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, needs_gradients
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
-from d2dmoe_pl.moe.experts.experts import Experts, weights_to_pack
+from d2dmoe_pl.moe.experts.experts import Experts, own_tensors, weights_to_pack
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.routers.regression import RegressionRouter
@@ -19,36 +19,35 @@ from d2dmoe_pl.moe.stand_ins.stand_in import StandIn
 
 RULES = ("dynk_max", "dynk_cumulative", "topk")
 BACKENDS_TOO = ("auto", "cpu")  # that experts alone would run on the operator by
+STAND_IN = ("down", "up")
 
 
 def can_run_whole(
-    experts: Experts, router: Router | None, gate: Gate | None, stand_in: StandIn | None, positions: Tensor
+    experts: Experts, router: Router | None, gate: Gate | None, stand_in: StandIn | None, x: Tensor
 ) -> bool:
     """Whether :func:`run_whole` can run this call."""
+    # asked at every call: past nn.Module's lookup, and what takes longest last
     return (
         gate is not None
-        and positions.device.type == "cpu"
+        and x.is_cpu
         and type(router) is RegressionRouter
         and gate.config.rule in RULES
         and experts.backend in BACKENDS_TOO
         and experts.activation_kind is not None
-        and positions.dtype in TYPES
-        and (experts.is_quantized or positions.dtype == experts.up_weight.dtype)
-        and router.is_quantized == experts.is_quantized
-        and (stand_in is None or (type(stand_in) is StandIn and stand_in.down.dtype == positions.dtype))
-        and not torch.is_autocast_enabled("cpu")
+        and x.dtype in TYPES
         and not (_is_watched(experts) or _is_watched(router) or _is_watched(gate))
-        and (stand_in is None or not _is_watched(stand_in))
-        and not needs_gradients(experts, positions)
+        and not torch.is_autocast_enabled("cpu")
+        and (experts.is_quantized or x.dtype == own_tensors(experts, ("up_weight",))[0].dtype)
+        and router.is_quantized == experts.is_quantized
+        and (stand_in is None or _can_stand_in(stand_in, x))
+        and not needs_gradients(experts, x)
         and not has_active_dropout(experts)
-        and not torch.onnx.is_in_onnx_export()
+        and not _is_exported_to_onnx()
         and compile_failure() is None
     )
 
 
-def run_whole(
-    experts: Experts, router: Any, gate: Any, stand_in: Any, positions: Tensor, real: Tensor | None
-) -> Tensor:
+def run_whole(experts: Experts, router: Any, gate: Any, stand_in: Any, x: Tensor, real: Tensor | None) -> Tensor:
     """What the experts that the gate admits by the router's scores give, and what stands in for the others.
 
     Args:
@@ -56,21 +55,21 @@ def run_whole(
         router: The same; a ``RegressionRouter``.
         gate: The same.
         stand_in: The same; None for nothing.
-        positions: ``(P, d_model)``.
+        x: ``P`` positions, ``(..., d_model)``.
         real: Which of them hold tokens, ``(P,)`` boolean; None if all do.
 
     Returns:
-        ``(P, d_out)``; rows of padding are zeros.
+        ``(..., d_out)``; rows of padding are zeros.
     """
     config = gate.config
     return torch.ops.d2dmoe_pl.moe_layer_cpu.default(
-        positions,
+        x,
         real,
         weights_to_pack(router),
         config.rule,
         gate.tau,
         config.k or 0,
-        [] if stand_in is None else [stand_in.down, stand_in.up],
+        [] if stand_in is None else own_tensors(stand_in, STAND_IN),
         weights_to_pack(experts),
         experts.activation_kind,
     )
@@ -78,3 +77,14 @@ def run_whole(
 
 def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _can_stand_in(stand_in: StandIn, x: Tensor) -> bool:
+    return (
+        type(stand_in) is StandIn and own_tensors(stand_in, STAND_IN)[0].dtype == x.dtype and not _is_watched(stand_in)
+    )
+
+
+def _is_exported_to_onnx() -> bool:
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_traced and torch.onnx.is_in_onnx_export()

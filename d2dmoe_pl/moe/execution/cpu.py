@@ -48,7 +48,7 @@ def _load() -> str | None:
 
     def shape(tokens: Tensor, *arguments: Any) -> Tensor:
         down_weight = arguments[-2][4]  # the last but one are the weights
-        return tokens.new_empty(tokens.shape[0], down_weight.shape[2])
+        return tokens.new_empty(*tokens.shape[:-1], down_weight.shape[2])
 
     def shape_of_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])

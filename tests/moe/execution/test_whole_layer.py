@@ -125,6 +125,41 @@ def test_any_number_of_threads(threads):
         torch.set_num_threads(before)
 
 
+FEW = {"positions": 12, "num_experts": 4, "expert_dim": 3, "d_model": 6, "width": 4, "gated": True, "bias": True}
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (3, 4, 6), (1, 12, 6), (2, 3, 2, 6), (1, 1, 6), (6,), (0, 4, 6), (3, 0, 6)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@torch.no_grad()
+def test_positions_of_any_shape(shape, is_transposed):
+    more = {"d_out": 5, "activation": "silu", "rule": "dynk_max", "tau": 0.5, "real": None, "rank": 2, "seed": 1}
+    layer, x, _ = layer_of({**FEW, **more})
+    x = x[: torch.Size(shape[:-1]).numel()].view(shape)
+    if is_transposed and x.dim() > 2:
+        x = x.transpose(0, 1)
+    got = layer(x)
+    assert got.shape == (*x.shape[:-1], 5)
+    expected = one_after_the_other(layer, x.reshape(-1, 6), None)
+    torch.testing.assert_close(got.double().view(expected.shape), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_output_dropout_is_called_where_it_does_something():
+    more = {"d_out": None, "activation": "relu", "rule": "topk", "tau": 0.0, "real": None, "rank": 0, "seed": 1}
+    layer, x, _ = layer_of({**FEW, **more})
+    expected, seen = layer(x), []
+    layer.output_dropout = nn.Dropout(0.5).eval()
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    handle = layer.output_dropout.register_forward_hook(lambda *args: seen.append(args))
+    layer(x)
+    assert len(seen) == 1
+    handle.remove()
+    layer.output_dropout.train()
+    assert (layer(x) == 0).sum() > (expected == 0).sum()
+    layer.output_dropout = nn.Hardtanh(-1e-3, 1e-3)  # of another kind
+    assert layer(x).abs().max() <= 1e-3
+
+
 @torch.no_grad()
 def test_a_nan_shows_in_its_own_row_only():
     case = {"positions": 5, "num_experts": 4, "expert_dim": 3, "d_model": 6, "d_out": None, "width": 4, "gated": False}

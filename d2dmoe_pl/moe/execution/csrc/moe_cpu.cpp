@@ -171,9 +171,12 @@ void add_stand_in(
 }
 
 at::Tensor moe_layer_cpu(
-    const at::Tensor& positions, const Optional& real, const Optionals& router, const std::string& rule,
+    const at::Tensor& x, const Optional& real, const Optionals& router, const std::string& rule,
     const at::Tensor& tau, int64_t k, at::TensorList stand_in, const Optionals& weights,
     const std::string& activation) {
+  const at::AutoDispatchBelowADInplaceOrView below; // there are no gradients, and a view takes a microsecond to say so
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., d)");
+  const at::Tensor positions = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); // (P, d)
   const Operands operands(positions, weights, activation);
   TORCH_CHECK_VALUE(tau.scalar_type() == at::kDouble && tau.numel() == 1, "tau must be one number in float64");
   const Gate gate(rule, *tau.const_data_ptr<double>(), k);
@@ -189,7 +192,11 @@ at::Tensor moe_layer_cpu(
       inputs, router, gate, mask.mutable_data_ptr<bool>(), stands_in ? skipped.mutable_data_ptr<float>() : nullptr);
   const at::Tensor out = run_experts(operands, inputs, mask, positions.scalar_type()); // (N, d_out)
   if (stands_in) add_stand_in(out, tokens, skipped, stand_in[0], stand_in[1]);
-  return rows.placed(out);
+  const at::Tensor placed = rows.placed(out); // (P, d_out)
+  if (x.dim() == 2) return placed;
+  auto sizes = x.sizes().vec();
+  sizes.back() = placed.size(1);
+  return placed.view(sizes); // (..., d_out)
 }
 
 } // namespace
@@ -197,7 +204,7 @@ at::Tensor moe_layer_cpu(
 TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
   library.def("moe_cpu(Tensor tokens, Tensor mask, Tensor?[] weights, str activation) -> Tensor");
   library.def(
-      "moe_layer_cpu(Tensor positions, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
+      "moe_layer_cpu(Tensor x, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
       "Tensor[] stand_in, Tensor?[] weights, str activation) -> Tensor");
   library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("int8_linears_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor[]");
