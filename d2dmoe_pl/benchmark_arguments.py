@@ -78,6 +78,12 @@ def benchmark_arguments(data: type | None = None) -> ArgumentParser:
     parser.add_argument(
         "--decode", type=int, default=0, help="Tokens that whole causal language models write instead; 0 for none."
     )
+    parser.add_argument(
+        "--gguf",
+        type=str | None,
+        default=None,
+        help="The dense model's GGUF file, which llama.cpp (package llama-cpp-python) writes from too.",
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto (a GPU if there is one), cpu or cuda.")
     parser.add_argument("--threads", type=int | None, default=None, help="CPU threads; PyTorch's choice if not given.")
     parser.add_argument("--rounds", type=int, default=11, help="Samples of each time, whose median is shown.")

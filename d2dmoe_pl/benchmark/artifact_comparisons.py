@@ -123,7 +123,7 @@ def _writing(
     dense.to(settings.device, settings.dense_dtype)
     choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
     batch = _to(batches[0], settings.device, settings.dense_dtype)
-    comparison = decoding_comparison(dense, moes, batch, settings.decode, choices, scoring)
+    comparison = decoding_comparison(dense, moes, batch, settings.decode, choices, scoring, settings.gguf)
     _optimize(moes, settings)
     return comparison
 

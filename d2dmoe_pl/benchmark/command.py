@@ -11,6 +11,7 @@ from rich.console import Console
 from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
 from d2dmoe_pl.benchmark.compared_modules import find_way
 from d2dmoe_pl.benchmark.comparison import Comparison, Settings, measure
+from d2dmoe_pl.benchmark.gguf_runtime import check_gguf
 from d2dmoe_pl.benchmark.machine import Machine, this_machine
 from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_up, verdict, write_csv
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES, check_runtimes
@@ -76,6 +77,9 @@ def _settings(given: Namespace) -> Settings:
     )
     for name in given.compare if given.decode else []:
         check(name not in RUNTIMES, f"compare={name!r}: reads texts, and writes none; must go, or --decode 0")
+    check(given.gguf is None or given.decode > 0, f"gguf={given.gguf!r}: only with --decode")
+    if given.gguf is not None:
+        check_gguf(given.gguf)
     check(given.rounds > 1, f"rounds={given.rounds}: must be at least 2")
     check(given.threads is None or given.threads > 0, f"threads={given.threads}: must be positive")
     check(given.device in DEVICES, f"device={given.device!r}: allowed are {', '.join(DEVICES)}")
@@ -94,6 +98,7 @@ def _settings(given: Namespace) -> Settings:
         budgets=given.budget,
         decode=given.decode,
         around=getattr(torch, given.around),
+        gguf=given.gguf,
     )
 
 

@@ -33,6 +33,7 @@ class Settings:
         budgets: Shares of the dense FFNs' FLOPs that a whole model is set to, instead of a ``tau``.
         decode: Tokens that a whole model writes behind each text; 0 to have it read them alone.
         around: Type of what is no int8 number in a model in int8.
+        gguf: File that llama.cpp writes from, beside the models that write; None for none.
     """
 
     scope: list[Scope]
@@ -47,6 +48,7 @@ class Settings:
     budgets: Sequence[float] = ()
     decode: int = 0
     around: torch.dtype = torch.float32
+    gguf: str | None = None
 
     def floating(self, dtype: torch.dtype) -> torch.dtype:
         """The type of what a model in ``dtype`` is given, and of what is no int8 number in it."""
@@ -56,7 +58,7 @@ class Settings:
     def dense_dtype(self) -> torch.dtype:
         """Of the whole dense model that all are timed against: the one type asked for, or float32."""
         has_rivals = any(name in RUNTIMES for name in self.compare)
-        alone = len(self.dtype) == 1 and self.dtype[0].is_floating_point and not has_rivals
+        alone = len(self.dtype) == 1 and self.dtype[0].is_floating_point and not has_rivals and self.gguf is None
         return self.dtype[0] if alone else torch.float32
 
 
@@ -78,6 +80,7 @@ class Way:
         bytes_share: Of the bytes of weights that the dense model reads to write a token; None where none is written.
         agreement: Of the tokens that the dense model writes, those that this way would have written, in percent.
         around: Type of what is no int8 number, where weights are in int8.
+        type_name: Of weights, where that is no type of PyTorch's.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Way:
     bytes_share: float | None = None
     agreement: float | None = None
     around: torch.dtype = torch.float32
+    type_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,8 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
 
 
 def _type_name(way: Way, comparison: Comparison) -> str:
+    if way.type_name is not None:
+        return way.type_name
     dtype = way.dtype or comparison.dtype
     both = [dtype] if dtype.is_floating_point or way.around == torch.float32 else [dtype, way.around]
     return " in ".join(str(each).removeprefix("torch.") for each in both)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.benchmark.compared_modules import Choice, floating_type, uncompiled
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
+from d2dmoe_pl.benchmark.gguf_runtime import NAME, GGUFRuntime
 from d2dmoe_pl.benchmark.result_rows import PYTORCH
 from d2dmoe_pl.benchmark.scoring import Scoring
 from d2dmoe_pl.benchmark.timing import Contender
@@ -49,6 +50,7 @@ def decoding_comparison(
     num_tokens: int,
     choices: Mapping[torch.dtype, Sequence[Choice]],
     scoring: Scoring | None = None,
+    gguf: str | None = None,
 ) -> Comparison:
     """``generate`` of a model with experts, in one or more types, against its dense twin's, from the same prompts.
 
@@ -59,6 +61,7 @@ def decoding_comparison(
         num_tokens: That are written behind each, greedily, whatever they are; two at least.
         choices: To be timed, by type.
         scoring: By what predictions are judged; None if they are not.
+        gguf: The dense model as a file, which llama.cpp writes from as well; None if it does not.
     """
     positions = adapter_for(dense).num_positions(dense)
     prompts = _prompts(batch, PROMPT if positions is None else min(PROMPT, positions - num_tokens))
@@ -96,6 +99,8 @@ def decoding_comparison(
         for choice in choices[dtype]:
             share, read = _steps(moe, choice, prompts, num_tokens)
             ways.append(made(moe, backend, choice, dtype, share, read))
+    if gguf is not None:
+        ways.append(_by_gguf_runtime(gguf, dense, prompts, text))
     itself = made(dense, PYTORCH, None, dense_type, 1.0, dense_bytes)
     batch_size, length = prompts["input_ids"].shape
     return Comparison(
@@ -110,6 +115,32 @@ def decoding_comparison(
         scoring=scoring,
         dense_score=itself.score,
         new_tokens=num_tokens,
+    )
+
+
+def _by_gguf_runtime(file: str, dense: nn.Module, prompts: Batch, text: Tensor) -> Way:
+    """The dense model by llama.cpp; ``text``, ``(B, L + N)``, is what PyTorch wrote behind the prompts."""
+    ids = prompts["input_ids"].cpu()
+    start, num_tokens = ids.shape[1], text.shape[1] - ids.shape[1]
+    model = GGUFRuntime(file, *text.shape)
+    known = adapter_for(dense).vocabulary_size(dense)
+    check(
+        model.num_tokens == known,
+        f"gguf={file!r}: has a vocabulary of {model.num_tokens}; must be the artifact's model, which has {known}",
+    )
+    expected = text[:, start:].cpu()
+    found = model.likeliest(text[:, :-1].cpu())[:, start - 1 :]
+    return Way(
+        name=NAME,
+        router=False,
+        tau=None,
+        share=1.0,
+        cost=1.0,
+        contender=Contender(partial(model.write, ids, num_tokens), nullcontext, num_tokens),
+        is_dense=True,
+        bytes_share=model.bytes_per_weight / next(dense.parameters()).element_size(),
+        agreement=100 * float((found == expected).float().mean()),
+        type_name=model.type_name,
     )
 
 
