@@ -152,7 +152,7 @@ def as_table(rows: Sequence[BenchmarkRow]) -> Table:
         is_rival = row.is_dense and row.backend != PYTORCH
         table.add_row(
             row.way,
-            "" if is_rival else row.dtype,
+            "" if is_rival and not writes else row.dtype,
             _setting(row),
             "" if row.is_dense else f"{row.share_percent:.1f}",
             *([_percent(row.bytes_percent)] * writes),

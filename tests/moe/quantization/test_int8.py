@@ -41,10 +41,8 @@ def twin(experts, tokens, mask):
     return output + (0 if down_bias is None else down_bias)
 
 
-needs_vnni = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.cpu._is_vnni_supported(),
-    reason="without AVX-512 VNNI activations are not rounded",
-)
+HAS_VNNI = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_vnni_supported()
+needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="without AVX-512 VNNI activations are not rounded")
 
 
 @needs_vnni
@@ -101,6 +99,30 @@ def test_experts_are_near_what_they_were_made_from(backend, gated, dtype):
     expected = experts(tokens, mask)
     assert got.dtype == dtype
     assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.skipif(HAS_VNNI, reason="with AVX-512 VNNI tokens are rounded")
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_without_vnni_tokens_are_not_rounded(tokens, gated, dtype):
+    """A handful is multiplied with the numbers as they are, more with a copy of them."""
+    torch.manual_seed(0)
+    tolerance = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.05}
+    for sizes in ({"expert_dim": 5, "d_model": 37, "d_out": 19}, {"expert_dim": 33, "d_model": 96, "d_out": 70}):
+        case = {"num_experts": 6, "gated": gated, "bias": True, "activation": "silu", "density": 0.5, **sizes}
+        experts, x, mask = experts_of({**case, "tokens": tokens}, "cpu")
+        int8 = Int8Experts(experts)
+        got = int8(x.to(dtype), mask)
+        assert got.dtype == dtype
+        int8.set_backend("reference")
+        torch.testing.assert_close(got.float(), int8(x, mask), **tolerance)
+        linear = nn.Linear(sizes["d_model"], sizes["d_out"])
+        rounded_linear = Int8Linear(linear.weight, linear.bias)
+        weight = rounded_linear.weight.float() * rounded_linear.scale.unsqueeze(1)
+        expected = nn.functional.linear(x, weight, linear.bias)
+        torch.testing.assert_close(rounded_linear(x.to(dtype)).float(), expected, **tolerance)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
+#include <cstdint>
 #include <tuple>
 #include <vector>
 
@@ -38,14 +38,55 @@ inline Pair load_pair(const at::BFloat16* values, int64_t count) {
   return {low, high};
 }
 
+inline Pair load_pair(const int8_t* values, int64_t count) {
+  int8_t own[kPair] = {};
+  if (count < kPair) {
+    std::copy_n(values, count, own);
+    values = own;
+  }
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto wide = [](const int8_t* from) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  };
+  return {wide(values), wide(values + kWidth)};
+#elif defined(CPU_CAPABILITY_AVX2)
+  const auto wide = [](const int8_t* from) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  };
+  return {wide(values), wide(values + kWidth)};
+#else
+  float wide[kPair];
+  std::copy_n(values, kPair, wide);
+  return {Vec::loadu(wide), Vec::loadu(wide + kWidth)};
+#endif
+}
+
+constexpr int64_t kAhead = 4096; // bytes that are asked for before they are read
+
+// Asks for `count` values from memory, those that are before `end`.
+template <typename T>
+void ask_for(const T* values, int64_t count, const T* end) {
+  constexpr int64_t kLine = 64; // bytes
+  const char *at = reinterpret_cast<const char*>(values), *last = reinterpret_cast<const char*>(std::min(values + count, end));
+  for (; at < last; at += kLine) __builtin_prefetch(at);
+}
+
+// The same of what is read some time later: rows are streams too short for a CPU to see them coming.
+template <typename T>
+void ask_ahead(const T* values, int64_t count, const T* end) {
+  ask_for(values + kAhead / static_cast<int64_t>(sizeof(T)), count, end);
+}
+
 inline void store_pair(const Pair& pair, float* values, int64_t count) {
   pair[0].store(values, std::min(count, kWidth));
   if (count > kWidth) pair[1].store(values + kWidth, std::min(count - kWidth, kWidth));
 }
 
-// out[n] = sum_k x[k] w[n][k], of w (rows, depth).
+// out[n] = sum_k x[k] w[n][k] scale[n], of w (rows, depth); scale may be null. Up to `end`, weights are read behind it.
 template <typename T>
-void dot_rows(const float* x, int64_t depth, const T* w, int64_t rows, float* out) {
+void dot_rows(
+    const float* x, int64_t depth, const T* w, const float* scale, int64_t rows, float* out, const T* end = nullptr) {
+  if (end == nullptr) end = w + rows * depth;
   for (int64_t n = 0; n < rows; n += kNeurons) {
     const int64_t here = std::min<int64_t>(kNeurons, rows - n);
     const T* row[kNeurons];
@@ -54,6 +95,7 @@ void dot_rows(const float* x, int64_t depth, const T* w, int64_t rows, float* ou
     for (int64_t k = 0; k < depth; k += kPair) {
       const int64_t count = std::min(kPair, depth - k);
       const Pair xs = load_pair(x + k, count);
+      ask_ahead(w + n * depth + k * kNeurons, kPair * kNeurons, end);
 #pragma GCC unroll 4
       for (int i = 0; i < kNeurons; ++i) {
         const Pair ws = load_pair(row[i] + k, count);
@@ -64,66 +106,98 @@ void dot_rows(const float* x, int64_t depth, const T* w, int64_t rows, float* ou
     for (int i = 0; i < kNeurons; ++i) total[i] = sums[i][0] + sums[i][1];
     float four[kNeurons];
     store_sums(total, four);
-    std::copy_n(four, here, out + n);
+    for (int64_t i = 0; i < here; ++i) out[n + i] = scale == nullptr ? four[i] : four[i] * scale[n + i];
   }
 }
 
-// y[n] += sum_j a[j] w[j][n], of w (rows, width).
+// y[n] += scale[n] sum_j a[j] w[j][n], of w (rows, width); scale may be null.
 template <typename T>
-void add_rows(const float* a, int64_t rows, const T* w, int64_t width, float* y) {
+void add_rows(const float* a, int64_t rows, const T* w, const float* scale, int64_t width, float* y) {
   constexpr int64_t kRows = 4; // at once, each read from its begin to its end
   for (int64_t j = 0; j < rows; j += kRows) {
     const int64_t here = std::min(kRows, rows - j);
     for (int64_t n = 0; n < width; n += kPair) {
       const int64_t count = std::min(kPair, width - n);
-      Pair sum = load_pair(y + n, count);
+      ask_ahead(w + j * width + n * kRows, kPair * kRows, w + rows * width);
+      const Pair before = load_pair(y + n, count);
+      Pair sum = scale == nullptr ? before : Pair{Vec(0.f), Vec(0.f)};
       for (int64_t i = 0; i < here; ++i) {
         const Pair ws = load_pair(w + (j + i) * width + n, count);
         for (int half = 0; half < 2; ++half) sum[half] = at::vec::fmadd(Vec(a[j + i]), ws[half], sum[half]);
+      }
+      if (scale != nullptr) {
+        const Pair scales = load_pair(scale + n, count);
+        for (int half = 0; half < 2; ++half) sum[half] = at::vec::fmadd(sum[half], scales[half], before[half]);
       }
       store_pair(sum, y + n, count);
     }
   }
 }
 
-// Experts in bf16 on the weights as they are, up and gate (E, s, d), down (E, s, d_out).
+// Weights of experts as they are, up and gate (E, s, d), down (E, s, d_out); where they are int8, also scales of up and
+// gate (E, s), and down (E, d_out). What there is none of is null.
+template <typename W>
+struct FewTokensWeights {
+  const W *up, *gate, *down;
+  const float *up_scale, *gate_scale, *down_scale;
+};
+
+// Experts on the weights as they are, in bf16 or int8; tokens are not rounded.
+template <typename W>
 class FewTokensExperts {
  public:
   static constexpr int64_t kMaxBlock = kFewTokens;
-  FewTokensExperts(
-      const Problem& problem, const at::Tensor& x, const at::Tensor& up, const std::optional<at::Tensor>& gate,
-      const at::Tensor& down)
+  FewTokensExperts(const Problem& problem, const at::Tensor& x, const FewTokensWeights<W>& weights)
       : problem_(problem),
-        up_(up.const_data_ptr<at::BFloat16>()),
-        gate_(gate ? gate->const_data_ptr<at::BFloat16>() : nullptr),
-        down_(down.const_data_ptr<at::BFloat16>()),
+        weights_(weights),
         x_(x.numel()),
         hidden_(problem.neurons),
-        gated_(gate ? problem.neurons : 0) {
-    at::vec::convert(x.const_data_ptr<at::BFloat16>(), x_.data(), x.numel());
+        gated_(weights.gate == nullptr ? 0 : problem.neurons) {
+    if (x.scalar_type() == at::kFloat) {
+      std::copy_n(x.const_data_ptr<float>(), x.numel(), x_.data());
+    } else {
+      at::vec::convert(x.const_data_ptr<at::BFloat16>(), x_.data(), x.numel());
+    }
   }
 
   // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
   void run(const Block& block, float* y) {
-    for (int64_t e = block.begin; e < block.end; ++e) run(e, block.first, block.rows(e), block.count(e), y);
+    for (int64_t e = block.begin; e < block.end; ++e) {
+      if (block.count(e) == 0) continue;
+      int64_t next = e + 1;
+      while (next < block.end && block.count(next) == 0) ++next;
+      if (next < block.end) ask_for_begin(next);
+      run(e, block.first, block.rows(e), block.count(e), y);
+    }
   }
 
  private:
+  // Asks for the first weights of an expert, while another is computed.
+  void ask_for_begin(int64_t expert) const {
+    const auto& w = weights_;
+    const int64_t in = problem_.neurons * problem_.width, out = problem_.neurons * problem_.outputs;
+    const auto ask = [](const W* from, int64_t size) { ask_for(from, kAhead / static_cast<int64_t>(sizeof(W)), from + size); };
+    ask(w.up + expert * in, in);
+    if (w.gate != nullptr) ask(w.gate + expert * in, in);
+    ask(w.down + expert * out, out);
+  }
+
   void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
-    const int64_t d = problem_.width, s = problem_.neurons, d_out = problem_.outputs;
+    const int64_t d = problem_.width, s = problem_.neurons, d_out = problem_.outputs, n = expert * s;
+    const auto& w = weights_;
     for (int64_t i = 0; i < count; ++i) {
       const float* x = x_.data() + (first + rows[i]) * d;
-      dot_rows(x, d, up_ + expert * s * d, s, hidden_.data());
-      if (gate_ != nullptr) dot_rows(x, d, gate_ + expert * s * d, s, gated_.data());
+      dot_rows(x, d, w.up + n * d, at(w.up_scale, n), s, hidden_.data());
+      if (w.gate != nullptr) dot_rows(x, d, w.gate + n * d, at(w.gate_scale, n), s, gated_.data());
       activate(
-          problem_.activation, hidden_.data(), at(problem_.up_bias, expert * s),
-          gate_ == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, expert * s), 1, s, s);
-      add_rows(hidden_.data(), s, down_ + expert * s * d_out, d_out, y + rows[i] * d_out);
+          problem_.activation, hidden_.data(), at(problem_.up_bias, n), w.gate == nullptr ? nullptr : gated_.data(),
+          at(problem_.gate_bias, n), 1, s, s);
+      add_rows(hidden_.data(), s, w.down + n * d_out, at(w.down_scale, expert * d_out), d_out, y + rows[i] * d_out);
     }
   }
 
   Problem problem_;
-  const at::BFloat16 *up_, *gate_, *down_;
+  FewTokensWeights<W> weights_;
   std::vector<float> x_, hidden_, gated_; // (N, d), (s,), (s,)
 };
 
@@ -137,11 +211,11 @@ void add_stand_in_rows(
   for (int64_t t = 0; t < tokens; ++t) {
     if (shares[t] == 0.f) continue;
     at::vec::convert(x + t * width, row.data(), width);
-    dot_rows(row.data(), width, down, rank, inner.data());
+    dot_rows(row.data(), width, down, nullptr, rank, inner.data());
     inner[rank] = 1.f;
     for (float& each : inner) each *= shares[t];
     at::vec::convert(y + t * outputs, sum.data(), outputs);
-    add_rows(inner.data(), rank + 1, up, outputs, sum.data());
+    add_rows(inner.data(), rank + 1, up, nullptr, outputs, sum.data());
     at::vec::convert(sum.data(), y + t * outputs, outputs);
   }
 }

@@ -1,7 +1,9 @@
 // Linear layers in int8 that share their input: rows are quantised as they come, a scale each, once for all of them; the
-// products are ATen's brgemm, by VNNI or AMX.
+// products are ATen's brgemm, by VNNI or AMX. Where there is none, rows are not rounded: a handful is multiplied with the
+// numbers as they are, more with a copy of them in fp32.
 #pragma once
 
+#include "few_tokens.h"
 #include "int8_products.h"
 #include "operands.h"
 #include "packed.h"
@@ -72,6 +74,26 @@ void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int
   });
 }
 
+// out (M, N) = x (M, K) w^T + bias for a handful of rows, which are not rounded, on numbers (N, K) as they are.
+template <typename T>
+void few_rows_linear(
+    const T* x, int64_t rows, int64_t depth, const int8_t* w, const float* scale, const float* bias, int64_t columns,
+    T* out) {
+  constexpr int64_t kColumns = 32; // whose numbers stay in the cache from row to row
+  std::vector<float> wide(rows * depth);
+  at::vec::convert(x, wide.data(), rows * depth);
+  at::parallel_for(0, (columns + kColumns - 1) / kColumns, 8, [&](int64_t begin, int64_t end) {
+    float sums[kColumns];
+    for (int64_t n = begin * kColumns; n < std::min(columns, end * kColumns); n += kColumns) {
+      const int64_t count = std::min(kColumns, columns - n);
+      for (int64_t m = 0; m < rows; ++m) {
+        dot_rows(wide.data() + m * depth, depth, w + n * depth, scale + n, count, sums, w + columns * depth);
+        for (int64_t i = 0; i < count; ++i) out[m * columns + n + i] = bias == nullptr ? sums[i] : sums[i] + bias[n + i];
+      }
+    }
+  });
+}
+
 using Tensors = std::vector<at::Tensor>;
 
 // Of each weight, scale and bias, what a linear layer in int8 gives for x (M, K): (M, N).
@@ -92,6 +114,14 @@ inline Tensors int8_linears_cpu(const at::Tensor& x, at::TensorList weights, at:
       const Optional& bias = biases[i];
       TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
       const at::Tensor factors = in_fp32(scale), added = in_fp32(bias);
+      if (!has_int8_brgemm() && rows.size(0) <= kFewTokens) {
+        const at::Tensor numbers = weight.contiguous();
+        out.push_back(at::empty({rows.size(0), columns}, x.options()));
+        few_rows_linear(
+            rows.const_data_ptr<T>(), rows.size(0), depth, numbers.const_data_ptr<int8_t>(), floats(factors),
+            floats(added), columns, out.back().mutable_data_ptr<T>());
+        continue;
+      }
       if (!has_int8_brgemm()) {
         const at::Tensor multiplied = packed_weights().get(weight, Form::dequantised_rows, factors);
         const Optional own_bias = bias ? Optional(added) : Optional();

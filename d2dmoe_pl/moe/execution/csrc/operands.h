@@ -82,6 +82,7 @@ class Operands {
       check("down_scale", given(8), {experts_, outputs_}, false);
       up_scale_ = in_fp32(given(6)), gate_scale_ = in_fp32(given(7)), down_scale_ = in_fp32(given(8));
       type_ = at::kFloat;
+      reads_int8_ = !has_vnni() && tokens.size(0) <= kFewTokens;
       prepare_int8(up, gate, down);
     } else {
       type_ = tokens.scalar_type() == at::kBFloat16 && has_brgemm() ? at::kBFloat16 : at::kFloat;
@@ -146,11 +147,19 @@ class Operands {
           gate_quads_.defined() ? gate_quads_.const_data_ptr<int8_t>() : nullptr));
     }
 #endif
+    if (reads_int8_) {
+      const auto of = [](const at::Tensor& w) { return w.defined() ? w.const_data_ptr<int8_t>() : nullptr; };
+      const FewTokensWeights<int8_t> weights{
+          of(up_), of(gate_), of(down_), floats(up_scale_), floats(gate_scale_), floats(down_scale_)};
+      return f(FewTokensExperts<int8_t>(problem, inputs.x, weights));
+    }
     if (type_ == at::kBFloat16) {
       if (problem.tokens <= kFewTokens && are_of(type_)) {
         const at::Tensor up = weights_[0]->contiguous(), down = weights_[4]->contiguous();
         const Optional rows = gate ? Optional(weights_[2]->contiguous()) : Optional();
-        return f(FewTokensExperts(problem, inputs.x, up, rows, down));
+        const auto of = [](const Optional& w) { return w ? w->const_data_ptr<at::BFloat16>() : nullptr; };
+        const FewTokensWeights<at::BFloat16> weights{of(up), of(rows), of(down), nullptr, nullptr, nullptr};
+        return f(FewTokensExperts<at::BFloat16>(problem, inputs.x, weights));
       }
       return f(BFloat16Experts(problem, inputs.x, up_, gate, down_));
     }
@@ -190,6 +199,12 @@ class Operands {
       const Int8Router scorer(problem, inputs.int8, first, second, panels(p1), panels(p2));
       return choose_experts(scorer, problem, gate, inputs.int8.values.const_data_ptr<uint8_t>(), tokens, mask, skipped);
 #else
+      if (reads_int8_) {
+        const at::Tensor w1 = up.contiguous(), w2 = down.contiguous();
+        const FewTokensRouter<float, int8_t> scorer(
+            problem, w1.const_data_ptr<int8_t>(), floats(s1), w2.const_data_ptr<int8_t>(), floats(s2));
+        return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<float>(), tokens, mask, skipped);
+      }
       const at::Tensor w1 = packed_weights().get(up, Form::dequantised_rows, s1);
       const at::Tensor w2 = packed_weights().get(down, Form::dequantised_rows, s2);
       const FloatRouter scorer(problem, floats(w1), floats(w2));
@@ -198,7 +213,8 @@ class Operands {
     }
     if (type_ == at::kBFloat16 && tokens <= kFewTokens && up.scalar_type() == type_ && down.scalar_type() == type_) {
       const at::Tensor w1 = up.contiguous(), w2 = down.contiguous();
-      const FewTokensRouter scorer(problem, w1.const_data_ptr<at::BFloat16>(), w2.const_data_ptr<at::BFloat16>());
+      const FewTokensRouter<at::BFloat16, at::BFloat16> scorer(
+          problem, w1.const_data_ptr<at::BFloat16>(), nullptr, w2.const_data_ptr<at::BFloat16>(), nullptr);
       return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<at::BFloat16>(), tokens, mask, skipped);
     }
     if (type_ == at::kBFloat16) {
@@ -215,7 +231,7 @@ class Operands {
 
  private:
   // Whether `up_`, `gate_` and `down_` are in fp32, whatever the weights that were given are in.
-  bool is_in_float() const { return type_ == at::kFloat && !(is_int8_ && has_vnni()); }
+  bool is_in_float() const { return type_ == at::kFloat && !(is_int8_ && has_vnni()) && !reads_int8_; }
 
   // Whether the weights as they were given are all of `type`.
   bool are_of(at::ScalarType type) const {
@@ -225,6 +241,11 @@ class Operands {
 
   void prepare_int8(const at::Tensor& up, const Optional& gate, const at::Tensor& down) {
     auto& packed = packed_weights();
+    if (reads_int8_) {
+      up_ = up.contiguous(), down_ = down.contiguous();
+      if (gate) gate_ = gate->contiguous();
+      return;
+    }
     if (!has_vnni()) {
       up_ = packed.get(up, Form::dequantised_rows, up_scale_);
       if (gate) gate_ = packed.get(*gate, Form::dequantised_rows, gate_scale_);
@@ -253,6 +274,7 @@ class Operands {
 
   Activation activation_;
   bool is_int8_;
+  bool reads_int8_ = false; // a handful of tokens, which are not rounded, on the numbers as they are
   at::ScalarType type_; // of products, but for those in int8
   int64_t experts_, neurons_, width_, outputs_;
   std::array<Optional, 6> weights_; // as they were given

@@ -94,26 +94,35 @@ class BFloat16Router {
   std::vector<float> hidden_, scores_;
 };
 
-// A handful of tokens in bf16, on the weights as they are.
+// A handful of tokens, on the weights as they are, in bf16 or int8; scales of their rows may be null.
+template <typename X, typename W>
 class FewTokensRouter {
  public:
-  using scalar = at::BFloat16;
-  FewTokensRouter(const RouterProblem& problem, const scalar* up, const scalar* down)
-      : problem_(problem), up_(up), down_(down), token_(problem.width), hidden_(problem.hidden) {}
+  using scalar = X;
+  FewTokensRouter(
+      const RouterProblem& problem, const W* up, const float* up_scale, const W* down, const float* down_scale)
+      : problem_(problem),
+        up_(up),
+        down_(down),
+        up_scale_(up_scale),
+        down_scale_(down_scale),
+        token_(problem.width),
+        hidden_(problem.hidden) {}
 
-  void run(const scalar* x, int64_t count, float* scores) {
+  void run(const X* x, int64_t count, float* scores) {
     const auto& p = problem_;
     for (int64_t t = 0; t < count; ++t) {
       at::vec::convert(x + t * p.width, token_.data(), p.width);
-      dot_rows(token_.data(), p.width, up_, p.hidden, hidden_.data());
+      dot_rows(token_.data(), p.width, up_, up_scale_, p.hidden, hidden_.data());
       activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, 1, p.hidden, p.hidden);
-      dot_rows(hidden_.data(), p.hidden, down_, p.experts, scores + t * p.experts);
+      dot_rows(hidden_.data(), p.hidden, down_, down_scale_, p.experts, scores + t * p.experts);
     }
   }
 
  private:
   RouterProblem problem_;
-  const scalar *up_, *down_;
+  const W *up_, *down_;
+  const float *up_scale_, *down_scale_;
   std::vector<float> token_, hidden_; // (d,), (R,)
 };
 
