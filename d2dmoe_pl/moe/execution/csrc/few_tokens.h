@@ -5,6 +5,7 @@
 
 #include "activations.h"
 #include "plan.h"
+#include "prefetch.h"
 #include "problem.h"
 #include "products.h"
 
@@ -59,22 +60,6 @@ inline Pair load_pair(const int8_t* values, int64_t count) {
   std::copy_n(values, kPair, wide);
   return {Vec::loadu(wide), Vec::loadu(wide + kWidth)};
 #endif
-}
-
-constexpr int64_t kAhead = 4096; // bytes that are asked for before they are read
-
-// Asks for `count` values from memory, those that are before `end`.
-template <typename T>
-void ask_for(const T* values, int64_t count, const T* end) {
-  constexpr int64_t kLine = 64; // bytes
-  const char *at = reinterpret_cast<const char*>(values), *last = reinterpret_cast<const char*>(std::min(values + count, end));
-  for (; at < last; at += kLine) __builtin_prefetch(at);
-}
-
-// The same of what is read some time later: rows are streams too short for a CPU to see them coming.
-template <typename T>
-void ask_ahead(const T* values, int64_t count, const T* end) {
-  ask_for(values + kAhead / static_cast<int64_t>(sizeof(T)), count, end);
 }
 
 inline void store_pair(const Pair& pair, float* values, int64_t count) {
@@ -162,26 +147,12 @@ class FewTokensExperts {
 
   // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
   void run(const Block& block, float* y) {
-    for (int64_t e = block.begin; e < block.end; ++e) {
-      if (block.count(e) == 0) continue;
-      int64_t next = e + 1;
-      while (next < block.end && block.count(next) == 0) ++next;
-      if (next < block.end) ask_for_begin(next);
-      run(e, block.first, block.rows(e), block.count(e), y);
-    }
+    block.each(
+        [&](int64_t e) { run(e, block.first, block.rows(e), block.count(e), y); },
+        [&](int64_t e) { ask_for_expert(e, problem_, weights_.up, weights_.gate, weights_.down); });
   }
 
  private:
-  // Asks for the first weights of an expert, while another is computed.
-  void ask_for_begin(int64_t expert) const {
-    const auto& w = weights_;
-    const int64_t in = problem_.neurons * problem_.width, out = problem_.neurons * problem_.outputs;
-    const auto ask = [](const W* from, int64_t size) { ask_for(from, kAhead / static_cast<int64_t>(sizeof(W)), from + size); };
-    ask(w.up + expert * in, in);
-    if (w.gate != nullptr) ask(w.gate + expert * in, in);
-    ask(w.down + expert * out, out);
-  }
-
   void run(int64_t expert, int64_t first, const int32_t* rows, int64_t count, float* y) {
     const int64_t d = problem_.width, s = problem_.neurons, d_out = problem_.outputs, n = expert * s;
     const auto& w = weights_;

@@ -3,6 +3,7 @@
 
 #include "activations.h"
 #include "plan.h"
+#include "prefetch.h"
 #include "problem.h"
 #include "products.h"
 
@@ -27,7 +28,9 @@ class FloatExperts {
 
   // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
   void run(const Block& block, float* y) {
-    for (int64_t e = block.begin; e < block.end; ++e) run(e, block.first, block.rows(e), block.count(e), y);
+    block.each(
+        [&](int64_t e) { run(e, block.first, block.rows(e), block.count(e), y); },
+        [&](int64_t e) { ask_for_expert(e, problem_, up_, gate_, down_); });
   }
 
  private:
