@@ -85,6 +85,8 @@ def _settings(given: Namespace) -> Settings:
     check(given.device in DEVICES, f"device={given.device!r}: allowed are {', '.join(DEVICES)}")
     gpu = torch.cuda.is_available()
     check(given.device != "cuda" or gpu, "device='cuda': PyTorch finds no GPU here; allowed are auto, cpu")
+    is_on_gpu = gpu and given.device != "cpu"
+    check(given.gguf is None or not is_on_gpu, f"gguf={given.gguf!r}: llama.cpp is timed on the CPU; add --device cpu")
     return Settings(
         scope=given.scope,
         dtype=[getattr(torch, dtype) for dtype in given.dtype],
@@ -92,7 +94,7 @@ def _settings(given: Namespace) -> Settings:
         backend=given.backend,
         compare=given.compare,
         rounds=given.rounds,
-        device=torch.device("cuda" if gpu and given.device != "cpu" else "cpu"),
+        device=torch.device("cuda" if is_on_gpu else "cpu"),
         optimize=given.optimize,
         scored_samples=given.scored_samples,
         budgets=given.budget,

@@ -55,7 +55,6 @@ class GGUFRuntime:
         check(self._model is not None, f"gguf={file!r}: llama.cpp cannot read it")
         self._context = api.llama_init_from_model(self._model, self._settings(texts, tokens))
         check(self._context is not None, f"gguf={file!r}: llama.cpp has no room for {texts} texts of {tokens} tokens")
-        self._texts = texts
         self._batch = api.llama_batch_init(texts * tokens, 0, 1)
         weakref.finalize(self, _free, api, self._batch, self._context, self._model)
         self.num_tokens: int = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self._model))

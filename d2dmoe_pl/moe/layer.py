@@ -213,7 +213,7 @@ class MoELayer(ExpertLayer):
 def _drops_nothing(dropout: nn.Module) -> bool:
     """Whether a call of it, which takes as long as a token's products, can be left out."""
     is_known = type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
-    return is_known and not (dropout._forward_hooks or dropout._forward_pre_hooks)
+    return is_known and not (dropout._forward_hooks or dropout._forward_pre_hooks or dropout._backward_hooks)
 
 
 @contextmanager

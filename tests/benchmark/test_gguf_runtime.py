@@ -83,3 +83,12 @@ def test_refusals(model_and_file, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--gguf", file])
     assert f"gguf={file!r}: only with --decode" in capsys.readouterr().err
+
+
+def test_not_beside_a_gpu(model_and_file, monkeypatch, capsys):
+    _, file = model_and_file
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("d2dmoe_pl.benchmark.command.check_gguf", lambda file: None)
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--gguf", file, "--decode", "4", "--artifact", "anywhere"])
+    assert f"gguf={file!r}: llama.cpp is timed on the CPU; add --device cpu" in capsys.readouterr().err

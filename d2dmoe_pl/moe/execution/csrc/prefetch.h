@@ -15,8 +15,8 @@ constexpr int64_t kAhead = 4096; // bytes that are asked for before they are rea
 template <typename T>
 void ask_for(const T* values, int64_t count, const T* end) {
   constexpr int64_t kLine = 64; // bytes
-  const char *at = reinterpret_cast<const char*>(values), *last = reinterpret_cast<const char*>(std::min(values + count, end));
-  for (; at < last; at += kLine) __builtin_prefetch(at);
+  const char* last = reinterpret_cast<const char*>(std::min(values + count, end));
+  for (const char* line = reinterpret_cast<const char*>(values); line < last; line += kLine) __builtin_prefetch(line);
 }
 
 // The same of what is read some time later.
