@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import datasets
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from d2dmoe_pl.data import Digits
 
@@ -32,6 +33,15 @@ def _own_dataset_cache(tmp_path_factory):
 def _seeded():
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _pictures_are_left_blank(request):
+    """Filling them with ink takes a third of a short chain; files with tests of pictures are marked to have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("drawn") is None:
+            patch.setattr(Figure, "draw", lambda figure, renderer: None)
+        yield
 
 
 @pytest.fixture

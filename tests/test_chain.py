@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import forked_commands
 import pytest
 from recipe import PHASES, arguments, write_recipe
 
@@ -188,18 +187,17 @@ def test_an_interrupted_phase_whose_config_has_changed_starts_over(tmp_path, mon
 
 
 def test_killed_outright_it_goes_on(tmp_path):
-    """SIGKILL of the real command, once its first checkpoint is there."""
+    """SIGKILL of the command, once its first checkpoint is there."""
     recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
     chain = arguments(recipe, output, "--set", "fine_tuning.trainer.max_epochs=40")
-    command = [sys.executable, "-m", "d2dmoe_pl.cli", *chain]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked_commands.start(chain)
     deadline = time.monotonic() + 120
     while not (output / "fine_tuning" / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not statuses_of(output, "fine_tuning")
     main(chain)
     assert statuses(output) == dict.fromkeys(PHASES, True)

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked_commands
 import pytest
 import stand_ins
 import tiny
 import torch
 import yaml
+from forked_commands import MAIN
 from recipe import PHASES, arguments, write_recipe
 from safetensors.torch import load_file
 
@@ -20,15 +22,21 @@ from d2dmoe_pl.moebert.routing import random_table
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
-MAIN = str(Path(__file__).parents[1] / "main.py")
 OPTIMIZER = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
 TWO = ["--set", "trainer.devices=2", "trainer.strategy=ddp", "data.init_args.batch_size=32"]
 
 
 def run(command):
+    """Run a command in two processes; what they say."""
+    ended = forked_commands.run(command, processes=2)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stderr
+
+
+def run_as_users_do(command):
+    """The same with all that starts and imports, by torchrun or by Lightning."""
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr[-3000:]
-    return result.stderr
 
 
 def sweep(folder):
@@ -59,7 +67,7 @@ def two_processes(one_process, tmp_path_factory):
         file = two / phase / "phase.json"
         file.write_text(file.read_text().replace('"data.init_args.batch_size": 64', '"data.init_args.batch_size": 32'))
     assert status != (two / "fine_tuning" / "phase.json").read_text()
-    said = run([MAIN, *arguments(recipe, two, *TWO)])
+    said = run(arguments(recipe, two, *TWO))
     return two, said
 
 
@@ -79,7 +87,7 @@ def test_coactivation_split_gives_that_of_one_process(one_process, tmp_path):
     ]
     main(["fit", *common, f"--trainer.default_root_dir={tmp_path / 'one'}"])
     more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=20"]
-    run([MAIN, "fit", *common, *more, f"--trainer.default_root_dir={tmp_path / 'two'}"])
+    run(["fit", *common, *more, f"--trainer.default_root_dir={tmp_path / 'two'}"])
     name = "lightning_logs/version_0/artifact/d2dmoe.safetensors"
     tensors = [load_file(tmp_path / process / name) for process in ("one", "two")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
@@ -103,7 +111,7 @@ def test_sweep_gives_the_numbers_of_one_process_on_the_same_model(two_processes,
     ]
     main(["test", *common, f"--trainer.default_root_dir={tmp_path / 'one'}"])
     more = ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={tmp_path / 'two'}"]
-    run([MAIN, "test", *common, *more])
+    run(["test", *common, *more])
     tables = [sweep(tmp_path / name / "lightning_logs" / "version_0") for name in ("one", "two")]
     for one, two in zip(*tables, strict=True):
         for key in one:
@@ -116,19 +124,20 @@ def test_sweep_gives_the_numbers_of_one_process_on_the_same_model(two_processes,
 def test_a_whole_chain_under_torchrun(one_process, tmp_path):
     recipe, _ = one_process
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    run([*torchrun, MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")])
+    command = arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")
+    run_as_users_do([*torchrun, MAIN, *command])
     history = read_artifact(tmp_path / "run" / "router_regression" / "artifact").history
     assert len(history) == 4
     assert all("test/accuracy" in record.metrics for record in history)
     # once more: nothing to do, and it says so from one process only
-    said = run([*torchrun, MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1")])
+    said = run(command)
     assert said.count("Nothing to do") == 1
 
 
 def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
     recipe, _ = one_process
     cached = [f"router_regression.{setting}" for setting in ("data.init_args.augment=false", "trainer.max_epochs=2")]
-    run([MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1", *cached)])
+    run_as_users_do([MAIN, *arguments(recipe, tmp_path / "run", *TWO, "trainer.max_epochs=1", *cached)])
     accuracies = [row["accuracy"] for row in sweep(tmp_path / "run" / "router_regression")]
     assert len(accuracies) == 6
 
@@ -145,7 +154,7 @@ def test_stand_ins_and_budgets_are_those_of_one_process(one_process, tmp_path):
     file = tmp_path / "calibration.yaml"
     file.write_text(yaml.safe_dump({"shared": shared, "phases": phases}, sort_keys=False))
     main(arguments(str(file), tmp_path / "one"))
-    run([MAIN, *arguments(str(file), tmp_path / "two", *TWO)])
+    run(arguments(str(file), tmp_path / "two", *TWO))
     folders = [tmp_path / name for name in ("one", "two")]
     of_one, of_two = (load_file(each / "stand_in_fitting" / "artifact" / "d2dmoe.safetensors") for each in folders)
     for name in (name for name in of_one if "stand_in" in name):
@@ -194,7 +203,7 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     ]
     main([*chain, str(tmp_path / "one"), "--set", *settings])
     two = ["trainer.devices=2", "trainer.strategy=ddp", "data.init_args.batch_size=3"]
-    run([MAIN, *chain, str(tmp_path / "two"), "--set", *settings, *two])
+    run([*chain, str(tmp_path / "two"), "--set", *settings, *two])
     left = [f"{steps[0]}/artifact/importance.safetensors", f"{steps[1]}/artifact/d2dmoe.safetensors"]
     scores, models = ([load_file(tmp_path / processes / name) for processes in ("one", "two")] for name in left)
     assert scores[0].keys() == scores[1].keys()
@@ -222,8 +231,7 @@ def test_a_draw_without_a_sample_for_each_process_is_told_before_training(one_pr
     file = tmp_path / "draw.yaml"
     phases = {"only": {"model": {"class_path": phase, "init_args": start}}}
     file.write_text(yaml.safe_dump({"shared": shared, "phases": phases}, sort_keys=False))
-    command = [sys.executable, MAIN, *arguments(str(file), tmp_path / "run", *TWO)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 2
-    assert f"error: {said}: 1 samples for 2 processes; must be at least one for each" in result.stderr
+    ended = forked_commands.run(arguments(str(file), tmp_path / "run", *TWO), processes=2)
+    assert ended.returncode == 2
+    assert f"error: {said}: 1 samples for 2 processes; must be at least one for each" in ended.stderr
     assert not list((tmp_path / "run").rglob("*.ckpt"))

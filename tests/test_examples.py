@@ -1,10 +1,8 @@
 """The scripts in examples/ run, and are short."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked_commands
 import pytest
 import tiny
 
@@ -14,19 +12,25 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 
-def run(script, folder, *arguments):
-    """What a script prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a script in a folder of its own; what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def printed(script, *arguments):
+        ended = forked_commands.run(arguments, script=str(script))
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    return printed
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_it_runs(script, tmp_path):
+def test_it_runs(script, run):
     assert script.read_text().count("\n") <= 40
-    assert run(script, tmp_path)
+    assert run(script)
 
 
-def test_an_artifact_is_served_at_a_tau(tmp_path):
+def test_an_artifact_is_served_at_a_tau(tmp_path, run):
     save_artifact(tiny.routed(), tmp_path / "artifact")
-    assert "tensor" in run(ROOT / "examples" / "serve_at_a_tau.py", tmp_path, "artifact", "0.5")
+    assert "tensor" in run(ROOT / "examples" / "serve_at_a_tau.py", "artifact", "0.5")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked_commands
 import pytest
 import torch
 from recipe import PHASES, arguments, write_recipe
@@ -230,39 +231,32 @@ def test_the_folder_for_temporary_files_is_not_used(whole, tmp_path, monkeypatch
 def test_a_clusters_signal_saves_between_steps_and_requeues(tmp_path):
     """SLURM, as far as Lightning sees of it, with an scontrol that notes what it is asked for."""
     recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
-    chain = arguments(recipe, output, "--set", "fine_tuning.trainer.max_epochs=60")
+    settings = ["--set", "fine_tuning.trainer.max_epochs=60", "trainer.limit_val_batches=0"]
+    chain = arguments(recipe, output, *settings)
     (tmp_path / "bin").mkdir()
     asked = tmp_path / "asked"
     (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
     (tmp_path / "bin" / "scontrol").chmod(0o755)
     job = {"NTASKS": "1", "JOB_ID": "7", "JOB_NAME": "chain", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
-    environment = {**os.environ, **{f"SLURM_{key}": value for key, value in job.items()}}
-    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
-    command = [sys.executable, "-m", "d2dmoe_pl", *chain, "--set", "trainer.limit_val_batches=0"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, **quiet)
+    environment = {f"SLURM_{key}": value for key, value in job.items()}
+    environment["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    process = forked_commands.start(chain, **environment)
     folder, deadline = output / "fine_tuning", time.monotonic() + 120
     while not (folder / "checkpoints" / "last.ckpt").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGUSR1)
     while not asked.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    process.join()
     assert asked.read_text() == "requeue 7\n"
     (saved,) = folder.glob("hpc_ckpt_*.ckpt")
     (folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
     step = torch.load(saved, weights_only=True)["global_step"]
     assert 0 < step < 360
-    assert subprocess.run(command, check=False, **quiet).returncode == 0
+    main(chain)
     assert not list(folder.glob("hpc_ckpt_*.ckpt"))
-    again = [
-        *command[: command.index("--output_dir")],
-        "--output_dir",
-        str(tmp_path / "whole"),
-        *command[command.index("--set") :],
-    ]
-    assert subprocess.run(again, check=False, **quiet).returncode == 0
+    main(arguments(recipe, tmp_path / "whole", *settings))
     assert sweep(output) == sweep(tmp_path / "whole")

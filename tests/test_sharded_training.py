@@ -1,9 +1,8 @@
 """Two processes that share a model's parameters (FSDP2, on the CPU) train what one process trains."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import forked_commands
 import pytest
 import tiny
 import torch
@@ -18,7 +17,6 @@ from d2dmoe_pl.phase_cli import PhaseCLI
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
-MAIN = str(Path(__file__).parents[1] / "main.py")
 TWO = ["trainer.devices=2", "trainer.strategy=fsdp2", "data.init_args.batch_size=4"]
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 # documents of 25 tokens; of the 41 blocks to validate on, processes have 20 and 21, which are 5 and 6 batches of 4
@@ -31,9 +29,10 @@ BEST = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args"
 
 
 def run(command):
-    result = subprocess.run([sys.executable, MAIN, *command], capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stderr
+    """Run a command in two processes; what they say."""
+    ended = forked_commands.run(command, processes=2)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stderr
 
 
 def write(folder, phases):
