@@ -17,12 +17,15 @@ NAMES = {
     "d2dmoe_pl.execution": "token_by_token",
     "d2dmoe_pl.adapters": "granite",
 }
-FIND = f"""
+FIND_AND_RUN = f"""
+import sys
 from registries import REGISTRIES
+from d2dmoe_pl.entry import main
 
 for registry in REGISTRIES:
     found = registry.find({NAMES!r}[registry.group], "name")
     assert found.__module__.startswith("my_experts."), found
+main(sys.argv[1:])
 """
 SMALL = [
     "trainer.accelerator=cpu",
@@ -58,14 +61,9 @@ def test_the_table_names_every_kind():
         assert f"| `{registry.group}` | `{folder}/` | `{registry.constant}` |" in text
 
 
-def test_installed_everything_is_found_by_name(installed):
-    folder, environment = installed
-    subprocess.run([sys.executable, "-c", FIND], cwd=folder, env=environment, check=True)
-
-
-def test_installed_the_recipe_runs(installed):
+def test_installed_everything_is_found_by_name_and_the_recipe_runs(installed):
     folder, environment = installed
     [arguments] = pages.arguments(PAGE)
-    command = [sys.executable, "-m", "d2dmoe_pl.cli", *arguments, "--set", *SMALL]
+    command = [sys.executable, "-c", FIND_AND_RUN, *arguments, "--set", *SMALL]
     subprocess.run(command, cwd=folder, env=environment, check=True)
     assert (folder / "runs" / "my_experts" / "norm_tuning" / "tau_sweep.csv").is_file()

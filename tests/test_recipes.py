@@ -113,6 +113,8 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
         stand_ins.with_relu(folder / "vit")
     small = [*SMALL_CLASSIFIER, *(SMALL_SELECTION if last == "expert_selection" else [])]
     own = ["data.init_args.augmentation.mixup=0.8"] if recipe == "d2dmoe_vit_pets" else []
+    if recipe.startswith("cifar10"):
+        small += [f"fine_tuning.model.init_args.source.init_args.{each}" for each in ("embed_dim=32", "depth=2")]
     if last == "budget_calibration":  # small models do not go far down
         sweep = '[{"class_path": "TauSweep", "init_args": {"budgets": [0.99, 1.2]}}]'
         own = [f"{last}.trainer.callbacks={sweep}", "stand_in_fitting.model.init_args.rank=1"]

@@ -1,6 +1,8 @@
 """Tiny random models of every family, batches for them, and shortcuts to later stages."""
 
+import copy
 import dataclasses
+import functools
 
 import torch
 import transformers
@@ -100,13 +102,23 @@ def labels_of(kind):
 
 
 def dense(kind="timm_vit", activation="relu"):
-    """A dense model of one of ``SOURCES``, in evaluation mode."""
+    """A dense model of one of ``SOURCES``, in evaluation mode; what it draws goes by the generator's state."""
+    state = torch.get_rng_state()
+    around = (torch.get_default_dtype(), torch.get_default_device(), torch.is_inference_mode_enabled())
+    model, after = _made(kind, activation, state.numpy().tobytes(), around)
+    torch.set_rng_state(after)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=400)
+def _made(kind, activation, state, around):
+    """The model, and the generator's state behind it: thousands of tests begin with the same."""
     model = SOURCES[kind]().build(labels_of(kind)).eval()
     # freshly initialised timm heads and norms give tiny logits
     _spread(model)
     if activation is not None:
         swap_activation_(model, ActivationConfig(activation))
-    return model
+    return model, torch.get_rng_state()
 
 
 def routed(kind="timm_vit", num_experts=8, tau=0.5, rule="dynk_max"):

@@ -80,11 +80,9 @@ class TimmModel(ModelSource):
         proj_drop_rate: float | None = None,
         label_names: list[str] | None = None,
     ) -> None:
-        check(
-            timm.is_model(architecture),
-            f"architecture={architecture!r}: timm has no such model; allowed are e.g. "
-            + ", ".join(difflib.get_close_matches(architecture, timm.list_models(), cutoff=0.1)),
-        )
+        if not timm.is_model(architecture):
+            near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), cutoff=0.1))
+            raise ConfigError(f"architecture={architecture!r}: timm has no such model; allowed are e.g. {near}")
         check(
             not (pretrained and checkpoint_path),
             f"checkpoint_path={checkpoint_path!r}: allowed only without pretrained, since both say where the weights "
