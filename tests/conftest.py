@@ -23,6 +23,11 @@ from matplotlib.figure import Figure
 from d2dmoe_pl.data import Digits
 
 
+def pytest_collection_modifyitems(items):
+    """The longest come first, so that no worker waits for the last one of another."""
+    items.sort(key=lambda item: item.path.name != "test_kills.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_dataset_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")

@@ -59,9 +59,9 @@ class Int8Module(nn.Module):
 class Int8Linear(Int8Module):
     """What a linear layer computes, but for rounding, at a quarter of the memory.
 
-    On the CPU its inputs are rounded too, at run time, with a scale a row, and the product is in int8 where the CPU has
-    VNNI or AMX. Elsewhere inputs are not rounded: up to four rows are multiplied with the numbers as they are, as when
-    text is written, and more with a copy of them in float32.
+    On the CPU its inputs are rounded too, at run time, with a scale a row, and the product is in int8, by AMX, VNNI or
+    AVX2. Without AMX and VNNI up to four rows, as when text is written, are multiplied with the numbers as they are and
+    not rounded; without AVX2 no rows are, and more are multiplied with a copy of the numbers in float32.
 
     Args:
         weight: ``(d_out, d_in)``.

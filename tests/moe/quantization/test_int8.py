@@ -27,7 +27,9 @@ def twin(experts, tokens, mask):
     up, up_bias, gate, gate_bias, down, down_bias = (
         None if weight is None else weight.double() for weight in experts.weights_in(torch.float32)
     )
-    tokens = rounded(tokens, 127).double()
+    is_rounded = HAS_VNNI or (len(tokens) > FEW and down.shape[1] >= SMALL)
+    round_to = rounded if is_rounded else lambda values, steps: values
+    tokens = round_to(tokens, 127).double()
     output = torch.zeros(len(tokens), down.shape[2], dtype=torch.float64)
     for e in range(experts.num_experts):
         hidden = tokens @ up[e].t() + (0 if up_bias is None else up_bias[e])
@@ -37,15 +39,17 @@ def twin(experts, tokens, mask):
             hidden = experts.activation(tokens @ gate[e].t() + (0 if gate_bias is None else gate_bias[e])) * hidden
         steps = 255 if gate is None and isinstance(experts.activation, nn.ReLU) else 127
         for chunk, weight in zip(hidden.split(CHUNK, 1), down[e].split(CHUNK), strict=True):
-            output += mask[:, e : e + 1] * (rounded(chunk, steps) @ weight)
+            output += mask[:, e : e + 1] * (round_to(chunk, steps) @ weight)
     return output + (0 if down_bias is None else down_bias)
 
 
+FEW, SMALL = 4, 32  # tokens that are not rounded without VNNI, and neurons from which on experts round theirs
 HAS_VNNI = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_vnni_supported()
-needs_vnni = pytest.mark.skipif(not HAS_VNNI, reason="without AVX-512 VNNI activations are not rounded")
+ROUNDS = HAS_VNNI or torch.backends.cpu.get_cpu_capability() == "AVX2"
+needs_int8 = pytest.mark.skipif(not ROUNDS, reason="without AVX2 or AVX-512 VNNI activations are not rounded")
 
 
-@needs_vnni
+@needs_int8
 @given(cases(120, 9, 150, 150))
 @settings(deadline=None, max_examples=80)
 @torch.no_grad()
@@ -60,7 +64,7 @@ def test_experts_equal_the_plain_twin(case):
     assert (got - expected).square().mean().sqrt() <= 0.003 * scale or not expected.numel()
 
 
-@needs_vnni
+@needs_int8
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("expert_dim", [6, 32, 64, 100, 200])
 @pytest.mark.parametrize("d_out", [640, 700])
@@ -102,7 +106,7 @@ def test_experts_are_near_what_they_were_made_from(backend, gated, dtype):
 
 
 @pytest.mark.skipif(HAS_VNNI, reason="with AVX-512 VNNI tokens are rounded")
-@pytest.mark.parametrize("tokens", [1, 3, 4, 5])
+@pytest.mark.parametrize("tokens", [1, 3, FEW] if ROUNDS else [1, 3, FEW, FEW + 1])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
@@ -156,6 +160,20 @@ def test_a_linear_layer_equals_its_plain_twin(rows, d_in, d_out, has_bias, in_bf
     assert got.dtype == x.dtype
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     torch.testing.assert_close(got.double() / scale, expected / scale, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@torch.no_grad()
+def test_the_largest_numbers_do_not_saturate(rows):
+    """Sums of pairs of them are more than 16 bits hold."""
+    x = torch.ones(rows, 999)
+    torch.testing.assert_close(Int8Linear(torch.ones(70, 999), None)(x), torch.full((rows, 70), 999.0))
+    torch.testing.assert_close(Int8Linear(-torch.ones(70, 999), None)(-x), torch.full((rows, 70), 999.0))
+    ffn = FFN("ffn", nn.Linear(999, 40, bias=False), nn.ReLU(), nn.Linear(40, 17, bias=False))
+    for weight in (ffn.up.weight, ffn.down.weight):
+        weight.fill_(1.0)
+    got = Int8Experts(Experts(ffn, 2))(x, torch.ones(rows, 2, dtype=torch.bool))
+    torch.testing.assert_close(got, torch.full((rows, 17), 40 * 999.0))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

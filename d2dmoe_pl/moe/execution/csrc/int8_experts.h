@@ -2,7 +2,9 @@
 #pragma once
 
 #include "hidden_rows.h"
+#include "int8_avx2.h"
 #include "int8_products.h"
+#include "int8_vnni.h"
 #include "packed.h"
 #include "problem.h"
 #include "tiles.h"
@@ -39,7 +41,7 @@ Int8Tokens quantised_tokens(const at::Tensor& x) {
 
 constexpr int64_t kManyTokens = 16; // from which on tiles of a matrix unit are worth their setting up
 
-#if defined(D2DMOE_VNNI)
+#if defined(D2DMOE_INT8)
 
 // What is read of weights (E, s, d) whose output channels are their rows.
 struct Int8Up {
@@ -55,7 +57,7 @@ class Int8Experts {
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
 
   // `down` in quads, whose output channels are its columns: scale (E, d_out); sums (E, chunks, d_out), of `chunk_sums`.
-  // `up_quads` and `gate_quads`, transposed, are for many tokens at once; null where there is no brgemm.
+  // `up_quads` and `gate_quads`, transposed, are for many tokens at once; null where they are not multiplied.
   Int8Experts(
       const Problem& problem, const Int8Tokens& x, const Int8Up& up, const Int8Up& gate, const int8_t* down,
       const float* down_scale, const int32_t* down_sums, const int8_t* up_quads, const int8_t* gate_quads)
@@ -160,12 +162,16 @@ class Int8Experts {
   void tile_product(
       int64_t expert, int64_t n, int64_t neurons, const Int8Up& up, const int8_t* packed, const float* x_scale,
       const int32_t* rows, int64_t count, float* out, int64_t ld) {
-    unit_.held = true;
     const int64_t s = problem_.neurons, depth = quads(problem_.width) * 4, height = rounded_height(count);
+    const int8_t* w = packed + (expert * depth * s + n * 4);
     grow(whole_, height * neurons);
+#if defined(D2DMOE_VNNI)
+    unit_.held = true;
     at::native::cpublas::brgemm(
-        height, neurons, depth, depth, s, neurons, /*add_C=*/false, tokens_.data(), packed + (expert * depth * s + n * 4),
-        whole_.data());
+        height, neurons, depth, depth, s, neurons, /*add_C=*/false, tokens_.data(), w, whole_.data());
+#else
+    quad_product(tokens_.data(), count, depth / 4, w, s, neurons, whole_.data());
+#endif
     for (int64_t i = 0; i < count; ++i) {
       dequantise<float>(
           whole_.data() + i * neurons, up.sums + expert * s + n, up.scale + expert * s + n, x_scale[rows[i]], nullptr,

@@ -1,9 +1,10 @@
 // Linear layers in int8 that share their input: rows are quantised as they come, a scale each, once for all of them; the
-// products are ATen's brgemm, by VNNI or AMX. Where there is none, rows are not rounded: a handful is multiplied with the
-// numbers as they are, more with a copy of them in fp32.
+// products are ATen's brgemm, by VNNI or AMX, or this package's, by AVX2. Without VNNI a handful of rows is not rounded and
+// is multiplied with the numbers as they are; without AVX2 no row is, and more are multiplied with a copy in fp32.
 #pragma once
 
 #include "few_tokens.h"
+#include "int8_avx2.h"
 #include "int8_products.h"
 #include "operands.h"
 #include "packed.h"
@@ -30,9 +31,33 @@ struct Int8Linear {
   T* out;
 };
 
+#if !defined(D2DMOE_INT8) || defined(D2DMOE_VNNI)
+// Products of rows with panels of weights.
+class PanelProducts {
+ public:
+  static constexpr int64_t kRows = 64; // at once
+
+  // Whether so many rows are rounded, and multiplied here.
+  static bool are_there(int64_t) { return has_int8_brgemm(); }
+
+  void take(const uint8_t* q, int64_t rows, int64_t depth) { q_ = q, rows_ = rounded_height(rows), depth_ = depth; }
+
+  // c (rows, kPanel) = q (rows, depth) w
+  void multiply(const int8_t* panel, int32_t* c) {
+    unit_.held = true;
+    at::native::cpublas::brgemm(rows_, kPanel, depth_, depth_, kPanel, kPanel, /*add_C=*/false, q_, panel, c);
+  }
+
+ private:
+  HeldUnit unit_;
+  const uint8_t* q_;
+  int64_t rows_, depth_;
+};
+#endif
+
 template <typename T>
 void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int8Linear<T>>& linears) {
-  constexpr int64_t kRows = 64; // at once
+  constexpr int64_t kRows = PanelProducts::kRows;
   const int64_t ld = quads(depth) * 4;
   std::vector<std::pair<const Int8Linear<T>*, int64_t>> panels; // and their first columns
   for (const auto& linear : linears) {
@@ -45,9 +70,9 @@ void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int
     std::vector<float> row(depth), scales(kRows);
     std::vector<uint8_t> q(kRows * ld);
     std::vector<int32_t> c(kRows * kPanel);
+    PanelProducts products;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / shares * kRows, count = std::min(kRows, rows - first), share = task % shares;
-      const int64_t height = rounded_height(count);
       for (int64_t m = 0; m < count; ++m) {
         const T* from = x + (first + m) * depth;
         if constexpr (std::is_same_v<T, float>) {
@@ -57,11 +82,11 @@ void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int
           scales[m] = quantise(row.data(), depth, /*from_zero=*/false, q.data() + m * ld);
         }
       }
+      products.take(q.data(), count, ld);
       for (int64_t panel = share * count_panels / shares; panel < (share + 1) * count_panels / shares; ++panel) {
         const auto& [linear, n] = panels[panel];
         const int64_t width = std::min(kPanel, linear->columns - n);
-        at::native::cpublas::brgemm(
-            height, kPanel, ld, ld, kPanel, kPanel, /*add_C=*/false, q.data(), linear->w + n * ld, c.data());
+        products.multiply(linear->w + n * ld, c.data());
         for (int64_t m = 0; m < count; ++m) {
           dequantise(
               c.data() + m * kPanel, linear->less + n, linear->scale + n, scales[m],
@@ -70,7 +95,6 @@ void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int
         }
       }
     }
-    at::native::cpublas::brgemm_release();
   });
 }
 
@@ -114,7 +138,7 @@ inline Tensors int8_linears_cpu(const at::Tensor& x, at::TensorList weights, at:
       const Optional& bias = biases[i];
       TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
       const at::Tensor factors = in_fp32(scale), added = in_fp32(bias);
-      if (!has_int8_brgemm() && rows.size(0) <= kFewTokens) {
+      if (!PanelProducts::are_there(rows.size(0)) && rows.size(0) <= kFewTokens) {
         const at::Tensor numbers = weight.contiguous();
         out.push_back(at::empty({rows.size(0), columns}, x.options()));
         few_rows_linear(
@@ -122,7 +146,7 @@ inline Tensors int8_linears_cpu(const at::Tensor& x, at::TensorList weights, at:
             floats(added), columns, out.back().mutable_data_ptr<T>());
         continue;
       }
-      if (!has_int8_brgemm()) {
+      if (!PanelProducts::are_there(rows.size(0))) {
         const at::Tensor multiplied = packed_weights().get(weight, Form::dequantised_rows, factors);
         const Optional own_bias = bias ? Optional(added) : Optional();
         out.push_back(at::linear(rows.to(at::kFloat), multiplied, own_bias).to(x.scalar_type()));

@@ -1,5 +1,5 @@
-// Products of int8 weights with tokens in uint8, by VNNI (vpdpbusd). What a token q stands for is (q - 128) * scale, so
-// that 128 times the sum of the weights is taken off again.
+// Rounding to int8 and back. What a token q in uint8 stands for is (q - 128) * scale, so that 128 times the sum of the
+// weights that it is multiplied with is taken off again.
 #pragma once
 
 #include "activations.h"
@@ -11,6 +11,10 @@
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512VNNI__)
 #define D2DMOE_VNNI
+#define D2DMOE_INT8 // there are products of tokens in uint8 with weights in int8
+#include <immintrin.h>
+#elif defined(CPU_CAPABILITY_AVX2) && defined(__AVX2__)
+#define D2DMOE_INT8
 #include <immintrin.h>
 #endif
 
@@ -30,6 +34,18 @@ inline float quantise(const float* values, int64_t count, bool from_zero, uint8_
   const float scale = most == 0.f ? 1.f : most / steps, inverse = 1.f / scale;
   const float offset = from_zero ? 0.f : static_cast<float>(kZeroPoint);
   int64_t k = 0;
+#if defined(D2DMOE_INT8) && !defined(D2DMOE_VNNI)
+  const __m256 times = _mm256_set1_ps(inverse), plus = _mm256_set1_ps(offset);
+  const auto whole = [&](int64_t at) {
+    return _mm256_cvtps_epi32(_mm256_fmadd_ps(_mm256_loadu_ps(values + at), times, plus));
+  };
+  for (; k + 16 <= count; k += 16) {
+    // packs go by halves of 128 bits
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(whole(k), whole(k + 8)), 0xD8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + k), bytes);
+  }
+#endif
 #if defined(D2DMOE_VNNI)
   for (; k + 16 <= count; k += 16) {
     const __m512 v = _mm512_fmadd_ps(_mm512_loadu_ps(values + k), _mm512_set1_ps(inverse), _mm512_set1_ps(offset));
@@ -62,6 +78,9 @@ void dequantise(
       at::vec::convert_from_float<T>(values(i), values(i + kWidth)).store(to + i);
     }
   }
+  if constexpr (std::is_same_v<T, float>) {
+    for (; i + kWidth <= count; i += kWidth) values(i).store(to + i);
+  }
   for (; i < count; ++i) {
     to[i] = static_cast<float>(from[i] - less[i]) * scale[i] * of_row + (bias == nullptr ? 0.f : bias[i]);
   }
@@ -80,140 +99,11 @@ inline void dequantise_add(
   for (; i < count; ++i) to[i] += static_cast<float>(from[i] - (less == nullptr ? 0 : less[i])) * scale[i] * of_row;
 }
 
-#if defined(D2DMOE_VNNI)
-
-// Adds products of fours, in the register that the sum is in: as an intrinsic, GCC keeps sums of a loop in memory.
-inline void dot_add(__m512i& sum, __m512i of_uint8, __m512i of_int8) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(of_uint8), "v"(of_int8));
-}
-
-// Sums over the lanes of four vectors, to four neighbouring numbers.
-inline __m128i lane_sums(const __m512i (&v)[4]) {
-  __m256i half[4];
-  for (int i = 0; i < 4; ++i) {
-    half[i] = _mm256_add_epi32(_mm512_castsi512_si256(v[i]), _mm512_extracti64x4_epi64(v[i], 1));
-  }
-  const __m256i sums =
-      _mm256_hadd_epi32(_mm256_hadd_epi32(half[0], half[1]), _mm256_hadd_epi32(half[2], half[3]));
-  return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-}
-
 // Weights (neurons, width), a scale and 128 times the sum of each row.
 struct Int8Rows {
   const int8_t* weight;
   const float* scale;
   const int32_t* sum;
 };
-
-template <int M>
-void int8_dot_tile(
-    const uint8_t* x, int64_t width, const float* x_scale, const int32_t* rows, const Int8Rows& w, int neurons,
-    float* out, int64_t ld) {
-  const uint8_t* a[M];
-  const int8_t* b[kNeurons];
-  for (int m = 0; m < M; ++m) a[m] = x + rows[m] * width;
-  for (int n = 0; n < kNeurons; ++n) b[n] = w.weight + std::min(n, neurons - 1) * width;
-  __m512i sum[M][kNeurons];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < kNeurons; ++n) sum[m][n] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < width; k += 64) {
-    const __mmask64 there = width - k >= 64 ? ~0ull : (1ull << (width - k)) - 1;
-    __m512i xv[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) xv[m] = _mm512_maskz_loadu_epi8(there, a[m] + k);
-#pragma GCC unroll 8
-    for (int n = 0; n < kNeurons; ++n) {
-      const __m512i wv = _mm512_maskz_loadu_epi8(there, b[n] + k);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) dot_add(sum[m][n], xv[m], wv);
-    }
-  }
-  const __mmask8 stored = (1u << neurons) - 1;
-  const __m128i less = _mm_maskz_loadu_epi32(stored, w.sum);
-  const __m128 scale = _mm_maskz_loadu_ps(stored, w.scale);
-  for (int m = 0; m < M; ++m) {
-    const __m128 whole = _mm_cvtepi32_ps(_mm_sub_epi32(lane_sums(sum[m]), less));
-    _mm_mask_storeu_ps(out + m * ld, stored, _mm_mul_ps(whole, _mm_mul_ps(scale, _mm_set1_ps(x_scale[rows[m]]))));
-  }
-}
-
-// h (count, neurons) = x[rows] w^T in fp32; x (N, width)
-inline void int8_dot_product(
-    const uint8_t* x, int64_t width, const float* x_scale, const int32_t* rows, int64_t count, const Int8Rows& w,
-    int64_t neurons, float* h, int64_t ld) {
-  for (int64_t m = 0; m < count; m += kDotRows) {
-    with_rows<kDotRows>(std::min<int64_t>(kDotRows, count - m), [&](auto M) {
-      for (int64_t n = 0; n < neurons; n += kNeurons) {
-        const Int8Rows part{w.weight + n * width, w.scale + n, w.sum + n};
-        const int four = static_cast<int>(std::min<int64_t>(kNeurons, neurons - n));
-        int8_dot_tile<M>(x, width, x_scale, rows + m, part, four, h + m * ld + n, ld);
-      }
-    });
-  }
-}
-
-// y[rows[m]][n] += (sum_k h[m][k] * w[k][n] - off * sum[n]) * h_scale[m] * scale[n], for M rows and V vectors of columns
-template <int M, int V>
-void int8_add_tile(
-    const uint8_t* h, int64_t ld, int64_t quads, const float* h_scale, bool from_zero, const int8_t* w, int64_t width,
-    const float* scale, const int32_t* less, float* y, int64_t y_ld, const int32_t* rows, __mmask16 there) {
-  __m512i sum[M][V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    const __m512i start = from_zero ? _mm512_setzero_si512()
-                                    : _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_maskz_loadu_epi32(there, less + v * 16));
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) sum[m][v] = start;
-  }
-  for (int64_t k = 0; k < quads; ++k) {
-    __m512i wv[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) wv[v] = _mm512_maskz_loadu_epi32(there, w + (k * width + v * 16) * 4);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const __m512i hv = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(h + m * ld + k * 4));
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) dot_add(sum[m][v], hv, wv[v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    const __m512 s = _mm512_maskz_loadu_ps(there, scale + v * 16);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      float* at = y + rows[m] * y_ld + v * 16;
-      const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][v]), _mm512_set1_ps(h_scale[m]));
-      _mm512_mask_storeu_ps(at, there, _mm512_fmadd_ps(part, s, _mm512_maskz_loadu_ps(there, at)));
-    }
-  }
-}
-
-// y[rows] += h (count, 4 * quads) w, of which four rows each are interleaved: (quads, width, 4), of which `columns`
-inline void int8_add_product(
-    const uint8_t* h, int64_t ld, int64_t quads, const float* h_scale, bool from_zero, const int8_t* w, int64_t width,
-    int64_t columns, const float* scale, const int32_t* less, float* y, int64_t y_ld, const int32_t* rows,
-    int64_t count) {
-  constexpr int kRows = 6, kVectorsHere = 4;
-  for (int64_t m = 0; m < count; m += kRows) {
-    with_rows<kRows>(std::min<int64_t>(kRows, count - m), [&](auto M) {
-      int64_t n = 0;
-      for (; n + kVectorsHere * 16 <= columns; n += kVectorsHere * 16) {
-        int8_add_tile<M, kVectorsHere>(
-            h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, y_ld, rows + m,
-            0xffff);
-      }
-      for (; n < columns; n += 16) {
-        const __mmask16 there = columns - n >= 16 ? 0xffff : (1u << (columns - n)) - 1;
-        int8_add_tile<M, 1>(
-            h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, y_ld, rows + m,
-            there);
-      }
-    });
-  }
-}
-
-#endif
 
 } // namespace d2dmoe

@@ -26,9 +26,13 @@ inline PackedWeights& packed_weights() {
   return packed;
 }
 
-inline bool has_vnni() {
+// Whether tokens are rounded to int8 for experts of so many neurons in int8. Without VNNI, a handful of tokens is not,
+// whose time is that of reading weights; and experts so small that they are sums of few numbers take as long in fp32.
+inline bool rounds_tokens(int64_t tokens, int64_t neurons) {
 #if defined(D2DMOE_VNNI)
   return true;
+#elif defined(D2DMOE_INT8)
+  return tokens > kFewTokens && neurons >= 32;
 #else
   return false;
 #endif
@@ -82,7 +86,7 @@ class Operands {
       check("down_scale", given(8), {experts_, outputs_}, false);
       up_scale_ = in_fp32(given(6)), gate_scale_ = in_fp32(given(7)), down_scale_ = in_fp32(given(8));
       type_ = at::kFloat;
-      reads_int8_ = !has_vnni() && tokens.size(0) <= kFewTokens;
+      rounds_ = rounds_tokens(tokens.size(0), neurons_), reads_int8_ = !rounds_ && tokens.size(0) <= kFewTokens;
       prepare_int8(up, gate, down);
     } else {
       type_ = tokens.scalar_type() == at::kBFloat16 && has_brgemm() ? at::kBFloat16 : at::kFloat;
@@ -96,7 +100,7 @@ class Operands {
 
   // Tokens (N, d) in the type that products read.
   Inputs inputs(const at::Tensor& tokens) const {
-    if (!(is_int8_ && has_vnni())) return {tokens.to(type_).contiguous(), {}};
+    if (!rounds_) return {tokens.to(type_).contiguous(), {}};
     const at::Tensor x = tokens.contiguous();
     return {x, x.scalar_type() == at::kFloat ? quantised_tokens<float>(x) : quantised_tokens<at::BFloat16>(x)};
   }
@@ -111,12 +115,15 @@ class Operands {
     if (problem.tokens == 0) return false;
     const bool is_gated = gate_.defined();
     if (is_in_float()) return dense_is_faster(problem, is_gated, at::kFloat);
+#if !defined(D2DMOE_VNNI)
+    if (rounds_) return dense_is_faster(problem, is_gated, at::kFloat);
+#endif
     if (is_int8_) return kHasMatrixUnit && dense_is_faster(problem, is_gated, at::kChar);
     const auto type = inputs.x.scalar_type();
     return are_of(type) && dense_is_faster(problem, is_gated, type);
   }
 
-  // Each expert in int8 has scales of its own, so that all at once are computed in bf16.
+  // Each expert in int8 has scales of its own, so that all at once are computed in bf16, or in fp32 where that is faster.
   at::Tensor dense(const Problem& problem, const Inputs& inputs) const {
     const auto& w = weights_;
     if (is_in_float()) {
@@ -124,19 +131,26 @@ class Operands {
       return masked_dense(problem, inputs.x, up_, w[1], gate, w[3], down_, w[5]);
     }
     if (!is_int8_) return masked_dense(problem, inputs.x, *w[0], w[1], w[2], w[3], *w[4], w[5]);
+#if defined(D2DMOE_VNNI)
+    constexpr Form rows = Form::bfloat16_rows, columns = Form::bfloat16_columns;
+    constexpr auto type = at::kBFloat16;
+#else
+    constexpr Form rows = Form::dequantised_rows, columns = Form::dequantised_columns;
+    constexpr auto type = at::kFloat;
+#endif
     auto& packed = packed_weights();
-    const at::Tensor up = packed.get(*w[0], Form::bfloat16_rows, up_scale_);
-    const Optional gate = w[2] ? Optional(packed.get(*w[2], Form::bfloat16_rows, gate_scale_)) : Optional();
-    const at::Tensor down = packed.get(*w[4], Form::bfloat16_columns, down_scale_);
-    return masked_dense(problem, inputs.x.to(at::kBFloat16), up, w[1], gate, w[3], down, w[5]);
+    const at::Tensor up = packed.get(*w[0], rows, up_scale_);
+    const Optional gate = w[2] ? Optional(packed.get(*w[2], rows, gate_scale_)) : Optional();
+    const at::Tensor down = packed.get(*w[4], columns, down_scale_);
+    return masked_dense(problem, inputs.x.to(type), up, w[1], gate, w[3], down, w[5]);
   }
 
   // Call f with the experts of the type at hand.
   template <typename F>
   void with_experts(const Problem& problem, const Inputs& inputs, const F& f) const {
     const Optional gate = gate_.defined() ? Optional(gate_) : Optional();
-#if defined(D2DMOE_VNNI)
-    if (is_int8_) {
+#if defined(D2DMOE_INT8)
+    if (rounds_) {
       const auto rows = [](const at::Tensor& w, const at::Tensor& scale, const at::Tensor& sums) {
         return Int8Up{w.const_data_ptr<int8_t>(), floats(scale), sums.const_data_ptr<int32_t>()};
       };
@@ -188,17 +202,20 @@ class Operands {
     if (is_int8) {
       TORCH_CHECK_VALUE(given(4) && given(5), "a router in int8 must have scales");
       const at::Tensor s1 = in_fp32(given(4)), s2 = in_fp32(given(5));
-#if defined(D2DMOE_VNNI)
-      const at::Tensor u = up.contiguous(), v = down.contiguous();
-      const at::Tensor t1 = packed_weights().get(u, Form::row_sums), t2 = packed_weights().get(v, Form::row_sums);
-      const Int8Up first{u.const_data_ptr<int8_t>(), floats(s1), t1.const_data_ptr<int32_t>()};
-      const Int8Up second{v.const_data_ptr<int8_t>(), floats(s2), t2.const_data_ptr<int32_t>()};
-      const at::Tensor p1 = has_int8_brgemm() ? packed_weights().get(u, Form::panels) : at::Tensor();
-      const at::Tensor p2 = has_int8_brgemm() ? packed_weights().get(v, Form::panels) : at::Tensor();
-      const auto panels = [](const at::Tensor& w) { return w.defined() ? w.const_data_ptr<int8_t>() : nullptr; };
-      const Int8Router scorer(problem, inputs.int8, first, second, panels(p1), panels(p2));
-      return choose_experts(scorer, problem, gate, inputs.int8.values.const_data_ptr<uint8_t>(), tokens, mask, skipped);
-#else
+#if defined(D2DMOE_INT8)
+      if (rounds_) {
+        const at::Tensor u = up.contiguous(), v = down.contiguous();
+        const at::Tensor t1 = packed_weights().get(u, Form::row_sums), t2 = packed_weights().get(v, Form::row_sums);
+        const Int8Up first{u.const_data_ptr<int8_t>(), floats(s1), t1.const_data_ptr<int32_t>()};
+        const Int8Up second{v.const_data_ptr<int8_t>(), floats(s2), t2.const_data_ptr<int32_t>()};
+        const at::Tensor p1 = has_int8_brgemm() ? packed_weights().get(u, Form::panels) : at::Tensor();
+        const at::Tensor p2 = has_int8_brgemm() ? packed_weights().get(v, Form::panels) : at::Tensor();
+        const auto panels = [](const at::Tensor& w) { return w.defined() ? w.const_data_ptr<int8_t>() : nullptr; };
+        const Int8Router scorer(problem, inputs.int8, first, second, panels(p1), panels(p2));
+        const auto* values = inputs.int8.values.const_data_ptr<uint8_t>();
+        return choose_experts(scorer, problem, gate, values, tokens, mask, skipped);
+      }
+#endif
       if (reads_int8_) {
         const at::Tensor w1 = up.contiguous(), w2 = down.contiguous();
         const FewTokensRouter<float, int8_t> scorer(
@@ -209,7 +226,6 @@ class Operands {
       const at::Tensor w2 = packed_weights().get(down, Form::dequantised_rows, s2);
       const FloatRouter scorer(problem, floats(w1), floats(w2));
       return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<float>(), tokens, mask, skipped);
-#endif
     }
     if (type_ == at::kBFloat16 && tokens <= kFewTokens && up.scalar_type() == type_ && down.scalar_type() == type_) {
       const at::Tensor w1 = up.contiguous(), w2 = down.contiguous();
@@ -231,7 +247,7 @@ class Operands {
 
  private:
   // Whether `up_`, `gate_` and `down_` are in fp32, whatever the weights that were given are in.
-  bool is_in_float() const { return type_ == at::kFloat && !(is_int8_ && has_vnni()) && !reads_int8_; }
+  bool is_in_float() const { return type_ == at::kFloat && !rounds_ && !reads_int8_; }
 
   // Whether the weights as they were given are all of `type`.
   bool are_of(at::ScalarType type) const {
@@ -246,7 +262,7 @@ class Operands {
       if (gate) gate_ = gate->contiguous();
       return;
     }
-    if (!has_vnni()) {
+    if (!rounds_) {
       up_ = packed.get(up, Form::dequantised_rows, up_scale_);
       if (gate) gate_ = packed.get(*gate, Form::dequantised_rows, gate_scale_);
       down_ = packed.get(down, Form::dequantised_columns, down_scale_);
@@ -255,7 +271,9 @@ class Operands {
     up_ = up.contiguous(), up_sums_ = packed.get(up, Form::row_sums);
     if (gate) gate_ = gate->contiguous(), gate_sums_ = packed.get(*gate, Form::row_sums);
     down_ = packed.get(down, Form::quads), down_sums_ = packed.get(down, Form::chunk_sums);
+#if defined(D2DMOE_VNNI)
     if (!has_int8_brgemm()) return;
+#endif
     up_quads_ = packed.get(up, Form::transposed_quads);
     if (gate) gate_quads_ = packed.get(*gate, Form::transposed_quads);
   }
@@ -274,6 +292,7 @@ class Operands {
 
   Activation activation_;
   bool is_int8_;
+  bool rounds_ = false; // tokens, to int8
   bool reads_int8_ = false; // a handful of tokens, which are not rounded, on the numbers as they are
   at::ScalarType type_; // of products, but for those in int8
   int64_t experts_, neurons_, width_, outputs_;

@@ -73,7 +73,11 @@ inline at::Tensor in_quads(const at::Tensor& weight) {
   return padded.unflatten(1, {-1, 4}).transpose(2, 3).contiguous(); // (E, s / 4, 4, d) -> (E, s / 4, d, 4)
 }
 
-constexpr int64_t kPanel = 64; // columns
+#if defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t kPanel = 8; // columns, those of a tile
+#else
+constexpr int64_t kPanel = 64;
+#endif
 
 // int8 (N, K) to (ceil(N / kPanel), ceil(K / 4), kPanel, 4), of B = W^T, with zeros where there is nothing.
 inline at::Tensor in_panels(const at::Tensor& weight) {
@@ -215,7 +219,11 @@ inline bool has_brgemm() {
 }
 
 inline bool has_int8_brgemm() {
+#if defined(CPU_CAPABILITY_AVX2)
+  return false; // products are this package's, on panels of their width
+#else
   return brgemm_works<uint8_t, int8_t, int32_t, 4>();
+#endif
 }
 
 } // namespace d2dmoe

@@ -126,7 +126,7 @@ class FewTokensRouter {
   std::vector<float> token_, hidden_; // (d,), (R,)
 };
 
-#if defined(D2DMOE_VNNI)
+#if defined(D2DMOE_INT8)
 
 // Weights in int8 with a scale for each of their rows; tokens too. `up_panels` and `down_panels` are the same weights for
 // many tokens at once; null where there is no brgemm.
