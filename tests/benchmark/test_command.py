@@ -17,6 +17,8 @@ from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_u
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.data import Digits, DocstringText, TextClassification
 
+pytestmark = pytest.mark.drawn
+
 SHAPE = ["--d_model", "24", "--d_ff", "96", "--num_experts", "8", "--tokens", "2,5", "--share", "0.5,1"]
 LAYERS = [*SHAPE, "--scope", "layer", "--rounds", "2"]
 MACHINE = Machine("A CPU", "avx2", 2, "2.9.0")

@@ -18,6 +18,8 @@ from d2dmoe_pl.errors import ConfigError, NonFiniteLossError
 from d2dmoe_pl.phases import FineTuning, RouterRegression
 from d2dmoe_pl.structure import describe
 
+pytestmark = pytest.mark.drawn
+
 
 @pytest.fixture
 def routed_text(tmp_path):

@@ -11,6 +11,8 @@ from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moebert.importance import Importance
 from d2dmoe_pl.phases import ImportanceScoring
 
+pytestmark = pytest.mark.drawn
+
 
 class TestImportanceScoring:
     @pytest.mark.parametrize("batch_size", [1, 5])

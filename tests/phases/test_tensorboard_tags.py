@@ -1,5 +1,6 @@
 """What a phase says in TensorBoard can be looked over: curves over steps, one picture for all layers, few tags."""
 
+import pytest
 import tiny
 from digits_models import DIGIT_LABELS, digits_source
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -9,6 +10,8 @@ from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.callbacks import TauSweep
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.phases import ExpertClustering, RecoveryTuning, RouterRegression, SparsityEnforcement
+
+pytestmark = pytest.mark.drawn
 
 
 def tags_of(trainer, phase, folder, **kwargs):

@@ -25,6 +25,8 @@ from d2dmoe_pl.report.findings import Findings, PhaseFinding
 from d2dmoe_pl.report.page import as_markdown
 from d2dmoe_pl.report.single_samples import _patches, expert_loads, single_samples
 
+pytestmark = pytest.mark.drawn
+
 
 class Balance(HTMLParser):
     """Knows whether every tag is closed."""

@@ -39,7 +39,7 @@ inline void dot_add_both(__m256i& low, __m256i& high, const int16_t* four, __m25
       "vpmaddwd %5, %2, %3\n\tvpaddd %3, %0, %0\n\t"
       "vpmaddwd %6, %2, %2\n\tvpaddd %2, %1, %1"
       : "+x"(low), "+x"(high), "=&x"(a), "=&x"(products)
-      : "m"(*reinterpret_cast<const int64_t*>(four)), "x"(first), "x"(second));
+      : "m"(*reinterpret_cast<const int16_t(*)[4]>(four)), "x"(first), "x"(second));
 }
 
 // Sums over the lanes of four vectors, to four neighbouring numbers.
@@ -204,9 +204,10 @@ class PanelProducts {
   // c (rows, kPanel) = q (rows, depth) w
   void multiply(const int8_t* panel, int32_t* c) const {
     static_assert(kPanel == kQuadColumns);
-    for_quad_sums(wide_.data(), rows_, depth_ / 4, panel, kPanel, kPanel, [&](int64_t m, int64_t, int64_t, const __m256i& sums) {
+    const auto put = [&](int64_t m, int64_t, int64_t, const __m256i& sums) {
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + m * kPanel), sums);
-    });
+    };
+    for_quad_sums(wide_.data(), rows_, depth_ / 4, panel, kPanel, kPanel, put);
   }
 
  private:
