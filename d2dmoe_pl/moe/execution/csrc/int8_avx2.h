@@ -48,6 +48,8 @@ inline __m128i lane_sums(__m256i a, __m256i b, __m256i c, __m256i d) {
   return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
 }
 
+constexpr int kInt8DotRows = 2; // of a tile, by kNeurons
+
 template <int M>
 void int8_dot_tile(
     const uint8_t* x, int64_t width, const float* x_scale, const int32_t* rows, const Int8Rows& w, int neurons,
@@ -86,22 +88,6 @@ void int8_dot_tile(
     _mm_store_si128(reinterpret_cast<__m128i*>(four), sums);
     const float scale = x_scale[rows[m]];
     for (int n = 0; n < neurons; ++n) out[m * ld + n] = static_cast<float>(four[n] - w.sum[n]) * (w.scale[n] * scale);
-  }
-}
-
-// h (count, neurons) = x[rows] w^T in fp32; x (N, width)
-inline void int8_dot_product(
-    const uint8_t* x, int64_t width, const float* x_scale, const int32_t* rows, int64_t count, const Int8Rows& w,
-    int64_t neurons, float* h, int64_t ld) {
-  constexpr int kRows = 2;
-  for (int64_t m = 0; m < count; m += kRows) {
-    with_rows<kRows>(std::min<int64_t>(kRows, count - m), [&](auto M) {
-      for (int64_t n = 0; n < neurons; n += kNeurons) {
-        const Int8Rows part{w.weight + n * width, w.scale + n, w.sum + n};
-        const int four = static_cast<int>(std::min<int64_t>(kNeurons, neurons - n));
-        int8_dot_tile<M>(x, width, x_scale, rows + m, part, four, h + m * ld + n, ld);
-      }
-    });
   }
 }
 

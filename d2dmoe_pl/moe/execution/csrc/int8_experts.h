@@ -43,6 +43,21 @@ constexpr int64_t kManyTokens = 16; // from which on tiles of a matrix unit are 
 
 #if defined(D2DMOE_INT8)
 
+// h (count, neurons) = x[rows] w^T in fp32; x (N, width)
+inline void int8_dot_product(
+    const uint8_t* x, int64_t width, const float* x_scale, const int32_t* rows, int64_t count, const Int8Rows& w,
+    int64_t neurons, float* h, int64_t ld) {
+  for (int64_t m = 0; m < count; m += kInt8DotRows) {
+    with_rows<kInt8DotRows>(std::min<int64_t>(kInt8DotRows, count - m), [&](auto M) {
+      for (int64_t n = 0; n < neurons; n += kNeurons) {
+        const Int8Rows part{w.weight + n * width, w.scale + n, w.sum + n};
+        const int four = static_cast<int>(std::min<int64_t>(kNeurons, neurons - n));
+        int8_dot_tile<M>(x, width, x_scale, rows + m, part, four, h + m * ld + n, ld);
+      }
+    });
+  }
+}
+
 // What is read of weights (E, s, d) whose output channels are their rows.
 struct Int8Up {
   const int8_t* weight;

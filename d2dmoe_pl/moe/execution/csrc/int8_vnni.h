@@ -23,6 +23,8 @@ inline __m128i lane_sums(const __m512i (&v)[4]) {
   return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
 }
 
+constexpr int kInt8DotRows = kDotRows; // of a tile, by kNeurons
+
 template <int M>
 void int8_dot_tile(
     const uint8_t* x, int64_t width, const float* x_scale, const int32_t* rows, const Int8Rows& w, int neurons,
@@ -54,21 +56,6 @@ void int8_dot_tile(
   for (int m = 0; m < M; ++m) {
     const __m128 whole = _mm_cvtepi32_ps(_mm_sub_epi32(lane_sums(sum[m]), less));
     _mm_mask_storeu_ps(out + m * ld, stored, _mm_mul_ps(whole, _mm_mul_ps(scale, _mm_set1_ps(x_scale[rows[m]]))));
-  }
-}
-
-// h (count, neurons) = x[rows] w^T in fp32; x (N, width)
-inline void int8_dot_product(
-    const uint8_t* x, int64_t width, const float* x_scale, const int32_t* rows, int64_t count, const Int8Rows& w,
-    int64_t neurons, float* h, int64_t ld) {
-  for (int64_t m = 0; m < count; m += kDotRows) {
-    with_rows<kDotRows>(std::min<int64_t>(kDotRows, count - m), [&](auto M) {
-      for (int64_t n = 0; n < neurons; n += kNeurons) {
-        const Int8Rows part{w.weight + n * width, w.scale + n, w.sum + n};
-        const int four = static_cast<int>(std::min<int64_t>(kNeurons, neurons - n));
-        int8_dot_tile<M>(x, width, x_scale, rows + m, part, four, h + m * ld + n, ld);
-      }
-    });
   }
 }
 
