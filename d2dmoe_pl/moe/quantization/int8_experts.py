@@ -11,8 +11,9 @@ class Int8Experts(Int8Module, Experts):
     """Experts for inference, at a quarter of the memory: what :class:`Experts` computes, but for rounding.
 
     On the CPU, tokens and activations are rounded too, at run time, with a scale a token, and products are in int8
-    where the CPU has AVX-512 VNNI, or AVX2 and there are more than four tokens; elsewhere the numbers are multiplied as
-    they are, and by other backends the weights are multiplied out.
+    where the CPU has AVX-512 VNNI, or, for more than four tokens and experts of 32 neurons and more, AVX2. Otherwise
+    nothing is rounded: four tokens and fewer are multiplied with the numbers as they are, and more, or by other
+    backends, with the weights multiplied out.
 
     Args:
         experts: To be rounded; keeps its biases.

@@ -129,15 +129,19 @@ def test_without_vnni_tokens_are_not_rounded(tokens, gated, dtype):
         torch.testing.assert_close(rounded_linear(x.to(dtype)).float(), expected, **tolerance)
 
 
+@pytest.mark.parametrize("expert_dim", [4, 40])
+@pytest.mark.parametrize("number", [3, 9, 40])
 @torch.no_grad()
-def test_a_nan_shows():
-    int8 = Int8Experts(Experts(ffn_of(CASE), 3))
-    tokens = torch.randn(3, 6)
+def test_a_nan_shows(number, expert_dim):
+    """In its own row and in no other, whether rows are rounded or not."""
+    int8 = Int8Experts(Experts(ffn_of({**CASE, "expert_dim": expert_dim}), 3))
+    tokens = torch.randn(number, 6)
     tokens[1, 2] = torch.nan
-    got = int8(tokens, torch.ones(3, 3, dtype=torch.bool))
-    assert got.isnan().all(dim=1).tolist() == [False, True, False]
+    expected = [row == 1 for row in range(number)]
+    got = int8(tokens, torch.ones(number, 3, dtype=torch.bool))
+    assert got.isnan().all(dim=1).tolist() == got.isnan().any(dim=1).tolist() == expected
     linear = Int8Linear(torch.randn(5, 6), None)
-    assert linear(tokens).isnan().all(dim=1).tolist() == [False, True, False]
+    assert linear(tokens).isnan().all(dim=1).tolist() == linear(tokens).isnan().any(dim=1).tolist() == expected
 
 
 CASE = {"num_experts": 3, "expert_dim": 4, "d_model": 6, "d_out": None, "gated": False, "bias": True}
