@@ -69,6 +69,12 @@ def check_hidden_states(model: nn.Module, weight: float) -> None:
     )
 
 
+def logits_and_weighed_states(model: nn.Module, batch: Batch, weight: float) -> tuple[Tensor, Sequence[Tensor]]:
+    """The logits of ``model`` and, if they count by their ``weight``, its hidden states; else none."""
+    adapter = adapter_for(model)
+    return adapter.logits_and_hidden_states(model, batch) if weight > 0 else (adapter.logits(model, batch), ())
+
+
 def hidden_state_error(states: Sequence[Tensor], wanted: Sequence[Tensor], batch: Batch) -> Tensor:
     """The squared error of hidden states relative to their squared length, mean over real tokens, then over layers.
 

@@ -1,5 +1,6 @@
 """A phase of ours: routers and stand-ins, or the whole model, learn from the predictions that they are for."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, set_taus_
 from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import learned_choices
+from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
 from d2dmoe_pl.phases._teacher import Teacher
 
@@ -29,6 +31,7 @@ class BudgetDistillation(OptimizedPhase):
         trains: ``routers``, and stand-ins: all other weights are frozen, so that the model with every expert on stays
             the same to the bit. Or ``model``: those too.
         task_weight: Weight of the task's loss, of labels, beside the divergence; 0 to use none.
+        hidden_weight: Weight of how far hidden states are from those with every expert on, relative to their size.
         ffn_flops_min: Lower end of the range from which budgets are drawn, uniformly; shares of the dense FFNs' FLOPs.
             What the model cannot reach is cut off.
         ffn_flops_max: Upper end.
@@ -37,8 +40,9 @@ class BudgetDistillation(OptimizedPhase):
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
-        ConfigError: For a range that is none or leaves (0, 1], or a ``softness`` that is not positive; to fit, unless
-            it starts from the work of ``BudgetCalibration``.
+        ConfigError: For a range that is none or leaves (0, 1], a negative weight, or a ``softness`` that is not
+            positive; if hidden states count that cannot be told; to fit, unless it starts from the work of
+            ``BudgetCalibration``.
     """
 
     starts_from = "routed"
@@ -48,6 +52,7 @@ class BudgetDistillation(OptimizedPhase):
         self,
         trains: Literal["routers", "model"] = "routers",
         task_weight: float = 0.0,
+        hidden_weight: float = 0.0,
         ffn_flops_min: float = 0.2,
         ffn_flops_max: float = 0.9,
         softness: float = 0.1,
@@ -59,10 +64,12 @@ class BudgetDistillation(OptimizedPhase):
             f"ffn_flops_min={ffn_flops_min}: must be positive and at most ffn_flops_max={ffn_flops_max}, which is at "
             "most 1",
         )
-        check(task_weight >= 0, f"task_weight={task_weight}: must not be negative")
+        for name, weight in {"task_weight": task_weight, "hidden_weight": hidden_weight}.items():
+            check(weight >= 0, f"{name}={weight}: must not be negative")
         check(softness > 0, f"softness={softness}: must be positive")
         self.trains = trains
         self.task_weight = task_weight
+        self.hidden_weight = hidden_weight
         self.ffn_flops_min = ffn_flops_min
         self.ffn_flops_max = ffn_flops_max
         self.softness = softness
@@ -84,6 +91,7 @@ class BudgetDistillation(OptimizedPhase):
             any(next(part.parameters(), None) is not None for part in parts),
             f"{type(model).__name__}: has no router or stand-in with weights; BudgetDistillation needs some",
         )
+        check_hidden_states(model, self.hidden_weight)
         freeze_(model, trained=parts if self.trains == "routers" else [model])
 
     def configure_model(self) -> None:
@@ -104,24 +112,28 @@ class BudgetDistillation(OptimizedPhase):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self._path is not None
-        dense = self._dense(batch)
+        dense, dense_states = self._dense(batch)
         self._set_budget_(self._path, self._budget(batch_idx))
         with learned_choices(moe_layers(self.model), self.softness):
-            logits = self.logits(batch)
+            logits, states = logits_and_weighed_states(self.model, batch, self.hidden_weight)
         loss = self.task.prediction_loss(logits, dense, batch)
         self.log("train/divergence", loss.detach())
         if self.task_weight > 0:
             loss = loss + self.task_weight * self.task_loss(logits, batch)
+        if self.hidden_weight > 0:
+            hidden_state_loss = hidden_state_error(states, dense_states, batch)
+            self.log("train/hidden_state_loss", hidden_state_loss.detach())
+            loss = loss + self.hidden_weight * hidden_state_loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     @torch.no_grad()
-    def _dense(self, batch: Batch) -> Tensor:
-        """The logits with every expert on, before this phase."""
+    def _dense(self, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Logits and hidden states with every expert on, before this phase."""
         if self._teacher is not None:
-            return self._teacher.logits(batch)
+            return logits_and_weighed_states(self._teacher.model, batch, self.hidden_weight)
         with temporary_gate(self.model, None):  # whose weights stay
-            return self.logits(batch)
+            return logits_and_weighed_states(self.model, batch, self.hidden_weight)
 
     def on_validation_epoch_start(self) -> None:
         if self._path is not None:

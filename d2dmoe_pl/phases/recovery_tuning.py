@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
@@ -20,7 +19,7 @@ from d2dmoe_pl.moe.routers import gram_matrices, router_targets
 from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
-from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error
+from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
 from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._phase import Phase
@@ -55,6 +54,8 @@ class RecoveryTuning(OptimizedPhase):
         hidden_weight: Weight of the distance of hidden states to the teacher's, relative to their size.
         alpha: Weight of the penalty that keeps activations sparse; if not given, 1e-3 where all are ReLU, else 0.
         penalty: Its kind, as for ``SparsityEnforcement``.
+        penalized: What it makes few of for a token: ``neurons`` that fire, as before clustering; or ``experts``, by the
+            lengths of their activations, which is what is run or skipped.
         num_held_out: Validation samples that weights are chosen by; 0 to keep those of the end.
         router_weight: Weight of the routers' loss; with 0 they stay as they are.
         router_lr: Learning rate of the routers; the optimizer's own if not given. They are small and have to keep up
@@ -82,6 +83,7 @@ class RecoveryTuning(OptimizedPhase):
         hidden_weight: float = 0.0,
         alpha: float | None = None,
         penalty: Penalty = "hoyer",
+        penalized: Literal["neurons", "experts"] = "neurons",
         num_held_out: int = 1000,
         router_weight: float = 1.0,
         router_lr: float | None = None,
@@ -107,6 +109,7 @@ class RecoveryTuning(OptimizedPhase):
         self.hidden_weight = hidden_weight
         self.alpha = alpha
         self.penalty = penalty
+        self.penalized = penalized
         self.num_held_out = num_held_out
         self.router_weight = router_weight
         self.router_lr = router_lr
@@ -174,7 +177,7 @@ class RecoveryTuning(OptimizedPhase):
             loss = loss + self._alpha * parts["penalty"]
         if self._teacher is not None:
             with torch.no_grad():
-                taught, taught_states = self._told(self._teacher.model, batch)
+                taught, taught_states = logits_and_weighed_states(self._teacher.model, batch, self.hidden_weight)
             if self.beta > 0:
                 parts["prediction_loss"] = self.task.prediction_loss(logits, taught, batch)
                 loss = loss + self.beta * parts["prediction_loss"]
@@ -250,13 +253,6 @@ class RecoveryTuning(OptimizedPhase):
         drawn = torch.rand((), generator=torch.Generator().manual_seed(seed)).item()
         return self.tau_min + (self.tau_max - self.tau_min) * drawn
 
-    def _told(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sequence[Tensor]]:
-        """Logits and hidden states; of these none if they do not count."""
-        adapter = adapter_for(model)
-        if self.hidden_weight == 0:
-            return adapter.logits(model, batch), ()
-        return adapter.logits_and_hidden_states(model, batch)
-
     def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor], Sequence[Tensor]]:
         """Logits at ``tau``, the layers' penalties if any, the loss of each router that learns, and hidden states."""
         losses: dict[str, Tensor] = {}
@@ -265,7 +261,8 @@ class RecoveryTuning(OptimizedPhase):
         def learn(name: str, tokens: Tensor, hidden: Tensor) -> None:
             layer = self._layers[name]
             if self._alpha > 0:
-                penalties.append(PENALTIES[self.penalty](hidden.flatten(1)).mean())  # of (N, E * s)
+                each = hidden.flatten(1) if self.penalized == "neurons" else hidden.norm(dim=2)  # (N, E * s) or (N, E)
+                penalties.append(PENALTIES[self.penalty](each).mean())
             if self.router_weight > 0:
                 router = layer.get_router()
                 with torch.no_grad():
@@ -275,5 +272,5 @@ class RecoveryTuning(OptimizedPhase):
 
         rule = next(iter(self._layers.values())).get_gate().config.rule
         with temporary_gate(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
-            logits, states = self._told(self.model, batch)
+            logits, states = logits_and_weighed_states(self.model, batch, self.hidden_weight)
         return logits, penalties, losses, states

@@ -1,5 +1,6 @@
 """Routers and stand-ins learn from predictions; nothing else moves."""
 
+import shutil
 from types import MappingProxyType
 
 import pytest
@@ -13,10 +14,11 @@ from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_taus_
-from d2dmoe_pl.moe.conversion import add_stand_ins_, temporary_gate
+from d2dmoe_pl.moe.conversion import add_stand_ins_, set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
 from d2dmoe_pl.phases import BudgetCalibration, BudgetDistillation, budget_distillation
+from d2dmoe_pl.phases._hidden_states import hidden_state_error, logits_and_weighed_states
 
 
 @pytest.fixture
@@ -95,6 +97,25 @@ def test_the_whole_model_learns_from_what_it_was(trainer, calibrated):
     assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
 
 
+@pytest.mark.parametrize("trains", ["routers", "model"])
+def test_hidden_states_come_nearer_where_they_count(trainer, calibrated, trains, tmp_path):
+    calibrated = str(shutil.copytree(calibrated, tmp_path / "calibrated"))  # the run's folder is used again
+    dense = load_model(calibrated)
+    path = budget_path(dense)
+    set_gate_(dense, None)
+    errors = []
+    for weight in (0.0, 20.0):
+        phase, folder = distilled(trainer, calibrated, {"trains": trains, "hidden_weight": weight}, max_epochs=3)
+        assert ("train/hidden_state_loss" in phase.trainer.callback_metrics) == (weight > 0)
+        model = load_model(folder)
+        set_taus_(model, path, path.at_cost("ffn_flops", 0.6).taus)
+        batch = next(iter(phase.data.val_dataloader()))
+        with torch.no_grad():
+            states, wanted = (logits_and_weighed_states(each.eval(), batch, 1.0)[1] for each in (model, dense))
+        errors.append(hidden_state_error(states, wanted, batch).item())
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_a_model_without_budgets_is_refused(trainer, tmp_path):
     model = tiny.route_(digits_source().build(DIGIT_LABELS))
     save_artifact(model, tmp_path / "routed", [PhaseRecord("RouterRegression")])
@@ -112,6 +133,7 @@ def test_a_model_without_budgets_is_refused(trainer, tmp_path):
         ({"ffn_flops_min": 0.9, "ffn_flops_max": 0.5}, "ffn_flops_min=0.9: must be positive and at most"),
         ({"softness": 0.0}, "softness=0.0: must be positive"),
         ({"task_weight": -1.0}, "task_weight=-1.0: must not be negative"),
+        ({"hidden_weight": -1.0}, "hidden_weight=-1.0: must not be negative"),
     ],
 )
 def test_settings_that_are_none(settings, message):

@@ -11,7 +11,7 @@ from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.phases import FineTuning, RecoveryTuning, SparsityEnforcement
+from d2dmoe_pl.phases import BudgetDistillation, FineTuning, RecoveryTuning, SparsityEnforcement
 from d2dmoe_pl.phases._hidden_states import hidden_state_error
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -151,9 +151,11 @@ def test_models_whose_states_cannot_be_told(kind, why):
             phase.transform_(tiny.dense(kind))
     with pytest.raises(ConfigError, match=f"^{why}$"):
         RecoveryTuning(hidden_weight=1.0, router_weight=0.0).transform_(tiny.routed(kind))
+    with pytest.raises(ConfigError, match=f"^{why}$"):
+        BudgetDistillation(hidden_weight=1.0).transform_(tiny.routed(kind))
 
 
-@pytest.mark.parametrize("make", [FineTuning, SparsityEnforcement, RecoveryTuning])
+@pytest.mark.parametrize("make", [BudgetDistillation, FineTuning, SparsityEnforcement, RecoveryTuning])
 def test_negative_weights(make):
     with pytest.raises(ConfigError, match=r"^hidden_weight=-1.0: must not be negative$"):
         make(hidden_weight=-1.0)

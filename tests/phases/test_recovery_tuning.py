@@ -266,6 +266,19 @@ def test_activations_are_kept_sparse(trainer, routed):
     assert phase._forward(tiny.batch("bert"), tau=0.5)[1] == []
 
 
+def test_few_experts_are_wanted_where_experts_are_penalized(trainer, routed):
+    sizes = {}
+    for penalized in ("neurons", "experts"):
+        learn = partial(torch.optim.Adam, lr=3e-3)
+        settings = {"alpha": 0.5, "penalized": penalized, "num_held_out": 0, "init_from": routed, "optimizer": learn}
+        phase = RecoveryTuning(**settings)
+        fit(trainer, phase, max_epochs=10)
+        phase.penalized = "experts"
+        with torch.no_grad():
+            sizes[penalized] = torch.stack(phase._forward(tiny.batch("bert"), tau=0.5)[1]).mean()
+    assert 1 <= sizes["experts"] < 0.9 * sizes["neurons"]  # of 8, by what each adds
+
+
 def test_the_mean_of_the_last_half_survives_a_resumption(trainer, routed, tmp_path):
     def run(ckpt_path=None, callbacks=()):
         L.seed_everything(3, verbose=False)
