@@ -74,6 +74,8 @@ class _Marking(StoppingCriteriaList):
         done: Tensor = super().__call__(input_ids, scores, **kwargs)  # (B,)
         if not any(hasattr(criterion, "eos_token_id") for criterion in self):
             return done  # texts that nothing but other criteria can end are written on
+        if len(done) == 1:
+            return done  # it ends with the call; and assisted generation asks about tokens that it may take back
         if self._tail is None or self._ended is None:
             self._tail, self._ended = torch.zeros_like(done, dtype=torch.long), torch.zeros_like(done)
         self._tail = torch.where(self._ended, self._tail + 1, 0)

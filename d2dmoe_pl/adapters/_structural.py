@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from d2dmoe_pl.adapters._adapter import Adapter
 from d2dmoe_pl.adapters._ffn import FFN, AnyLinear, LinearRows
 from d2dmoe_pl.adapters._ffn_sites import Site, find_sites
-from d2dmoe_pl.adapters._ffn_tracing import Trace, trace
+from d2dmoe_pl.adapters._ffn_tracing import Trace, trace, unchanged
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 
@@ -88,7 +88,8 @@ class StructuralAdapter(Adapter):
         try:
             inputs = self.example(model)
             linear = {name: module for name, module in model.named_modules() if self.as_linear(module) is not None}
-            sites, reasons = self._traced(model, linear, inputs)
+            with unchanged(model):
+                sites, reasons = self._traced(model, linear, inputs)
             modules = dict(model.named_modules())
             for site in sites:
                 site.dropout_rates = [modules[path].p for path in site.hidden_dropouts]
@@ -97,7 +98,8 @@ class StructuralAdapter(Adapter):
                     site.outside = OutsideActivation(site, site.activation)
                     site.outside.install(model)
             if not any(parameter.is_meta for parameter in model.parameters()):
-                self._prove(model, sites, inputs)
+                with unchanged(model):
+                    self._prove(model, sites, inputs)
                 left = "" if not reasons else f" (left alone: {_said(reasons)})"
                 say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
                 say(

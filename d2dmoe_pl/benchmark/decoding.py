@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.benchmark.compared_modules import Choice, floating_type, uncompiled
@@ -154,9 +155,15 @@ def _prompts(batch: Batch, most: int) -> Batch:
 
 @torch.no_grad()
 def _write(model: Any, prompts: Batch, num_tokens: int) -> Tensor:
-    """The prompts and ``num_tokens`` behind each, greedily; nothing ends a text before."""
-    settings = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0}
-    written: Tensor = model.generate(**prompts, max_new_tokens=num_tokens, **settings)
+    """The prompts and ``num_tokens`` behind each, the likeliest each time; nothing ends a text before.
+
+    What else the model's own generation config asks for, such as a penalty on repetitions, is left out.
+    """
+    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
+    try:
+        written: Tensor = model.generate(**prompts, max_new_tokens=num_tokens, do_sample=False)
+    finally:
+        model.generation_config = own
     return written
 
 
@@ -212,4 +219,5 @@ def _in_type(dense: nn.Module, dtype: torch.dtype, floating: torch.dtype) -> nn.
     twin = copy.deepcopy(dense)
     if not dtype.is_floating_point:
         quantize_(twin)
-    return twin.to(floating)
+    adapter_for(twin).cast_(twin, floating)
+    return twin

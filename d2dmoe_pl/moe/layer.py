@@ -139,12 +139,18 @@ class MoELayer(ExpertLayer):
         stand_in: Any = parts.get("stand_in")
         dropout: Any = parts["output_dropout"]
         is_own = "base_layer" not in experts._modules  # nothing stands around them
+        real = self.context.real
+        if real is not None and not torch.compiler.is_compiling() and len(real) * x.shape[-1] != x.numel():
+            raise ValueError(
+                f"attention_mask of {len(real)} positions: must be of as many as reach the MoE layers, which "
+                f"{x.numel() // x.shape[-1]} do; the model adds or drops some inside, and padding is not known there"
+            )
         is_plain = is_own and self.observer is None and self.softness is None
         if is_plain and can_run_whole(experts, router, gate, stand_in, x):
-            output = run_whole(experts, router, gate, stand_in, x, self.context.real)
+            output = run_whole(experts, router, gate, stand_in, x, real)
         else:
             positions = x.reshape(-1, x.shape[-1])  # (P, d)
-            output = self._run_parts(positions, self.context.real)  # (P, d_out)
+            output = self._run_parts(positions, real)  # (P, d_out)
             output = output.view(*x.shape[:-1], output.shape[1])
         return output if _drops_nothing(dropout) else dropout(output)
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 MASK_ARGUMENT = "attention_mask"
 IDS_ARGUMENT = "input_ids"
 EMBEDDINGS_ARGUMENT = "inputs_embeds"
+CACHE_ARGUMENTS = ("past_key_values", "cache")  # of earlier tokens, as releases of transformers call it
 # what transformers and torch call that which runs a module now and once more in the backward pass
 CHECKPOINTING = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -126,6 +127,12 @@ class TokenContext:
         while self._handles:
             self._handles.pop().remove()
 
+    def move(self, model: nn.Module, part: nn.Module) -> None:
+        """Be on ``part``, which goes on without ``model``; a context that is on a part of that already stays there."""
+        if any(handle.id in model._forward_pre_hooks for handle in self._handles):
+            self.remove()
+            self.install(part)
+
     def _enter(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         def given(name: str) -> Tensor | None:
             if name in kwargs or name not in self._parameters:
@@ -138,7 +145,9 @@ class TokenContext:
         around = _running()
         running = TokenBatch(None, ids, around)
         _RUNNING.calls = {**around, id(self): running}  # first, since the call ends even where the mask is refused
-        running.real = real_positions(mask, None if inputs is None else inputs.shape[1])
+        cache = next((found for name in CACHE_ARGUMENTS if (found := given(name)) is not None), None)
+        past = cache.get_seq_length() if mask is not None and hasattr(cache, "get_seq_length") else None
+        running.real = real_positions(mask, None if inputs is None else inputs.shape[1], past)
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._was_padded |= running.real is not None
             _carry_into_backward(model)
@@ -233,12 +242,16 @@ def token_index(attention_mask: Tensor | None, length: int | None = None) -> Ten
     return TokenBatch(real_positions(attention_mask, length), None, {}).index()
 
 
-def real_positions(attention_mask: Tensor | None, length: int | None = None) -> Tensor | None:
+def real_positions(
+    attention_mask: Tensor | None, length: int | None = None, past: "int | Tensor | None" = None
+) -> Tensor | None:
     """Which positions of the flattened batch hold real tokens.
 
     Args:
-        attention_mask: ``(B, L)``, nonzero for real tokens. With a cache of earlier tokens it covers those too, first.
+        attention_mask: ``(B, L)``, nonzero for real tokens. With a cache of earlier tokens it covers those too, first;
+            with one of a fixed size, it may also cover the places behind, which are still empty.
         length: ``L`` of the batch without them; all that the mask covers if not given.
+        past: How many tokens are in the cache, where that is known; else the mask is taken to end with the batch.
 
     Returns:
         ``(B * L,)`` boolean, or None where every position is known to hold a token: without looking at the values
@@ -263,7 +276,12 @@ def real_positions(attention_mask: Tensor | None, length: int | None = None) -> 
     if length is not None:
         if attention_mask.shape[1] < length:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must cover the {length} inputs")
-        attention_mask = attention_mask[:, attention_mask.shape[1] - length :]
+        start = attention_mask.shape[1] - length
+        if past is None or start == 0:
+            attention_mask = attention_mask[:, start:]
+        else:  # one way for numbers and tensors, which a compiled call has: no graph breaks by it
+            first = torch.as_tensor(past, device=attention_mask.device).clamp(max=start)
+            attention_mask = attention_mask.index_select(1, first + torch.arange(length, device=first.device))
     real = (attention_mask != 0).flatten()  # (B * L,)
     can_look = real.device.type == "cpu" and not torch.compiler.is_compiling()
     return None if can_look and bool(real.all()) else real

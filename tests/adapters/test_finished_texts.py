@@ -6,7 +6,9 @@ import pytest
 import tiny
 import torch
 from adapters.test_generation import NEW, dense, prompts
+from transformers.generation import EosTokenCriteria
 
+from d2dmoe_pl.adapters._generation import TAIL, _Marking
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.optimization import optimize_
 
@@ -127,6 +129,27 @@ def test_texts_that_only_other_criteria_end_are_written_on():
     counts, text = routed_tokens(model, batch, **settings)
     assert counts[1:] == [3] * (NEW - 1)
     assert torch.equal(text, written(as_class(model), batch, **settings))
+
+
+def test_a_single_text_is_never_marked():
+    drafts = ([[1, 2, 5]], [[1, 2, 5, 7]], [[1, 2, 7]])  # one ends, and is taken back
+    several = ([[1, 2, 5], [1, 2, 3]], [[1, 2, 5, 0], [1, 2, 3, 4]])
+    for steps, tail in ((drafts, None), (several, [1, 0])):
+        criteria = _Marking([EosTokenCriteria(5)])
+        for step in steps:
+            ids = torch.tensor(step)
+            criteria(ids, None)
+        marked = getattr(ids, TAIL, None)
+        assert (None if marked is None else marked.tolist()) == tail
+
+
+@pytest.mark.parametrize("kind", CAUSAL[:3])
+def test_drafts_give_the_same_text(kind):
+    model = routed(kind)
+    batch = {key: value[1:2] for key, value in texts(kind).items()}
+    end = some_end(model, batch)
+    plain = written(model, batch, eos_token_id=end)
+    assert torch.equal(written(model, batch, eos_token_id=end, prompt_lookup_num_tokens=3), plain)
 
 
 def test_a_copy_generates_by_itself():

@@ -81,6 +81,15 @@ def test_texts(name, tmp_path):
     converts_exactly(model, {**inputs, "attention_mask": mask}, tmp_path / "artifact")
 
 
+def test_how_a_model_computes_is_not_changed_by_looking_at_it():
+    sparse = transformers.BigBirdConfig(attention_type="block_sparse", block_size=4, num_random_blocks=1, **TEXT)
+    model = classifier(sparse)
+    attention = type(model.bert.encoder.layer[0].attention.self)
+    select_ffns(model)  # by calls with a few tokens, for which it has another way
+    assert model.bert.attention_type == "block_sparse"
+    assert type(model.bert.encoder.layer[0].attention.self) is attention
+
+
 @pytest.mark.parametrize(
     ("config", "reads"),
     [

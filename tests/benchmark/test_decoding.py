@@ -20,8 +20,8 @@ LLAMA, GPT2 = "llama-causal-language-modeling", "gpt2-causal-language-modeling"
 NEW = 5
 
 
-def comparisons(kind, tmp_path, taus, data=None, **changes):
-    model = tiny.routed(kind)
+def comparisons(kind, tmp_path, taus, data=None, make=tiny.routed, **changes):
+    model = make(kind)
     if model.can_generate():
         model.generation_config.eos_token_id = list(range(20))  # which end no text here
     save_artifact(model, tmp_path / "artifact")
@@ -48,6 +48,14 @@ def test_at_tau_one_the_dense_models_text_is_written(kind, tmp_path):
     assert low.share < full.share == 1.0
     assert low.bytes_share < full.bytes_share
     assert (whole.scope, whole.batch_size, whole.tokens, whole.new_tokens) == ("decode", 3, 18, NEW)
+
+
+def test_a_models_own_wish_against_repetitions_is_left_out(tmp_path):
+    torch.manual_seed(1)
+    model = tiny.routed(LLAMA)
+    model.generation_config.repetition_penalty = 5.0
+    _, [whole] = comparisons(LLAMA, tmp_path, [1.0], make=lambda _: model, decode=20, batch_size=[3])
+    assert whole.ways[-1].agreement == 100.0
 
 
 def test_the_bytes_of_one_text_are_those_of_the_experts_that_run_and_of_all_else(tmp_path):

@@ -1,13 +1,16 @@
 """Padding is neither routed, nor run, nor counted."""
 
 import copy
+from functools import partial
 
 import pytest
 import tiny
 import torch
+from torch import nn
+from transformers import StaticCache
 
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.moe.token_context import sentence_numbers, token_index
+from d2dmoe_pl.moe.token_context import real_positions, sentence_numbers, token_index
 from d2dmoe_pl.moebert.layer import moebert_layers
 
 
@@ -29,6 +32,41 @@ def test_a_mask_that_covers_cached_tokens_too():
     assert token_index(mask, 4).tolist() == token_index(mask).tolist()
     with pytest.raises(ValueError, match=r"attention_mask of shape \(3, 4\): must cover the 5 inputs"):
         token_index(mask, 5)
+
+
+@pytest.mark.parametrize("past", [3, torch.tensor(3)])
+def test_a_mask_that_covers_places_behind_the_tokens_too(past):
+    mask = torch.tensor([[0, 1, 1, 1, 1, 0, 0], [0, 0, 1, 0, 1, 0, 0]])
+    assert real_positions(mask, 2, past).tolist() == [True, True, False, True]
+    assert real_positions(mask[:, :5], 2, past).tolist() == [True, True, False, True]
+    assert real_positions(mask[:, 3:5], 2, past).tolist() == [True, True, False, True]  # of what is new alone
+    assert real_positions(mask[:, 2:5], 2, past).tolist() == [True, True, False, True]  # of a window
+
+
+def test_a_mask_over_a_whole_cache_of_fixed_size():
+    model = tiny.routed("llama-causal-language-modeling")
+    ids = torch.randint(3, 40, (2, 7))
+    mask = torch.zeros(2, 16, dtype=torch.long)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        for new in (slice(0, 5), slice(5, 6), slice(6, 7)):
+            mask[:, new] = 1
+            found = model(ids[:, new], attention_mask=mask, past_key_values=cache).logits
+            torch.testing.assert_close(found, wanted[:, new])
+
+
+def test_layers_that_see_other_positions_than_the_mask_has():
+    model = tiny.routed("bert")
+    layer = next(iter(moe_layers(model).values()))
+    batch = {key: value for key, value in tiny.batch("bert").items() if key != "labels"}
+    with_more = partial(nn.functional.pad, pad=(0, 0, 0, 3))
+    ffn = layer.forward
+    layer.forward = lambda x: ffn(with_more(x))[:, :-3]
+    positions = batch["attention_mask"].numel()
+    message = f"^attention_mask of {positions} positions: must be of as many as reach the MoE layers, which"
+    with pytest.raises(ValueError, match=rf"{message} {positions + 9} do; the model adds or drops some inside, and"):
+        model(**batch)
 
 
 def test_ids_and_sentences_of_the_running_tokens_reach_the_layers_with_a_cache():
