@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import KEY, adapter_for, adapter_named
-from d2dmoe_pl.artifact_parts import CONVERTED_FORMAT, FORMAT, check_parts, format_of
+from d2dmoe_pl.artifact_parts import CONVERTED_FORMAT, FORMAT, check_parts, format_of, replaceable_folder
 from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
@@ -109,14 +109,14 @@ def save_artifact(
 
     Args:
         model: A model at any stage.
-        path: The folder; one that is there is replaced.
+        path: The folder; an artifact that is there is replaced.
         history: The phases it went through; a model converted in code has gone through none.
         save_processor: Writes a tokenizer or image processor into the folder it is given.
         tensors: What else a phase found out about the model: by the name of a file, tensors by name.
         max_shard_size: Bytes; larger weights are in several files, with an index, as Hugging Face's libraries do it.
 
     Raises:
-        ConfigError: For a size not positive, tensors' names that are no file's, or types that safetensors lacks.
+        ConfigError: For a folder of something else, a size not positive, names no file can have, or unknown types.
         NonFiniteWeightsError: If a parameter, or one of the tensors, holds a NaN or an infinity.
 
     Example:
@@ -128,7 +128,7 @@ def save_artifact(
         >>> sorted(os.listdir(folder))
         ['config.json', 'generation_config.json', 'model.safetensors']
     """
-    path = Path(path)
+    path = replaceable_folder(path)
     tensors = tensors or {}
     for name in tensors:
         check(is_file_name(name), f"tensors: {name!r} is no name of a file in the folder")
@@ -275,7 +275,7 @@ def load_model(
     read_weights_(model, artifact.weights, mapped)
     adapter_named(artifact.family).fill_buffers_(model)
     if target is not None:
-        model.to(target)
+        adapter_named(artifact.family).cast_(model, target)
     elif name == "int8" and not artifact.quantized:
         quantize_(model)
     if optimize:

@@ -1,6 +1,8 @@
 """What an artifact says of its model, under our key in ``config.json``: which parts there are, and of which kind."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from d2dmoe_pl.adapters import KEY
@@ -32,6 +34,26 @@ def format_of(made: Mapping[str, Any], is_converted: bool) -> int:
     if "quantized" in made:
         return INT8_FORMAT
     return CONVERTED_FORMAT if is_converted else DENSE_FORMAT
+
+
+def replaceable_folder(path: str | Path) -> Path:
+    """The folder that an artifact is to take the place of.
+
+    Raises:
+        ConfigError: If it holds what is no artifact, which would be lost.
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        try:
+            is_artifact = KEY in json.loads((folder / "config.json").read_text())
+        except (OSError, ValueError, TypeError):
+            is_artifact = False
+        check(
+            is_artifact,
+            f"path={str(path)!r}: is there, and no artifact; must be a new folder, an empty one, or an artifact, which "
+            "is replaced with all that is in it",
+        )
+    return folder
 
 
 def check_parts(made: Any, where: str) -> None:

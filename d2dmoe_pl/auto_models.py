@@ -37,14 +37,18 @@ class ConvertedModel:
             ValueError: If the model has another head than the ``Auto`` class asks for.
         """
         load_model = resolve_name("d2dmoe_pl.artifact:load_model")  # all of it is imported for a model only
-        model: Any = load_model(pretrained_model_name_or_path, revision=kwargs.get("revision"))
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        model: Any = load_model(
+            pretrained_model_name_or_path,
+            revision=kwargs.get("revision"),
+            dtype=None if dtype == "auto" else dtype,
+        )
         heads = cls.auto._model_mapping.get(type(model.config), ())
         if cls.auto.__name__ == "AutoModel":
-            model = model.base_model
+            model = resolve_name("d2dmoe_pl.moe.base_model:without_head")(model)
         elif not isinstance(model, heads):
             raise ValueError(f"{pretrained_model_name_or_path}: is a {type(model).__name__}, no {cls.auto.__name__}")
-        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        return model if dtype in (None, "auto") else model.to(dtype)
+        return model
 
 
 def register() -> None:

@@ -48,14 +48,16 @@ def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False)
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     tensors: dict[str, Tensor] = {}
+    taken: dict[str, Tensor] = {}  # by the name that the files have it by
     for same in names.values():
-        source = next((name for name in same if name in read), kept.get(same[0]))
+        source = next((name for name in same if name in read or name in taken), kept.get(same[0]))
         if source is None:
             continue  # for load_state_dict to report
         original = model.get_parameter(same[0]) if _is_parameter(model, same[0]) else None
-        tensor = read.pop(source) if source in read else tensors[source]
+        tensor = taken[source] if source in taken else read.pop(source)
         if original is not None and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=original.requires_grad)
+        taken[source] = tensor
         tensors.update(dict.fromkeys(same, tensor))
     model.load_state_dict({**tensors, **read}, strict=True, assign=True)
 

@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     Everything in it has then reached the disk. Where the body fails or the process is killed, ``folder`` is as it was.
     """
+    folder = folder.resolve()  # what a link leads to
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -68,6 +69,29 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(previous)
     else:
         aside.rename(folder)
+
+
+def replace_files(aside: Path, folder: Path, stems: Sequence[str], last: str) -> None:
+    """Move the files in ``aside``, a folder in ``folder``, into that, in the place of those that are there.
+
+    All others that are there stay, but for files of weights that belong to what was there before.
+
+    Args:
+        aside: Is gone in the end.
+        folder: Gets the files, one after the other.
+        stems: Names of files of weights, ``model`` of ``model.safetensors`` and its shards.
+        last: The file that says what the others are, and comes when all of them are there.
+    """
+    names = "|".join(map(re.escape, stems))
+    of_weights = re.compile(rf"({names})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    new = {file.name for file in aside.iterdir()}
+    for name in new - {last}:
+        os.replace(aside / name, folder / name)
+    for file in list(folder.iterdir()):
+        if of_weights.fullmatch(file.name) and file.name not in new:
+            file.unlink()
+    os.replace(aside / last, folder / last)
+    aside.rmdir()
 
 
 def clean_up(folder: Path) -> None:

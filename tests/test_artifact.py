@@ -150,6 +150,45 @@ def test_tied_weights_stay_tied(kind, tmp_path):
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 
+def test_weights_that_are_tied_by_hand_stay_so(tmp_path):
+    kind = "llama-causal-language-modeling"
+    model = tiny.dense(kind)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    tiny.route_(model)
+    save_artifact(model, tmp_path / "artifact")
+    loaded = load_model(tmp_path / "artifact")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    batch = tiny.batch(kind)
+    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "modernbert", "gemma", "phi", "t5"])
+def test_a_narrow_type_is_what_the_models_library_makes_of_it(name, tmp_path):
+    kind = next(kind for kind in tiny.SOURCES if kind.split("-")[0] == name)
+    model = tiny.routed(kind)
+    save_artifact(model, tmp_path / "artifact")
+    loaded = load_model(tmp_path / "artifact", dtype="bfloat16")
+    made = type(model)._from_config(model.config, dtype=torch.bfloat16)
+    wanted, own = dict(made.named_buffers()), dict(model.named_buffers())
+    for buffer_name, buffer in loaded.named_buffers():
+        if buffer_name in wanted:
+            assert buffer.dtype == wanted[buffer_name].dtype
+            assert torch.equal(buffer, own[buffer_name].to(buffer.dtype))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_no_artifact_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    message = r"^path='.*': is there, and no artifact; must be a new folder, an empty one, or an artifact, which is"
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(ConfigError, match=message):
+            save_artifact(tiny.routed(), path)
+    (tmp_path / "config.json").write_text("{}")  # of a model of another library
+    with pytest.raises(ConfigError, match=message):
+        save_artifact(tiny.routed(), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
 def test_loading_initialises_nothing_at_random(saved):
     torch.manual_seed(3)
     before = torch.get_rng_state()

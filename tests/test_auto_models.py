@@ -14,6 +14,7 @@ import transformers
 
 from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_, set_budget_path_
 from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -54,6 +55,34 @@ def test_auto_classes_give_the_converted_model(saved, kind, make):
     assert AUTO[kind].from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
     base = transformers.AutoModel.from_pretrained(folder)
     assert type(base) is type(model.base_model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_type_is_given_as_transformers_takes_it(saved, dtype):
+    _, folder = saved("llama-causal-language-modeling")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", ["routed", "hash_random", "gate_sentence"])
+def test_what_is_under_a_head_runs_and_saves_itself_alone(saved, tmp_path, make):
+    model, folder = saved("bert", tiny.routed if make == "routed" else lambda _: tiny.moebert(make))
+    if make == "routed":
+        names = tuple(moe_layers(model))
+        points = (BudgetPoint((1.0,) * 2, 1.0, 1.0, 0.0, 90.0), BudgetPoint((0.2,) * 2, 0.3, 0.6, 0.4, 80.0))
+        set_budget_path_(model, BudgetPath(names, "dynk_max", "accuracy", True, True, 100, points))
+        save_artifact(model, folder)
+    base = transformers.AutoModel.from_pretrained(folder)
+    batch = {key: value for key, value in tiny.batch("bert").items() if key != "labels"}
+    real = batch["attention_mask"].bool()
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        wanted = model(**batch, output_hidden_states=True).hidden_states[-1][real]
+        for each in (base, transformers.AutoModel.from_pretrained(tmp_path / "base"), load_model(tmp_path / "base")):
+            torch.testing.assert_close(each(**batch).last_hidden_state[real], wanted)
+            if make == "routed":
+                set_budget_(copy.deepcopy(each), ffn_flops=0.3)
 
 
 def test_another_head_is_refused(saved):
@@ -134,6 +163,60 @@ class TestSavePretrained:
             same(kind, loaded, model)
             assert (out / "tokenizer.json").is_file()
         assert "d2dmoe" not in model.config.to_dict()
+
+    def test_what_else_is_in_the_folder_stays(self, tmp_path):
+        model, out = tiny.routed("bert"), tmp_path / "out"
+        kept = ["checkpoint-2/optimizer.pt", "adapter.safetensors", "model_card.md"]
+        replaced = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+        for name in (*kept, *replaced):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text("here before")
+        for _ in range(2):
+            model.save_pretrained(out)
+            there = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+            assert there == {*kept, "config.json", "d2dmoe.safetensors"}
+            same("bert", load_model(out), model)
+
+    def test_a_trainer_keeps_its_checkpoints(self, tmp_path):
+        settings = transformers.TrainingArguments(
+            tmp_path / "out", max_steps=2, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        samples = [{key: value[i] for key, value in tiny.batch("bert").items()} for i in range(2)]
+        trainer = transformers.Trainer(tiny.routed("bert"), settings, train_dataset=samples)
+        trainer.train()
+        trainer.save_model()
+        there = {file.name for file in (tmp_path / "out").iterdir()}
+        assert {"checkpoint-1", "checkpoint-2", "d2dmoe.safetensors", "config.json"} <= there
+        same("bert", load_model(tmp_path / "out" / "checkpoint-2"), trainer.model.eval())
+
+    def test_a_link_to_a_folder_and_the_folder_one_is_in(self, tmp_path, monkeypatch):
+        model = tiny.routed("bert")
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+        for _ in range(2):
+            model.save_pretrained(tmp_path / "link")
+            save_artifact(model, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+        same("bert", load_model(tmp_path / "real"), model)
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        model.save_pretrained(".")
+        same("bert", load_model(tmp_path / "other"), model)
+
+    def test_other_processes_write_nothing(self, tmp_path):
+        tiny.routed("bert").save_pretrained(tmp_path / "out", is_main_process=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_other_weights_than_its_own(self, tmp_path):
+        model = tiny.routed("bert")
+        copied = {name: value.clone() for name, value in model.state_dict().items()}
+        model.save_pretrained(tmp_path / "out", state_dict=copied)
+        copied["classifier.bias"] += 1
+        with pytest.raises(ConfigError, match=r"^state_dict: classifier.bias is not what the model has; must be left"):
+            model.save_pretrained(tmp_path / "out", state_dict=copied)
+        with pytest.raises(ConfigError, match=r"^push_to_hub=True: must be false for a converted model; upload"):
+            model.save_pretrained(tmp_path / "out", push_to_hub=True)
 
     def test_a_model_converted_in_code(self, tmp_path):
         model = tiny.routed("bert")

@@ -218,6 +218,10 @@ class Adapter(ABC):
         Parameters and other buffers have their values already, and keep them.
         """
 
+    def cast_(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Give ``model`` another floating type, all but what its library computes in float32 in any."""
+        model.to(dtype)
+
 
 class ModelSource(ABC):
     """Where a run's first model comes from: a hub, a folder, or random initialisation.

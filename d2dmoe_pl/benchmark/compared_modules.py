@@ -217,7 +217,8 @@ def model_comparison(
     for dtype, moe in moes.items():
         floating = floating_type(moe)
         if floating not in {dense_type, *(way.dtype for way in ways)}:
-            twin = copy.deepcopy(dense).to(floating)
+            twin = copy.deepcopy(dense)
+            adapter_for(twin).cast_(twin, floating)
             own = predict(twin, floating)
             timed = Contender(over(own, floating), parts=parts)
             ways.append(Way(PYTORCH, False, None, 1.0, 1.0, timed, floating, True, score(own)))

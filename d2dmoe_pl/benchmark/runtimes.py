@@ -131,7 +131,8 @@ def on_torch_int8(dense: nn.Module, batches: Sequence[Batch]) -> Predict:
 
 def on_compiler(dense: nn.Module, batches: Sequence[Batch]) -> Predict:
     """``torch.compile``, in bfloat16."""
-    model = copy.deepcopy(dense).bfloat16()
+    model = copy.deepcopy(dense)
+    adapter_for(model).cast_(model, torch.bfloat16)
     compiled: Any = torch.compile(model, dynamic=True)
 
     def predict(batch: Batch) -> Tensor:
