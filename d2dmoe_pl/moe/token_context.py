@@ -145,7 +145,7 @@ class TokenContext:
         around = _running()
         running = TokenBatch(None, ids, around)
         _RUNNING.calls = {**around, id(self): running}  # first, since the call ends even where the mask is refused
-        cache = next((found for name in CACHE_ARGUMENTS if (found := given(name)) is not None), None)
+        cache: Any = next((found for name in CACHE_ARGUMENTS if (found := given(name)) is not None), None)
         past = cache.get_seq_length() if mask is not None and hasattr(cache, "get_seq_length") else None
         running.real = real_positions(mask, None if inputs is None else inputs.shape[1], past)
         if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
