@@ -71,6 +71,17 @@ class OptimizedPhase(Phase):
         schedule = TrainingSchedule(optimizer, self.trainer, self.warmup, self.decay)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def progress(self) -> float:
+        """How much of the training is done, in [0, 1], as the learning rate goes by; 1 if nothing says how long it is.
+
+        Every process must ask at once, before a step.
+        """
+        schedule = self.lr_schedulers()
+        assert isinstance(schedule, TrainingSchedule)
+        schedule.place()
+        share = schedule.share()
+        return 1.0 if share is None else min(1.0, share)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         schedule = self.lr_schedulers()
         assert isinstance(schedule, TrainingSchedule)

@@ -17,7 +17,8 @@ class WeightAverage:
 
     Attributes:
         steps: How many it is of.
-        mean: By the parameter's name; empty before the first.
+        mean: By the parameter's name, in no narrower type than float32, in which it would stand still; empty before the
+            first.
     """
 
     def __init__(self) -> None:
@@ -30,9 +31,9 @@ class WeightAverage:
         self.steps += 1
         for name, parameter in model.named_parameters():
             if name in self.mean:  # from a checkpoint it comes on the CPU
-                self.mean[name] = sharded_like(self.mean[name], parameter).lerp_(parameter, 1 / self.steps)
+                self.mean[name] = sharded_like(self.mean[name], parameter).lerp_(_wide(parameter), 1 / self.steps)
             else:
-                self.mean[name] = parameter.detach().clone()
+                self.mean[name] = _wide(parameter.detach().clone())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and numbers; tensors are whole."""
@@ -41,7 +42,8 @@ class WeightAverage:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
-        self.steps, self.mean = state["steps"], dict(state["mean"])
+        self.steps = state["steps"]
+        self.mean = {name: _wide(value) for name, value in state["mean"].items()}
 
     def mean_like(self, model: nn.Module) -> dict[str, Tensor]:
         """The mean on the devices of the parameters of ``model``, and sharded as they are."""
@@ -67,8 +69,12 @@ def put_parameters_(model: nn.Module, state: State) -> None:
 
 
 def between(one: State, other: State, part: float) -> dict[str, Tensor]:
-    """What lies ``part`` of the way from one state to another."""
-    return {name: value.lerp(sharded_like(other[name], value), part) for name, value in one.items()}
+    """What lies ``part`` of the way from one state to another, whatever the types of the two."""
+    return {name: _wide(value).lerp(_wide(sharded_like(other[name], value)), part) for name, value in one.items()}
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def put_best_(

@@ -83,6 +83,13 @@ class AttentionDistillation(OptimizedPhase):
         replace_projections_(model, self.config, self._is_replaced)
         freeze_(model, trained=list(projection_mlps(model).values()))
 
+    def configure_model(self) -> None:
+        was_made = self.is_made
+        super().configure_model()
+        if self.is_fitting and not was_made:
+            assert self._original is not None
+            self._original.prepare(self)
+
     def on_fit_start(self) -> None:
         assert self._original is not None
         self._original.to(self.device)
@@ -93,7 +100,7 @@ class AttentionDistillation(OptimizedPhase):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         errors, relative, penalties = self._imitate(batch)
         error, penalty = torch.stack(list(errors.values())).mean(), torch.stack(penalties).mean()
-        alpha = alpha_at(self.alpha, self.schedule, self.global_step / max(1, self.trainer.estimated_stepping_batches))
+        alpha = alpha_at(self.alpha, self.schedule, self.progress())
         loss = error + alpha * penalty
         mean = torch.stack(list(relative.values())).mean()
         self.log_dict({"train/loss": loss, "train/relative_error": mean}, prog_bar=True)

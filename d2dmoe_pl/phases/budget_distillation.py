@@ -92,7 +92,8 @@ class BudgetDistillation(OptimizedPhase):
             f"{type(model).__name__}: has no router or stand-in with weights; BudgetDistillation needs some",
         )
         check_hidden_states(model, self.hidden_weight)
-        freeze_(model, trained=parts if self.trains == "routers" else [model])
+        if self.trains == "routers":
+            freeze_(model, trained=parts)
 
     def configure_model(self) -> None:
         was_made = self.is_made

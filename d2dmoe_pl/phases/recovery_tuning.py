@@ -132,8 +132,7 @@ class RecoveryTuning(OptimizedPhase):
                 f"router_weight={self.router_weight}: must be 0 with routers of kind {kind!r} ({name}); only those of "
                 "kind 'regression' can follow the norms",
             )
-        model.requires_grad_(True)
-        for layer in layers.values():
+        for layer in layers.values():  # all else learns that its library does not keep as it is
             layer.get_router().requires_grad_(self.router_weight > 0)
 
     def learning_rate(self, name: str) -> float | None:
@@ -195,7 +194,7 @@ class RecoveryTuning(OptimizedPhase):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # of the step before; at a batch's end, callbacks have saved a checkpoint already
-        if self.global_step >= self.trainer.estimated_stepping_batches / 2:
+        if self.progress() >= 0.5:
             self._average.add(self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

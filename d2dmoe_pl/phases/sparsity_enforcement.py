@@ -80,7 +80,7 @@ class SparsityEnforcement(OptimizedPhase):
             logits, kept = self._kept(self.model, batch)
         task_loss = self.task_loss(logits, batch)
         penalty = sum(penalties) / len(penalties)
-        alpha = alpha_at(self.alpha, self.schedule, self.global_step / max(1, self.trainer.estimated_stepping_batches))
+        alpha = alpha_at(self.alpha, self.schedule, self.progress())
         loss = task_loss + alpha * penalty
         for name, part in kept.items():
             self.log(f"train/{name}", part.detach())

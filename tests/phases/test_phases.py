@@ -1,16 +1,30 @@
 """What holds for every phase: checks before it starts, heads, predictions, padded texts."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from digits_models import digits_source
 
-from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
+from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.data import DatasetSource, Digits, TextClassification
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
+from d2dmoe_pl.phases import (
+    AttentionDistillation,
+    BudgetCalibration,
+    BudgetDistillation,
+    ExpertClustering,
+    FineTuning,
+    ImportanceScoring,
+    RecoveryTuning,
+    RouterRegression,
+    SparsityEnforcement,
+    StandInFitting,
+)
 from d2dmoe_pl.phases._preflight import preflight
 
 
@@ -94,6 +108,42 @@ def test_predictions(trainer, digits, artifact):
     batches = trainer(limit_predict_batches=2).predict(phase, datamodule=digits)
     assert [batch["predictions"].shape for batch in batches] == [(16,), (16,)]
     torch.testing.assert_close(batches[0]["probabilities"].sum(dim=1), torch.ones(16))
+
+
+@pytest.mark.parametrize("make", [RecoveryTuning, partial(BudgetDistillation, "model")])
+def test_what_a_library_keeps_as_it_is_does_not_learn(make):
+    model = tiny.routed("whisper")
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen
+    make(init_from="anywhere").transform_(model)
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == frozen
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("make", "stage"),
+    [
+        (partial(AttentionDistillation, multiple_of=4), "dense"),
+        (partial(FineTuning, hidden_weight=1.0), "dense"),
+        (partial(SparsityEnforcement, hidden_weight=1.0), "dense"),
+        (ImportanceScoring, "dense"),
+        (partial(ExpertClustering, 8), "dense"),
+        (partial(RouterRegression, 8), "experts"),
+        (partial(StandInFitting, 4), "routed"),
+        (partial(RecoveryTuning, hidden_weight=1.0), "routed"),
+        (partial(BudgetCalibration, estimate="gradients"), "routed"),
+    ],
+    ids=lambda made: getattr(made, "func", made).__name__ if callable(made) else made,
+)
+def test_every_phase_ends_in_a_narrow_type_where_it_begins_in_a_wide_one(make, stage, precision, trainer, tmp_path):
+    phase, model = make(init_from=str(tmp_path / "before")), tiny.dense("bert")
+    if stage == "experts":
+        convert_to_moe_(model, ExpertsConfig(8))
+    elif stage == "routed":
+        tiny.route_(model)
+    save_artifact(model, tmp_path / "before", [PhaseRecord("RouterRegression")])
+    trainer(precision=precision, callbacks=[SaveArtifact()]).fit(phase, datamodule=tiny.TextData(8))
+    assert read_artifact(tmp_path / "run" / "artifact").phase == type(phase).__name__
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama"])

@@ -10,7 +10,7 @@ from digits_models import digits_source
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from d2dmoe_pl.data import Digits
-from d2dmoe_pl.phases import FineTuning
+from d2dmoe_pl.phases import AttentionDistillation, FineTuning, RecoveryTuning, SparsityEnforcement
 from d2dmoe_pl.phases._schedule import learning_rate_factor
 
 
@@ -44,6 +44,53 @@ def expected(total, start=0):
     return [learning_rate_factor(step / total, 0.2, "linear") for step in range(start, total)]
 
 
+@pytest.fixture
+def timer(monkeypatch):
+    """By a clock that each time it is asked moves on by a quarter of a second, to 40."""
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    timer = Timer(duration={"seconds": 40})
+    monkeypatch.setattr(timer, "time_elapsed", lambda stage="train": float(min(40, next(clock) // 4)))
+    return timer
+
+
+class Alphas(L.Callback):
+    """The weight of the penalty at each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, phase, outputs, batch, batch_idx):
+        self.seen.append(float(trainer.callback_metrics["train/alpha"]))
+
+
+class TestWhatGoesAlong:
+    @pytest.mark.parametrize("make", [SparsityEnforcement, AttentionDistillation])
+    def test_penalties(self, make, trainer, artifact, timer):
+        seen = {}
+        stop = EarlyStopping("validation/loss", patience=1, min_delta=100.0)
+        ways = {"epochs": {"max_epochs": 6}, "time": {"callbacks": [timer]}, "nothing": {"callbacks": [stop]}}
+        for name, settings in ways.items():
+            alphas = Alphas()
+            callbacks = [alphas, *settings.pop("callbacks", [])]
+            phase = make(alpha=2.0, schedule="linear", init_from=artifact("dense"))
+            few = {"max_epochs": -1, "limit_train_batches": 5, "limit_val_batches": 1, **settings}
+            trainer(**few, callbacks=callbacks).fit(phase, datamodule=Digits(16))
+            seen[name] = alphas.seen
+        assert seen["epochs"] == pytest.approx([2.0 * step / 30 for step in range(30)])
+        assert seen["time"] == sorted(seen["time"])
+        assert 0 <= seen["time"][0] < 0.3
+        assert seen["time"][-1] > 1.7
+        assert set(seen["nothing"]) == {2.0}
+
+    def test_the_second_half(self, trainer, artifact, timer):
+        phase = RecoveryTuning(num_held_out=0, init_from=artifact("routed"))
+        few = {"max_epochs": -1, "limit_train_batches": 5, "limit_val_batches": 1}
+        runner = trainer(**few, callbacks=[timer])
+        runner.fit(phase, datamodule=Digits(16))
+        assert 0.3 * runner.global_step < phase._average.steps < 0.7 * runner.global_step
+
+
 class TestWhatEndsATraining:
     def test_epochs(self, trainer):
         assert rates(trainer, max_epochs=3)[0] == expected(15)
@@ -55,12 +102,7 @@ class TestWhatEndsATraining:
     def test_accumulated_gradients(self, trainer):
         assert rates(trainer, max_epochs=2, accumulate_grad_batches=2)[0] == expected(6)
 
-    def test_time(self, trainer, monkeypatch):
-        """A clock that a step moves on by a second."""
-        clock = itertools.count()
-        monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-        timer = Timer(duration={"seconds": 40})
-        monkeypatch.setattr(timer, "time_elapsed", lambda stage="train": float(min(40, next(clock) // 4)))
+    def test_time(self, trainer, timer):
         seen, _ = rates(trainer, max_epochs=-1, callbacks=[timer])
         assert len(seen) > 10
         assert max(seen) > 0.9

@@ -22,6 +22,21 @@ def test_the_mean_is_that_of_all_steps():
     assert (again.steps, set(again.mean)) == (5, {"weight", "bias"})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_many_steps_in_a_narrow_type(dtype):
+    model, average = nn.Linear(3, 2).to(dtype), WeightAverage()
+    for step in range(600):
+        with torch.no_grad():
+            model.weight.fill_(step / 600)
+        average.add(model)
+    torch.testing.assert_close(average.mean["weight"], torch.full((2, 3), 0.5), atol=3e-3, rtol=0)
+
+
+def test_between_states_of_two_types():
+    made = between({"weight": torch.zeros(2)}, {"weight": torch.ones(2, dtype=torch.bfloat16)}, 0.25)
+    assert made["weight"].tolist() == [0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("losses", "best"),
     [
