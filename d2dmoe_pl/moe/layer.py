@@ -156,10 +156,14 @@ class MoELayer(ExpertLayer):
 
     def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
         def hook(gate: nn.Module, args: tuple[Tensor], mask: Tensor) -> None:  # a hook's value would replace the mask
-            real = self.context.real
-            observer(mask if real is None or len(mask) < len(real) else mask[real])
+            observer(self.at_tokens(mask))
 
         return self.get_gate().register_forward_hook(hook)
+
+    def at_tokens(self, rows: Tensor) -> Tensor:
+        """What a gate was given, or gave, of a call that runs, without the rows of padding that there may be."""
+        real = self.context.real
+        return rows if real is None or len(rows) < len(real) else rows[real]
 
     def flops_beside_experts(self, tokens: int, samples: int) -> int:
         return tokens * sum(part.flops() for part in (self.router, self.stand_in) if part is not None)

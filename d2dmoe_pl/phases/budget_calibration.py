@@ -172,7 +172,8 @@ class BudgetCalibration(Calibration):
         sums: dict[str, Tensor] = {}
 
         def see(name: str, gate: nn.Module, args: tuple[Tensor]) -> None:
-            shares = torch.cat([shares_at(args[0].float(), rule).cpu(), torch.ones(1)]) * len(args[0])
+            scores = layers[name].at_tokens(args[0])  # (N, E)
+            shares = torch.cat([shares_at(scores.float(), rule).cpu(), torch.ones(1)]) * len(scores)
             sums[name] = sums.get(name, torch.zeros_like(shares)) + shares
 
         handles = (layer.get_gate().register_forward_pre_hook(partial(see, name)) for name, layer in layers.items())

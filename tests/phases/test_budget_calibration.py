@@ -18,6 +18,7 @@ from d2dmoe_pl.moe.budgets.budget_path import budget_path
 from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases import BudgetCalibration, RecoveryTuning, StandInFitting
 from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._held_out import held_out
@@ -53,6 +54,36 @@ def test_costs_and_scores_are_those_of_a_sweep(trainer, routed):
     assert points[0].divergence == pytest.approx(0, abs=1e-6)
     assert points[-1].divergence > points[len(points) // 2].divergence > 0
     assert read_artifact(path).budgets == budget_path(model)
+
+
+def test_padding_that_a_gate_is_given_counts_for_nothing(trainer, tmp_path, monkeypatch):
+    """Off the CPU a layer's parts are given all positions."""
+    save_artifact(tiny.routed("bert"), tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    seen, shares = [], BudgetCalibration._shares
+
+    def kept(phase, batches, rule):
+        lengths = []
+        counted = (
+            layer.get_gate().register_forward_hook(lambda gate, args, mask: lengths.append(len(mask)))
+            for layer in moe_layers(phase.model).values()
+        )
+        with hooked(counted):
+            seen.append(shares(phase, batches, rule))
+        seen.append(sum(lengths))
+        return seen[-2]
+
+    def all_positions(layer, positions, real):
+        output = layer._run_tokens(positions, real)
+        return output if real is None else torch.where(real.unsqueeze(1), output, 0)
+
+    monkeypatch.setattr(BudgetCalibration, "_shares", kept)
+    for parts in (MoELayer._run_parts, all_positions):
+        monkeypatch.setattr(MoELayer, "_run_parts", parts)
+        phase = BudgetCalibration(num_samples=30, num_scored_points=5, init_from=str(tmp_path / "routed"))
+        trainer(limit_val_batches=1.0).fit(phase, datamodule=tiny.TextData(8))
+    of_tokens, tokens, of_positions, positions = seen
+    assert tokens < positions
+    assert torch.tensor(of_positions).allclose(torch.tensor(of_tokens))
 
 
 @torch.no_grad()

@@ -42,8 +42,11 @@ def output_norms(hidden: Tensor, gram: Tensor) -> Tensor:
     Returns:
         ``(N, E)``.
     """
+    if hidden.dtype == torch.float16:
+        hidden = hidden.float()  # in which squares of norms from 256 on are not infinite
     per_expert = hidden.transpose(0, 1)  # (E, N, s)
-    squared = torch.einsum("ens,ens->ne", torch.bmm(per_expert, gram), per_expert)
+    with torch.autocast(hidden.device.type, enabled=False):
+        squared = torch.einsum("ens,ens->ne", torch.bmm(per_expert, gram.to(hidden.dtype)), per_expert)
     return squared.clamp(min=0).sqrt()  # rounding can leave a tiny negative where the norm is zero
 
 

@@ -62,7 +62,9 @@ class SkippedSums:
         """Add tokens ``(N, d_model)`` with the share that each skips, ``(N, 1)``, and what was lost, ``(N, d_out)``."""
         share = share.float()
         features = torch.cat([tokens.float() * share, share], dim=1)  # (N, d + 1)
-        self.sums += (features.t() @ torch.cat([features, skipped.float()], dim=1)).double()  # (d + 1, d + 1 + d_out)
+        with torch.autocast(tokens.device.type, enabled=False):  # which would sum squares in the narrow type
+            products = features.t() @ torch.cat([features, skipped.float()], dim=1)  # (d + 1, d + 1 + d_out)
+        self.sums += products.double()
 
     def solve(self, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
         """The map of rank ``R`` that predicts best what is skipped: ``(R, d_model)`` and ``(R + 1, d_out)``.

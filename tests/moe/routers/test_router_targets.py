@@ -1,5 +1,6 @@
 """Targets against their naive twins, and the tensor that is never made."""
 
+import pytest
 import tiny
 import torch
 from ffns import make_ffn
@@ -14,6 +15,21 @@ def test_norms_equal_those_of_the_expert_outputs():
     outputs = torch.einsum("nes,esd->ned", hidden, experts.down_weight)
     expected = outputs.norm(dim=-1)
     torch.testing.assert_close(output_norms(hidden, gram_matrices(experts.down_weight)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["float16", "autocast"])
+def test_norms_that_a_narrow_type_holds_but_not_their_squares(way):
+    experts = Experts(make_ffn(10, 24), 4)
+    hidden = 3000 * experts.hidden(torch.randn(7, 10))
+    gram = gram_matrices(experts.down_weight)
+    expected = output_norms(hidden, gram)
+    assert 256 < expected.max() < 60_000
+    if way == "float16":
+        found = output_norms(hidden.half(), gram.half())
+    else:
+        with torch.autocast("cpu", torch.float16):
+            found = output_norms(hidden, gram)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1.0)
 
 
 def test_norm_of_silent_experts_is_zero_and_not_nan():

@@ -116,6 +116,10 @@ def test_solves_weighted_least_squares(d_model, d_out, seed):
     expected = features @ torch.linalg.lstsq(features, skipped.double()).solution
     got = torch.cat([tokens.double() @ down.t() * share, share], dim=1) @ up
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    with torch.autocast("cpu", torch.float16):  # in which sums of squares would overflow
+        narrow = SkippedSums(d_model, d_out, torch.device("cpu"))
+        narrow.add(1000 * tokens, share, skipped)
+    assert torch.isfinite(narrow.sums).all()
     if rank > 1:  # with less rank, what is left out is what varies least
         down, up = sums.solve(rank - 1, 1e-9)
         less = torch.cat([tokens.double() @ down.t() * share, share], dim=1) @ up
