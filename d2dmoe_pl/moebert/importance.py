@@ -47,7 +47,8 @@ class Importance:
 
     ``w1_j`` is row ``j`` of the first weight matrix and ``w2_j`` column ``j`` of the second; biases are left out. With
     ``z`` the pre-activation and ``a`` the activation, the two products are ``sum_t (z_tj - b1_j) · dL/dz_tj`` and
-    ``sum_t a_tj · dL/da_tj`` over the sample's tokens ``t``.
+    ``sum_t a_tj · dL/da_tj`` over the sample's tokens ``t``. Where a sample has several predictions, as of words or of
+    the next token, ``L`` is the sum over them.
 
     Args:
         ffns: The FFNs to score; without inner dropout, or in evaluation mode.
@@ -59,26 +60,31 @@ class Importance:
         self._ffns = {ffn.name: ffn for ffn in ffns}
         self.scores = {ffn.name: torch.zeros(ffn.d_ff, dtype=torch.float64, device=device) for ffn in ffns}
 
-    def add(self, loss: Callable[[], Tensor], mask: Tensor | None, samples: Tensor | None = None) -> None:
+    def add(self, loss: Callable[[], Tensor], mask: Callable[[str], Tensor | None], samples: Tensor) -> None:
         """Add the samples of one batch.
 
         Args:
-            loss: Runs the model and gives the loss summed over the samples; called once, with gradients on.
-            mask: ``(B, L)``, nonzero for real tokens; None where every position holds one.
-            samples: Boolean ``(B,)``, the samples that count; all if not given.
+            loss: Runs the model and gives the loss summed over all that it predicts; called once, with gradients on.
+            mask: Of the tokens that the FFN of a name sees: ``(B, L)``, nonzero for real ones; None where all are.
+            samples: Boolean ``(B,)``, the samples that count.
         """
-        counted = None if mask is None else mask != 0
         first: list[Tensor] = []  # on the way back to it, every gradient that is needed is met
         down: dict[str, Tensor] = {}  # (B, d_ff) of the FFNs that the backward pass is in
 
+        def contributions(name: str, inner: Tensor, gradient: Tensor) -> Tensor:
+            shape = (len(samples), -1, inner.shape[-1])  # some flatten tokens before FFNs, or have rows and columns
+            real = mask(name)
+            counted = None if real is None else real != 0
+            return weight_contributions(inner.reshape(shape), gradient.reshape(shape), counted)
+
         def meet_post(name: str, post: Tensor, gradient: Tensor) -> None:
-            down[name] = weight_contributions(post, gradient, counted)
+            down[name] = contributions(name, post, gradient)
 
         def meet_pre(name: str, pre: Tensor, gradient: Tensor) -> None:
             bias = self._ffns[name].up.bias
             inner = pre if bias is None else pre - bias.detach()
-            score = (weight_contributions(inner, gradient, counted) + down.pop(name)).abs()  # (B, d_ff)
-            self.scores[name] += (score if samples is None else score[samples]).double().sum(dim=0)
+            score = (contributions(name, inner, gradient) + down.pop(name)).abs()  # (B, d_ff)
+            self.scores[name] += score[samples].double().sum(dim=0)
 
         def watch(name: str, pre: Tensor, post: Tensor) -> None:
             pre.register_hook(partial(meet_pre, name, pre.detach()))

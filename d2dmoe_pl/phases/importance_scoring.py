@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from d2dmoe_pl.adapters import adapter_for, stream_of
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moebert.importance import Importance, check_scorable
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
@@ -22,7 +23,8 @@ class ImportanceScoring(OrderedPass):
 
     The artifact is the model as it came, and beside it ``importance.safetensors``, with one tensor ``(d_ff,)`` for each
     FFN by its name. Scores are exact, from one backward pass a batch; they are summed over processes, and depend
-    neither on the batch size nor on the number of processes.
+    neither on the batch size nor on the number of processes. A sample of several predictions, as of words or of the
+    next token, counts with the sum of their losses.
 
     Args:
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
@@ -43,12 +45,13 @@ class ImportanceScoring(OrderedPass):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         size = len(batch["labels"])
         samples = self.sample_numbers(size) < self.num_training_samples
-        # the task's loss is a mean over samples
-        self.importance.add(
-            lambda: self.task_loss(self.logits(batch), batch) * size,
-            batch.get("attention_mask"),
-            samples.to(self.device),
-        )
+        streams, weight = adapter_for(self.model).streams(self.model), self.task.weight(batch)
+        if weight > 0:  # the loss is a mean over what is predicted
+            self.importance.add(
+                lambda: self.task_loss(self.logits(batch), batch) * weight,
+                lambda name: batch.get(stream_of(streams, name)[1]),
+                samples.to(self.device),
+            )
         self.advance(size)
 
     def conclude(self) -> None:

@@ -48,7 +48,11 @@ def main() -> None:
 
     def score() -> None:
         model.eval()
-        importance.add(lambda: plain.task_loss(plain.logits(batch), batch) * options.batch, batch["attention_mask"])
+        importance.add(
+            lambda: plain.task_loss(plain.logits(batch), batch) * options.batch,
+            lambda name: batch["attention_mask"],
+            torch.ones(options.batch, dtype=torch.bool),
+        )
 
     contenders = {"training step": train, "scoring a batch": score}
     report("ImportanceScoring", compare(contenders, options.rounds), 2.0)

@@ -43,8 +43,8 @@ def scored(model, inputs, batch_size=None, samples=None):
         part = {key: value[start : start + size] for key, value in inputs.items()}
         importance.add(
             lambda part=part: F.cross_entropy(tiny.logits(model, part), part["labels"], reduction="sum"),
-            part.get("attention_mask"),
-            samples,
+            lambda name, part=part: part.get("attention_mask"),
+            torch.ones(len(part["labels"]), dtype=torch.bool) if samples is None else samples,
         )
     return importance.scores
 
@@ -67,6 +67,34 @@ def test_the_same_at_any_batch_size(batch_size):
     whole, parts = scored(model, inputs), scored(model, inputs, batch_size)
     for name, score in whole.items():
         torch.testing.assert_close(parts[name], score, rtol=1e-5, atol=1e-6 * float(score.max()))
+
+
+def test_each_stack_has_its_own_padding():
+    model = tiny.dense("t5-text-to-text")
+    masks = {"encoder": torch.ones(4, 7, dtype=torch.long), "decoder": torch.ones(4, 5, dtype=torch.long)}
+    masks["encoder"][1:, 4:] = masks["decoder"][:3, 3:] = 0
+    labels = torch.randint(3, 40, (4, 5)).masked_fill(masks["decoder"] == 0, -100)
+    inputs = {"input_ids": torch.randint(3, 40, (4, 7)), "labels": labels}
+
+    def scores(parts):
+        importance = Importance(select_ffns(model), torch.device("cpu"))
+        for part in parts:
+            given = {key: value[part] for key, value in inputs.items()}
+            own = {name: mask[part] for name, mask in masks.items()}
+            predicted = (given["labels"] != -100).sum()
+            importance.add(
+                lambda given=given, own=own, predicted=predicted: (
+                    model(**given, attention_mask=own["encoder"]).loss * predicted
+                ),
+                lambda name, own=own: own[name.split(".")[0]],
+                torch.ones(len(given["labels"]), dtype=torch.bool),
+            )
+        return importance.scores
+
+    whole, single = scores([slice(0, 4)]), scores([slice(i, i + 1) for i in range(4)])
+    assert {name.split(".")[0] for name in whole} == {"encoder", "decoder"}
+    for name, score in whole.items():
+        torch.testing.assert_close(single[name], score, rtol=1e-4, atol=1e-5 * float(score.max()))
 
 
 def test_samples_that_do_not_count():

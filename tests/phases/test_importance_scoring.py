@@ -29,11 +29,36 @@ class TestImportanceScoring:
         data.ordered = True
         batch = next(iter(data.train_dataloader()))  # all 32 samples
         expected = Importance(select_ffns(before), torch.device("cpu"))
-        expected.add(lambda: phase.task_loss(tiny.logits(before, batch), batch) * 32, batch["attention_mask"])
+        expected.add(
+            lambda: phase.task_loss(tiny.logits(before, batch), batch) * 32,
+            lambda name: batch["attention_mask"],
+            torch.ones(32, dtype=torch.bool),
+        )
         scores = artifact.read_tensors("importance")
         assert set(scores) == set(expected.scores)
         for name, score in scores.items():
             torch.testing.assert_close(score, expected.scores[name], rtol=1e-4, atol=1e-5 * float(score.max()))
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "gpt2-causal-language-modeling",
+            "bert-masked-language-modeling",
+            "opt-causal-language-modeling",  # which flattens tokens before its FFNs
+        ],
+    )
+    def test_predictions_of_tokens_count_alike_in_any_batch(self, kind, trainer, tmp_path, make_data):
+        save_artifact(tiny.dense(kind), tmp_path / "dense", [PhaseRecord("FineTuning")])
+        found = []
+        for batch_size in (1, 8):
+            data = make_data(kind)
+            data.batch_size = batch_size
+            phase = ImportanceScoring(init_from=str(tmp_path / "dense"))
+            trainer(limit_train_batches=1.0, callbacks=[SaveArtifact()]).fit(phase, datamodule=data)
+            found.append(read_artifact(tmp_path / "run" / "artifact").read_tensors("importance"))
+        for name, score in found[0].items():
+            assert score.max() > 0
+            torch.testing.assert_close(found[1][name], score, rtol=1e-3, atol=1e-4 * float(score.max()))
 
     def test_figure(self, trainer, digits, artifact, tmp_path):
         trainer().fit(ImportanceScoring(init_from=artifact("dense")), datamodule=digits)

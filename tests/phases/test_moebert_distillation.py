@@ -281,7 +281,9 @@ def test_important_neurons_make_better_experts_than_random_ones():
         optimizer.step()
     model.eval()
     importance, training = Importance(select_ffns(model), torch.device("cpu")), samples(256)
-    importance.add(lambda: F.cross_entropy(tiny.logits(model, training), training["labels"], reduction="sum"), None)
+    every = torch.ones(256, dtype=torch.bool)
+    loss = lambda: F.cross_entropy(tiny.logits(model, training), training["labels"], reduction="sum")  # noqa: E731
+    importance.add(loss, lambda name: None, every)
     save = {name: value.clone() for name, value in model.state_dict().items()}
     test = samples(1000)
 
