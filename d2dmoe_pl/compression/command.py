@@ -260,5 +260,7 @@ def _fast_enough(speed: float, path: BudgetPath, model: nn.Module, data: TaskDat
 def _copy_processor(artifact: Path, aside: Path) -> None:
     """The tokenizer or image processor that lies beside a model."""
     for file in artifact.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != CONFIG:
+        if file.is_dir():  # such as the pooling of sentence-transformers
+            shutil.copytree(file, aside / file.name)
+        elif file.suffix != ".safetensors" and file.name != CONFIG:
             shutil.copy(file, aside / file.name)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ class DatasetSource:
             if self.dataset is not None and not _is_path(where):
                 return self._named_split(where, streaming)
             if Path(where).is_dir():
-                return load_dataset("imagefolder", data_dir=where, split="train", streaming=streaming)
+                # all of its files: some would else be of other splits, by names such as test or train_1.png
+                every = {"train": str(Path(escape(where)) / "**")}
+                return load_dataset("imagefolder", data_files=every, split="train", streaming=streaming)
             files = sorted(glob(where))
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
             return _read_files(f"{name}={where!r}", files, streaming)

@@ -135,7 +135,8 @@ class ImageClassification(TaskData):
         names = sample_names(split, name)
         if kind in ("string", "large_string"):
             folder = self.source.folder_of(name)
-            split = split.map(partial(_with_path, column=self.image_column, folder=folder), desc="Finding pictures")
+            find = partial(_with_path, column=self.image_column, folder=folder)
+            split = split.map(find, desc="Finding pictures", load_from_cache_file=False)  # some may have come since
         split = split.cast_column(self.image_column, Image(decode=False))
         return split.add_column(SAMPLE, list(names))
 

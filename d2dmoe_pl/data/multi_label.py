@@ -14,7 +14,8 @@ from torchmetrics.wrappers import LambdaInputTransformer
 from d2dmoe_pl.data.class_labels import with_column
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.head import Head
-from d2dmoe_pl.data.output_names import plain_name
+from d2dmoe_pl.data.listed_values import listed
+from d2dmoe_pl.data.output_names import named_label
 from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.text_classification import TextClassification
@@ -163,7 +164,7 @@ class TextMultiLabel(TextClassification):
                 f"label_columns={column!r}: {sample} has {value!r}; must be a list of labels, or a text in which "
                 "commas part them",
             )
-            parts = (value or "").split(",") if not isinstance(value, list) else value
-            named = [plain_name(names[part] if names is not None else part) for part in parts]
+            where = f"label_columns={column!r}: {sample}"
+            named = [named_label(part, names, where) for part in listed(value, ",", where)]
             found.append([name for name in named if name])
         return found

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2dmoe_pl.errors import check
+
 WHOLE = re.compile(r"[+-]?\d+\.0+")
 PLACEHOLDER = re.compile(r"LABEL_\d+")
 
@@ -15,7 +17,8 @@ def places(data_names: Sequence[str], output_names: Sequence[str]) -> list[int] 
     """Which output of a model each class of the data is, by name.
 
     Names agree if they are the same but for case, blanks, hyphens and underscores, where that leaves all of them
-    different. Classes that are called by numbers from 0 are outputs by number, unless outputs are called by numbers.
+    different. Classes that are called by numbers from 0 are outputs by number, unless outputs are called by numbers; if
+    there is no 0, they may as well be counted from 1, and only tell outputs without names.
 
     Args:
         data_names: Names of the data's classes.
@@ -42,7 +45,8 @@ def places(data_names: Sequence[str], output_names: Sequence[str]) -> list[int] 
         return None
     plain = map(plain_name, data_names)
     numbers = [int(name) if name.isdecimal() else len(output_names) for name in plain]
-    return numbers if all(number < len(output_names) for number in numbers) else None
+    is_told = are_placeholders(output_names) or 0 in numbers
+    return numbers if is_told and all(number < len(output_names) for number in numbers) else None
 
 
 def placeholders(number: int) -> list[str]:
@@ -59,6 +63,23 @@ def plain_name(label: Any) -> str:
     """A label's name, without the blanks around it; of a whole number that was written as ``1.0``, ``1``."""
     name = str(label).strip()
     return name.partition(".")[0] if WHOLE.fullmatch(name) else name
+
+
+def named_label(label: Any, names: Sequence[str] | None, where: str) -> str:
+    """The name of a label in a list.
+
+    Args:
+        label: A name or number.
+        names: Of the numbers, where they are those of a ``ClassLabel``.
+        where: The column and sample, for errors.
+
+    Raises:
+        ConfigError: For a label that is missing, or a number that stands for none: below 0, or without a name.
+    """
+    known = names is None or (isinstance(label, int) and 0 <= label < len(names))
+    is_missing = label is None or (isinstance(label, int | float) and not label >= 0)  # NaN is one of these
+    check(known and not is_missing, f"{where} has the label {label!r}, which is none; must be there for each")
+    return plain_name(label if names is None else names[label])
 
 
 def _loose(name: str) -> str:

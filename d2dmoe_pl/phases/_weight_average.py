@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2dmoe_pl.data.task import at_least_single
 from d2dmoe_pl.sharded_tensors import is_sharded_tensor, sharded_like, whole_on_cpu
 
 State = Mapping[str, Tensor]
@@ -31,9 +32,11 @@ class WeightAverage:
         self.steps += 1
         for name, parameter in model.named_parameters():
             if name in self.mean:  # from a checkpoint it comes on the CPU
-                self.mean[name] = sharded_like(self.mean[name], parameter).lerp_(_wide(parameter), 1 / self.steps)
+                self.mean[name] = sharded_like(self.mean[name], parameter).lerp_(
+                    at_least_single(parameter), 1 / self.steps
+                )
             else:
-                self.mean[name] = _wide(parameter.detach().clone())
+                self.mean[name] = at_least_single(parameter.detach().clone())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and numbers; tensors are whole."""
@@ -43,7 +46,7 @@ class WeightAverage:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse."""
         self.steps = state["steps"]
-        self.mean = {name: _wide(value) for name, value in state["mean"].items()}
+        self.mean = {name: at_least_single(value) for name, value in state["mean"].items()}
 
     def mean_like(self, model: nn.Module) -> dict[str, Tensor]:
         """The mean on the devices of the parameters of ``model``, and sharded as they are."""
@@ -70,11 +73,10 @@ def put_parameters_(model: nn.Module, state: State) -> None:
 
 def between(one: State, other: State, part: float) -> dict[str, Tensor]:
     """What lies ``part`` of the way from one state to another, whatever the types of the two."""
-    return {name: _wide(value).lerp(_wide(sharded_like(other[name], value)), part) for name, value in one.items()}
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    return {
+        name: at_least_single(value).lerp(at_least_single(sharded_like(other[name], value)), part)
+        for name, value in one.items()
+    }
 
 
 def put_best_(

@@ -121,6 +121,8 @@ class TestPlaces:
         assert places(["2", "0"], ["neg", "neu", "pos"]) == [2, 0]
         assert places(["2", "0"], ["2", "1", "0"]) == [0, 2]
         assert places(["3"], ["neg", "neu", "pos"]) is None
+        assert places(["1", "2", "3", "4"], [f"{number} stars" for number in range(1, 6)]) is None  # counted from 1
+        assert places(["1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]) == [1, 2]
         assert places(["0", "3"], ["1", "2", "3"]) is None
 
     def test_placeholders_tell_nothing(self):

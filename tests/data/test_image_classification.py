@@ -12,6 +12,8 @@ from table_files import first, write
 from d2dmoe_pl.data import Augmentation, DatasetSource, ImageClassification
 from d2dmoe_pl.errors import ConfigError
 
+SPLITS = ("train", "validation", "test")
+
 
 class TestImages:
     def images(self, count=6):
@@ -50,6 +52,30 @@ class TestImages:
             data.setup()
             assert data.task.label_names == ["cat", "dog"]
             assert first(data.test_dataloader())["pixel_values"].shape == (6, 3, 8, 8)
+
+    @pytest.mark.parametrize("classes", [("cat", "dog"), ("train", "bus"), ("cat", "test")])
+    def test_pictures_and_classes_may_be_called_as_splits_are(self, tmp_path, classes):
+        for i, image in enumerate(self.images(12)):
+            folder = tmp_path / "im [1]" / classes[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{('train', 'test', 'val')[i % 3]}_{i}.png")
+        data = ImageClassification(DatasetSource(**dict.fromkeys(SPLITS, str(tmp_path / "im [1]"))), image_size=8)
+        data.setup()
+        assert data.task.label_names == sorted(classes)
+        assert data.num_training_samples == 12
+
+    def test_pictures_that_have_come_since_are_found(self, tmp_path):
+        rows = {"picture": [f"{i}.png" for i in range(6)], "kind": ["cat", "dog"] * 3}
+        file = write(Dataset.from_dict(rows), tmp_path / "own.parquet")
+        for images in ([], self.images()):
+            for i, image in enumerate(images):
+                image.save(tmp_path / f"{i}.png")
+            data = ImageClassification(DatasetSource(**dict.fromkeys(SPLITS, file)), "picture", "kind", image_size=8)
+            data.setup()
+            if not images:
+                with pytest.raises(ConfigError, match="cannot be read"):
+                    first(data.test_dataloader())
+        assert first(data.test_dataloader())["pixel_values"].shape[0] == 6
 
     def test_only_training_is_mixed_and_only_until_ordered(self, tmp_path):
         mixing = Augmentation(mixup=1.0, cutmix=1.0, label_smoothing=0.1, auto_augment="3a")

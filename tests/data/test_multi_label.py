@@ -18,6 +18,8 @@ COLUMNS = {
     "flags": FLAGS,
     "lists": {"labels": [["rude"], ["loud"], ["loud", "rude"], []]},
     "texts": {"labels": ["rude", "loud", "rude, loud", ""]},
+    "lists of pandas": {"labels": ["['rude']", "['loud']", "['loud', 'rude']", "[]"]},
+    "lists of JSON": {"labels": ['["rude"]', '["loud"]', '["loud", "rude"]', "[]"]},
 }
 
 
@@ -29,7 +31,7 @@ def data_of(folder, columns, **kwargs):
 
 
 @pytest.mark.parametrize("kind", list(COLUMNS))
-def test_three_ways_to_say_the_same(kind, tmp_path):
+def test_several_ways_to_say_the_same(kind, tmp_path):
     data = data_of(tmp_path, COLUMNS[kind], **({"label_columns": ["loud", "rude"]} if kind == "flags" else {}))
     data.setup()
     assert data.task.label_names == ["loud", "rude"]
@@ -79,6 +81,13 @@ def test_loss_and_divergence():
         ({"labels": [1, 2, 3, 4]}, {}, "has 1; must be a list of labels, or a text in which commas part them"),
         ({"labels": ["a"] * 4}, {}, "has fewer than two labels in the train split"),
         (FLAGS, {"label_columns": []}, "must be one at least"),
+        (
+            {"labels": ["['loud' 'rude']"] * 4},
+            {},
+            "sample 1 of .* has .*; must be a list as Python or JSON writes",
+        ),
+        ({"labels": ["[0 1 0]"] * 4}, {}, "sample 1 of .* has .*; must be a list as Python or JSON writes"),
+        ({"labels": [["loud", None]] * 4}, {}, "sample 1 of .* has the label None, which is none"),
     ],
 )
 def test_labels_that_cannot_be_used(columns, settings, message, tmp_path):

@@ -60,7 +60,9 @@ def pooling_of(folder: str | Path) -> Pooling | None:
     if modules is None:
         return None
     path = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
-    config = json.loads((Path(folder) / str(path) / "config.json").read_text()) if path else {}
+    file = Path(folder) / str(path) / "config.json"
+    check(path is None or file.is_file(), f"{folder}: {MODULES} names {path}, which has no config.json; must be whole")
+    config = json.loads(file.read_text()) if path else {}
     if config.get("pooling_mode") in POOLINGS:
         return config["pooling_mode"]  # as newer versions write it
     given = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]

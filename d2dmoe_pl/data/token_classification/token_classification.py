@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.language_modeling.token_prediction import NOT_PREDICTED
-from d2dmoe_pl.data.output_names import plain_name
+from d2dmoe_pl.data.listed_values import listed
+from d2dmoe_pl.data.output_names import named_label, plain_name
 from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.token_classification.token_tagging import TokenTagging
@@ -72,7 +73,7 @@ class TokenClassification(TokenizedData):
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         splits = self.source.load()
         check_columns(splits, {"words_column": self.words_column, "labels_column": self.labels_column})
-        labels = {name: self._labels(split) for name, split in splits.items()}
+        labels = {name: self._labels(split, name) for name, split in splits.items()}
         given = getattr(splits["train"].features[self.labels_column], "feature", None)
         if isinstance(given, ClassLabel):
             names = [plain_name(name) for name in given.names]
@@ -81,7 +82,7 @@ class TokenClassification(TokenizedData):
         index = {name: i for i, name in enumerate(names)}
         tokenised = {}
         for split, dataset in splits.items():
-            words = [_parts(value) for value in dataset[self.words_column]]
+            words = self._words(dataset, split)
             for where, of_words, of_labels in zip(sample_names(dataset, split), words, labels[split], strict=True):
                 check(bool(of_words), f"words_column={self.words_column!r}: {where} has no words")
                 check(
@@ -104,12 +105,23 @@ class TokenClassification(TokenizedData):
         words = [text.split() for text in inputs]
         return self._in_tokens(Dataset.from_dict({"words": words, "labels": [[0] * len(each) for each in words]}))
 
-    def _labels(self, split: Dataset) -> list[list[str]]:
-        feature = getattr(split.features[self.labels_column], "feature", None)
-        labels = [_parts(value) for value in split[self.labels_column]]
-        if isinstance(feature, ClassLabel):
-            return [[plain_name(feature.names[int(label)]) for label in sample] for sample in labels]
-        return labels
+    def _words(self, split: Dataset, split_name: str) -> list[list[str]]:
+        found = []
+        for sample, value in zip(sample_names(split, split_name), split[self.words_column], strict=True):
+            where = f"words_column={self.words_column!r}: {sample}"
+            words = listed(value, None, where)
+            check(None not in words, f"{where} has a word that is missing; must have a text for each")
+            found.append([str(word).strip() for word in words])
+        return found
+
+    def _labels(self, split: Dataset, split_name: str) -> list[list[str]]:
+        column = self.labels_column
+        names = getattr(getattr(split.features[column], "feature", None), "names", None)
+        found = []
+        for sample, value in zip(sample_names(split, split_name), split[column], strict=True):
+            where = f"labels_column={column!r}: {sample}"
+            found.append([named_label(part, names, where) for part in listed(value, None, where)])
+        return found
 
     def _in_tokens(self, split: Dataset) -> Dataset:
         tokenizer, max_length = self.tokenizer, self.max_length
@@ -146,9 +158,3 @@ def at_first_tokens(word_ids: Sequence[int | None], labels: Sequence[int]) -> li
         NOT_PREDICTED if word is None or word == last else labels[word]
         for word, last in zip(word_ids, before, strict=True)
     ]
-
-
-def _parts(value: Any) -> list[str]:
-    """The words or labels of a sample, as texts."""
-    parts = value.split() if isinstance(value, str) else value or []
-    return [plain_name(part) for part in parts]

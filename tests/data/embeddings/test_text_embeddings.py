@@ -1,6 +1,7 @@
 """Texts that keep their vectors: what is to be kept, how near it comes, and sentence-transformers on what is left."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -45,6 +46,29 @@ def data_of(folder, **kwargs):
 
 def source(folder):
     return HuggingFaceModel("embeddings", name=str(folder / "model"))
+
+
+def test_neighbourhoods_are_those_of_the_same_texts_in_any_order():
+    wanted = torch.randn(1500, 8)
+    vectors = wanted + torch.linspace(0, 3, 1500)[:, None] * torch.randn(1500, 8)  # worse and worse
+    found = []
+    for order in (torch.arange(1500), torch.arange(1499, -1, -1), torch.randperm(1500)):
+        kept = KeptNeighbourhoods()
+        for part in order.split(64):
+            kept.update(vectors[part], {"labels": wanted[part]})
+        found.append([float(value) for value in kept.compute().values()])
+    assert found[1] == pytest.approx(found[0])
+    assert found[2] == pytest.approx(found[0])
+    first = KeptNeighbourhoods()
+    first.update(vectors[:1000], {"labels": wanted[:1000]})
+    assert found[0][1] < float(first.compute()["neighbours"]) - 0.05
+
+
+def test_a_folder_without_its_pooling(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "1_Pooling")
+    with pytest.raises(ConfigError, match=r"model: modules.json names 1_Pooling, which has no config.json; must"):
+        pooling_of(tmp_path / "model")
 
 
 @torch.no_grad()

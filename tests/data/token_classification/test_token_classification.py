@@ -27,6 +27,8 @@ def write(folder, samples=SENTENCES, kind="list"):
     words, labels = ([sample[i] for sample in samples] for i in (0, 1))
     if kind == "text":
         words, labels = ([" ".join(each) for each in column] for column in (words, labels))
+    if kind == "list as text":
+        words, labels = ([str(each) for each in column] for column in (words, labels))
     dataset = datasets.Dataset.from_dict({"tokens": words, "ner_tags": labels})
     if kind == "classes":
         numbers = [[TAGS.index(label) for label in sample] for sample in labels]
@@ -47,7 +49,7 @@ def data_of(folder, samples=SENTENCES, kind="list", **kwargs):
     return TokenClassification(DatasetSource(path), tokenizer, **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["list", "classes", "text"])
+@pytest.mark.parametrize("kind", ["list", "classes", "text", "list as text"])
 def test_labels_stand_at_first_tokens(kind, tmp_path):
     data = data_of(tmp_path, kind=kind)
     data.setup()
@@ -100,11 +102,25 @@ def test_learnt_and_numbered_as_the_model_has_learnt_it(tmp_path, trainer):
     [
         ([*SENTENCES, (["anna"], ["B-PER", "O"])], "sample 3 of the .* split has 2 labels for 1 words; must have one"),
         ([*SENTENCES, ([], [])], "words_column='tokens': sample 3 of the .* split has no words"),
+        ([*SENTENCES, (["anna"], [None])], "sample 3 of the .* split has the label None, which is none; must be there"),
+        ([*SENTENCES, ([None], ["O"])], "words_column='tokens': sample 3 of the .* split has a word that is missing"),
     ],
 )
 def test_samples_that_cannot_be_used(samples, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         data_of(tmp_path, samples).setup()
+
+
+@pytest.mark.parametrize("number", [-1, -100])
+def test_numbers_that_are_no_labels(number, tmp_path):
+    samples = [(["anna", "in"], [0, 1]), (["anna", "in"], [1, number])]
+    with pytest.raises(ConfigError, match=f"sample 2 of the .* split has the label {number}, which is none; must be"):
+        data_of(tmp_path, samples).setup()
+
+
+def test_words_that_are_numbers_stay_as_they_are(tmp_path):
+    data = data_of(tmp_path, [(["anna", "3.0"], ["O", "O"]), (["anna", "in"], ["B-PER", "O"])])
+    assert data._words(data.source.load()["train"], "train")[0] == ["anna", "3.0"]
 
 
 def test_a_label_that_training_has_not(tmp_path):
