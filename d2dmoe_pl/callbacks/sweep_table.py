@@ -44,6 +44,7 @@ class SweepRow:
         layers: ``experts_percent`` of each layer by name.
         swept: Name of what is swept: ``tau``, ``k`` or ``budget``, a share of the dense FFNs' FLOPs.
         samples: That it is measured on.
+        is_share_of_samples: Whether the score is the share of them that are right.
     """
 
     stage: str
@@ -60,11 +61,12 @@ class SweepRow:
     layers: dict[str, float]
     swept: str = "tau"
     samples: int = 0
+    is_share_of_samples: bool = False
 
     @property
     def standard_error(self) -> float | None:
-        """How far the score may be off for the samples being few, where it is a share of them."""
-        if not self.in_percent or self.samples == 0:
+        """How far the score may be off for the samples being few, where it is a share of them; else None."""
+        if not self.is_share_of_samples or self.samples == 0:
             return None
         share = min(max(self.score / 100, 0.0), 1.0)
         return 100 * (share * (1 - share) / self.samples) ** 0.5
@@ -133,6 +135,7 @@ def sweep_row(
         layers={name: 100 * p / n for name, p, n in zip(layers, pairs, possible, strict=True)},
         swept="tau" if setting is None else setting.swept,
         samples=samples,
+        is_share_of_samples=task.is_share_of_samples,
     )
 
 
@@ -178,6 +181,7 @@ def read_csv(file: Path, task: Task) -> list[SweepRow]:
             layers={layer: float(record[name]) for name, layer in of_layers.items()},
             swept=swept,
             samples=int(record["samples"]),
+            is_share_of_samples=task.is_share_of_samples,
         )
         for record in records
     ]

@@ -48,6 +48,14 @@ class Task(ABC):
         """Number of the model's outputs (of each token, to answer questions)."""
         return len(self.label_names)
 
+    @property
+    def is_share_of_samples(self) -> bool:
+        """Whether the main metric is the share of samples that are right, which says how far few samples may be off.
+
+        Correlations, F1 and the like are not, nor is the share of words: those of one text are right or wrong together.
+        """
+        return False
+
     @abstractmethod
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """What training minimises: a scalar, the mean over what is predicted for the batch."""
@@ -159,6 +167,10 @@ class Classification(Task):
             assert found is not None
             task._positive = found[self._positive]
         return task
+
+    @property
+    def is_share_of_samples(self) -> bool:
+        return self.main_metric == "accuracy"
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         labels, logits = batch["labels"], at_least_single(logits)

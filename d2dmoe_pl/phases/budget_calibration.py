@@ -246,8 +246,9 @@ class BudgetCalibration(Calibration):
             task.main_metric,
             task.in_percent,
             task.higher_is_better,
-            int(sums[0][3]),
+            int(summed(self, torch.tensor(sum(len(batch["labels"]) for batch in batches), device=self.device))),
             falling(points),
+            task.is_share_of_samples,
         )
 
     def _measure_points(

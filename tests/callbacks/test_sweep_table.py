@@ -3,10 +3,15 @@
 import io
 
 import pytest
+import tiny
+import torch
 from rich.console import Console
 
-from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, read_csv, write_csv
-from d2dmoe_pl.data import Classification
+from d2dmoe_pl.callbacks.sweep_table import SweepRow, as_table, read_csv, sweep_row, write_csv
+from d2dmoe_pl.data import Classification, TextAnswers
+from d2dmoe_pl.data.multi_label import MultiLabel
+from d2dmoe_pl.data.task import Regression, Task
+from d2dmoe_pl.data.token_classification.token_tagging import TokenTagging
 
 
 def row(flops, metric="matthews_correlation", tau=0.55):
@@ -44,9 +49,32 @@ def test_rows_come_back_from_their_file(tmp_path, swept, settings):
     task = Classification(["a", "b"])
     layers = {"one": 12.5, "a/b": 1 / 3}
     rows = [
-        SweepRow(stage, each, 1 / 7, "accuracy", 91.25, True, True, 12.5, 14.0, 1e9 / 3, 55.5, layers, swept, 400)
+        SweepRow(stage, each, 1 / 7, "accuracy", 91.25, True, True, 12.5, 14.0, 1e9 / 3, 55.5, layers, swept, 400, True)
         for stage in ("validation", "test")
         for each in settings
     ]
     write_csv(rows, tmp_path / "rows.csv")
     assert read_csv(tmp_path / "rows.csv", task) == rows
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (Classification(["a", "b"]), 1.5),
+        (Classification(["a", "b"], ["f1", "accuracy"]), None),
+        (Regression("number"), None),
+        (MultiLabel(["a", "b"]), None),
+        (TextAnswers(["a"], str), 1.5),
+        (TextAnswers(["a"], str, ["chrf"]), None),
+        (TokenTagging(["A", "B"]), None),  # words of a text are right or wrong together
+        (TokenTagging(["O", "B-A"]), None),
+    ],
+    ids=lambda value: f"{type(value).__name__} {value.main_metric}" if isinstance(value, Task) else "",
+)
+def test_the_standard_error_is_of_shares_of_samples_alone(tmp_path, task, expected):
+    layers = {"layer": tiny.routed().blocks[0].mlp}
+    histograms = [torch.tensor([0] * 8 + [10])]
+    made = sweep_row("test", None, 0.1, task, 0.9, layers, histograms, samples=400, flops_outside=0)
+    write_csv([made], tmp_path / "rows.csv")
+    for each in (made, *read_csv(tmp_path / "rows.csv", task)):
+        assert each.standard_error == (None if expected is None else pytest.approx(expected))

@@ -57,6 +57,10 @@ class TextAnswers(TokenPrediction):
         self.measures_written = bool(set(metrics) & OF_WRITTEN.keys())
         self.most_written = max_target_length
 
+    @property
+    def is_share_of_samples(self) -> bool:
+        return self.main_metric == "exact_match"
+
     def scores(self) -> dict[str, Metric]:
         return {name: self._score(name) for name in self._names}
 

@@ -45,6 +45,8 @@ class BudgetPath:
         higher_is_better: Whether a larger value is better.
         samples: Of the validation split, that costs and scores are of.
         points: The first is the dense model.
+        is_share_of_samples: Whether scores are the share of samples that are right; false where an earlier version,
+            which did not tell, saved it.
     """
 
     layers: tuple[str, ...]
@@ -54,6 +56,7 @@ class BudgetPath:
     higher_is_better: bool
     samples: int
     points: tuple[BudgetPoint, ...]
+    is_share_of_samples: bool = False
 
     @property
     def dense(self) -> BudgetPoint:
@@ -61,8 +64,8 @@ class BudgetPath:
         return self.points[0]
 
     def standard_error(self, score: float) -> float | None:
-        """How far a share measured on ``samples`` may be off, as ``score`` is read; None for other metrics."""
-        if not self.in_percent:
+        """How far a share of ``samples`` may be off, as ``score`` is read; None for other metrics."""
+        if not self.is_share_of_samples:
             return None
         share = min(max(score / 100, 0.0), 1.0)
         return 100 * (share * (1 - share) / self.samples) ** 0.5

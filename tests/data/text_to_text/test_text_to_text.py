@@ -11,7 +11,8 @@ from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.data import DatasetSource, TextAnswers, TextToText
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
+from d2dmoe_pl.moe.budgets.budget_path import budget_path
+from d2dmoe_pl.phases import BudgetCalibration, ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
 
 WORDS = ["red", "green", "blue", "name", "the", "colour"]
 SPECIAL = ("[PAD]", "[UNK]", "<eos>")
@@ -117,6 +118,11 @@ def test_through_the_phases_to_a_file(folder, trainer, tmp_path, caplog):
     assert len(file.rows) == 12
     assert {row["label"] for row in file.rows} <= {f"{word} colour" for word in WORDS}
     assert all(isinstance(row["prediction"], str) for row in file.rows)
+    budgets = BudgetCalibration(num_scored_points=2, init_from=str(tmp_path / "run" / "artifact"))
+    trainer(limit_val_batches=1.0).fit(budgets, datamodule=data_of(folder, **settings))
+    path = budget_path(budgets.model)
+    assert path.samples == 12  # not tokens: what matches is an answer
+    assert path.standard_error(50.0) == pytest.approx(50 / 12**0.5)
 
 
 @pytest.mark.parametrize(

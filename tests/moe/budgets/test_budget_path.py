@@ -72,7 +72,14 @@ def test_a_drop_of_an_error_is_a_rise():
 
 
 def test_standard_error():
-    assert path_of().standard_error(90.0) == pytest.approx(1.5)
+    assert path_of(is_share_of_samples=True).standard_error(90.0) == pytest.approx(1.5)
+    assert path_of(metric="pearson").standard_error(90.0) is None
+
+
+def test_a_path_that_an_earlier_version_saved_is_read():
+    made = path_of().as_json()
+    del made["is_share_of_samples"]
+    assert path_from_json(made) == path_of()
 
 
 def test_is_saved_with_the_model_and_forgotten_by_no_copy(model, tmp_path):
