@@ -5,7 +5,7 @@ import json
 import re
 from typing import Any
 
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError
 
 UNPARTED = re.compile(r"""['"]\s+['"]""")  # as NumPy writes texts, which Python would read as a single one
 
@@ -38,7 +38,6 @@ def listed(value: Any, separator: str | None, where: str) -> list[Any]:
             continue
         if isinstance(found, list) and not UNPARTED.search(text):
             return found
-    check(
-        False, f"{where} has {text[:60]!r}; must be a list as Python or JSON writes it, or its parts without brackets"
+    raise ConfigError(
+        f"{where} has {text[:60]!r}; must be a list as Python or JSON writes it, or its parts without brackets"
     )
-    return []
