@@ -63,9 +63,9 @@ class SavesArtifact:
 
 
 def _check_own(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raise ``ConfigError`` unless tensors that are to be saved are those of the model; its own memory is not read."""
+    """Raise ``ConfigError`` unless tensors that are to be saved are those of the model, most often its very memory."""
     for name, value in given.items():
-        is_own = name in own and value.shape == own[name].shape
+        is_own = name in own and (value.shape, value.dtype) == (own[name].shape, own[name].dtype)
         is_same = is_own and (value.data_ptr() == own[name].data_ptr() or torch.equal(value.cpu(), own[name].cpu()))
         check(
             is_same,

@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset
 from d2dmoe_pl.data.class_labels import with_column
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.task import Classification, Regression, Task
+from d2dmoe_pl.data.text_classification import check_texts
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -94,6 +95,9 @@ class GLUE(TokenizedData):
         splits = self.source.load()
         made_of = GLUE_TASKS[str(self.name)]
         check_columns(splits, {f"{self.name} column {i}": name for i, name in enumerate((*made_of.columns, "label"))})
+        for name, split in splits.items():
+            for column in made_of.columns:
+                check_texts(split, column, name, "column", may_be_blank=True)
         if all(str(label) == str(UNLABELLED) for label in splits["test"]["label"]):
             validation = {name: split for name, split in splits.items() if name.startswith("validation")}
             splits = {name: split for name, split in splits.items() if not name.startswith("test")}

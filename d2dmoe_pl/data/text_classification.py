@@ -75,10 +75,12 @@ class TextClassification(TokenizedData):
         return encoded, Classification(names)
 
 
-def check_texts(split: Dataset, column: str, split_name: str, argument: str = "text_columns") -> None:
-    """Raise ``ConfigError`` unless there is a text, not only blanks, in each row of ``column``."""
+def check_texts(
+    split: Dataset, column: str, split_name: str, argument: str = "text_columns", may_be_blank: bool = False
+) -> None:
+    """Raise ``ConfigError`` unless there is a text in each row of ``column``, not only blanks unless it may be so."""
     for sample, text in zip(sample_names(split, split_name), split[column], strict=True):
         where = f"{argument}={column!r}: {sample} has"
-        check(text is not None and text != "", f"{where} no text")
+        check(text is not None and (may_be_blank or text != ""), f"{where} no text")
         check(isinstance(text, str), f"{where} {text!r}; must be a text")
-        check(text.strip() != "", f"{where} only blanks; must have a text")
+        check(may_be_blank or text.strip() != "", f"{where} only blanks; must have a text")

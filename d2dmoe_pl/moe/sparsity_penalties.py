@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Penalty = Literal["l1", "hoyer"]
@@ -10,13 +11,17 @@ Schedule = Literal["constant", "linear", "warmup"]
 
 
 def l1(activation: Tensor) -> Tensor:
-    """``sum_j |a_j|`` of each token: ``(..., d_ff)`` to ``(...)``."""
-    return activation.abs().sum(dim=-1)
+    """``sum_j |a_j|`` of each token: ``(..., d_ff)`` to ``(...)`` float32."""
+    return activation.abs().sum(dim=-1, dtype=torch.float32)
 
 
 def hoyer(activation: Tensor, eps: float = 1e-8) -> Tensor:
-    """Square Hoyer, ``(sum_j |a_j|)^2 / (sum_j a_j^2 + eps)`` of each token: between 0 and the neurons that fire."""
-    return activation.abs().sum(dim=-1).square() / (activation.square().sum(dim=-1) + eps)
+    """Square Hoyer, ``(sum_j |a_j|)^2 / (sum_j a_j^2 + eps)`` of each token: between 0 and the neurons that fire.
+
+    In float32, since in float16 squares overflow and ``eps`` is zero.
+    """
+    length = torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float32)  # no copy in float32 is kept
+    return l1(activation).square() / (length.square() + eps)
 
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1, "hoyer": hoyer}

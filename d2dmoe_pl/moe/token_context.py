@@ -277,11 +277,12 @@ def real_positions(
         if attention_mask.shape[1] < length:
             raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: must cover the {length} inputs")
         start = attention_mask.shape[1] - length
-        if past is None or start == 0:
-            attention_mask = attention_mask[:, start:]
-        else:  # one way for numbers and tensors, which a compiled call has: no graph breaks by it
-            first = torch.as_tensor(past, device=attention_mask.device).clamp(max=start)
+        if isinstance(past, Tensor) and start > 0:  # of a cache of fixed size: its value is not looked at
+            first = past.to(attention_mask.device).clamp(max=start)
             attention_mask = attention_mask.index_select(1, first + torch.arange(length, device=first.device))
+        else:
+            start = start if past is None or isinstance(past, Tensor) else min(past, start)
+            attention_mask = attention_mask[:, start : start + length]
     real = (attention_mask != 0).flatten()  # (B * L,)
     can_look = real.device.type == "cpu" and not torch.compiler.is_compiling()
     return None if can_look and bool(real.all()) else real

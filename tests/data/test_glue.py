@@ -172,3 +172,11 @@ def test_both_validation_sets_of_mnli_are_reported_apart(trainer, tokenizer, tmp
     assert list(sweep.rows) == ["validation", "validation_mismatched"]
     for split, swept in sweep.rows.items():
         assert swept[-1].score == pytest.approx(100 * metrics[f"{split}/accuracy"])  # every expert runs
+
+
+@pytest.mark.parametrize(("value", "what"), [(None, "no text"), (3, "3; must be a text")])
+def test_texts_that_are_missing(value, what, tokenizer, tmp_path):
+    broken = [{**row, "sentence": value} for row in rows("sst2", 24)]
+    data = GLUE("sst2", tokenizer, write(tmp_path / "data", "sst2", train=broken))
+    with pytest.raises(ConfigError, match=f"^column='sentence': .* has {what}$"):
+        data.setup()

@@ -23,6 +23,17 @@ def test_hoyer_does_not_depend_on_scale():
     torch.testing.assert_close(hoyer(activation), hoyer(activation * 100))
 
 
+def test_nothing_overflows_in_half_precision():
+    activation = (torch.rand(3, 512) * 300).half().requires_grad_()
+    activation.data[0] = 0  # a token for which no neuron fires
+    for penalty in (l1, hoyer):
+        found = penalty(activation)
+        torch.testing.assert_close(found, penalty(activation.float()))
+        (gradient,) = torch.autograd.grad(found.sum(), activation)
+        assert gradient.dtype == torch.float16
+        assert gradient.isfinite().all()
+
+
 def test_clamped_pre_activation():
     assert clamped(torch.tensor([-12.0, -10.0, -7.0, 1.0]), -10.0).tolist() == [0.0, 0.0, 3.0, 11.0]
 

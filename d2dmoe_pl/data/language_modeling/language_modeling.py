@@ -98,7 +98,16 @@ class LanguageModeling(TokenizedData):
         return {name: self.packed(split, name) for name, split in splits.items()}, self.token_prediction()
 
     def packed(self, split: Dataset, name: str) -> Dataset:
-        """The blocks of a split, one a row, in the column ``input_ids``; cached."""
+        """The blocks of a split, one a row, in the column ``input_ids``; cached.
+
+        Raises:
+            ConfigError: If the split's column holds no texts.
+        """
+        feature = split.features[self.text_column]
+        check(
+            getattr(feature, "dtype", None) in ("string", "large_string"),
+            f"text_column={self.text_column!r}: has {feature} in the {name} split; must be texts",
+        )
         features = Features({"input_ids": ListOf(Value("int32"), length=self.length)})
         blocks = generated(
             packed_rows, features, split=split.select_columns(self.text_column), packer=self.packer, name=name

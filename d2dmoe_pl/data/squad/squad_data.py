@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from torch.utils.data import ConcatDataset
 
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
+from d2dmoe_pl.data.squad.given_answers import with_answers
 from d2dmoe_pl.data.squad.question_answering import QuestionAnswering
 from d2dmoe_pl.data.squad.question_windows import OUTSIDE, question_windows
 from d2dmoe_pl.data.task import Task
+from d2dmoe_pl.data.text_classification import check_texts
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check
 
@@ -108,6 +110,10 @@ class SQuAD(TokenizedData):
         splits = self.source.load()
         check_columns(splits, {f"SQuAD column {i}": column for i, column in enumerate(COLUMNS)})
         splits = {name: split.select_columns(list(COLUMNS)) for name, split in splits.items()}
+        for name, split in splits.items():
+            for column in ("context", "question"):
+                check_texts(split, column, name, "column", may_be_blank=True)
+        splits = {name: with_answers(split, name) for name, split in splits.items()}
         for name, split in splits.items():
             check(
                 self.version == 2 or all(answers["text"] for answers in split["answers"]),

@@ -44,7 +44,7 @@ class RegressionRouter(Router):
         return 2 * (self.up.weight.numel() + self.down.weight.numel())
 
     def loss(self, tokens: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(self(tokens), target)
+        return F.mse_loss(self(tokens).float(), target.float())  # squares overflow in float16
 
 
 def _is_quantized(layer: Any) -> bool | None:

@@ -183,6 +183,9 @@ class TestLanguageModeling:
         ):
             data_of(source, tokenizers)
 
+        with pytest.raises(ConfigError, match="text_column='n': has .*int64.* in the train split; must be texts"):
+            data_of(source, tokenizers, text_column="n")
+
     def test_a_corpus_shorter_than_a_block(self, tmp_path, tokenizers):
         source = DatasetSource(train=write(tmp_path, [letters(3, 5)] * 30), validation=write(tmp_path, ["a b c"], "v"))
         source.test = source.validation
