@@ -163,11 +163,16 @@ def _write_recipe(file: Path, recipe: Mapping[str, Any], comment: str) -> None:
         aside.write_text(f"# {comment}\n" + yaml.safe_dump(dict(recipe), sort_keys=False))
 
 
-def _subject(recipe: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The model and the data that a recipe is for."""
+def _subject(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The model and the data that a recipe is for: files, and what of them is read."""
     first = next(iter(recipe["phases"].values()))["model"]["init_args"]
-    data = recipe["shared"]["data"].get("init_args", {})
-    return (first.get("source"), first.get("init_from")), data.get("source")
+    data = recipe["shared"]["data"]
+    told = {
+        name: value
+        for name, value in data.get("init_args", {}).items()
+        if name in ("source", "name", "model") or name.endswith(("column", "columns"))
+    }
+    return first.get("source"), first.get("init_from"), data["class_path"], told
 
 
 def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compressed:

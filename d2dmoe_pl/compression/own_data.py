@@ -9,7 +9,7 @@ from datasets import Dataset, Image, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoTokenizer
 
-from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource
+from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -48,9 +48,9 @@ def source_of(data: str) -> dict[str, Any]:
     """
     path = Path(data)
     if path.is_file():
-        check(path.suffix in ENDINGS, f"data={data!r}: the ending must be one of {', '.join(ENDINGS)}")
+        check(ending_of(str(path)) in ENDINGS, f"data={data!r}: the ending must be one of {', '.join(ENDINGS)}")
         return {"train": str(path if path.parent != Path() else Path(".") / path), "validation": None, "test": None}
-    looks_local = data.startswith((".", "/", "~")) or data.count("/") > 1 or path.suffix in ENDINGS
+    looks_local = data.startswith((".", "/", "~")) or data.count("/") > 1 or ending_of(str(path)) in ENDINGS
     check(path.is_dir() or not looks_local, f"data={data!r}: no such file or folder")
     try:
         builder = load_dataset_builder(data)

@@ -121,16 +121,16 @@ class DatasetSource:
         if Path(self.dataset).is_dir():
             files = load_dataset_builder(self.dataset, self.config).config.data_files or {}
             found = sorted(map(str, files.get(where, [])))
-            if found and _ending(found[0]) in ENDINGS:
+            if found and ending_of(found[0]) in ENDINGS:
                 return _read_files(f"dataset={self.dataset!r}", found, streaming)
         return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
 
 
 def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | IterableDataset:
     """The rows of ``files``, all of one kind, which the user gave by ``argument``."""
-    ending = _ending(files[0])
+    ending = ending_of(files[0])
     check(ending in ENDINGS, f"{argument}: the ending must be one of {', '.join(ENDINGS)}")
-    other = next((file for file in files if _ending(file) != ending), None)
+    other = next((file for file in files if ending_of(file) != ending), None)
     check(other is None, f"{argument}: all files must end in {ending}, as {files[0]} does, but there is {other}")
     if ending in READERS:
         articles = hold_articles(files) if ending == ".txt" else [False] * len(files)
@@ -171,7 +171,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _ending(path: str) -> str:
+def ending_of(path: str) -> str:
     """The last ending of ``path`` that is not a compression's; empty if there is none."""
     endings = [ending for ending in Path(path).suffixes if ending not in COMPRESSIONS]
     return endings[-1] if endings else ""
@@ -179,7 +179,7 @@ def _ending(path: str) -> str:
 
 def _is_path(where: str) -> bool:
     """Whether ``where`` can only be a path, not the name of a hub dataset's split."""
-    return "/" in where or os.sep in where or _ending(where) in ENDINGS
+    return "/" in where or os.sep in where or ending_of(where) in ENDINGS
 
 
 def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> None:

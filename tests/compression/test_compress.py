@@ -12,6 +12,7 @@ from d2dmoe_pl import compress, load_model
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.cli import main
+from d2dmoe_pl.compression import command
 from d2dmoe_pl.compression.chosen_recipe import chosen_phases, sizes_of
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -88,6 +89,27 @@ def test_a_recipe_that_was_edited_is_run_as_it_is(calibrated, capfd):
     other = transformers.BertForSequenceClassification.from_pretrained("model")
     with pytest.raises(ConfigError, match="is there already, for another model or other data"):
         compress(other, "texts", output_dir="out", tokenizer="model", target="drop=9")
+
+
+@pytest.mark.parametrize("change", [{"label_column": "other"}, {"text_columns": ["title"]}, {"name": "cola"}])
+def test_another_column_is_other_data(calibrated, change):
+    edited = calibrated / "out" / "recipe.yaml"
+    recipe = yaml.safe_load(edited.read_text())
+    recipe["shared"]["data"]["init_args"].update(change)
+    edited.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    with pytest.raises(ConfigError, match="is there already, for another model or other data"):
+        compress("model", "texts", target="drop=100", output_dir="out")
+
+
+def test_what_lies_beside_a_model_goes_along_in_folders_too(tmp_path):
+    beside, weights = ["tokenizer.json", "1_Pooling/config.json"], ["config.json", "d2dmoe.safetensors"]
+    for name in (*beside, *weights):
+        (tmp_path / "artifact" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "artifact" / name).write_text(name)
+    (tmp_path / "model").mkdir()
+    command._copy_processor(tmp_path / "artifact", tmp_path / "model")
+    there = {str(file.relative_to(tmp_path / "model")) for file in (tmp_path / "model").rglob("*") if file.is_file()}
+    assert there == set(beside)
 
 
 def test_a_model_in_memory(place):

@@ -1,7 +1,9 @@
 """Files and folders of any usual make become a recipe's data; what cannot be told is asked for."""
 
 import csv
+import gzip
 import json
+from pathlib import Path
 
 import pytest
 import stand_ins
@@ -125,6 +127,14 @@ def test_the_task_is_told_by_the_labels(tmp_path, tokenizer, task, row):
     file.write_text("".join(json.dumps(row(n)) + "\n" for n in range(30)))
     assert config(str(file), tokenizer)[1] == task
     assert config(str(file), tokenizer, "text-classification")[1] == "text-classification"
+
+
+def test_a_file_may_be_compressed(tmp_path, tokenizer):
+    plain = Path(write(tmp_path / "own.csv", rows_of("text", "label")))
+    with gzip.open(f"{plain}.gz", "wb") as packed:
+        packed.write(plain.read_bytes())
+    made, task = config(f"{plain}.gz", tokenizer)
+    assert (task, made["init_args"]["source"]["train"]) == ("text-classification", f"{plain}.gz")
 
 
 def test_texts_for_vectors(tmp_path, tokenizer):

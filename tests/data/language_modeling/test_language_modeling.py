@@ -183,7 +183,7 @@ class TestLanguageModeling:
         ):
             data_of(source, tokenizers)
 
-        with pytest.raises(ConfigError, match="text_column='n': has .*int64.* in the train split; must be texts"):
+        with pytest.raises(ConfigError, match=r"text_column='n': has .*int64.* in the train split; must be texts"):
             data_of(source, tokenizers, text_column="n")
 
     def test_a_corpus_shorter_than_a_block(self, tmp_path, tokenizers):
