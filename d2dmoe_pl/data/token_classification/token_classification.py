@@ -1,5 +1,6 @@
 """Texts in words, with a label for each word, from any Hugging Face dataset."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,9 @@ class TokenClassification(TokenizedData):
         found = []
         for sample, value in zip(sample_names(split, split_name), split[self.words_column], strict=True):
             where = f"words_column={self.words_column!r}: {sample}"
-            words = listed(value, None, where)
+            # brackets can be words as well: only a list that somebody wrote has quotes at once behind the first
+            is_text = isinstance(value, str) and re.match(r"\[(['\"]|\])", value.strip()) is None
+            words = value.split() if is_text else listed(value, None, where)
             check(None not in words, f"{where} has a word that is missing; must have a text for each")
             found.append([str(word).strip() for word in words])
         return found

@@ -118,6 +118,12 @@ def test_numbers_that_are_no_labels(number, tmp_path):
         data_of(tmp_path, samples).setup()
 
 
+def test_brackets_may_be_words(tmp_path):
+    samples = [(["[", "anna", "]"], ["O", "B-PER", "O"]), (["[CLS]", "in", "[SEP]"], ["O", "O", "O"])]
+    data = data_of(tmp_path, samples, "text")
+    assert data._words(data.source.load()["train"], "train") == [words for words, _ in samples]
+
+
 def test_words_that_are_numbers_stay_as_they_are(tmp_path):
     data = data_of(tmp_path, [(["anna", "3.0"], ["O", "O"]), (["anna", "in"], ["B-PER", "O"])])
     assert data._words(data.source.load()["train"], "train")[0] == ["anna", "3.0"]
