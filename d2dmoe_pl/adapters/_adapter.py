@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -218,9 +219,14 @@ class Adapter(ABC):
         Parameters and other buffers have their values already, and keep them.
         """
 
+    def exact_buffers(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Let ``model`` be cast in the body, all but what its library has in float32 whatever the type."""
+        return nullcontext()
+
     def cast_(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Give ``model`` another floating type, all but what its library computes in float32 in any."""
-        model.to(dtype)
+        """Give ``model`` another floating type, all but its :meth:`exact_buffers`."""
+        with self.exact_buffers(model):
+            model.to(dtype)
 
 
 class ModelSource(ABC):

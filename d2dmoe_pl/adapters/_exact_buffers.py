@@ -1,30 +1,29 @@
-"""Another floating type for a Hugging Face model, without what is wrong in a narrow one."""
+"""Buffers that a Hugging Face model has in float32 whatever its type, since they are wrong in a narrow one."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
-def cast_but_exact_buffers_(model: Any, dtype: torch.dtype) -> None:
-    """Give ``model`` another floating type, all but buffers that ``from_pretrained`` makes in their own for any.
+@contextmanager
+def exact_buffers(model: Any) -> Iterator[None]:
+    """Let ``model`` be cast in the body, all but buffers that ``from_pretrained`` makes in float32 for any type.
 
     Such are the frequencies of rotary positions: rounded to bfloat16, they are off by whole turns after some hundred
     tokens.
 
     Args:
         model: Dense or converted; a ``PreTrainedModel``.
-        dtype: Of its parameters, and of all other buffers that are floating.
     """
     with torch.device("meta"):
-        made = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-    types = {name: buffer.dtype for name, buffer in made.named_buffers(remove_duplicate=False)}
-    exact = {
-        name: buffer
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if buffer.is_floating_point() and types.get(name, dtype) != dtype
-    }
-    model.to(dtype)
-    for name, buffer in exact.items():
+        made = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+    in_any = {name for name, buffer in made.named_buffers(remove_duplicate=False) if buffer.dtype == torch.float32}
+    kept = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in in_any}
+    yield
+    for name, buffer in kept.items():
         parent, _, attribute = name.rpartition(".")
-        model.get_submodule(parent)._buffers[attribute] = buffer.to(types[name])
+        buffers = model.get_submodule(parent)._buffers
+        buffers[attribute] = buffer.to(buffers[attribute].device)

@@ -4,6 +4,7 @@ import copy
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
-from d2dmoe_pl.adapters._exact_buffers import cast_but_exact_buffers_
+from d2dmoe_pl.adapters._exact_buffers import exact_buffers
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.adapters._generation import GetsStoppingCriteria, PreparesInputs
 from d2dmoe_pl.adapters._padding import padded_behind
@@ -254,8 +255,8 @@ class HuggingFaceAdapter(Adapter):
         for module in without:
             owner[module]._init_weights(module)
 
-    def cast_(self, model: Any, dtype: torch.dtype) -> None:
-        cast_but_exact_buffers_(model, dtype)
+    def exact_buffers(self, model: Any) -> AbstractContextManager[None]:
+        return exact_buffers(model)
 
     def build(self, folder: Path) -> nn.Module:
         described = json.loads((folder / "config.json").read_text())

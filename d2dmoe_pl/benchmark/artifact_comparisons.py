@@ -78,7 +78,7 @@ def artifact_comparisons(
             yield compared(dense, moes, batches(batch_size), taus, scoring, settings)
     if "layer" in settings.scope:
         for dtype, moe in moes.items():
-            dense.to(settings.device, settings.floating(dtype))
+            _place_(dense, settings.device, settings.floating(dtype))
             for batch_size in settings.batch_size:
                 batch = _to(batches(batch_size)[0], settings.device, settings.floating(dtype))
                 yield from _layers(dense, moe, batch, taus, settings)
@@ -87,7 +87,8 @@ def artifact_comparisons(
 def _converted(path: str, dtype: torch.dtype, settings: Settings) -> nn.Module:
     moe = load_model(path, dtype=dtype)
     set_backend_(moe, settings.backend)
-    return moe.to(settings.device, settings.floating(dtype))
+    _place_(moe, settings.device, settings.floating(dtype))
+    return moe
 
 
 def _whole(
@@ -98,7 +99,7 @@ def _whole(
     scoring: Scoring | None,
     settings: Settings,
 ) -> Comparison:
-    dense.to(settings.device, settings.dense_dtype)
+    _place_(dense, settings.device, settings.dense_dtype)
     rivals = {name: RUNTIMES[name](dense, batches) for name in settings.compare if name in RUNTIMES}
     choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
     placed = {
@@ -120,7 +121,7 @@ def _writing(
     scoring: Scoring | None,
     settings: Settings,
 ) -> Comparison:
-    dense.to(settings.device, settings.dense_dtype)
+    _place_(dense, settings.device, settings.dense_dtype)
     choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
     batch = _to(batches[0], settings.device, settings.dense_dtype)
     comparison = decoding_comparison(dense, moes, batch, settings.decode, choices, scoring, settings.gguf)
@@ -184,6 +185,12 @@ def _at_tau(module: nn.Module, tau: float) -> Iterator[None]:
 def random_batches(model: nn.Module, batch_size: int, length: int) -> list[Batch]:
     """A batch of noise for ``model``."""
     return [adapter_for(model).random_inputs(model, batch_size, length)]
+
+
+def _place_(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move and cast a model, as who loads it in that type has it."""
+    with adapter_for(model).exact_buffers(model):
+        model.to(device, dtype)
 
 
 def _to(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:

@@ -6,7 +6,7 @@ from torch import nn
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.data.head import LABELLED_HEADS
-from d2dmoe_pl.data.output_names import are_placeholders, places
+from d2dmoe_pl.data.output_names import are_placeholders, places, plain_name
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.notices import notice
@@ -103,9 +103,10 @@ def unlike(own: Sequence[str], outputs: Sequence[str], where: str) -> str:
             f"labels: which of the model's {len(outputs)} outputs, which have no names, is which of the data's "
             f"{', '.join(own[:20])} is not known; {where}"
         )
-    unknown = [name for name in own if places([name], outputs) is None]
+    zero = [name for name in own if plain_name(name) == "0"]  # numbers count from it only where it is one of them
+    unknown = [name for name in own if places([name], outputs) is None and places([*zero, name], outputs) is None]
     return (
-        f"labels: the data's {', '.join(unknown[:5])} are none of the model's, which has been trained on "
+        f"labels: the data's {', '.join((unknown or own)[:5])} are none of the model's, which has been trained on "
         f"{', '.join(outputs[:20])}; FineTuning of a source makes a new head"
     )
 

@@ -17,6 +17,7 @@ from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
+from d2dmoe_pl.phases._exact_types import KeepsExactBuffers
 from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
 from d2dmoe_pl.phases._model_checks import check_fits, check_head
@@ -26,7 +27,7 @@ from d2dmoe_pl.phases._sharding import shard_, shares_model
 COURSE = "phase"  # key in checkpoints
 
 
-class Phase(L.LightningModule):
+class Phase(KeepsExactBuffers):
     """One step from a dense model to a dynamic-k one: takes a model, changes it, leaves an artifact.
 
     The course of a phase, in which subclasses define what they need of 1, 2, 4, 5 and 6:
@@ -133,11 +134,6 @@ class Phase(L.LightningModule):
         """The trainer's data."""
         data: TaskData = self.trainer.datamodule  # type: ignore[attr-defined] # Lightning sets it on the instance
         return data
-
-    @property
-    def is_made(self) -> bool:
-        """Whether there is a model yet."""
-        return isinstance(getattr(self, "model", None), nn.Module)
 
     @property
     def is_fitting(self) -> bool:

@@ -30,7 +30,8 @@ class Teacher:
 
     def prepare(self, phase: "Phase") -> None:
         """Have the model in the type of the trainer's precision, and parted as the model of ``phase`` is."""
-        self.model = phase.trainer.precision_plugin.convert_module(self.model)
+        with adapter_for(self.model).exact_buffers(self.model):
+            self.model = phase.trainer.precision_plugin.convert_module(self.model)
         shard_(self.model, phase)
 
     def to(self, device: torch.device) -> None:

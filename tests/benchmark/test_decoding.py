@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from d2dmoe_pl.artifact import save_artifact
+from d2dmoe_pl.benchmark import artifact_comparisons as made
 from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
 from d2dmoe_pl.benchmark.comparison import Settings, measure
 from d2dmoe_pl.benchmark.machine import Machine
@@ -80,6 +81,16 @@ def test_bfloat16_around_int8(tmp_path):
     _, [whole] = comparisons(LLAMA, tmp_path, [0.3], dtype=[torch.int8], around=torch.bfloat16)
     rows = measure(whole, 2, torch.device("cpu"))
     assert [(row.dtype, row.is_dense) for row in rows] == [("int8 in bfloat16", True), ("int8 in bfloat16", False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_what_is_timed_has_exact_rotary_positions(dtype, tmp_path, monkeypatch):
+    placed, place = [], made._place_
+    monkeypatch.setattr(made, "_place_", lambda model, *where: placed.append(model) or place(model, *where))
+    _, [_] = comparisons(LLAMA, tmp_path, [0.3], dtype=[dtype], around=torch.bfloat16)
+    assert len(placed) == 2  # the dense one, and the one with experts
+    assert {model.model.rotary_emb.inv_freq.dtype for model in placed} == {torch.float32}
+    assert {model.model.norm.weight.dtype for model in placed if moe_layers(model)} == {torch.bfloat16}
 
 
 def test_types_beside_each_other_and_rows(tmp_path):

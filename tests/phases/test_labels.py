@@ -16,7 +16,7 @@ from d2dmoe_pl.callbacks import SaveArtifact
 from d2dmoe_pl.data import DatasetSource, TextClassification
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RecoveryTuning, SparsityEnforcement
-from d2dmoe_pl.phases._labels import check_same_outputs
+from d2dmoe_pl.phases._labels import check_same_outputs, unlike
 
 NAMES = ANIMALS[:3]
 
@@ -99,6 +99,20 @@ def test_other_labels_are_told_unless_a_new_head_is_made(trainer, texts, tmp_pat
         "BertForSequenceClassification gets a new head for cat, dog, eel: classifier.bias, classifier.weight begin "
         "anew."
     ]
+
+
+@pytest.mark.parametrize(
+    ("own", "unknown"),
+    [
+        (["0", "1", "2", "3", "4"], "3, 4"),
+        (["1", "2", "3"], "1, 2, 3"),  # counted from 1, they may be other outputs than by number
+        (["0", "cat", "fox"], "fox"),
+        (["Cat", "cat", "dog"], "Cat, cat, dog"),  # one output for two
+    ],
+)
+def test_only_labels_that_are_no_outputs_are_told(own, unknown):
+    said = unlike(own, NAMES, "label_names")
+    assert said.startswith(f"labels: the data's {unknown} are none of the model's, which has been trained on cat, dog")
 
 
 def test_a_new_head_of_the_same_size_begins_anew(tmp_path):
