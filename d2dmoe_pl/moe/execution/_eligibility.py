@@ -1,20 +1,29 @@
 """What stands in the way of compiled kernels, which compute no gradients and know some functions and types only."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from d2dmoe_pl.moe.experts.activation_kinds import KNOWN
 from d2dmoe_pl.moe.experts.experts import Experts
 
 
-def needs_gradients(experts: Experts, tokens: Tensor) -> bool:
-    """Whether autograd would want to go back through the experts."""
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (tokens, *experts.weights)
+def needs_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd would want to go back through what is computed from these; or forward, or many times at once."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return True
+    # of torch.func's transforms and dual tensors, which require no gradients
+    return not torch.compiler.is_compiling() and (
+        forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
     )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks are to see each call, which a kernel would not make."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def has_active_dropout(experts: Experts) -> bool:
@@ -33,14 +42,18 @@ def run_type(experts: Experts, tokens: Tensor) -> torch.dtype:
 
 def obstacle(experts: Experts, tokens: Tensor, types: Collection[torch.dtype]) -> str | None:
     """Why a compiled kernel that takes ``types`` cannot run this call, in words; None if it can."""
-    if needs_gradients(experts, tokens):
+    if needs_gradients((tokens, *experts.weights)):
         return "has no gradients; run under torch.no_grad(), or train with 'auto', 'reference' or 'grouped'"
     if has_active_dropout(experts):
         return f"has no dropout, and p={experts.hidden_dropout.p} is active; call model.eval() first"
     if experts.activation_kind is None:
         return f"the activation {type(experts.activation).__name__} is not one of {', '.join(KNOWN)}"
-    dtype = run_type(experts, tokens)
-    if dtype not in types or (tokens.dtype != dtype and not torch.is_autocast_enabled(tokens.device.type)):
+    if is_watched(experts.activation) or is_watched(experts.hidden_dropout):
+        return "has no hooks, and there are some on the activation, or on the dropout behind it"
+    dtype, is_autocast = run_type(experts, tokens), torch.is_autocast_enabled(tokens.device.type)
+    if dtype not in types or (tokens.dtype != dtype and not is_autocast):
         allowed = " or ".join(str(allowed) for allowed in types)
+        if is_autocast:
+            return f"autocast is to {dtype}; must be to {allowed}"
         return f"tokens are {tokens.dtype} and weights {experts.up_weight.dtype}; both must be {allowed}"
     return None

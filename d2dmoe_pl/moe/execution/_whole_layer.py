@@ -7,9 +7,9 @@ of another kind, they run one after the other.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, needs_gradients
+from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, is_watched, needs_gradients
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
 from d2dmoe_pl.moe.experts.experts import Experts, own_tensors, weights_to_pack
 from d2dmoe_pl.moe.gating import Gate
@@ -35,12 +35,12 @@ def can_run_whole(
         and experts.backend in BACKENDS_TOO
         and experts.activation_kind is not None
         and x.dtype in TYPES
-        and not (_is_watched(experts) or _is_watched(router) or _is_watched(gate))
+        and not any(map(is_watched, (experts, router, gate, *experts._modules.values())))
         and not torch.is_autocast_enabled("cpu")
         and (experts.is_quantized or x.dtype == own_tensors(experts, ("up_weight",))[0].dtype)
         and router.is_quantized == experts.is_quantized
         and (stand_in is None or _can_stand_in(stand_in, x))
-        and not needs_gradients(experts, x)
+        and not needs_gradients(_tensors(experts, router, stand_in, x))
         and not has_active_dropout(experts)
         and not _is_exported_to_onnx()
         and compile_failure() is None
@@ -75,13 +75,16 @@ def run_whole(experts: Experts, router: Any, gate: Any, stand_in: Any, x: Tensor
     )
 
 
-def _is_watched(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _tensors(experts: Experts, router: Any, stand_in: StandIn | None, x: Tensor) -> list[Tensor | None]:
+    """All that gradients may be wanted of; none where they are not, which is what mostly happens."""
+    if not torch.is_grad_enabled():
+        return []
+    return [x, *experts.weights, *router.weights, *([] if stand_in is None else own_tensors(stand_in, STAND_IN))]
 
 
 def _can_stand_in(stand_in: StandIn, x: Tensor) -> bool:
     return (
-        type(stand_in) is StandIn and own_tensors(stand_in, STAND_IN)[0].dtype == x.dtype and not _is_watched(stand_in)
+        type(stand_in) is StandIn and own_tensors(stand_in, STAND_IN)[0].dtype == x.dtype and not is_watched(stand_in)
     )
 
 

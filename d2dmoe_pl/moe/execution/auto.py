@@ -32,7 +32,7 @@ def choose(experts: Experts, tokens: Tensor) -> Backend:
     if torch.onnx.is_in_onnx_export():
         _warn_once("backend='auto': exported to ONNX, every expert is computed and masked, which saves no time there")
         return reference
-    if needs_gradients(experts, tokens) or has_active_dropout(experts) or device not in ("cpu", "cuda"):
+    if needs_gradients((tokens, *experts.weights)) or has_active_dropout(experts) or device not in ("cpu", "cuda"):
         return reference
     if device == "cuda":
         if obstacle(experts, tokens, _CUDA_TYPES):

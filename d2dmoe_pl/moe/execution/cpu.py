@@ -7,7 +7,8 @@ the cache; by AMX where there is any.
 
 In fp32 the weights are read as they are. In bf16 the first products are ATen's ``brgemm`` on weights packed for it, a
 copy that costs as much memory again as the experts' weights; it is made in the first call, and again after the weights
-were written to (writes through ``.data`` go unnoticed, as autograd would not notice them either). Without ``brgemm``
+were written to. Writes through ``.data`` or by ``torch.distributed`` go unnoticed, as autograd would not notice them
+either; what optimizers write is noticed, whatever they write it by. Without ``brgemm``
 for bf16, that copy is in fp32, and so are the products.
 
 Where that is faster, as for many chosen experts or small ones, all are computed at once by dense products, 1,024
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.execution._cpp_build import CompileError, load_extension
@@ -45,6 +48,7 @@ def _load() -> str | None:
         torch.ops.d2dmoe_pl.moe_layer_cpu  # noqa: B018 (whether it is there)
     except (CompileError, AttributeError) as error:
         return str(error)
+    register_optimizer_step_post_hook(_count_changes)
 
     def shape(tokens: Tensor, *arguments: Any) -> Tensor:
         down_weight = arguments[-2][4]  # the last but one are the weights
@@ -70,6 +74,12 @@ def _load() -> str | None:
     for name, function in shapes.items():
         torch.library.register_fake(f"d2dmoe_pl::{name}", function, allow_override=True)  # loaded anew, it is the same
     return None
+
+
+def _count_changes(optimizer: Optimizer, *_: Any) -> None:
+    """Let packed copies see a step that torch does not count as a change, as it does not those of fused optimizers."""
+    changed = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.autograd.graph.increment_version([parameter for parameter in changed if not parameter.is_inference()])
 
 
 def cpu(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:

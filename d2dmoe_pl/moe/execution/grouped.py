@@ -53,7 +53,8 @@ def _run(
             inputs = tokens.index_select(0, index)  # (n_e, d)
             hidden = hidden_activations(activation, inputs, up_weight[expert], up_bias_e, gate_weight_e, gate_bias_e)
             output.index_add_(0, index, (dropout(hidden) @ down_weight[expert]).to(output.dtype))
-    return output.to(start.dtype)
+    device = tokens.device.type
+    return output.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else start.dtype)
 
 
 @torch.library.custom_op("d2dmoe_pl::moe_grouped", mutates_args=())

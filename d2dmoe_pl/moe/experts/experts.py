@@ -82,7 +82,6 @@ class Experts(nn.Module):
         backend: Name of a backend, e.g. of a file in ``moe/execution``.
 
     Attributes:
-        activation_kind: What :func:`activation_kind` says of the activation function.
         is_gathered: Whether weights become whole from parts for each pass, in the same memory, where autograd's counts
             of changes say nothing.
 
@@ -124,8 +123,16 @@ class Experts(nn.Module):
         self.down_weight = grouped(ffn.down.weight.t())
         self.down_bias = None if ffn.down.bias is None else nn.Parameter(ffn.down.bias.detach().clone())
         self.activation = ffn.activation
-        self.activation_kind = activation_kind(ffn.activation)
+        self._kind = (ffn.activation, activation_kind(ffn.activation))
         self.hidden_dropout = ffn.hidden_dropout
+
+    @property
+    def activation_kind(self) -> str | None:
+        """What :func:`activation_kind` says of the activation function, found once for each that is set."""
+        activation: Any = self._modules["activation"]
+        if self._kind[0] is not activation:
+            self._kind = (activation, activation_kind(activation))
+        return self._kind[1]
 
     @property
     def expert_dim(self) -> int:
@@ -170,20 +177,20 @@ class Experts(nn.Module):
         self._run = BACKENDS.find(backend, "backend")
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """What the activation (times the gated product) gives: ``(N, E, s)``."""
+        """What the activation (times the gated product) gives, before dropout: ``(N, E, s)``."""
         up_weight: Any
         up_weight, up_bias, gate_weight, gate_bias = (  # (E * s[, d])
             None if rows is None else rows.flatten(0, 1) for rows in self.weights_in(tokens.dtype)[:4]
         )
         hidden = hidden_activations(self.activation, tokens, up_weight, up_bias, gate_weight, gate_bias)
-        hidden = self.hidden_dropout(hidden)  # (N, E * s)
         return hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
 
     def combine(self, hidden: Tensor) -> Tensor:
         """The output of the experts from their activations ``(N, E, s)``: ``(N, d_out)``."""
         down_weight, down_bias = self.weights_in(hidden.dtype)[4:6]
-        output = hidden.flatten(1) @ down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
-        return output if down_bias is None else output + down_bias
+        kept = self.hidden_dropout(hidden.flatten(1))  # (N, E * s)
+        output = kept @ down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
+        return output if down_bias is None else output + down_bias.to(output.dtype)  # autocast's, if it is on
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Run the experts that ``mask`` selects, all of them if there is none.

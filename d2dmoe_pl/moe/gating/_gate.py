@@ -1,14 +1,18 @@
 """The gate of a MoE layer: a gating rule, found by name, at a ``tau`` or a ``k``."""
 
 import inspect
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.plugins import Plugins
+
+Number = TypeVar("Number", int, float)
 
 
 class GatingRule(Protocol):
@@ -50,9 +54,21 @@ def register_gate(name: str, rule: GatingRule) -> None:
     GATING_RULES.register(name, rule)
 
 
-def check_tau(tau: float, argument: str = "tau") -> None:
-    """Raise ``ConfigError`` unless ``tau`` lies in [0, 1]."""
-    check(0.0 <= tau <= 1.0, f"{argument}={tau}: must lie in [0, 1] (1 runs every expert, the dense layer)")
+def check_tau(tau: float, argument: str = "tau") -> float:
+    """``tau`` as a plain number; ``ConfigError`` unless it is one and lies in [0, 1]."""
+    allowed = "must lie in [0, 1] (1 runs every expert, the dense layer)"
+    number = _plain(tau, float, f"{argument}={tau!r}: {allowed}")
+    check(0.0 <= number <= 1.0, f"{argument}={number}: {allowed}")
+    return number
+
+
+def _plain(value: Any, convert: Callable[[Any], Number], message: str) -> Number:
+    """What NumPy and torch have numbers in, as a number of Python's, which files can hold."""
+    check(not isinstance(value, bool | str | bytes), message)
+    try:
+        return convert(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last, of more than one number
+        raise ConfigError(message) from error
 
 
 @dataclass(frozen=True)
@@ -79,10 +95,12 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         rule = GATING_RULES.find(self.rule, "rule")
-        check_tau(self.tau)
+        object.__setattr__(self, "tau", check_tau(self.tau))
         if self.k is not None:
             check(takes_k(rule), f"k={self.k}: allowed only with rule topk, not {self.rule}")
-            check(self.k >= 1, f"k={self.k}: must be at least 1, the number of experts that each token runs")
+            message = f"k={self.k}: must be at least 1, the number of experts that each token runs"
+            object.__setattr__(self, "k", _plain(self.k, operator.index, message))
+            check(self.k >= 1, message)
 
 
 def takes_k(rule: GatingRule) -> bool:

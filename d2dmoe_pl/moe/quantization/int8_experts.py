@@ -30,8 +30,7 @@ class Int8Experts(Int8Module, Experts):
     def __init__(self, experts: Experts) -> None:
         nn.Module.__init__(self)
         self.num_experts = experts.num_experts
-        self.activation = experts.activation
-        self.activation_kind = experts.activation_kind
+        self.activation, self._kind = experts.activation, experts._kind
         self.hidden_dropout = experts.hidden_dropout
         self.set_backend(experts.backend)
         for name, dim in (("up", 2), ("gate", 2), ("down", 1)):

@@ -1,5 +1,7 @@
 """Compiled kernels: what they refuse, what ``auto`` does instead, ``torch.compile`` and ``torch.export``."""
 
+import contextlib
+import copy
 import multiprocessing
 import resource
 import warnings
@@ -11,10 +13,11 @@ from ffns import assert_close, experts_of, make_ffn
 from torch import nn
 
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import set_backend_
+from d2dmoe_pl.moe.conversion import add_stand_ins_, set_backend_, set_tau_
 from d2dmoe_pl.moe.execution import auto, cpu, grouped, reference
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
 
 CASE = {
     "tokens": 700,
@@ -127,6 +130,24 @@ class TestCPU:
             with pytest.raises(ConfigError, match=r"^backend='cpu': the activation Hardswish is not one of relu,"):
                 odd(x, MASK)
 
+    @torch.no_grad()
+    def test_hooks_inside_and_autocast(self):
+        experts, x = Experts(make_ffn(6, 12), 3, None, "cpu").eval(), torch.randn(2, 6)
+        message = r"^backend='cpu': autocast is to torch.float16; must be to torch.float32 or torch.bfloat16$"
+        with torch.autocast("cpu", torch.float16), pytest.raises(ConfigError, match=message):
+            experts(x, MASK)
+        handle = experts.activation.register_forward_hook(lambda *_: None)
+        with pytest.raises(ConfigError, match=r"^backend='cpu': has no hooks, and there are some on the activation"):
+            experts(x, MASK)
+        handle.remove()
+        experts(x, MASK)
+
+    @torch.no_grad()
+    def test_another_activation(self):
+        experts, x = Experts(make_ffn(6, 12), 3, None, "cpu").eval(), torch.randn(2, 6)
+        experts.activation = nn.Tanh()
+        torch.testing.assert_close(experts(x, MASK), reference.reference(experts, x, MASK))
+
     def test_frozen_experts_need_no_gradients(self):
         experts = Experts(make_ffn(6, 12), 3, None, "cpu").requires_grad_(False)
         assert not experts(torch.randn(2, 6), MASK).requires_grad
@@ -154,6 +175,40 @@ class TestAuto:
             assert auto.choose(experts.eval(), x) is cpu.cpu
             odd = Experts(make_ffn(6, 12, activation=nn.Hardswish), 3)
             assert auto.choose(odd, x) is grouped.grouped
+
+    def test_frozen_experts_under_other_derivatives(self):
+        """Forward mode and torch.func's transforms, of which tensors require no gradients."""
+        layer = next(iter(moe_layers(tiny.routed()).values())).requires_grad_(False)
+        plain = copy.deepcopy(layer)
+        plain.own_experts.set_backend("reference")
+        x, tangent = torch.randn(2, 3, 16)
+        for no_grad in (contextlib.nullcontext, torch.no_grad):
+            with no_grad():
+                got, expected = (torch.func.jvp(module, (x,), (tangent,)) for module in (layer, plain))
+                torch.testing.assert_close(got, expected)
+                assert got[1].any()
+                torch.testing.assert_close(*(torch.func.jacfwd(module)(x) for module in (layer, plain)))
+                torch.testing.assert_close(torch.func.vmap(layer)(x.unsqueeze(0)), plain(x).unsqueeze(0))
+
+    def test_a_stand_in_that_is_trained_alone(self):
+        model = tiny.routed().requires_grad_(False)
+        set_tau_(model, 0.2)
+        add_stand_ins_(model, StandInConfig(3))
+        stand_ins = [layer.stand_in for layer in moe_layers(model).values()]
+        for stand_in in stand_ins:
+            stand_in.requires_grad_(True)
+            for parameter in stand_in.parameters():
+                nn.init.normal_(parameter)
+        model(tiny.batch()["pixel_values"]).square().sum().backward()
+        assert all(parameter.grad.any() for stand_in in stand_ins for parameter in stand_in.parameters())
+
+    @torch.no_grad()
+    def test_the_type_under_autocast_is_that_of_the_dense_product(self):
+        experts, x = Experts(make_ffn(6, 12), 3).eval(), torch.randn(2, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            for backend in ("auto", "cpu", "grouped", "reference"):
+                experts.set_backend(backend)
+                assert experts(x, MASK).dtype == experts(x).dtype == torch.bfloat16
 
     @torch.no_grad()
     def test_without_a_compiler_it_says_so_once_and_goes_on(self, broken_compiler):

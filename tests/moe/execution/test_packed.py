@@ -1,10 +1,12 @@
 """Weights are packed for products that this processor has, and are those at hand, whatever lay in the same memory."""
 
+import copy
 import os
 import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from ffns import make_ffn
 from torch import nn
@@ -52,6 +54,59 @@ def test_another_tensor_in_the_same_memory_is_another(name):
         expected = reference.reference(experts, tokens, mask)
         torch.testing.assert_close(cpu.cpu(experts, tokens, mask), expected, rtol=0.05, atol=0.05)
     assert alive[0].data_ptr() == alive[1].data_ptr()
+
+
+@torch.no_grad()
+def test_a_view_of_another_order_is_another():
+    experts = Experts(make_ffn(16, 64), 4).to(torch.bfloat16).eval()  # as wide as experts are high
+    tokens, mask = torch.randn(9, 16, dtype=torch.bfloat16), torch.rand(9, 4) > 0.3
+    cpu.cpu(experts, tokens, mask)
+    experts.up_weight = nn.Parameter(experts.up_weight.detach().transpose(1, 2))
+    expected = reference.reference(experts, tokens, mask)
+    torch.testing.assert_close(cpu.cpu(experts, tokens, mask), expected, rtol=0.05, atol=0.05)
+
+
+class WritesBehindTorch(torch.optim.Optimizer):
+    """As optimizers do whose kernels are not torch's own."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.1),
+        WritesBehindTorch,
+    ],
+    ids=["fused AdamW", "fused SGD", "AdamW", "not torch's own"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_an_optimizer_changes_is_seen(make, dtype):
+    model = tiny.routed().to(dtype)
+    images = tiny.batch()["pixel_values"].to(dtype)
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        before = predicted(model, images)
+        model(images).square().sum().backward()
+        predicted(model, images)  # between the gradients and the step
+        optimizer.step()
+        after = predicted(model, images)
+        assert torch.equal(after, predicted(copy.deepcopy(model), images))
+        assert not torch.equal(after, before)
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def predicted(model, images):
+    return model.eval()(images)
 
 
 @pytest.mark.parametrize("most", ["AVX512_CORE", "AVX512_CORE_VNNI"])

@@ -1,5 +1,8 @@
 """The contract of every gating rule, and what each rule is on its own."""
 
+from fractions import Fraction
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,3 +118,31 @@ def test_tau_outside_the_unit_interval(tau):
 def test_unknown_rule():
     with pytest.raises(ConfigError, match="rule='dynk': allowed are dynk_cumulative, dynk_max, topk"):
         GateConfig("dynk", 0.5)
+
+
+@pytest.mark.parametrize(
+    "half", [np.float64(0.5), np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5]), np.array(0.5), Fraction(1, 2)]
+)
+def test_numbers_of_other_kinds_are_kept_as_plain_ones(half):
+    config = GateConfig(tau=half)
+    assert config == GateConfig(tau=0.5)
+    assert type(config.tau) is float
+
+
+@pytest.mark.parametrize("two", [np.int64(2), torch.tensor(2), np.uint8(2)])
+def test_counts_of_other_kinds_are_kept_as_plain_ones(two):
+    config = GateConfig("topk", k=two)
+    assert config == GateConfig("topk", k=2)
+    assert type(config.k) is int
+
+
+@pytest.mark.parametrize("tau", ["0.5", None, [0.5], True, torch.tensor([0.5, 0.5]), np.array([0.1, 0.2]), 1j])
+def test_what_is_no_number(tau):
+    with pytest.raises(ConfigError, match=r"^tau=.*: must lie in \[0, 1\] \(1 runs every expert, the dense layer\)"):
+        GateConfig(tau=tau)
+
+
+@pytest.mark.parametrize("k", ["2", 2.0, 2.5, True, [2], torch.tensor([2, 2]), torch.tensor(2.0), 0, -1])
+def test_what_is_no_count(k):
+    with pytest.raises(ConfigError, match=r"^k=.*: must be at least 1, the number of experts that each token runs$"):
+        GateConfig("topk", k=k)

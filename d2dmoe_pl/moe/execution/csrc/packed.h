@@ -161,15 +161,21 @@ class PackedWeights {
   struct Source {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;
     int64_t version;
-    std::vector<int64_t> sizes;
+    at::ScalarType type;
+    std::vector<int64_t> sizes, strides;
 
     explicit Source(const at::Tensor& tensor)
-        : storage(tensor.storage().getWeakStorageImpl()), version(tensor._version()), sizes(tensor.sizes().vec()) {}
+        : storage(tensor.storage().getWeakStorageImpl()),
+          version(tensor._version()),
+          type(tensor.scalar_type()),
+          sizes(tensor.sizes().vec()),
+          strides(tensor.strides().vec()) {}
 
     bool is(const at::Tensor& tensor) const {
       // another tensor can lie where one was that is gone, or beside it on memory that both only borrow
       const bool is_same = storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl();
-      return is_same && !storage.expired() && version == tensor._version() && tensor.sizes() == sizes;
+      return is_same && !storage.expired() && version == tensor._version() && tensor.scalar_type() == type &&
+          tensor.sizes() == sizes && tensor.strides() == strides;
     }
   };
   struct Entry {
