@@ -97,8 +97,13 @@ class Task(ABC):
     def metrics(self) -> MetricCollection:
         """New :meth:`scores`, and the mean ``loss``; ``update`` takes (logits, batch)."""
         exact = self.head not in VOCABULARY_HEADS  # whose logits are many
-        loss = MeanLoss(self.loss, self.weight, exact)
-        return MetricCollection({"loss": loss, **self.scores()}, compute_groups=False)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)  # of sums; where trainers run in a narrow type it is that
+        try:
+            loss = MeanLoss(self.loss, self.weight, exact)
+            return MetricCollection({"loss": loss, **self.scores()}, compute_groups=False)
+        finally:
+            torch.set_default_dtype(default)
 
 
 def at_least_single(values: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ def sparsity_counts(activation: Tensor) -> Tensor:
     """
     magnitude = activation.abs()
     largest = magnitude.amax(dim=-1, keepdim=True)  # (N, 1)
-    counts = [(magnitude == 0).sum(), *((magnitude < share * largest).sum() for share in SHARES)]
-    return torch.stack(counts)
+    is_zero = magnitude == 0  # below any share, of a token that has nothing else too
+    return torch.stack([is_zero.sum(), *((is_zero | (magnitude < share * largest)).sum() for share in SHARES)])
 
 
 class ActivationSparsity(Metric):

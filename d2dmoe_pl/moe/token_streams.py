@@ -24,6 +24,8 @@ def shared_context_(model: nn.Module, name: str) -> TokenContext:
 class TokenIndices:
     """Where the tokens of a batch are that are no padding, by the name of a module that sees them.
 
+    On whichever side the batch is padded, these are places in what modules see, where padding comes last.
+
     Args:
         model: The model.
         batch: With the masks.
@@ -31,7 +33,7 @@ class TokenIndices:
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
         self._streams = adapter_for(model).streams(model)
-        self._batch = batch
+        self._batch, _ = adapter_for(model).in_order(batch)  # as the model is given it
         self._found: dict[str, Tensor | None] = {}
 
     def __call__(self, name: str) -> Tensor | None:

@@ -28,6 +28,7 @@ class OrderedPass(Phase):
         return {}
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         self.automatic_optimization = False
         self.trainer.fit_loop.max_epochs = 1
 

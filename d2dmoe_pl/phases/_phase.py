@@ -17,7 +17,7 @@ from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
-from d2dmoe_pl.phases._exact_types import KeepsExactBuffers
+from d2dmoe_pl.phases._exact_types import ExactTypes
 from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
 from d2dmoe_pl.phases._model_checks import check_fits, check_head
@@ -27,7 +27,7 @@ from d2dmoe_pl.phases._sharding import shard_, shares_model
 COURSE = "phase"  # key in checkpoints
 
 
-class Phase(KeepsExactBuffers):
+class Phase(ExactTypes):
     """One step from a dense model to a dynamic-k one: takes a model, changes it, leaves an artifact.
 
     The course of a phase, in which subclasses define what they need of 1, 2, 4, 5 and 6:

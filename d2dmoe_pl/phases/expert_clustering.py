@@ -96,10 +96,11 @@ class ExpertClustering(OrderedPass):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         counted: dict[Hashable, tuple[CountedTokens, Tensor]] = {}
         adapter, size = adapter_for(self.model), len(batch["labels"])
+        seen, _ = adapter.in_order(batch)  # as the model is given it
         is_sparse = {ffn.name: ffn.is_sparse for ffn in self._ffns}
 
         def watch(name: str, pre: Tensor, post: Tensor) -> None:
-            mask = adapter.padding_mask(self.model, name, batch)
+            mask = adapter.padding_mask(self.model, name, seen)
             positions = torch.Size((size, post.shape[:-1].numel() // size))  # (B, L)
             if (id(mask), positions) not in counted:
                 counted[id(mask), positions] = self._counted(mask, positions)

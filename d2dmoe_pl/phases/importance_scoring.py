@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import adapter_for, stream_of
+from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moebert.importance import Importance, check_scorable
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
@@ -45,11 +45,12 @@ class ImportanceScoring(OrderedPass):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         size = len(batch["labels"])
         samples = self.sample_numbers(size) < self.num_training_samples
-        streams, weight = adapter_for(self.model).streams(self.model), self.task.weight(batch)
+        adapter, weight = adapter_for(self.model), self.task.weight(batch)
+        seen, _ = adapter.in_order(batch)  # as the model is given it
         if weight > 0:  # the loss is a mean over what is predicted
             self.importance.add(
                 lambda: self.task_loss(self.logits(batch), batch) * weight,
-                lambda name: batch.get(stream_of(streams, name)[1]),
+                lambda name: adapter.padding_mask(self.model, name, seen),
                 samples.to(self.device),
             )
         self.advance(size)

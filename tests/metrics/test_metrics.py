@@ -31,6 +31,7 @@ def test_load_adds_up(tokens, experts, seed):
 def test_sparsity_by_hand():
     activation = torch.tensor([[0.0, 1.0, 0.05, 0.005], [10.0, 0.0, 0.0, 0.5]])
     assert sparsity_counts(activation).tolist() == [3, 6, 4, 3]
+    assert sparsity_counts(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist() == [3, 3, 3, 3]  # a token with nothing too
     metric = ActivationSparsity(["a", "b"])
     metric.update("a", activation[:1])
     metric.update("a", activation[1:])

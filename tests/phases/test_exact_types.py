@@ -3,10 +3,13 @@
 import pytest
 import tiny
 import torch
+from torchmetrics import Metric
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
-from d2dmoe_pl.phases import FineTuning, RecoveryTuning
+from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data.task import Regression
+from d2dmoe_pl.phases import FineTuning, ImportanceScoring, MoEBERTDistillation, RecoveryTuning
 
 KIND = "llama-causal-language-modeling"
 
@@ -56,3 +59,70 @@ def test_other_models_are_cast_as_they_are(tmp_path):
     assert {parameter.dtype for parameter in load_model(tmp_path / "artifact", dtype="bfloat16").parameters()} == {
         torch.bfloat16
     }
+
+
+class Years(tiny.TextData):
+    """Texts with a year each, which bfloat16 has but every eighth of."""
+
+    head = "regression"
+
+    def load(self):
+        splits, _ = super().load()
+        for split in splits.values():
+            for index, sample in enumerate(split):
+                sample["labels"] = 1900.25 + index
+        return splits, Regression("similarity")
+
+
+def test_labels_and_sums_of_metrics(trainer, tmp_path):
+    save_artifact(tiny.dense("bert-regression"), tmp_path / "before", [PhaseRecord("FineTuning")])
+    phase, data = FineTuning(init_from=str(tmp_path / "before")), Years(1)
+    seen, losses, task_loss, logits = [], [], phase.task_loss, phase.logits
+
+    def told(given, batch):
+        seen.append(batch["labels"].item())
+        return task_loss(given, batch)
+
+    def answered(batch):
+        given = logits(batch)
+        if not phase.trainer.training:
+            losses.append((given.double().squeeze() - batch["labels"].double().squeeze()).square().item())
+        return given
+
+    phase.task_loss, phase.logits = told, answered
+    settings = {"limit_train_batches": 1.0, "limit_val_batches": 0, "precision": "bf16-true"}
+    trainer(**settings).fit(phase, datamodule=data)
+    assert sorted(seen) == [1900.25 + index for index in range(32)]
+    (scores,) = trainer(**settings).test(phase, datamodule=data, verbose=False)
+    assert scores["test/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    states = [value for metric in phase.metrics.modules() if isinstance(metric, Metric) for value in sums(metric)]
+    assert states
+    assert {value.dtype for value in states} <= {torch.float32, torch.float64}
+
+
+def sums(metric):
+    """The states of a metric that are not whole numbers."""
+    values = (getattr(metric, name) for name in metric._defaults)
+    return [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+def test_sums_of_metrics_that_are_made_within_a_step(trainer, tmp_path):
+    """As calibration makes them, where trainers have changed torch's default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        metrics = Regression("similarity").metrics()
+    finally:
+        torch.set_default_dtype(before)
+    states = [value for metric in metrics.modules() if isinstance(metric, Metric) for value in sums(metric)]
+    assert {value.dtype for value in states} == {torch.float32, torch.float64}
+
+
+def test_routing_of_sentences(trainer, tmp_path):
+    save_artifact(tiny.dense("bert"), tmp_path / "before", [PhaseRecord("FineTuning")])
+    scoring = ImportanceScoring(init_from=str(tmp_path / "before"))
+    trainer(callbacks=[SaveArtifact()]).fit(scoring, datamodule=tiny.TextData(8))
+    importance = str(tmp_path / "run" / "artifact")
+    phase = MoEBERTDistillation(2, expert_dim=12, num_shared=6, routing="gate_sentence", init_from=importance)
+    trainer(precision="bf16-true").fit(phase, datamodule=tiny.TextData(8))
+    assert all(parameter.isfinite().all() for parameter in phase.model.parameters())

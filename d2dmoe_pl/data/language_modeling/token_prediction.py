@@ -17,7 +17,8 @@ class TokenPrediction(Task):
     """A token of a vocabulary of ``V`` a position: logits ``(B, L, V)``, ``labels`` ``(B, L)``; cross-entropy.
 
     A label is what the logits at its own position are to tell, the next token or a masked one, or ``NOT_PREDICTED``.
-    Every mean is over the tokens that are predicted. A model may have more outputs than there are tokens.
+    Every mean is over the tokens that are predicted, and 0 where none is. A model may have more outputs
+    than there are tokens.
 
     Args:
         head: The head that a model needs.
@@ -33,12 +34,14 @@ class TokenPrediction(Task):
         self.label_names = list(tokens)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        # (B, L, V) -> (B * L, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=NOT_PREDICTED)
+        logits, labels = logits.flatten(0, 1).float(), batch["labels"].flatten()  # (B * L, V), (B * L,)
+        total = F.cross_entropy(logits, labels, ignore_index=NOT_PREDICTED, reduction="sum")
+        return total / (labels != NOT_PREDICTED).sum().clamp(min=1)
 
     def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
         predicted = batch["labels"] != NOT_PREDICTED
-        return symmetric_kl(student_logits[predicted], teacher_logits[predicted]).mean()  # of (N, V) each
+        divergences = symmetric_kl(student_logits[predicted], teacher_logits[predicted])  # (N, V) each to (N,)
+        return divergences.sum() / max(1, len(divergences))
 
     def weight(self, batch: Batch) -> int:
         """Tokens that are predicted."""

@@ -117,9 +117,9 @@ class SQuADScore(Metric):
             results = _means("", answered)
         else:
             margins = torch.tensor([answer.null_margin for answer in answers.values()])
-            unanswered = _scores([""] * len(texts), references)
-            scores = torch.where((margins > self.null_threshold).unsqueeze(1), unanswered, answered)
             has_answer = torch.tensor([len(allowed) > 0 for allowed in references])
+            unanswered = (~has_answer).float().unsqueeze(1).expand_as(answered)  # whatever an answer is normalised to
+            scores = torch.where((margins > self.null_threshold).unsqueeze(1), unanswered, answered)
             results = _means("", scores)
             if has_answer.any():
                 results |= _means("has_answer_", scores[has_answer])

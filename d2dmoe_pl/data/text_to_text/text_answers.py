@@ -1,6 +1,7 @@
 """The task of answering a text with a text."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 
 # of texts that the model writes itself, token after token; with what torchmetrics calls them
-OF_WRITTEN: dict[str, Callable[[], Metric]] = {"chrf": CHRFScore, "bleu": SacreBLEUScore}
+OF_WRITTEN: dict[str, Callable[[], Metric]] = {"chrf": partial(CHRFScore, n_word_order=0), "bleu": SacreBLEUScore}
 METRICS = ("exact_match", *OF_WRITTEN)
 
 

@@ -38,7 +38,8 @@ def sentence_means(tokens: Tensor, sentence: Tensor) -> Tensor:
         ``(S, d)``.
     """
     lengths = torch.bincount(sentence)  # (S,)
-    sums = torch.zeros(len(lengths), tokens.shape[1], device=tokens.device).index_add(0, sentence, tokens.float())
+    wide = tokens.float()
+    sums = wide.new_zeros(len(lengths), tokens.shape[1]).index_add(0, sentence, wide)
     return (sums / lengths.unsqueeze(1)).to(tokens.dtype)
 
 

@@ -127,6 +127,13 @@ class TestTask:
         values = {name: float(value) for name, value in metrics.compute().items()}
         assert values == pytest.approx({"loss": mean, "perplexity": math.exp(mean)}, rel=1e-5)
 
+    def test_a_batch_in_which_nothing_is_to_be_told(self):
+        logits, batch = torch.randn(2, 3, 5, requires_grad=True), {"labels": torch.full((2, 3), -100)}
+        losses = self.task.loss(logits, batch), self.task.prediction_loss(logits, torch.randn(2, 3, 5), batch)
+        assert losses == (0, 0)
+        sum(losses).backward()
+        assert logits.grad.eq(0).all()
+
     def test_losses_and_predictions(self):
         logits, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
         labels = torch.tensor([[1, -100, 2], [-100, -100, 0]])

@@ -8,7 +8,7 @@ from squad_files import CONTEXT, WORDS, no_answer
 
 from d2dmoe_pl.data.squad.answer_spans import best_spans, merge_windows
 from d2dmoe_pl.data.squad.question_windows import OUTSIDE, answer_tokens, cut_questions, question_windows
-from d2dmoe_pl.data.squad.squad_score import against_all, best_threshold, exact_match, f1
+from d2dmoe_pl.data.squad.squad_score import SQuADScore, against_all, best_threshold, exact_match, f1
 
 
 class TestWindows:
@@ -120,6 +120,15 @@ class TestScores:
         assert against_all("red cat", ["red dog", "red cat sat down"]) == (0, pytest.approx(2 / 3))
         assert against_all("", []) == (1, 1)
         assert against_all("cat", []) == (0, 0)
+
+    def test_an_answer_that_is_normalised_to_nothing_is_no_missing_answer(self):
+        examples = [{"context": "the cat", "answers": {"text": ["the"]}}, {"context": "a dog", "answers": {"text": []}}]
+        score = SQuADScore(examples, answerless=True, null_threshold=0.0, max_answer_length=3)
+        offsets = torch.tensor([[OUTSIDE, (0, 3)], [OUTSIDE, (0, 1)]])
+        logits = torch.tensor([[[9.0, 0.0]] * 2] * 2)  # no answer is found to either
+        score.update(logits, {"offsets": offsets, "question": torch.arange(2)})
+        found = score.compute()
+        assert (found["has_answer_exact_match"], found["has_answer_f1"], found["no_answer_accuracy"]) == (0, 0, 1)
 
     @settings(max_examples=60, deadline=None)
     @given(count=st.integers(1, 12), seed=st.integers(0, 10**6))

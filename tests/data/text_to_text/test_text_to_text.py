@@ -10,6 +10,7 @@ from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.data import DatasetSource, TextAnswers, TextToText
+from d2dmoe_pl.data.text_to_text.text_answers import OF_WRITTEN
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.budgets.budget_path import budget_path
 from d2dmoe_pl.phases import BudgetCalibration, ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
@@ -89,6 +90,13 @@ def test_an_exact_match_is_what_greedy_decoding_writes(folder):
             matches += same
             assert float(metrics.compute()["chrf"]) > 0
     assert any(matches)
+
+
+def test_chrf_counts_characters_alone():
+    """It is chrF, not chrF++, of which words are a part: blanks elsewhere make no difference."""
+    metric = OF_WRITTEN["chrf"]()
+    metric.update(["abcd efgh"], [["abcde fgh"]])
+    assert float(metric.compute()) == pytest.approx(1.0)
 
 
 def test_through_the_phases_to_a_file(folder, trainer, tmp_path, caplog):
