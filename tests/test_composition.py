@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from d2dmoe_pl.artifact import load_model
-from d2dmoe_pl.moe.conversion import set_tau_
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_, set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 
 KINDS = ["bert", "llama-causal-language-modeling", "phi3-causal-language-modeling", "t5-text-to-text"]
@@ -27,6 +28,21 @@ def without_dropout_(model):
         elif isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
     return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_accelerate_keeps_elsewhere(kind, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny.dense(kind)
+    accelerate.cpu_offload(model)
+    with pytest.raises(ConfigError, match=r": accelerate keeps its weights elsewhere until they are needed; must be"):
+        convert_to_moe_(model, ExpertsConfig(8))
+    whole = accelerate.dispatch_model(tiny.dense(kind), {"": "cpu"})
+    inputs = {key: torch.ones_like(value) if "mask" in key else value for key, value in inputs_of(kind).items()}
+    with torch.no_grad():
+        before = whole(**inputs).logits
+        convert_to_moe_(whole, ExpertsConfig(8))
+        torch.testing.assert_close(whole(**inputs).logits, before)
 
 
 class TestPEFT:

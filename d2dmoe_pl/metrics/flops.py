@@ -3,6 +3,7 @@
 The published figures of D2DMoE and MoEfication count a multiply-add as 1. Only matrix products count; padding does not.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.borrowed_tensors import Borrowing, own_tensors
+from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
-from d2dmoe_pl.sharded_tensors import without_gathering
+from d2dmoe_pl.sharded_tensors import is_sharded, without_gathering
 
 
 def pair_flops(experts: ExpertSizes) -> int:
@@ -74,12 +76,48 @@ def layer_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> li
 def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     """FLOPs of one call of a converted model, its layers with experts left out: embeddings, attention, head.
 
-    Counted on the meta device by ``torch.utils.flop_counter``: shapes alone, no arithmetic.
+    Counted by ``torch.utils.flop_counter``, of shapes alone, without arithmetic; of a model that looks at values as it
+    runs, of a real call.
 
     Args:
         model: A model with experts.
         inputs: A batch on the meta device, as :func:`sample_inputs` makes it.
+
+    Raises:
+        ConfigError: If the model looks at values, and its parameters are parted among processes.
     """
+    try:
+        return _flops_of_shapes(model, inputs)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    check(
+        not is_sharded(model),
+        f"{type(model).__name__}: its FLOPs cannot be counted from shapes ({reason}), and parts of it cannot be called "
+        "alone; must be whole on each process, as with strategy=ddp",
+    )
+    return _flops_of_a_call(model, inputs)
+
+
+def _flops_of_a_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = copy.deepcopy(model).to_empty(device="cpu")
+        for tensor in own_tensors(model).values():
+            tensor.detach().zero_()
+    adapter, device = adapter_for(model), next(model.parameters()).device
+    noise = {}
+    for key, value in inputs.items():  # which may be of different lengths
+        made = adapter.random_inputs(model, 1, value.shape[1] if value.dim() > 1 else 1)
+        noise[key] = made.get(key, torch.zeros(value.shape, dtype=value.dtype)).to(device)
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the CPU's fused kernel is not counted
+    was_training = model.training
+    model.eval()
+    with math, skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
+        adapter.logits(model, noise)
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+def _flops_of_shapes(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     # fake, since models look into meta tensors, and do not look into what they take for tracing
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = {

@@ -7,9 +7,12 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.callbacks.sweep_settings import SweepSetting
 from d2dmoe_pl.callbacks.sweep_table import sweep_row
 from d2dmoe_pl.data import Classification
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.metrics import flops
 from d2dmoe_pl.metrics.expert_load import experts_histogram
 from d2dmoe_pl.metrics.flops import (
     dense_ffn_flops,
@@ -42,6 +45,7 @@ def test_formulas_by_hand():
         *("bert", "roberta-question-answering", "distilbert-masked-language-modeling", "gpt2", "llama"),
         *("gpt2-causal-language-modeling", "gemma-causal-language-modeling", "gemma-regression"),
         *("vit", "deit-distilled", "timm_vit"),
+        *("t5", "t5-regression", "bart", "t5-text-to-text"),  # the heads of which look for the end of a text
     ],
 )
 def test_flops_outside_ffns_equal_the_dense_models_less_its_ffns(kind):
@@ -52,12 +56,23 @@ def test_flops_outside_ffns_equal_the_dense_models_less_its_ffns(kind):
     convert_to_moe_(model, ExpertsConfig(8))
     one = sample_inputs(inputs, (("attention_mask", length),) if length else ())
     on_cpu = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in one.items()}
+    if length:
+        noise = adapter_for(dense).random_inputs(dense, 1, length)
+        on_cpu |= {key: noise[key] for key in on_cpu.keys() & noise.keys()}
     tokens = length or {"deit-distilled": 6}.get(kind, 5)  # 4 patches, the class token and one for distillation
     ffns = sum(tokens * dense_ffn_flops(layer.experts) for layer in moe_layers(model).values())
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the CPU's fused kernel is not counted
         whole = counted(lambda: tiny.logits(dense, on_cpu))
     assert flops_outside_ffns(model, one) == whole - ffns
     assert flops_outside_ffns(tiny.routed(kind), one) == whole - ffns  # routers are no part of it
+    assert flops_outside_ffns(model.to("meta"), one) == whole - ffns
+
+
+def test_of_a_model_that_looks_at_values_and_is_parted(monkeypatch):
+    monkeypatch.setattr(flops, "is_sharded", lambda model: True)
+    one = sample_inputs(tiny.batch("t5"), (("attention_mask", 5),))
+    with pytest.raises(ConfigError, match=r"^T5ForSequenceClassification: its FLOPs cannot be counted from shapes"):
+        flops_outside_ffns(tiny.routed("t5"), one)
 
 
 @pytest.mark.parametrize("kind", ["bert", "timm_vit", "gpt2", "llama-causal-language-modeling"])

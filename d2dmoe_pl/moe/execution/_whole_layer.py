@@ -26,6 +26,7 @@ def can_run_whole(
     experts: Experts, router: Router | None, gate: Gate | None, stand_in: StandIn | None, x: Tensor
 ) -> bool:
     """Whether :func:`run_whole` can run this call."""
+    inside: Any = experts._modules
     # asked at every call: past nn.Module's lookup, and what takes longest last
     return (
         gate is not None
@@ -35,7 +36,7 @@ def can_run_whole(
         and experts.backend in BACKENDS_TOO
         and experts.activation_kind is not None
         and x.dtype in TYPES
-        and not any(map(is_watched, (experts, router, gate, *experts._modules.values())))
+        and not any(map(is_watched, (experts, router, gate, inside["activation"], inside["hidden_dropout"])))
         and not torch.is_autocast_enabled("cpu")
         and (experts.is_quantized or x.dtype == own_tensors(experts, ("up_weight",))[0].dtype)
         and router.is_quantized == experts.is_quantized

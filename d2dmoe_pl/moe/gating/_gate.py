@@ -56,19 +56,20 @@ def register_gate(name: str, rule: GatingRule) -> None:
 
 def check_tau(tau: float, argument: str = "tau") -> float:
     """``tau`` as a plain number; ``ConfigError`` unless it is one and lies in [0, 1]."""
-    allowed = "must lie in [0, 1] (1 runs every expert, the dense layer)"
-    number = _plain(tau, float, f"{argument}={tau!r}: {allowed}")
-    check(0.0 <= number <= 1.0, f"{argument}={number}: {allowed}")
+    number = _plain(tau, float)
+    if number is None or not 0.0 <= number <= 1.0:
+        raise ConfigError(f"{argument}={tau}: must lie in [0, 1] (1 runs every expert, the dense layer)")
     return number
 
 
-def _plain(value: Any, convert: Callable[[Any], Number], message: str) -> Number:
-    """What NumPy and torch have numbers in, as a number of Python's, which files can hold."""
-    check(not isinstance(value, bool | str | bytes), message)
+def _plain(value: Any, convert: Callable[[Any], Number]) -> Number | None:
+    """What NumPy and torch have numbers in, as a number of Python's, which files can hold; None if it is no number."""
+    if isinstance(value, bool | str | bytes):
+        return None
     try:
         return convert(value)
-    except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last, of more than one number
-        raise ConfigError(message) from error
+    except (TypeError, ValueError, RuntimeError):  # torch raises the last, of more than one number
+        return None
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ class GateConfig:
         object.__setattr__(self, "tau", check_tau(self.tau))
         if self.k is not None:
             check(takes_k(rule), f"k={self.k}: allowed only with rule topk, not {self.rule}")
-            message = f"k={self.k}: must be at least 1, the number of experts that each token runs"
-            object.__setattr__(self, "k", _plain(self.k, operator.index, message))
-            check(self.k >= 1, message)
+            k = _plain(self.k, operator.index)
+            if k is None or k < 1:
+                raise ConfigError(f"k={self.k}: must be at least 1, the number of experts that each token runs")
+            object.__setattr__(self, "k", k)
 
 
 def takes_k(rule: GatingRule) -> bool:
