@@ -39,7 +39,7 @@ from d2dmoe_pl.recipe import PARTS, check_phase_name, phase_config, recipe_file
 from d2dmoe_pl.report.writing import HTML, write_report
 from d2dmoe_pl.run_folders import RUN, with_run
 from d2dmoe_pl.sharded_tensors import is_sharded
-from d2dmoe_pl.whole_files import clean_up, is_file_name
+from d2dmoe_pl.whole_files import clean_up, expanded, is_file_name
 
 
 def run_chain(config: Namespace) -> None:
@@ -62,6 +62,7 @@ def run_chain(config: Namespace) -> None:
     start_over = config.get("from")
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
     settings = _split_settings(config.get("set", []), names)
+    config.output_dir = expanded(config.output_dir)
     output_dir = Path(config.output_dir)
     check(0 <= config.seed < 2**32, f"seed={config.seed}: must lie in [0, 2**32)")
     _check_writable(output_dir)
@@ -84,8 +85,11 @@ def _run_what_is_left(
     output_dir: Path,
     start_over: str | None,
 ) -> None:
-    computed = [computed_config(opening) for opening in openings]
-    if redo_goes_on(output_dir, start_over):
+    computed = [
+        computed_config(opening, after, output_dir)
+        for opening, after in zip(openings, (None, *names[:-1]), strict=True)
+    ]
+    if redo_goes_on(output_dir, names, computed, start_over):
         say(f"What was begun to be redone from {start_over} on goes on.")
         start_over = None
     plan = plan_of(output_dir, names, computed, start_over)
@@ -194,13 +198,17 @@ def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str |
 def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], index: int) -> list[str]:
     """The arguments of one phase, as ``fit`` takes them."""
     names = list(config.phases)
-    logger = {
+    settings_of_phase = phase_config(config.as_dict(), names[index])
+    own: Any = {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
         "init_args": {"save_dir": config.output_dir, "name": names[index], "version": ""},
     }
+    asked = settings_of_phase.get("trainer", {}).get("logger")
+    more = [] if asked in (None, True, False) else asked if isinstance(asked, list) else [asked]
+    logger = False if asked is False else [own, *more] if more else own
     previous = Path(config.output_dir) / names[index - 1] / FOLDER
     return [
-        *["--config", json.dumps(phase_config(config.as_dict(), names[index]))],
+        *["--config", json.dumps(settings_of_phase)],
         f"--seed_everything={config.seed}",
         f"--trainer.default_root_dir={Path(config.output_dir) / names[index]}",
         f"--trainer.logger={json.dumps(logger)}",

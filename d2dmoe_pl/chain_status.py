@@ -13,10 +13,12 @@ from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.checkpoints import checkpoints_of, remove_checkpoints, why_unreadable
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.given_files import contents
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.whole_files import discard, replaced_file
 
 STATUS = "phase.json"
+START, AFTER = "model.init_args.init_from", "the phase before it"  # keys of a config
 REDO = ".redo.json"  # in the output folder: from which phase on a chain that is not finished was asked to be redone
 MOST_CHANGES, LONGEST_VALUE = 5, 60  # of what is said of a config that has changed
 # settings of where and how a phase runs rather than of what it computes
@@ -41,12 +43,20 @@ class Todo(Enum):
     RUN = "starts"
 
 
-def computed_config(opening: PhaseCLI) -> dict[str, Any]:
-    """The part of a phase's config that decides what it computes, flat, as JSON keeps it."""
-    config = json.loads(opening.parser.dump(opening.config, format="json"))
+def computed_config(opening: PhaseCLI, after: str | None, output_dir: Path) -> dict[str, Any]:
+    """What decides what a phase computes, flat, as JSON keeps it: a part of its config, and what is in its files.
+
+    Args:
+        opening: Of the phase.
+        after: The phase that it goes on from; None for the first.
+        output_dir: Of the chain.
+    """
+    config = json.loads(opening.parser.dump(opening.config, format="json", skip_unset=False))
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in INCIDENTAL}
-    config["model"]["init_args"].pop("init_from", None)
-    return _flat(config)
+    if after is not None:
+        config["model"]["init_args"].pop("init_from", None)
+    flat = _flat(config)
+    return {**flat, AFTER: after, **contents(flat, output_dir)}
 
 
 def data_of(computed: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,8 +108,10 @@ def plan_of(output_dir: Path, names: Sequence[str], computed: Sequence[dict], st
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs, in a few lines' length; a setting that is new since, and says nothing, is no difference."""
+    if AFTER not in before:  # of an earlier version, which noted less
+        now = {key: now[key] for key in now if not (key in (AFTER, START) or key.startswith("content of "))}
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    keys = [key for key in keys if key in before or now[key] not in (None, False, "", [])]
+    keys = [key for key in keys if key in before or not (now[key] is False or now[key] in ("", []))]
     told = [f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys[:MOST_CHANGES]]
     more = len(keys) - len(told)
     return "; ".join([*told, *([f"and {more} more"] if more else [])])
@@ -107,7 +119,10 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
+    if len(text) <= LONGEST_VALUE:
+        return text
+    begin = LONGEST_VALUE // 3
+    return f"{text[:begin]}…{text[begin + 1 - LONGEST_VALUE :]}"  # paths differ at the end
 
 
 def _read_status(folder: Path) -> dict[str, Any] | None:
@@ -122,12 +137,24 @@ def _read_status(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def redo_goes_on(output_dir: Path, start_over: str | None) -> bool:
-    """Whether the phases from ``start_over`` on were begun to be redone before, and are not finished since."""
+def redo_goes_on(output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None) -> bool:
+    """Whether the phases from ``start_over`` on were begun to be redone before, as they are now, and are not finished.
+
+    Args:
+        output_dir: Of the chain.
+        names: Of its phases.
+        computed: The :func:`computed_config` of each.
+        start_over: The phase to redo from; None for none.
+    """
     try:
-        return start_over is not None and bool(json.loads((output_dir / REDO).read_text())["from"] == start_over)
+        begun = start_over is not None and bool(json.loads((output_dir / REDO).read_text())["from"] == start_over)
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        begun = False
+    statuses = {name: _read_status(output_dir / name) for name in names} if begun else {}
+    return begun and not any(
+        status is not None and status["finished"] and _changes(status["config"], config)
+        for status, config in zip(statuses.values(), computed, strict=True)
+    )
 
 
 @rank_zero_only

@@ -57,6 +57,7 @@ def compress_parser() -> ArgumentParser:
     )
     parser.add_argument("--batch_size", type=int, default=32, help="Of training, and of the times that are measured.")
     parser.add_argument("--seed", type=int, default=0, help="Of every phase.")
+    parser.add_argument("--from", type=str | None, default=None, help="Redo from this phase of the recipe on.")
     parser.add_argument(
         "--print_config",
         type=str | None,

@@ -1,5 +1,6 @@
 """The folder of a run in the place of its config: what evaluates the phase that left it, and where that is written."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from d2dmoe_pl.artifact import CONFIG as ARTIFACT_CONFIG
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.notices import notice
 
 RUN = "--run"
 CONFIG = "config.yaml"
@@ -41,7 +43,7 @@ def with_run(arguments: Sequence[str]) -> list[str]:
         config = yaml.safe_load((folder / CONFIG).read_text())
         # not every phase can begin from a source
         no_source = ["--model.init_args.source=null"] if "source" in config["model"]["init_args"] else []
-        found += ["--config", str(folder / CONFIG), *no_source, start]
+        found += ["--config", str(folder / CONFIG), *_in_place(config, folder), *no_source, start]
     return found
 
 
@@ -60,20 +62,35 @@ def finished_run(folder: str) -> Path:
     if runs[0] == Path(folder):
         return runs[0]
     valid = [run for run in runs if _is_valid(run)] or runs
-    return max(valid, key=lambda run: len(read_artifact(run / FOLDER).history))
+    last = max(valid, key=lambda run: len(read_artifact(run / FOLDER).history))
+    notice(f"{last} is evaluated, the last phase of {folder} that is finished.")
+    return last
 
 
 def _is_valid(run: Path) -> bool:
-    """Whether a run's artifact is younger than all that it came of; a chain that is redone leaves older ones behind."""
+    """Whether a run's artifact came of those that lie beside it; a chain that is redone leaves older ones behind."""
     config = yaml.safe_load((run / CONFIG).read_text())
     before = config["model"]["init_args"].get("init_from")
     if before is None:
         return True
-    files = [Path(before) / ARTIFACT_CONFIG, run / FOLDER / ARTIFACT_CONFIG]
-    if not files[0].is_file() or files[0].stat().st_mtime_ns > files[1].stat().st_mtime_ns:
-        return False
-    earlier = Path(before).parent
-    return _is_valid(earlier) if (earlier / CONFIG).is_file() else True
+    earlier = run.parent / Path(before).parent.name  # wherever the chain was when it ran
+    if not (earlier / FOLDER / ARTIFACT_CONFIG).is_file():
+        return Path(before, ARTIFACT_CONFIG).is_file() and Path(before).parent.parent.resolve() != run.parent.resolve()
+    history, told = (read_artifact(each / FOLDER).history for each in (run, earlier))
+    return history[: len(told)] == told and _is_valid(earlier)
+
+
+def _in_place(config: Any, folder: Path) -> list[str]:
+    """The arguments that have a run write below the folder where it is now, which may not be where it was made."""
+    trainer = config.get("trainer") or {}
+    found = [] if trainer.get("default_root_dir") is None else [f"--trainer.default_root_dir={folder}"]
+    loggers = trainer.get("logger")
+    first = next(iter(loggers), None) if isinstance(loggers, list) else loggers
+    if isinstance(first, dict) and {"save_dir", "name"} <= (first.get("init_args") or {}).keys():
+        here = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
+        own = {**first, "init_args": {**first["init_args"], **here}}
+        found.append(f"--trainer.logger={json.dumps(own)}")
+    return found
 
 
 def logger_beside(logger: Any) -> Any:

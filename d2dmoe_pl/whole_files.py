@@ -20,6 +20,17 @@ def is_file_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[^\\/:\0]+", name) is not None and name.strip(". ") != ""
 
 
+def expanded(path: str) -> str:
+    """``path`` with ``~`` and variables as shells replace them, which Lightning does with the folders of loggers.
+
+    Example:
+        >>> from d2dmoe_pl.whole_files import expanded
+        >>> expanded("~/runs").endswith("~/runs"), expanded("runs")
+        (False, 'runs')
+    """
+    return os.path.expandvars(os.path.expanduser(path))
+
+
 @contextmanager
 def replaced_file(file: Path) -> Iterator[Path]:
     """Give the body a path beside ``file`` to write; once it is done, that takes the place of ``file``.

@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import forked_commands
 import pytest
+import yaml
 from recipe import PHASES, arguments, write_recipe
 
 from d2dmoe_pl import chain as chains
@@ -238,6 +240,26 @@ def test_print_config_gives_a_whole_recipe_that_can_be_run(finished, tmp_path, c
     said = capsys.readouterr().err
     assert "Nothing to do." in said
     assert "config has changed" not in said
+
+
+def test_a_home_folder_and_other_loggers_beside_its_own(tmp_path, monkeypatch):
+    """Lightning says of paths what shells say; what a recipe logs with is no other place for artifacts."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RUNS", "some")
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "recipe.yaml"
+    write_recipe(recipe, epochs=1)
+    content = yaml.safe_load(recipe.read_text())
+    own = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "csv", "name": "own"}}
+    content["shared"]["trainer"]["logger"] = own
+    content["phases"] = {name: content["phases"][name] for name in PHASES[:2]}
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    main(arguments(str(recipe), Path("~/$RUNS")))
+    folder = tmp_path / "home" / "some"
+    assert read_artifact(folder / "sparsity_enforcement" / "artifact").stage == "dense"
+    assert list((folder / "fine_tuning").glob("events.*"))
+    assert list((tmp_path / "csv" / "own").rglob("metrics.csv"))
+    assert not (tmp_path / "~").exists()
 
 
 def test_environment_is_left_alone(finished):

@@ -1,9 +1,18 @@
 """What a chain refuses ends in one line, before anything is written."""
 
-import pytest
-import yaml
-from recipe import PHASES, arguments, write_recipe
+import json
+import shutil
 
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from digits_models import DIGIT_LABELS, digits_source
+from recipe import PHASES, arguments, write_recipe
+from stand_ins import ANIMALS, COLOURS, phrase
+
+from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.cli import main
 
 
@@ -65,6 +74,104 @@ def test_no_phases(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["chain", "--output_dir", str(tmp_path / "run"), "--phases", "{}"])
     assert capsys.readouterr().err == "error: phases={}: must be at least one\n"
+
+
+class TestFinishedChain:
+    """What a chain that is finished is not taken for."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def finished(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("finished")
+        recipe = write_recipe(folder / "recipe.yaml", epochs=1)
+        main(arguments(recipe, folder / "run"))
+        return folder
+
+    @staticmethod
+    def refused(finished, tmp_path, capsys, change, *more):
+        """What is said to a recipe that has been changed."""
+        content = yaml.safe_load((finished / "recipe.yaml").read_text())
+        change(content)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(str(tmp_path / "recipe.yaml"), finished / "run", *more))
+        assert exit_info.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    def test_a_phase_less(self, finished, tmp_path, capsys):
+        said = self.refused(finished, tmp_path, capsys, lambda recipe: recipe["phases"].pop("sparsity_enforcement"))
+        assert said.startswith("error: expert_clustering: its config has changed since it was finished; --from")
+        assert said.endswith("the phase before it: sparsity_enforcement -> fine_tuning")
+
+    @pytest.mark.parametrize(
+        ("setting", "told"),
+        [
+            ("fine_tuning.trainer.limit_val_batches=0", "trainer.limit_val_batches: None -> 0"),
+            (
+                "fine_tuning.model.init_args.source.init_args.drop_path_rate=0.0",
+                "model.init_args.source.init_args.drop_path_rate: None -> 0.0",
+            ),
+        ],
+    )
+    def test_nothing_where_nothing_was_said(self, finished, tmp_path, capsys, setting, told):
+        said = self.refused(finished, tmp_path, capsys, lambda recipe: None, "--set", setting)
+        assert said.endswith(told)
+
+    def test_a_status_of_an_earlier_version_still_counts(self, finished, tmp_path, capsys):
+        output = shutil.copytree(finished / "run", tmp_path / "run")
+        for file in output.glob("*/phase.json"):
+            status = json.loads(file.read_text())
+            kept = {key: value for key, value in status["config"].items() if value is not None}
+            kept.pop("the phase before it", None)
+            file.write_text(json.dumps({**status, "config": kept}))
+        main(arguments(str(finished / "recipe.yaml"), output))
+        assert "Nothing to do." in capsys.readouterr().err
+
+    def test_another_start_or_what_is_in_it(self, finished, tmp_path, capsys):
+        start = [tmp_path / "a", tmp_path / "b"]
+        for seed, folder in enumerate(start):
+            torch.manual_seed(seed)
+            save_artifact(digits_source().build(DIGIT_LABELS), folder, [PhaseRecord("FineTuning")])
+        model = {"class_path": "ImportanceScoring", "init_args": {"init_from": str(start[0])}}
+        shared = yaml.safe_load((finished / "recipe.yaml").read_text())["shared"]
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"shared": shared, "phases": {"importance": {"model": model}}}))
+        main(arguments(str(recipe), tmp_path / "run"))
+        capsys.readouterr()
+        other = f"importance.model.init_args.init_from={start[1]}"
+        for more, told in ((["--set", other], "/a -> "), ([], f"content of {start[0]}: ")):
+            with pytest.raises(SystemExit):
+                main(arguments(str(recipe), tmp_path / "run", *more))
+            assert told in capsys.readouterr().err
+            shutil.rmtree(start[0])
+            shutil.copytree(start[1], start[0])
+
+    def test_other_data_in_the_place_of_what_there_was(self, tmp_path, capsys):
+        words = [f"{phrase(i, 4)},{ANIMALS[i % 2]}" for i in range(40)]
+        (tmp_path / "all.csv").write_text("\n".join(["text,label", *words]))
+        tokenizer = tiny.tokenizer(tmp_path / "tok", [*COLOURS, *ANIMALS], ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+        transformers.BertForSequenceClassification(tiny.bert_config(num_labels=2)).save_pretrained(tmp_path / "model")
+        source = {"class_path": "HuggingFaceModel", "init_args": {"task": "text-classification"}}
+        source["init_args"]["name"] = str(tmp_path / "model")
+        file = str(tmp_path / "all.csv")
+        data = {"source": {"train": file, "validation": None, "test": None}, "tokenizer": tokenizer, "batch_size": 8}
+        content = {
+            "shared": {
+                "data": {"class_path": "TextClassification", "init_args": data},
+                "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_progress_bar": False},
+            },
+            "phases": {"fine_tuning": {"model": {"class_path": "FineTuning", "init_args": {"source": source}}}},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        run = arguments(str(tmp_path / "recipe.yaml"), tmp_path / "run")
+        main(run)
+        main(run)
+        assert "Nothing to do." in capsys.readouterr().err
+        (tmp_path / "all.csv").write_text("\n".join(["text,label", *words, *words[:9]]))
+        with pytest.raises(SystemExit):
+            main(run)
+        assert f"content of {file}: " in capsys.readouterr().err
 
 
 class TestTooLittleDataForALaterPhase:

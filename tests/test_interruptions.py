@@ -15,7 +15,7 @@ import torch
 from recipe import PHASES, arguments, write_recipe
 
 from d2dmoe_pl import chain_status, whole_files
-from d2dmoe_pl.artifact import load_model, save_artifact
+from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.errors import NonFiniteWeightsError
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -99,6 +99,17 @@ def test_left_aside_files_go_and_folders_come_back(tmp_path):
     (tmp_path / "artifact").mkdir()
     whole_files.clean_up(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["artifact", "gone"]
+
+
+def test_from_with_other_settings_begins_anew(whole, tmp_path, monkeypatch, capsys):
+    recipe, _, _ = whole
+    output, more = tmp_path / "run", ["--from", "expert_clustering"]
+    main(arguments(recipe, output))
+    broken_off(monkeypatch, recipe, output, RouterRegression, 8, more)
+    main(arguments(recipe, output, *more, "--set", "expert_clustering.model.init_args.num_experts=4"))
+    assert "goes on" not in capsys.readouterr().err.partition("Phase 3")[0].rpartition("Interrupted")[2]
+    layers = read_artifact(output / "router_regression" / "artifact").layers
+    assert {layer["num_experts"] for layer in layers.values()} == {4}
 
 
 def test_from_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, capsys):

@@ -23,6 +23,7 @@ FLOW = [
         "errors",
         "finite_weights",
         "free_memory",
+        "given_files",
         "hooks",
         "hub_folders",
         "notices",

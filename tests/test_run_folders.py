@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -64,6 +65,32 @@ def test_what_a_chain_that_is_redone_has_left_behind_is_none(chain, tmp_path):
     assert finished_run(str(copy)) == copy / "router_regression"
     shutil.rmtree(copy / "sparsity_enforcement" / "artifact")  # redone from there, and interrupted
     assert finished_run(str(copy)) == copy / "fine_tuning"
+
+
+def test_a_chain_that_has_been_moved_and_copied(chain, tmp_path, monkeypatch, caplog):
+    """From another working folder, with other times, and without what was where it was made."""
+    made = tmp_path / "made"
+    made.mkdir()
+    monkeypatch.chdir(made)
+    shutil.copytree(chain, "run")
+    for config in Path("run").glob("*/config.yaml"):
+        config.write_text(config.read_text().replace(str(chain), "run"))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for phase in sorted(Path("run").iterdir()):  # the last of a chain need not be the youngest
+        if phase.is_dir():
+            shutil.copytree(phase, moved / phase.name, copy_function=shutil.copyfile)
+    shutil.rmtree("run")
+    monkeypatch.chdir(tmp_path)
+    assert finished_run(str(moved)) == moved / "router_regression"
+    before = contents(moved)
+    caplog.set_level("INFO")
+    main(["test", "--run", str(moved), "--trainer.enable_progress_bar=false"])
+    assert f"{moved / 'router_regression'} is evaluated, the last phase of {moved} that is finished." in caplog.messages
+    assert contents(moved) == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["made", "moved"]
+    assert list(made.iterdir()) == []
+    assert list((moved / "router_regression" / "evaluations").rglob("tau_sweep.csv"))
 
 
 def test_no_run(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """``compress``: writes a recipe for a model and a wish, runs it, sets the model to the wish, and reports."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.recipe import phase_config, read_recipe
 from d2dmoe_pl.report.measured_speed import measured_times
 from d2dmoe_pl.report.writing import write_report
-from d2dmoe_pl.whole_files import replaced_file
+from d2dmoe_pl.whole_files import expanded, replaced_file
 
 RECIPE = "recipe.yaml"
 LAST = "budget_calibration"  # the phase that finds budgets
@@ -102,7 +103,7 @@ def compress(
         check(name in given, f"{name}={value!r}: no option of compress; see compress --help")
         given[name] = value
     if isinstance(model, nn.Module):
-        given.model = str(_kept(model, Path(output_dir) / START))
+        given.model = str(_kept(model, Path(expanded(str(output_dir))) / START))
     else:
         given.model = model
     made = run_compress(given)
@@ -129,9 +130,10 @@ def run_compress(given: Namespace) -> Compressed | None:
     if given.print_config is not None:
         print(yaml.safe_dump(recipe, sort_keys=False), end="")
         return None
-    folder = Path(given.output_dir)
-    _write_recipe(folder / RECIPE, recipe, f"effort {given.effort}; python main.py chain --config {folder / RECIPE}")
+    folder = Path(expanded(given.output_dir))
+    _write_recipe(folder / RECIPE, recipe, given.effort)
     arguments = ["--config", str(folder / RECIPE), "--output_dir", str(folder), "--seed", str(given.seed)]
+    arguments += [] if given["from"] is None else ["--from", given["from"]]
     run_chain(chain_parser().parse_args(arguments))
     return _set_and_measured(target, folder, given)
 
@@ -147,10 +149,16 @@ def _kept(model: nn.Module, folder: Path) -> Path:
     return folder
 
 
-def _write_recipe(file: Path, recipe: Mapping[str, Any], comment: str) -> None:
-    """Write a recipe; one that is there for the same model and data stays, as it may have been edited."""
+def _write_recipe(file: Path, recipe: Mapping[str, Any], effort: str) -> None:
+    """Write a recipe; one that is there for the same model, data and effort stays, as it may have been edited."""
     if file.is_file():
         there = read_recipe(file)
+        made_for = re.match(r"# effort (\w+);", file.read_text())
+        check(
+            made_for is None or made_for[1] == effort,
+            f"{file}: is there already, of effort={'' if made_for is None else made_for[1]}; must be another "
+            f"--output_dir for effort={effort}",
+        )
         check(
             _subject(there) == _subject(recipe),
             f"{file}: is there already, for another model or other data; must be another --output_dir",
@@ -160,7 +168,8 @@ def _write_recipe(file: Path, recipe: Mapping[str, Any], comment: str) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(file) as aside:
-        aside.write_text(f"# {comment}\n" + yaml.safe_dump(dict(recipe), sort_keys=False))
+        comment = f"# effort {effort}; python main.py chain --config {file}\n"
+        aside.write_text(comment + yaml.safe_dump(dict(recipe), sort_keys=False))
 
 
 def _subject(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -217,6 +226,7 @@ def _opened(folder: Path, artifact: Path) -> PhaseCLI:
             f"--trainer.default_root_dir={folder / 'evaluation'}",
             "--trainer.logger=false",
             f"--model.init_args.init_from={artifact}",
+            "--model.init_args.ffn_flops=null",  # as it was saved
         ],
         run=False,
     )

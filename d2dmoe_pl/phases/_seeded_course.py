@@ -14,6 +14,10 @@ class SeededCourse(L.Callback):
     have drawn. Every phase brings this callback along.
     """
 
+    def setup(self, trainer: Any, phase: Any, stage: str) -> None:
+        # with max_steps, Lightning counts epochs otherwise where it resumes, and samples and the last step are others
+        trainer.fit_loop._iteration_based_training = _never
+
     def on_train_epoch_start(self, trainer: Any, phase: Any) -> None:
         self._seed(trainer, phase, "epoch")
 
@@ -35,3 +39,7 @@ class SeededCourse(L.Callback):
     def _seed(self, trainer: Any, phase: Any, *parts: int | str) -> None:
         epoch = trainer.fit_loop.epoch_progress.current.processed
         seed_generators(folded(phase.data.seed, *parts, epoch, trainer.global_rank))
+
+
+def _never() -> bool:
+    return False

@@ -33,6 +33,7 @@ from d2dmoe_pl.moe.budgets.allocation import (
 from d2dmoe_pl.moe.budgets.budget_path import (
     BudgetPath,
     BudgetPoint,
+    budget_path,
     falling,
     path_from_json,
     set_budget_,
@@ -61,7 +62,7 @@ class BudgetCalibration(Calibration):
 
     Args:
         ffn_flops: The budget that the model is saved with, share of the dense FFNs' FLOPs; the least that it can do, if
-            that is more.
+            that is more. An evaluation goes to it as well; with None it leaves the model as it was saved.
         num_samples: Of the validation split, that allocation goes by; drawn at random, but the same every time.
         num_scored_samples: Of the validation split, that costs and scores of the points on the way are measured on.
         num_scored_points: How many of them are measured, more of them where the score changes fast; those between are
@@ -82,7 +83,7 @@ class BudgetCalibration(Calibration):
 
     def __init__(
         self,
-        ffn_flops: float = 0.25,
+        ffn_flops: float | None = 0.25,
         num_samples: int = 512,
         num_scored_samples: int = 2000,
         num_scored_points: int = 20,
@@ -91,7 +92,8 @@ class BudgetCalibration(Calibration):
         init_from: str | None = None,
     ) -> None:
         super().__init__(init_from)
-        check(ffn_flops > 0, f"ffn_flops={ffn_flops}: must be positive, a share of the dense FFNs' FLOPs")
+        positive = ffn_flops is None or ffn_flops > 0
+        check(positive, f"ffn_flops={ffn_flops}: must be positive, a share of the dense FFNs' FLOPs")
         check(0 < keep < 1, f"keep={keep}: must lie in (0, 1), the share of executed experts that a step keeps")
         check(num_samples > 0, f"num_samples={num_samples}: must be positive")
         check(num_scored_samples > 0, f"num_scored_samples={num_scored_samples}: must be positive")
@@ -108,6 +110,7 @@ class BudgetCalibration(Calibration):
 
     def transform_(self, model: nn.Module) -> None:
         super().transform_(model)
+        check(self.ffn_flops is not None, "ffn_flops=None: is for evaluations; must be a share to be fitted")
         gates = {name: layer.get_gate().config for name, layer in moe_layers(model).items()}
         rules = {gate.rule for gate in gates.values()}
         check(len(rules) == 1, f"gates: have the rules {', '.join(sorted(rules))}; must be one for all layers")
@@ -156,15 +159,27 @@ class BudgetCalibration(Calibration):
             path = [greedy[0], *lower_envelope([*greedy[1:], *uniform])]
         self._keep(self._scored(filled(path, shares), rule))
 
+    def prepare_evaluation_(self, model: nn.Module) -> None:
+        """Go to the budget that is asked for; where that is not the one the model was saved with, it is said."""
+        path = budget_path(model)
+        if path is None or self.ffn_flops is None:
+            return
+        saved = [layer.gate and layer.gate.config for layer in moe_layers(model).values()]
+        self._set_budget_(model, path)
+        if saved != [layer.gate and layer.gate.config for layer in moe_layers(model).values()]:
+            notice(f"Evaluated at ffn_flops={self.ffn_flops:g}, which is asked for, in the place of what was saved.")
+
     def _keep(self, path: BudgetPath) -> None:
         self._path = path
         set_budget_path_(self.model, path)
+        self._set_budget_(self.model, path)
+
+    def _set_budget_(self, model: nn.Module, path: BudgetPath) -> None:
+        assert self.ffn_flops is not None
         least = path.points[-1].ffn_flops
         if self.ffn_flops < least:
-            notice(
-                f"ffn_flops={self.ffn_flops:g} cannot be reached: {least:.4f} is the least of this model, and saved."
-            )
-        set_budget_(self.model, ffn_flops=max(self.ffn_flops, least))
+            notice(f"ffn_flops={self.ffn_flops:g} cannot be reached: {least:.4f} is the least here, and is taken.")
+        set_budget_(model, ffn_flops=max(self.ffn_flops, least))
 
     def _shares(self, batches: Sequence[Batch], rule: str) -> list[list[float]]:
         """What each layer runs at each of ``FINE_TAUS``, by the scores that its router gives with every expert on."""

@@ -141,7 +141,7 @@ def courses(phases: Sequence[PhaseFinding]) -> Figure | None:
     figure, axes = _figure(2.2 * rows, 2, rows)
     for axis, phase in zip(axes.flat, trained, strict=False):
         axis.plot(*zip(*phase.loss, strict=True), color=COLOURS[0], linewidth=1)
-        axis.set_title(phase.name, fontsize=9)
+        axis.set_title(phase.name, fontsize=9, parse_math=False)
         axis.set_ylabel("loss")
         axis.grid(alpha=0.3)
         if min(value for _, value in phase.loss) > 0:
@@ -183,7 +183,7 @@ def pictures(samples: Sequence[SampleCompute]) -> Figure:
         side = round(len(sample.shares) ** 0.5)
         grid = np.array(sample.shares).reshape(side, side)
         other.imshow(100 * grid, cmap="magma", vmin=0, vmax=100 * largest)
-        one.set_title(sample.said, fontsize=7, loc="left")
+        one.set_title(sample.said, fontsize=7, loc="left", parse_math=False)  # a label may have any signs
         other.set_title(f"{100 * grid.mean():.1f}% of experts", fontsize=7, loc="left")
     return figure
 

@@ -33,7 +33,8 @@ def headline(found: Findings) -> str:
     if found.promised is None or found.path is None:
         return f"{found.folder.name}: {len(found.phases)} phases"
     said = f"{100 * found.promised.ffn_flops:.1f}% of the FFNs' FLOPs, {100 * found.promised.flops:.0f}% of the model's"
-    return f"{said}: {_value(found.test, found.promised.score, found)} {words(found.metric)}"
+    where = "" if found.test is not None else " on validation samples"
+    return f"{said}: {_value(found.test, found.promised.score, found)} {words(found.metric)}{where}"
 
 
 def words(name: str) -> str:

@@ -91,6 +91,16 @@ def test_a_recipe_that_was_edited_is_run_as_it_is(calibrated, capfd):
         compress(other, "texts", output_dir="out", tokenizer="model", target="drop=9")
 
 
+def test_another_effort_is_another_recipe_and_phases_can_be_redone(calibrated, capfd):
+    with pytest.raises(
+        ConfigError, match=r"out/recipe.yaml: is there already, of effort=minutes; must be another --ou"
+    ):
+        compress("model", "texts", effort="hours", target="drop=100", output_dir="out")
+    given = ["--model", "model", "--data", "texts", "--output_dir", "out", "--target", "drop=100"]
+    main(["compress", *given, "--from", "budget_calibration"])
+    assert "budget_calibration: starts" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("change", [{"label_column": "other"}, {"text_columns": ["title"]}, {"name": "cola"}])
 def test_another_column_is_other_data(calibrated, change):
     edited = calibrated / "out" / "recipe.yaml"

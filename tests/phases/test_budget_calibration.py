@@ -240,6 +240,23 @@ def test_a_run_that_is_evaluated_keeps_them(trainer, routed):
     assert sweep.rows["validation"][0].ffn_flops_percent == pytest.approx(50, rel=0.03)
 
 
+@pytest.mark.parametrize("asked", [0.4, 0.001, None])
+def test_an_evaluation_goes_to_the_budget_that_is_asked_for(trainer, routed, asked, caplog):
+    fitted, path = calibrated(trainer, routed, ffn_flops=0.6)
+    caplog.set_level("INFO")
+    for budget, said in ((0.6, 0), (asked, 0 if asked is None else 1)):
+        phase = BudgetCalibration(ffn_flops=budget, init_from=path)
+        trainer().test(phase, datamodule=Digits(16), verbose=False)
+        assert sum("which is asked for, in the place" in message for message in caplog.messages) == said
+    least = budget_path(fitted.model).points[-1].ffn_flops
+    wanted = load_model(path)
+    set_budget_(wanted, ffn_flops=max(least, asked or 0.6))
+    taus = [[layer.gate.config.tau for layer in moe_layers(model).values()] for model in (wanted, phase.model)]
+    assert taus[0] == taus[1]
+    with pytest.raises(ConfigError, match="ffn_flops=None: is for evaluations"):
+        calibrated(trainer, routed, ffn_flops=None)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -51,17 +51,46 @@ class SaveAll(L.Callback):
 
 @pytest.fixture
 def fit(trainer, tmp_path):
-    def run(phase, folder, ckpt_path=None, workers=0, callbacks=()):
+    def run(phase, folder, ckpt_path=None, workers=0, callbacks=(), **changes):
         L.seed_everything(3, verbose=False)
         if ckpt_path is not None:
             torch.rand(7)  # what was drawn before is of no consequence
-        settings = {"max_epochs": 2, "limit_train_batches": BATCHES, "default_root_dir": folder, "logger": False}
+        settings = {
+            "max_epochs": 2,
+            "limit_train_batches": BATCHES,
+            "default_root_dir": folder,
+            "logger": False,
+        } | changes
         own = trainer(callbacks=[SaveArtifact(), *callbacks], **settings)
         own.fit(phase, datamodule=Digits(64, workers), ckpt_path=ckpt_path, weights_only=ckpt_path and True)
         files = sorted((folder / "artifact").glob("*.safetensors"))
         return [load_file(file) for file in files], (folder / "artifact" / "config.json").read_text()
 
     return run
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        {"max_steps": 7},
+        {"max_steps": 7, "max_epochs": -1},
+        {"max_steps": 20, "max_epochs": 3},
+        {"max_steps": 7, "check_val_every_n_epoch": 2},
+        {"max_steps": 7, "val_check_interval": 0.5},
+    ],
+    ids=str,
+)
+def test_a_training_that_steps_end(fit, tmp_path, ending):
+    def phase():
+        return FineTuning(source=digits_source(), activation="relu", decay="linear")
+
+    saved = tmp_path / "saved"
+    (tensors, *_), _ = fit(phase(), tmp_path / "whole", callbacks=[SaveAll(saved)], **ending)
+    checkpoints = sorted(saved.glob("*.ckpt"))
+    assert len(checkpoints) >= 7
+    for checkpoint in checkpoints:
+        (found, *_), _ = fit(phase(), tmp_path / f"from-{checkpoint.stem}", str(checkpoint), **ending)
+        assert all(torch.equal(found[name], value) for name, value in tensors.items()), checkpoint.name
 
 
 @pytest.mark.parametrize("kind", list(PHASES))

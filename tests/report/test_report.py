@@ -20,10 +20,10 @@ from d2dmoe_pl.cli import main
 from d2dmoe_pl.data import DatasetSource, TextClassification
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint
 from d2dmoe_pl.phases import BudgetCalibration
-from d2dmoe_pl.report.drawings import as_svg, layers, loads, shortened
+from d2dmoe_pl.report.drawings import as_svg, layers, loads, pictures, shortened
 from d2dmoe_pl.report.findings import Findings, PhaseFinding
 from d2dmoe_pl.report.page import as_markdown
-from d2dmoe_pl.report.single_samples import _patches, expert_loads, single_samples
+from d2dmoe_pl.report.single_samples import SampleCompute, _patches, expert_loads, single_samples
 
 pytestmark = pytest.mark.drawn
 
@@ -156,6 +156,12 @@ def test_words_of_texts_and_their_loads(trainer, tmp_path):
 def test_patches_come_last():
     assert _patches(torch.arange(5.0)).tolist() == [1, 2, 3, 4]
     assert len(_patches(torch.arange(18.0))) == 16
+
+
+@pytest.mark.parametrize("said", ["#$ & up (label: $x)", "1{ and $", "a\\x $1 $2"])
+def test_labels_may_have_signs_that_mean_something_to_who_draws(said):
+    sample = SampleCompute([], torch.rand(4, 4), [0.1, 0.2, 0.3, 0.4], said)
+    assert as_svg(pictures([sample])).startswith("<svg")
 
 
 def test_pictures_are_the_same_for_the_same_figures():

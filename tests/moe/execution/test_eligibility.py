@@ -1,7 +1,5 @@
 """Compiled kernels: what they refuse, what ``auto`` does instead, ``torch.compile`` and ``torch.export``."""
 
-import contextlib
-import copy
 import multiprocessing
 import resource
 import warnings
@@ -13,11 +11,10 @@ from ffns import assert_close, experts_of, make_ffn
 from torch import nn
 
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import add_stand_ins_, set_backend_, set_tau_
+from d2dmoe_pl.moe.conversion import set_backend_
 from d2dmoe_pl.moe.execution import auto, cpu, grouped, reference
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
 
 CASE = {
     "tokens": 700,
@@ -175,32 +172,6 @@ class TestAuto:
             assert auto.choose(experts.eval(), x) is cpu.cpu
             odd = Experts(make_ffn(6, 12, activation=nn.Hardswish), 3)
             assert auto.choose(odd, x) is grouped.grouped
-
-    def test_frozen_experts_under_other_derivatives(self):
-        """Forward mode and torch.func's transforms, of which tensors require no gradients."""
-        layer = next(iter(moe_layers(tiny.routed()).values())).requires_grad_(False)
-        plain = copy.deepcopy(layer)
-        plain.own_experts.set_backend("reference")
-        x, tangent = torch.randn(2, 3, 16)
-        for no_grad in (contextlib.nullcontext, torch.no_grad):
-            with no_grad():
-                got, expected = (torch.func.jvp(module, (x,), (tangent,)) for module in (layer, plain))
-                torch.testing.assert_close(got, expected)
-                assert got[1].any()
-                torch.testing.assert_close(*(torch.func.jacfwd(module)(x) for module in (layer, plain)))
-                torch.testing.assert_close(torch.func.vmap(layer)(x.unsqueeze(0)), plain(x).unsqueeze(0))
-
-    def test_a_stand_in_that_is_trained_alone(self):
-        model = tiny.routed().requires_grad_(False)
-        set_tau_(model, 0.2)
-        add_stand_ins_(model, StandInConfig(3))
-        stand_ins = [layer.stand_in for layer in moe_layers(model).values()]
-        for stand_in in stand_ins:
-            stand_in.requires_grad_(True)
-            for parameter in stand_in.parameters():
-                nn.init.normal_(parameter)
-        model(tiny.batch()["pixel_values"]).square().sum().backward()
-        assert all(parameter.grad.any() for stand_in in stand_ins for parameter in stand_in.parameters())
 
     @torch.no_grad()
     def test_the_type_under_autocast_is_that_of_the_dense_product(self):

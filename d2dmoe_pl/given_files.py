@@ -1,0 +1,113 @@
+"""What is in the files that a phase is made from, so that others in their place are told from them."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+# settings whose values are files, folders or patterns, where there are such
+SETTINGS = {
+    "checkpoint_path",
+    "dataset",
+    "hash_list_file",
+    "importance_file",
+    "init_from",
+    "model",
+    "name",
+    "teacher",
+    "test",
+    "tokenizer",
+    "train",
+    "validation",
+}
+BLOCK, BLOCKS = 1 << 16, 16  # bytes of a file that are read at once, and how often at most
+MOST_READ, MOST_SEEN = 500, 50_000  # files of a folder
+
+
+def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
+    """What is in the files that a config names, in a word for each.
+
+    Of large files only parts are read, and of many files only names and sizes.
+
+    Args:
+        config: Flat, from dotted settings to values.
+        output_dir: Where phases leave their own, which are none of them.
+
+    Returns:
+        From ``content of PATH`` to the word.
+    """
+
+    @cache
+    def known(path: str) -> str | None:
+        return content(path, output_dir)
+
+    found = {}
+    for setting, value in config.items():
+        if setting.rpartition(".")[2] in SETTINGS:
+            for path in value if isinstance(value, list) else [value]:
+                word = known(path) if isinstance(path, str) and path else None
+                if word is not None:
+                    found[f"content of {path}"] = word
+    return found
+
+
+def content(path: str, besides: Path) -> str | None:
+    """A word for what is in the file, the folder, or the files of a pattern; None where there are none.
+
+    Args:
+        path: Of them.
+        besides: A folder whose files do not count.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from d2dmoe_pl.given_files import content
+        >>> file = Path(tempfile.mkdtemp()) / "train.csv"
+        >>> _ = file.write_text("text,label")
+        >>> before = content(str(file), Path("runs"))
+        >>> _ = file.write_text("text;label")
+        >>> content(str(file), Path("runs")) == before
+        False
+        >>> content("nowhere", Path("runs")) is None
+        True
+    """
+    try:
+        files = sorted(_files(path, besides.resolve()))
+        said = hashlib.blake2b(digest_size=6)
+        for file in files:
+            size = file.stat().st_size
+            said.update(f"{os.path.relpath(file, path)} {size}\n".encode())
+            if len(files) <= MOST_READ:
+                for block in _blocks(file, size):
+                    said.update(block)
+    except OSError:  # for what reads them to say
+        return None
+    return said.hexdigest() if files else None
+
+
+def _files(path: str, besides: Path) -> Iterator[Path]:
+    for place in [path] if os.path.exists(path) else glob.glob(path, recursive=True):
+        if Path(place).resolve().is_relative_to(besides):
+            continue
+        if os.path.isfile(place):
+            yield Path(place)
+        seen = 0
+        for folder, folders, names in os.walk(place):
+            folders[:] = sorted(each for each in folders if each[0] != "." and Path(folder, each).resolve() != besides)
+            for name in sorted(names):
+                seen += 1
+                if seen > MOST_SEEN:
+                    return
+                if name[0] != ".":
+                    yield Path(folder, name)
+
+
+def _blocks(file: Path, size: int) -> Iterator[bytes]:
+    with file.open("rb") as opened:
+        for index in range(BLOCKS):
+            if size > BLOCK * BLOCKS:
+                opened.seek((size - BLOCK) * index // (BLOCKS - 1))
+            yield opened.read(BLOCK)
