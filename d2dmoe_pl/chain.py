@@ -2,6 +2,7 @@
 
 import json
 import logging
+from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ from d2dmoe_pl.chain_status import (
 from d2dmoe_pl.checkpoints import FOLDER as CHECKPOINTS
 from d2dmoe_pl.checkpoints import remove_preempted
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
+from d2dmoe_pl.failures import parser_line
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._preflight import preflight
@@ -72,10 +74,17 @@ def run_chain(config: Namespace) -> None:
 
 
 def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir: Path, start_over: str | None) -> None:
-    openings = [PhaseCLI(args=arguments_of_one, run=False) for arguments_of_one in arguments]
+    openings = [_opened(name, given) for name, given in zip(names, arguments, strict=True)]
     with locked(output_dir):
         _clean_up(output_dir, names)
         _run_what_is_left(names, arguments, openings, output_dir, start_over)
+
+
+def _opened(name: str, arguments: Sequence[str]) -> PhaseCLI:
+    try:
+        return PhaseCLI(args=list(arguments), run=False)
+    except ArgumentError as error:
+        raise ConfigError(f"{name}: {parser_line(str(error))}") from error
 
 
 def _run_what_is_left(

@@ -47,8 +47,9 @@ def test_a_finished_phase_whose_artifact_is_broken(tmp_path, capsys):
             ["--set", "router.width=3"],
             "set='router.width=3': must begin with trainer, data or model, or with a phase",
         ),
-        ({}, ["--set", "trainer.max_epoch=3"], "max_epoch"),
-        ({"router_regression": {"wdith": 3}}, [], "wdith"),
+        ({}, ["--set", "trainer.max_epoch=3"], "error: fine_tuning: "),
+        ({}, ["--set", "router_regression.trainer.max_epoch=3"], "error: router_regression: "),
+        ({"router_regression": {"wdith": 3}}, [], "error: router_regression: "),
     ],
 )
 def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(tmp_path, capsys, models, more, message):
