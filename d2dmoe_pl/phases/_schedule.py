@@ -34,7 +34,8 @@ class TrainingSchedule(LRScheduler):
     Args:
         optimizer: Its learning rates.
         trainer: What it does decides the share.
-        warmup: Share of the training over which the learning rate rises linearly from 0.
+        warmup: Share of the training over which the learning rate rises linearly from 0; none where it is of less than
+            a step.
         decay: How it falls to 0 afterwards: ``none``, ``linear`` or ``cosine``.
     """
 
@@ -70,7 +71,8 @@ class TrainingSchedule(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         share = self.share()
-        factor = 1.0 if share is None else learning_rate_factor(share, self.warmup, self.decay)
+        warmup = self.warmup if self.warmup * self.total >= 1 else 0.0  # of less than a step, it would be a step of 0
+        factor = 1.0 if share is None else learning_rate_factor(share, warmup, self.decay)
         return [rate * factor for rate in self.base_lrs]
 
     def place(self) -> None:

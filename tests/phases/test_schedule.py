@@ -44,6 +44,12 @@ def expected(total, start=0):
     return [learning_rate_factor(step / total, 0.2, "linear") for step in range(start, total)]
 
 
+@pytest.mark.parametrize("total", [1, 3, 4, 5])
+def test_a_warm_up_of_less_than_a_step_is_none(trainer, total):
+    found, _ = rates(trainer, max_epochs=1, limit_train_batches=total)
+    assert found == pytest.approx([1 - step / total for step in range(total)] if total < 5 else expected(total))
+
+
 @pytest.fixture
 def timer(monkeypatch):
     """By a clock that each time it is asked moves on by a quarter of a second, to 40."""
