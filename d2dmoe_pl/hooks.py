@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from torch.utils.hooks import RemovableHandle
+
+class Removable(Protocol):
+    """What can be taken away again, such as a ``RemovableHandle`` of torch."""
+
+    def remove(self) -> None: ...
 
 
 @contextmanager
-def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+def hooked(handles: Iterable[Removable]) -> Iterator[None]:
     """Keep hooks while the body runs, and remove them afterwards, however it ends.
 
     Args:

@@ -1,9 +1,12 @@
 """The canonical view of one dense feed-forward network, whatever the architecture calls its parts."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+
+from d2dmoe_pl.hooks import Removable
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class FFN:
         name: Dotted path of the module that a MoE layer replaces; the FFN's name everywhere.
         up: Linear ``d_model -> d_ff``.
         activation: A module of its own, called once a forward pass with the pre-activation ``(..., d_ff)``, that of
-            ``gate_proj`` in a gated FFN.
+            ``gate_proj`` in a gated FFN; where the model computes it outside of any module, while it is ``called``.
         down: Linear ``d_ff -> d_model``.
         gate_proj: Linear ``d_model -> d_ff`` of a gated FFN, whose activations its neurons' outputs are multiplied by.
         hidden_dropout: What the replaced module applies to the activation.
@@ -69,6 +72,7 @@ class FFN:
         residual_norm: Where the architecture has one, the LayerNorm after the residual: ``norm(x + dropout(y))``.
         is_projection: Whether it stands in the place of an attention's projection; its output may then be of another
             width than ``d_model``.
+        called: Has the model call ``activation`` until what it gives is removed; nothing where the model does anyway.
     """
 
     name: str
@@ -80,6 +84,7 @@ class FFN:
     output_dropout: nn.Module = field(default_factory=nn.Identity)
     residual_norm: nn.LayerNorm | None = None
     is_projection: bool = False
+    called: Callable[[], Iterable[Removable]] = tuple
 
     @property
     def d_model(self) -> int:

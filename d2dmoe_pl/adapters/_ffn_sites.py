@@ -4,20 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from d2dmoe_pl.adapters._ffn_tracing import (
-    HALVES,
-    Call,
-    Node,
-    Trace,
-    aten,
-    between,
-    made_of,
-    without_reshaping,
-    without_views,
-)
+from d2dmoe_pl.adapters._ffn_nodes import HALVES, Node, aten, between, made_of, without_reshaping, without_views
+from d2dmoe_pl.adapters._ffn_tracing import Call, Dropped, Trace
+from d2dmoe_pl.adapters._recomputed import is_in_place, recomputed
+from d2dmoe_pl.adapters._seen_dropout import PLAIN
 
 FUSED = (nn.TransformerEncoderLayer,)  # what computes its FFN, when it is not trained, without calling any part
 
@@ -39,9 +31,12 @@ class Site:
         activation_path: Of the activation's module; None where it is no module, or not one of its own.
         activation: Then, what computes the same.
         hidden_dropouts: Paths of dropouts before ``down``.
+        hidden_rates: Rates of those that are a function's.
         output_dropouts: Paths of those behind it, in a module of its own.
+        output_rates: Rates of those that are a function's.
+        changes_up: Whether what ``up`` or ``gate`` gave is changed in place.
         dropout_rates: Of ``hidden_dropouts``.
-        outside: Has the model call ``activation``.
+        outside: Can have the model call ``activation``.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +50,10 @@ class Site:
     activation_path: str | None
     activation: nn.Module | None
     hidden_dropouts: list[str]
+    hidden_rates: list[float]
     output_dropouts: list[str]
+    output_rates: list[float]
+    changes_up: bool
     dropout_rates: list[float] = field(default_factory=list)
     outside: Any = None
 
@@ -63,37 +61,6 @@ class Site:
     def linear(self) -> list[str]:
         """Paths of all its linear modules."""
         return list(dict.fromkeys(path for path in (self.up, self.gate, self.down) if path is not None))
-
-
-class Recomputed(nn.Module):
-    """An elementwise function that a model computes outside of any module, step by step as it does.
-
-    Args:
-        steps: An operator each, its arguments, with places for tensors, and the names of the last of them.
-    """
-
-    def __init__(self, steps: Sequence[tuple[Any, Any, tuple[str, ...]]]) -> None:
-        super().__init__()
-        self.steps = list(steps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., n)`` to the same shape."""
-        known = [x]
-        for op, given, keys in self.steps:
-            values = tree_map_only(Place, lambda place: known[place.index], given)
-            args = values[: len(values) - len(keys)]
-            known.append(op(*args, **dict(zip(keys, values[len(values) - len(keys) :], strict=True))))
-        return known[-1]
-
-    def extra_repr(self) -> str:
-        return ", ".join(str(op) for op, _, _ in self.steps)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Stands for a tensor: what the function takes, 0, or what a step gives, counted from 1."""
-
-    index: int
 
 
 def find_sites(model: nn.Module, trace: Trace) -> tuple[list[Site], dict[str, str]]:
@@ -151,14 +118,24 @@ def _site(name: str, call: Call, sources: set[Node], trace: Trace, modules: Mapp
         if each.name not in linear and without_views(each.given) is pre and without_views(each.gave) is post
     ]
     path = called[0] if called and _is_own(called[0], trace, name) else None
-    skipped = {
-        each.name: each.given
-        for each in trace.calls
-        if each.given is each.gave and isinstance(modules[each.name], nn.Dropout)
-    }
     own = _own_module(x, call.gave, linear, trace, modules)
     behind = all(without_views(node) is post for node in between(call.given, {post}))  # nothing but views and dropout
-    is_plain = path is not None and gate is None and behind
+    hidden = [each for each in trace.dropouts if each.node in inside]
+    output = [
+        each
+        for each in trace.dropouts
+        if own is not None
+        and (each.owner == own or each.owner.startswith(f"{own}."))
+        and without_views(each.node) is without_views(call.gave)
+    ]
+    early = {pre, *between(post, {pre})} - {post}
+    drops = [each for each in (*hidden, *output) if each.p > 0]
+    if any(without_views(each.node) in early for each in drops):
+        return "is dropped from before its activation"
+    if other := [each.kind for each in drops if each.kind != PLAIN]:
+        return f"is dropped from by {other[0]}"
+    # what drops as a function stays where it is, and must meet nothing there
+    is_plain = path is not None and gate is None and behind and not _rates(hidden)
     return Site(
         shape=without_reshaping(x).shape,
         name=own if own is not None else up if is_plain else name,
@@ -169,14 +146,23 @@ def _site(name: str, call: Call, sources: set[Node], trace: Trace, modules: Mapp
         up_rows=products.up_rows,
         gate_rows=products.gate_rows,
         activation_path=path,
-        activation=None if path is not None else _recomputed(pre, post),
-        hidden_dropouts=[each for each, node in skipped.items() if node in inside],
-        output_dropouts=[
-            each
-            for each, node in skipped.items()
-            if own is not None and each.startswith(f"{own}.") and without_views(node) is without_views(call.gave)
-        ],
+        activation=None if path is not None else recomputed(pre, post),
+        hidden_dropouts=_modules(hidden),
+        hidden_rates=_rates(hidden),
+        output_dropouts=_modules(output),
+        output_rates=_rates(output),
+        changes_up=any(is_in_place(node) for node in between(call.given, sources)),
     )
+
+
+def _modules(dropouts: Sequence[Dropped]) -> list[str]:
+    """Paths of the modules among them."""
+    return list(dict.fromkeys(each.owner for each in dropouts if each.is_module))
+
+
+def _rates(dropouts: Sequence[Dropped]) -> list[float]:
+    """Rates of the functions among them."""
+    return [each.p for each in dropouts if not each.is_module and each.p > 0]
 
 
 @dataclass
@@ -259,40 +245,6 @@ def _own_module(
     weights = {id(parameter) for path in linear for parameter in modules[path].parameters()}
     for call in trace.calls:
         is_it = without_views(call.given) is x and without_views(call.gave) is without_views(output)
-        if is_it and {id(parameter) for parameter in modules[call.name].parameters()} == weights:
+        if call.name and is_it and {id(parameter) for parameter in modules[call.name].parameters()} == weights:
             return call.name
     return None
-
-
-def _recomputed(pre: Node, post: Node) -> nn.Module:
-    """A module that computes ``post`` from ``pre``."""
-    order: dict[Node, int] = {pre: 0}
-
-    def visit(node: Node) -> None:
-        for each in node.nodes():
-            if each not in order:
-                visit(each)
-        order.setdefault(node, len(order))
-
-    visit(post)
-    nodes = [node for node in order if node is not pre]
-    steps = [
-        (node.op, tree_map_only(Node, lambda each: Place(order[each]), node.inputs[0]), node.inputs[1])
-        for node in nodes
-    ]
-    if len(steps) == 1:
-        op, given, keys = steps[0]
-        known = KNOWN.get(op.overloadpacket)
-        if known is not None and len(given) == 1 + len(keys):
-            return known(**dict(zip(keys, given[1:], strict=True)))
-    return Recomputed(steps)
-
-
-# operators that are all of an activation; as modules, kernels know them
-KNOWN: dict[Any, Any] = {
-    aten.relu: nn.ReLU,
-    aten.gelu: nn.GELU,
-    aten.silu: nn.SiLU,
-    aten.tanh: nn.Tanh,
-    aten.sigmoid: nn.Sigmoid,
-}

@@ -7,59 +7,22 @@ proved on numbers.
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from d2dmoe_pl.adapters._ffn_nodes import Node
+from d2dmoe_pl.adapters._seen_dropout import SeesDropout
 from d2dmoe_pl.borrowed_tensors import Borrowing, own_tensors
 from d2dmoe_pl.hooks import hooked
-
-aten = torch.ops.aten
-SAME = {aten.view, aten._unsafe_view, aten.reshape, aten.alias, aten.detach, aten.clone, aten.contiguous}
-HALVES = {aten.split, aten.split_with_sizes, aten.chunk, aten.slice}
-ELEMENTWISE = {
-    *(aten.relu, aten.relu_, aten.gelu, aten.silu, aten.silu_, aten.mish, aten.elu, aten.leaky_relu, aten.softplus),
-    *(aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.sigmoid, aten.tanh, aten.erf, aten.exp, aten.pow, aten.abs),
-    *(aten.mul, aten.mul_, aten.add, aten.sub, aten.div, aten.neg, aten.square, aten.clamp, aten.clamp_min),
-    *(aten.threshold, aten.rsub, aten.sqrt, aten.maximum, aten.log1p),
-}
-
-
-@dataclass(eq=False)
-class Node:
-    """A tensor of the call.
-
-    Attributes:
-        op: What gave it: an operator, the name of a linear module, or None where that was not seen.
-        inputs: The operator's arguments, with nodes in the place of tensors; of a linear module, what it was given.
-        part: Which of several outputs it is.
-        used_by: Those that were made of it.
-        shape: Of the tensor.
-        is_of_input: Whether anything of it is from what the model was given.
-    """
-
-    op: Any
-    inputs: tuple[Any, ...]
-    part: int | None = None
-    used_by: list["Node"] = field(default_factory=list)
-    shape: tuple[int, ...] = ()
-    is_of_input: bool = False
-
-    def nodes(self) -> list["Node"]:
-        """The tensors among the inputs."""
-        return [each for each in tree_leaves(self.inputs) if isinstance(each, Node)]
-
-    @property
-    def packet(self) -> Any:
-        """The operator without its overload."""
-        return getattr(self.op, "overloadpacket", None)
 
 
 @dataclass
@@ -77,12 +40,32 @@ class Call:
     gave: Node
 
 
+@dataclass
+class Dropped:
+    """A tensor that the call would drop from if the model were trained.
+
+    Attributes:
+        node: It.
+        kind: What the function is called that drops.
+        p: Its rate.
+        owner: The innermost module that was running.
+        is_module: Whether that is a module for dropout, and nothing else.
+    """
+
+    node: Node
+    kind: str
+    p: float
+    owner: str
+    is_module: bool
+
+
 class Trace(TorchDispatchMode):
     """What each tensor of a call of a model is made of.
 
     Attributes:
         calls: Of modules with one tensor in and one out, in order.
         linear: Of those, the calls of linear modules, by the module's name.
+        dropouts: What would be dropped from, in order.
         used_elsewhere: Names of linear modules whose weights something else has used than the module itself.
     """
 
@@ -90,10 +73,12 @@ class Trace(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.linear: dict[str, list[Call]] = {}
+        self.dropouts: list[Dropped] = []
         self.used_elsewhere: set[str] = set()
         self._names = {module: name for name, module in linear.items()}
         self._owner: dict[int, str] = {}  # by the id of a parameter that stands in for a linear module's
-        self._running: list[str] = []
+        self._running: list[str] = []  # linear modules
+        self._inside: list[tuple[str, nn.Module]] = []  # all of them
         self._nodes: dict[int, Node] = {}
         self._kept: list[Tensor] = []  # so that no id is given twice
 
@@ -142,20 +127,27 @@ class Trace(TorchDispatchMode):
 
         def handles() -> Iterator[RemovableHandle]:
             for name, module in model.named_modules():
-                if module in self._names:
-                    yield module.register_forward_pre_hook(self.begin)
+                yield module.register_forward_pre_hook(partial(self.begin, name))
                 yield module.register_forward_hook(partial(self.end, name), with_kwargs=True)
 
-        with hooked(handles()), torch.no_grad():
+        with hooked(handles()), torch.no_grad(), SeesDropout(self.drop):
             yield
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """A forward pre-hook of linear modules."""
-        self._running.append(self._names[module])
+    def drop(self, tensor: Tensor, kind: str, p: float) -> None:
+        """Say that the function ``kind`` would drop from ``tensor`` with probability ``p``."""
+        owner, module = self._inside[-1] if self._inside else ("", None)
+        self.dropouts.append(Dropped(self.node(tensor), kind, p, owner, isinstance(module, _DropoutNd)))
+
+    def begin(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of all modules."""
+        self._inside.append((name, module))
+        if module in self._names:
+            self._running.append(self._names[module])
 
     def end(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         """A forward hook of all modules."""
         tensors = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        self._inside.pop()
         if module in self._names:
             self._running.pop()
         if len(tensors) != 1 or kwargs or not isinstance(output, Tensor):
@@ -219,75 +211,3 @@ def _trace_fake(
     with traced.watching(model), mode, traced:
         call(Borrowing(model, fake), {name: traced.give(tensor) for name, tensor in given.items()})
     return traced
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Give the modules of ``model`` back the parts and plain settings that they had, whatever calls have changed.
-
-    Some choose how they compute by a call's shapes, and keep to it (BigBird's attention, for short texts).
-    """
-    kept = [
-        (module, dict(module._modules), {name: value for name, value in vars(module).items() if _is_plain(value)})
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, parts, settings in kept:
-            module._modules.clear()
-            module._modules.update(parts)
-            vars(module).update(settings)
-
-
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def made_of(node: Node) -> set[Node] | None:
-    """The outputs of linear modules that ``node`` is computed from, elementwise; None where it is of anything else."""
-    found: set[Node] = set()
-    pending, seen = [node], set()
-    while pending:
-        each = pending.pop()
-        if each in seen:
-            continue
-        seen.add(each)
-        if isinstance(each.op, str):
-            found.add(each)
-        elif each.packet in ELEMENTWISE | HALVES or (each.packet in SAME and is_same_width(each)):
-            pending += each.nodes()
-        else:
-            return None
-    return found
-
-
-def without_views(node: Node) -> Node:
-    """What ``node`` is a view of, of the same last dimension."""
-    while node.packet in SAME and is_same_width(node):
-        node = node.nodes()[0]
-    return node
-
-
-def is_same_width(view: Node) -> bool:
-    """Whether a view has the last dimension of what it is a view of."""
-    return view.nodes()[0].shape[-1:] == view.shape[-1:]
-
-
-def between(node: Node, ends: set[Node]) -> Iterator[Node]:
-    """All nodes on the ways from ``ends`` to ``node``, itself among them, ``ends`` not."""
-    pending, seen = [node], set(ends)
-    while pending:
-        each = pending.pop()
-        if each not in seen:
-            seen.add(each)
-            yield each
-            pending += each.nodes()
-
-
-def without_reshaping(node: Node) -> Node:
-    """What ``node`` is a view of that has three dimensions, if it has two itself: texts whose tokens are in one row."""
-    first = node
-    while len(first.shape) == 2 and first.packet in SAME and is_same_width(first):
-        first = first.nodes()[0]
-    return first if len(first.shape) == 3 else node

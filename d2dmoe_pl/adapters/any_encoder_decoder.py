@@ -8,7 +8,6 @@ from torch import Tensor
 
 from d2dmoe_pl.adapters._adapter import MASK
 from d2dmoe_pl.adapters._encoder_decoder import DECODER_MASK, EncoderDecoderAdapter
-from d2dmoe_pl.adapters._structural import LENGTH
 from d2dmoe_pl.adapters.any_transformer import AnyTransformerAdapter
 
 
@@ -23,9 +22,9 @@ class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
     def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and bool(model.config.is_encoder_decoder)
 
-    def example(self, model: Any) -> Mapping[str, Tensor]:
-        inputs = dict(super().example(model))
-        return {**inputs, "decoder_input_ids": self.random_inputs(model, 2, LENGTH + 1)["input_ids"]}
+    def example(self, model: Any, size: int, length: int) -> Mapping[str, Tensor]:
+        answers = self.random_inputs(model, size, length + 1)["input_ids"]  # of another length, which tells them apart
+        return {**self.random_inputs(model, size, length), "decoder_input_ids": answers}
 
     def streams(self, model: Any) -> Mapping[str, str]:
         stacks = {model.get_encoder(): MASK, model.get_decoder(): DECODER_MASK}

@@ -70,9 +70,16 @@ class AnyModuleAdapter(StructuralAdapter):
     def matches(self, model: Any) -> bool:
         return EXAMPLE in model.__dict__
 
-    def example(self, model: Any) -> Mapping[str, Tensor]:
+    def examples(self, model: Any) -> Sequence[Mapping[str, Tensor]]:
+        """The model's example; and others, of its values moved and scaled: another size, and another length."""
         example: Mapping[str, Tensor] = model.__dict__[EXAMPLE]
-        return example
+        other = {name: _shuffled(tensor) for name, tensor in self.random_inputs(model, 3, 0).items()}
+        length = next((tensor.shape[1] for tensor in example.values() if tensor.dim() > 1), 0)
+        shorter = {
+            name: tensor[:, :-1] if tensor.dim() > 1 and tensor.shape[1] == length else tensor
+            for name, tensor in other.items()
+        }
+        return [example, other, *([shorter] if length > 1 else [])]
 
     def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str, is_all: bool) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")
@@ -91,14 +98,14 @@ class AnyModuleAdapter(StructuralAdapter):
             times = -(-batch_size // len(tensor))
             return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch_size]
 
-        return {name: repeated(tensor) for name, tensor in self.example(model).items()}
+        return {name: repeated(tensor) for name, tensor in model.__dict__[EXAMPLE].items()}
 
     def head(self, model: Any) -> Head:
         return "classification"
 
     def num_outputs(self, model: Any) -> int:
         with torch.no_grad():
-            return self.logits(model, self.example(model)).shape[-1]
+            return self.logits(model, model.__dict__[EXAMPLE]).shape[-1]
 
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See :meth:`Adapter.logits_and_hidden_states`; there are none."""
@@ -122,6 +129,12 @@ class AnyModuleAdapter(StructuralAdapter):
             f"{type(model).__name__}: is of no library that could build it again; keep its state_dict, and adopt and "
             "convert a new one before it is loaded"
         )
+
+
+def _shuffled(tensor: Tensor) -> Tensor:
+    """Other values of the same kind, which a model must take too."""
+    moved = tensor.flatten()[torch.randperm(tensor.numel(), device=tensor.device)].view_as(tensor)
+    return moved * 0.7 if moved.is_floating_point() else moved
 
 
 ADAPTER = AnyModuleAdapter()

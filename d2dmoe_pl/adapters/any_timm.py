@@ -21,8 +21,8 @@ class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
     def matches(self, model: Any) -> bool:
         return type(model).__module__.startswith("timm.") and hasattr(model, "pretrained_cfg")
 
-    def example(self, model: Any) -> Mapping[str, Tensor]:
-        return self.random_inputs(model, 2, 0)
+    def examples(self, model: Any) -> Sequence[Mapping[str, Tensor]]:
+        return [self.random_inputs(model, size, 0) for size in (2, 3)]
 
     def input_shape(self, model: Any) -> tuple[int, int, int]:
         channels, *usual = model.pretrained_cfg["input_size"]

@@ -42,13 +42,17 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
     def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and not model.config.is_encoder_decoder
 
-    def example(self, model: Any) -> Mapping[str, Tensor]:
+    def examples(self, model: Any) -> Sequence[Mapping[str, Tensor]]:
         if model.main_input_name not in ("input_ids", "pixel_values"):
             raise ConfigError(
                 f"{type(model).__name__}: no adapter knows it, and it takes {model.main_input_name}; what is taken of "
                 "others are texts and pictures"
             )
-        return self.random_inputs(model, 2, LENGTH)
+        return [self.example(model, *shape) for shape in ((2, LENGTH), (3, LENGTH - 1))]
+
+    def example(self, model: Any, size: int, length: int) -> Mapping[str, Tensor]:
+        """A batch of noise, ``size`` texts or pictures."""
+        return self.random_inputs(model, size, length)
 
     def backbone_config(self, config: Any) -> Any:
         return config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
@@ -59,8 +63,9 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
             return super().input_shape(model)
         return getattr(config, "num_channels", 3), ANY_SIZE, ANY_SIZE
 
-    def _prove(self, model: Any, sites: Sequence[Site], inputs: Mapping[str, Tensor]) -> None:
-        super()._prove(model, sites, inputs)
+    def _prove(self, model: Any, sites: Sequence[Site], examples: Sequence[Mapping[str, Tensor]]) -> None:
+        super()._prove(model, sites, examples)
+        inputs = examples[0]
         takes_mask = MASK in inspect.signature(model.forward).parameters
         if self.input_shape(model) is None and takes_mask and not model.config.is_encoder_decoder:
             ids = inputs["input_ids"].to(next(model.parameters()).device)

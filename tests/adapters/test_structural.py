@@ -113,6 +113,19 @@ def test_pictures(name, tmp_path):
     converts_exactly(model, adapter_for(model).random_inputs(model, 2, 0), tmp_path / "artifact")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_pictures_in_half_precision(dtype):
+    hugging_face = classifier(PICTURES["swin"](), transformers.AutoModelForImageClassification)
+    of_timm = create_timm_model("cait_xxs24_224", 3, TIMM["cait_xxs24_224"], ["a", "b", "c"]).eval()
+    for model in (hugging_face.to(dtype), of_timm.to(dtype)):
+        inputs = adapter_for(model).random_inputs(model, 2, 0)
+        inputs = {name: value.to(dtype) for name, value in inputs.items()}
+        dense = adapter_for(model).logits(model, inputs)
+        convert_to_moe_(model, ExpertsConfig(4))
+        torch.testing.assert_close(adapter_for(model).logits(model, inputs), dense, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("make", [transformers.PegasusConfig, transformers.MBartConfig, transformers.MarianConfig])
 @torch.no_grad()
 def test_answers(make, tmp_path):

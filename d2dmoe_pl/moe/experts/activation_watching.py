@@ -1,13 +1,12 @@
 """Watching the activations of a dense model as it runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from d2dmoe_pl.adapters import FFN
-from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.hooks import Removable, hooked
 
 Watcher = Callable[[str, Tensor, Tensor], object]
 
@@ -20,10 +19,11 @@ def watched_activations(ffns: Sequence[FFN], watcher: Watcher) -> AbstractContex
         watcher: Gets the FFN's name, and what its activation function takes and gives, both ``(..., d_ff)``.
     """
 
-    def register(ffn: FFN) -> RemovableHandle:
+    def register(ffn: FFN) -> Iterator[Removable]:
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             watcher(ffn.name, args[0], output)
 
-        return ffn.activation.register_forward_hook(hook)
+        yield from ffn.called()
+        yield ffn.activation.register_forward_hook(hook)
 
-    return hooked(register(ffn) for ffn in ffns)
+    return hooked(handle for ffn in ffns for handle in register(ffn))
