@@ -1,5 +1,6 @@
 from ._adapter import KEY as KEY
 from ._adapter import MASK as MASK
+from ._adapter import NO_MASK as NO_MASK
 from ._adapter import Adapter as Adapter
 from ._adapter import ModelSource as ModelSource
 from ._adapter import TaskName as TaskName

@@ -32,6 +32,7 @@ TaskName = Literal[
 
 KEY = "d2dmoe"  # in an artifact's config.json, for what is ours
 MASK = "attention_mask"  # in a batch, for what is 0 where there is padding
+NO_MASK = ""  # in its place, where padding is to be treated as text
 
 
 class Adapter(ABC):
@@ -94,7 +95,7 @@ class Adapter(ABC):
         """Which parts of ``model`` see tokens of one padding mask each.
 
         Returns:
-            What a batch calls the mask, by the part's dotted path; the empty path is all of the model.
+            What a batch calls the mask, or ``NO_MASK``, by the part's dotted path; the empty path is all of the model.
         """
         return {"": MASK}
 

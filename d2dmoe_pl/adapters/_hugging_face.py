@@ -139,10 +139,11 @@ class HuggingFaceAdapter(Adapter):
 
     def in_order(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]:
         behind, back = padded_behind(batch)
-        return behind, lambda logits: logits if logits.dim() == 2 else back(logits, self._token_dim(logits))
+        return behind, lambda logits: logits if logits.dim() == 2 else back(logits, self.token_dim(logits))
 
     @staticmethod
-    def _token_dim(logits: Tensor) -> int:
+    def token_dim(logits: Tensor) -> int:
+        """Which dimension of three is that of tokens."""
         return 2 if logits.shape[1] == 2 else 1
 
     def logits_and_hidden_states(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:

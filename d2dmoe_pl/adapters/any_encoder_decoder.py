@@ -27,6 +27,9 @@ class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
         return {**self.random_inputs(model, size, length), "decoder_input_ids": answers}
 
     def streams(self, model: Any) -> Mapping[str, str]:
+        return AnyTransformerAdapter.streams(self, model)
+
+    def masks(self, model: Any) -> Mapping[str, str]:
         stacks = {model.get_encoder(): MASK, model.get_decoder(): DECODER_MASK}
         return {path: stacks[module] for path, module in model.named_modules() if module in stacks}
 

@@ -9,15 +9,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters._adapter import MASK, TaskName
-from d2dmoe_pl.adapters._ffn_sites import Site
+from d2dmoe_pl.adapters._adapter import MASK, NO_MASK, TaskName
+from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, text_config
-from d2dmoe_pl.adapters._structural import LENGTH, StructuralAdapter
+from d2dmoe_pl.adapters._padding_read import reads_padding
+from d2dmoe_pl.adapters._structural import LENGTH, StructuralAdapter, fitting
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.hooks import hooked
 
 # what configs call the activation of FFNs
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn", "dense_act_fn")
+READS_PADDING = "d2dmoe_reads_padding"  # in a model's config, once it has experts, and attribute of one that has not
 ANY_SIZE = 224  # pixels, of models that take pictures of any
 
 
@@ -63,34 +64,41 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
             return super().input_shape(model)
         return getattr(config, "num_channels", 3), ANY_SIZE, ANY_SIZE
 
-    def _prove(self, model: Any, sites: Sequence[Site], examples: Sequence[Mapping[str, Tensor]]) -> None:
-        super()._prove(model, sites, examples)
-        inputs = examples[0]
-        takes_mask = MASK in inspect.signature(model.forward).parameters
-        if self.input_shape(model) is None and takes_mask and not model.config.is_encoder_decoder:
-            ids = inputs["input_ids"].to(next(model.parameters()).device)
-            mask = torch.ones_like(ids)
-            mask[:, : LENGTH // 2] = 0
-            if self._reads_padding(model, sites, {**inputs, "input_ids": ids, MASK: mask}):
-                say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
-                say(f"{type(model).__name__}: reads padding before a text as text, and experts give none; pad behind.")
+    def streams(self, model: Any) -> Mapping[str, str]:
+        """See :meth:`Adapter.streams`; where padding is read as text, nothing is told to be padding."""
+        masks = self.masks(model)
+        return dict.fromkeys(masks, NO_MASK) if self.reads_padding(model) else masks
 
-    @torch.no_grad()
-    def _reads_padding(self, model: Any, sites: Sequence[Site], batch: Mapping[str, Tensor]) -> bool:
-        """Whether what FFNs give for the padding of ``batch``, before its texts, reaches the last token's logits."""
+    def masks(self, model: Any) -> Mapping[str, str]:
+        """What :meth:`streams` gives where padding is not read."""
+        return {"": MASK}
 
-        def silence(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output * batch[MASK].view(*output.shape[:-1], 1)
+    def reads_padding(self, model: Any) -> bool:
+        """Whether padding changes what comes of a text, so that experts must run for it as the dense FFN did."""
+        known = getattr(model.config, READS_PADDING, None)  # what has experts cannot be asked
+        known = model.__dict__.get(READS_PADDING) if known is None else known
+        if known is None and not any(parameter.is_meta for parameter in model.parameters()):
+            known = model.__dict__[READS_PADDING] = self._is_padding_read(model)
+        return bool(known)
 
-        modules = dict(model.named_modules())
-        ends = [modules[site.name if site.form == "module" else site.down] for site in sites]
-        expected = self.traced_logits(model, batch)
-        if expected.dim() < 3:  # of the first token
+    def _is_padding_read(self, model: Any) -> bool:
+        sites = self._sites(model)
+        has_mask = self.input_shape(model) is None and MASK in inspect.signature(model.forward).parameters
+        if not has_mask or len(self.ffns(model)) < len(sites):
             return False
-        with hooked(module.register_forward_hook(silence) for module in ends):
-            got = self.traced_logits(model, batch)
-        off = (got - expected).select(self._token_dim(expected), -1).abs().max()
-        return bool(off > 1e-2 * expected.abs().max())
+        is_read = reads_padding(self, model, sites, fitting(self.examples(model)[0], model), self.masks(model))
+        if is_read:
+            say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
+            say(
+                f"{type(model).__name__}: reads padding as text, whatever its attention_mask says, so that padding is "
+                "routed, run and counted as text is."
+            )
+        return is_read
+
+    def put_(self, model: Any, ffn: FFN, module: nn.Module) -> None:
+        if self.reads_padding(model):
+            setattr(model.config, READS_PADDING, True)
+        super().put_(model, ffn, module)
 
     def _record_activation_(self, config: Any, name: str) -> None:
         parts = [

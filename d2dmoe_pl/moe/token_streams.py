@@ -4,20 +4,21 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import adapter_for, stream_of
+from d2dmoe_pl.adapters import NO_MASK, adapter_for, stream_of
 from d2dmoe_pl.moe.token_context import TokenContext, token_index
 
 
 def shared_context_(model: nn.Module, name: str) -> TokenContext:
     """The context of the part of ``model`` that the module ``name`` is in; the part gets one if it has none yet."""
-    path, _ = stream_of(adapter_for(model).streams(model), name)
+    path, mask = stream_of(adapter_for(model).streams(model), name)
     part = model.get_submodule(path)
     for module in part.modules():
         context = getattr(module, "context", None)
         if isinstance(context, TokenContext):
             return context
     context = TokenContext()
-    context.install(part)
+    if mask != NO_MASK:
+        context.install(part)
     return context
 
 

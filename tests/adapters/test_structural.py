@@ -1,5 +1,6 @@
 """Models of libraries that no adapter was written for: their FFNs are found and proved, or it is said what was seen."""
 
+import copy
 import logging
 
 import pytest
@@ -90,20 +91,17 @@ def test_how_a_model_computes_is_not_changed_by_looking_at_it():
     assert type(model.bert.encoder.layer[0].attention.self) is attention
 
 
-@pytest.mark.parametrize(
-    ("config", "reads"),
-    [
-        (transformers.RwkvConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2, context_length=16), True),
-        (transformers.FalconConfig(**DECODER), False),
-        (transformers.BigBirdConfig(is_decoder=True, **TEXT), False),
-    ],
-)
-def test_padding_that_is_read_as_text_is_told(config, reads, caplog):
+@pytest.mark.parametrize("is_called", [False, True])
+def test_what_is_found_does_not_depend_on_calls_before(is_called):
+    config = transformers.RwkvConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2, context_length=16)
     model = classifier(config, transformers.AutoModelForCausalLM)
-    model(torch.ones(1, 4, dtype=torch.long))  # it divides weights once, in place
-    with caplog.at_level(logging.INFO):
+    ids = torch.ones(1, 4, dtype=torch.long)
+    if is_called:
+        model(ids)  # it divides weights once, in place
+    with pytest.raises(ConfigError, match=r"feed_forward\.value are used without calling it"):
         select_ffns(model)
-    assert ("Rwkv" in str(caplog.messages) and "reads padding before a text as text" in str(caplog.messages)) == reads
+    expected = copy.deepcopy(model)(ids).logits
+    assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("name", list(PICTURES))
