@@ -3,7 +3,7 @@
 import math
 import threading
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
@@ -91,7 +91,7 @@ class StructuralAdapter(Adapter):
     def _find(self, model: Any) -> list[Site]:
         with unchanged(model):
             model.eval()
-            examples = [_fitting(example, model) for example in self.examples(model)]
+            examples = [fitting(example, model) for example in self.examples(model)]
             linear = {name: module for name, module in model.named_modules() if self.as_linear(module) is not None}
             sites, reasons = self._traced(model, linear, examples[0])
             modules = dict(model.named_modules())
@@ -136,15 +136,31 @@ class StructuralAdapter(Adapter):
         return sites, reasons
 
     def _trace(self, model: Any, linear: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]) -> Trace:
+        new = self._new(model)
         try:
-            return trace(model, linear, inputs, self.logits)
+            return self._trace_as(new, linear)
         except Exception:
             if not any(parameter.is_meta for parameter in model.parameters()):
-                raise
+                if new is model:
+                    raise
+                return trace(model, linear, inputs, self.logits)
         with torch.device("cpu"):  # what it computes with, and not only its shapes, decides what it does
-            twin: Any = self.rebuild(model).eval()
-            inputs = self.examples(twin)[0]
-        return trace(twin, {name: twin.get_submodule(name) for name in linear}, inputs, self.logits)
+            return self._trace_as(self.rebuild(model), linear)
+
+    def _trace_as(self, twin: Any, names: Iterable[str]) -> Trace:
+        twin.eval()
+        inputs = fitting(self.examples(twin)[0], twin)
+        return trace(twin, {name: twin.get_submodule(name) for name in names}, inputs, self.logits)
+
+    def _new(self, model: Any) -> Any:
+        """``model`` as its config makes it, changed by no call, without weights; itself, if it has other parts."""
+        try:
+            with torch.device("meta"):
+                twin = self.rebuild(model)
+        except Exception:  # of a library that cannot make it again, or not without weights; it is then as it is
+            return model
+        kinds = [{name: type(module) for name, module in each.named_modules()} for each in (model, twin)]
+        return twin if kinds[0] == kinds[1] else model
 
     def _ffn(self, site: Site, model: nn.Module, modules: Mapping[str, nn.Module]) -> FFN:
         def part(path: str, rows: slice | None) -> AnyLinear:
@@ -191,7 +207,7 @@ class HandedOver(nn.Module):
         return (self._given.pop(threading.get_ident()),)
 
 
-def _fitting(example: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def fitting(example: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The example where the model is, and in its type."""
     like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return {
