@@ -61,10 +61,15 @@ class EncoderDecoderAdapter(HuggingFaceAdapter):
         written: Tensor = model.generate(**given, max_new_tokens=num_tokens, **greedy)
         return written
 
+    def answer_vocabulary_size(self, model: Any) -> int:
+        """How many token ids answers are of."""
+        size: int = model.config.vocab_size
+        return size
+
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         inputs = super().random_inputs(model, batch_size, length)
         if model.can_generate():
-            inputs["decoder_input_ids"] = torch.randint(model.config.vocab_size, (batch_size, length))
+            inputs["decoder_input_ids"] = torch.randint(self.answer_vocabulary_size(model), (batch_size, length))
         else:  # what the head reads is where the text ends, once
             end = model.config.eos_token_id
             inputs["input_ids"][inputs["input_ids"] == end] = end - 1

@@ -1,7 +1,7 @@
 """Any other Hugging Face encoder-decoder Transformer: its FFNs are found by tracing."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import transformers
 from torch import Tensor
@@ -17,14 +17,27 @@ class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
     family = "any_encoder_decoder"
     title = "any other encoder-decoder of Hugging Face"
     tasks = ("text-to-text",)
+    kinds: ClassVar[Mapping[str, str]] = {"input_ids": "texts"}
     inputs = ("input_ids", MASK, "decoder_input_ids", DECODER_MASK)
 
     def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and bool(model.config.is_encoder_decoder)
 
     def example(self, model: Any, size: int, length: int) -> Mapping[str, Tensor]:
-        answers = self.random_inputs(model, size, length + 1)["input_ids"]  # of another length, which tells them apart
+        longer = self.random_inputs(model, size, length + 1)  # which tells answers from texts
+        answers = longer.get("decoder_input_ids", longer["input_ids"])
         return {**self.random_inputs(model, size, length), "decoder_input_ids": answers}
+
+    def vocabulary_size(self, model: Any) -> int | None:
+        """See :meth:`Adapter.vocabulary_size`; of texts, where answers have another vocabulary."""
+        return getattr(getattr(model.config, "encoder", model.config), "vocab_size", None)
+
+    def answer_vocabulary_size(self, model: Any) -> int:
+        size: int = getattr(model.config, "decoder", model.config).vocab_size
+        return size
+
+    def num_outputs(self, model: Any) -> int:
+        return self.answer_vocabulary_size(model) if model.can_generate() else super().num_outputs(model)
 
     def streams(self, model: Any) -> Mapping[str, str]:
         return AnyTransformerAdapter.streams(self, model)

@@ -14,7 +14,7 @@ from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, text_config
 from d2dmoe_pl.adapters._padding_read import reads_padding
 from d2dmoe_pl.adapters._structural import LENGTH, StructuralAdapter, fitting
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import check
 
 # what configs call the activation of FFNs
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn", "dense_act_fn")
@@ -23,7 +23,11 @@ ANY_SIZE = 224  # pixels, of models that take pictures of any
 
 
 class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
-    """See :class:`StructuralAdapter`. Of texts it gives a model what its ``forward`` takes."""
+    """See :class:`StructuralAdapter`. Of texts it gives a model what its ``forward`` takes.
+
+    Attributes:
+        kinds: What models may take first, and what that is.
+    """
 
     family = "any_transformer"
     title = "any other of Hugging Face"
@@ -38,17 +42,18 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         "embeddings",
         "image-classification",
     )
+    kinds: ClassVar[Mapping[str, str]] = {"input_ids": "texts", "pixel_values": "pictures"}
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", MASK, "token_type_ids", "pixel_values")
 
     def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and not model.config.is_encoder_decoder
 
     def examples(self, model: Any) -> Sequence[Mapping[str, Tensor]]:
-        if model.main_input_name not in ("input_ids", "pixel_values"):
-            raise ConfigError(
-                f"{type(model).__name__}: no adapter knows it, and it takes {model.main_input_name}; what is taken of "
-                "others are texts and pictures"
-            )
+        check(
+            model.main_input_name in self.kinds,
+            f"{type(model).__name__}: no adapter knows it, and it takes {model.main_input_name}; what is taken of "
+            f"others are {' and '.join(self.kinds.values())}",
+        )
         return [self.example(model, *shape) for shape in ((2, LENGTH), (3, LENGTH - 1))]
 
     def example(self, model: Any, size: int, length: int) -> Mapping[str, Tensor]:

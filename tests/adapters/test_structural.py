@@ -136,6 +136,22 @@ def test_answers(make, tmp_path):
     assert len({layer.context for layer in moe_layers(converted).values()}) == 2
 
 
+@torch.no_grad()
+def test_two_models_in_one(tmp_path):
+    parts = [transformers.BertConfig(**{**TEXT, "vocab_size": size}) for size in (50, 40)]
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    model = transformers.EncoderDecoderModel(config).eval()
+    tiny._spread(model)
+    adapter = adapter_for(model)
+    assert (adapter.vocabulary_size(model), adapter.num_outputs(model)) == (50, 40)
+    inputs = adapter.random_inputs(model, 3, 7)
+    converts_exactly(model, {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}, tmp_path / "artifact")
+    pictures = transformers.ViTConfig(image_size=32, **tiny.SHAPE)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(pictures, parts[1])
+    with pytest.raises(ConfigError, match=r"it takes pixel_values; what is taken of others are texts$"):
+        select_ffns(transformers.VisionEncoderDecoderModel(config))
+
+
 @pytest.mark.parametrize("name", list(TIMM))
 @torch.no_grad()
 def test_timm_as_timm_makes_it(name):
