@@ -6,7 +6,16 @@ from typing import Any, Literal
 
 from torch import nn
 
-from d2dmoe_pl.adapters._ffn_nodes import HALVES, Node, aten, between, made_of, without_reshaping, without_views
+from d2dmoe_pl.adapters._ffn_nodes import (
+    ELEMENTWISE,
+    HALVES,
+    Node,
+    aten,
+    between,
+    made_of,
+    without_reshaping,
+    without_views,
+)
 from d2dmoe_pl.adapters._ffn_tracing import Call, Dropped, Trace
 from d2dmoe_pl.adapters._recomputed import is_in_place, recomputed
 from d2dmoe_pl.adapters._seen_dropout import PLAIN
@@ -34,6 +43,7 @@ class Site:
         hidden_rates: Rates of those that are a function's.
         output_dropouts: Paths of those behind it, in a module of its own.
         output_rates: Rates of those that are a function's.
+        is_any_width: Whether what is between the products does the same to any number of neurons.
         changes_up: Whether what ``up`` or ``gate`` gave is changed in place.
         dropout_rates: Of ``hidden_dropouts``.
         outside: Can have the model call ``activation``.
@@ -53,6 +63,7 @@ class Site:
     hidden_rates: list[float]
     output_dropouts: list[str]
     output_rates: list[float]
+    is_any_width: bool
     changes_up: bool
     dropout_rates: list[float] = field(default_factory=list)
     outside: Any = None
@@ -151,6 +162,7 @@ def _site(name: str, call: Call, sources: set[Node], trace: Trace, modules: Mapp
         hidden_rates=_rates(hidden),
         output_dropouts=_modules(output),
         output_rates=_rates(output),
+        is_any_width=gate is None and all(node.packet in ELEMENTWISE for node in between(call.given, sources)),
         changes_up=any(is_in_place(node) for node in between(call.given, sources)),
     )
 

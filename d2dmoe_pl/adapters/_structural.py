@@ -55,7 +55,8 @@ class StructuralAdapter(Adapter):
             for path in (site.activation_path, site.down, *site.hidden_dropouts):
                 model.set_submodule(path, nn.Identity())
         if site.form == "handed over":
-            handed = HandedOver(len(ffn.input_weight) if site.up_rows is None else 2 * ffn.d_ff)
+            whole = ffn.d_ff if site.up_rows is None else 2 * ffn.d_ff
+            handed = HandedOver(1 if site.is_any_width else whole)
             for path in dict.fromkeys((site.gate or site.up, site.up)):
                 model.set_submodule(path, handed)
             module.register_forward_pre_hook(handed.hand_over)

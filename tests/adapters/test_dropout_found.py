@@ -63,6 +63,16 @@ def test_rates_of_a_config(name):
     torch.testing.assert_close(model.train()(**batch).logits, dropped, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_what_goes_on_between_the_products_costs_next_to_nothing():
+    model, widths = MODELS["xglm"](0.1), []
+    convert_to_moe_(model, ExpertsConfig(8))
+    for layer in model.model.layers:
+        layer.fc1.register_forward_hook(lambda module, args, output: widths.append(output.shape[-1]))
+    model.eval()(input_ids=torch.randint(5, 40, (2, 6)))
+    assert widths == [1, 1]
+
+
 def test_what_drops_nothing_costs_nothing():
     model = MODELS["xglm"](0.0)
     convert_to_moe_(model, ExpertsConfig(8))
