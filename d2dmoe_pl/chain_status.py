@@ -13,7 +13,7 @@ from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.checkpoints import checkpoints_of, remove_checkpoints, why_unreadable
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.given_files import contents
+from d2dmoe_pl.given_files import CONTENT, contents
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.whole_files import discard, replaced_file
 
@@ -107,9 +107,13 @@ def plan_of(output_dir: Path, names: Sequence[str], computed: Sequence[dict], st
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs, in a few lines' length; a setting that is new since, and says nothing, is no difference."""
+    """What differs, in a few lines' length; a setting that is new since, and says nothing, is no difference.
+
+    Neither are files that are gone: what needs them says so.
+    """
+    before = {key: value for key, value in before.items() if key in now or not key.startswith(CONTENT)}
     if AFTER not in before:  # of an earlier version, which noted less
-        now = {key: now[key] for key in now if not (key in (AFTER, START) or key.startswith("content of "))}
+        now = {key: now[key] for key in now if not (key in (AFTER, START) or key.startswith(CONTENT))}
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     keys = [key for key in keys if key in before or not (now[key] is False or now[key] in ("", []))]
     told = [f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys[:MOST_CHANGES]]

@@ -23,6 +23,7 @@ SETTINGS = {
     "train",
     "validation",
 }
+CONTENT = "content of "  # before a path, what keys of words begin with
 BLOCK, BLOCKS = 1 << 16, 16  # bytes of a file that are read at once, and how often at most
 MOST_READ, MOST_SEEN = 500, 50_000  # files of a folder
 
@@ -37,7 +38,7 @@ def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
         output_dir: Where phases leave their own, which are none of them.
 
     Returns:
-        From ``content of PATH`` to the word.
+        From ``CONTENT`` and the path to the word.
     """
 
     @cache
@@ -50,7 +51,7 @@ def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
             for path in value if isinstance(value, list) else [value]:
                 word = known(path) if isinstance(path, str) and path else None
                 if word is not None:
-                    found[f"content of {path}"] = word
+                    found[f"{CONTENT}{path}"] = word
     return found
 
 

@@ -173,6 +173,9 @@ class TestFinishedChain:
         with pytest.raises(SystemExit):
             main(run)
         assert f"content of {file}: " in capsys.readouterr().err
+        (tmp_path / "all.csv").unlink()
+        main(run)
+        assert "Nothing to do." in capsys.readouterr().err
 
 
 class TestTooLittleDataForALaterPhase:
