@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters._adapter import MASK, NO_MASK, TaskName
 from d2dmoe_pl.adapters._ffn import FFN
+from d2dmoe_pl.adapters._ffn_sites import Site
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, text_config
 from d2dmoe_pl.adapters._padding_read import reads_padding
 from d2dmoe_pl.adapters._structural import LENGTH, StructuralAdapter, fitting
@@ -83,8 +84,17 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         known = getattr(model.config, READS_PADDING, None)  # what has experts cannot be asked
         known = model.__dict__.get(READS_PADDING) if known is None else known
         if known is None and not any(parameter.is_meta for parameter in model.parameters()):
-            known = model.__dict__[READS_PADDING] = self._is_padding_read(model)
+            model.__dict__[READS_PADDING] = False  # what finds it out asks for the FFNs again
+            try:
+                known = self._is_padding_read(model)
+            finally:
+                model.__dict__[READS_PADDING] = known
         return bool(known)
+
+    def _sites(self, model: Any) -> list[Site]:
+        sites = super()._sites(model)
+        self.reads_padding(model)  # now, and not within a call that somebody watches, since it takes calls to know
+        return sites
 
     def _is_padding_read(self, model: Any) -> bool:
         sites = self._sites(model)

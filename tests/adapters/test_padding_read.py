@@ -1,6 +1,7 @@
 """Models that read padding as text, of which experts make no exception."""
 
 import logging
+from functools import partial
 
 import pytest
 import tiny
@@ -9,11 +10,14 @@ import transformers
 from conversions import converts_exactly
 
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.artifact import load_model, save_artifact
+from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
+from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
 from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe_, set_gate_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.routers import RouterConfig
+from d2dmoe_pl.phases import ExpertClustering, ImportanceScoring, SparsityEnforcement
 
 TEXT = {"vocab_size": 40, "max_position_embeddings": 64, **tiny.SHAPE}
 READING = {
@@ -106,3 +110,18 @@ def test_others_leave_padding_out(config, head, caplog):
     assert "reads padding" not in caplog.text
     assert adapter_for(model).streams(model) == {"": "attention_mask"}
     assert not hasattr(model.config, "d2dmoe_reads_padding")
+
+
+@pytest.mark.parametrize("make", [READING["convbert"], lambda: transformers.ErnieConfig(**TEXT)])
+@pytest.mark.parametrize(
+    "phase", [partial(ExpertClustering, 4, split="activation"), ImportanceScoring, SparsityEnforcement]
+)
+def test_it_is_known_before_a_phase_watches_calls(make, phase, trainer, tmp_path):
+    names = {"id2label": dict(enumerate(tiny.LABELS)), "label2id": {name: i for i, name in enumerate(tiny.LABELS)}}
+    config = make()
+    config.update({"num_labels": len(tiny.LABELS), **names})
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    swap_activation_(model, ActivationConfig("relu"))
+    save_artifact(model, tmp_path / "dense", [PhaseRecord("FineTuning")])
+    trainer(callbacks=[SaveArtifact()]).fit(phase(init_from=str(tmp_path / "dense")), datamodule=tiny.TextData(8))
+    assert load_model(tmp_path / "run" / "artifact") is not None
