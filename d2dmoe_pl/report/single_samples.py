@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2dmoe_pl.adapters import MASK, adapter_for, stream_of
+from d2dmoe_pl.adapters import MASK, NO_MASK, adapter_for, stream_of
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.hooks import hooked
@@ -88,20 +88,28 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
             moved = {key: value.to(phase.device) for key, value in batch.items()}
             logits = phase.logits(moved)
             # those of the stream that the input's words and patches are in
-            seen = [mask for name, mask in masks.items() if stream_of(streams, name)[1] == MASK]
+            seen = [mask for name, mask in masks.items() if stream_of(streams, name)[1] in (MASK, NO_MASK)]
             if len({len(mask) for mask in seen}) == 1:  # projections of another width see the same tokens
                 shares = torch.stack([mask.float().mean(dim=1) for mask in seen]).mean(dim=0)  # (N,)
-                found += _of_batch(phase, batch, logits, shares.cpu())
+                found += _of_batch(phase, batch, logits, _by_sample(batch, shares.cpu()))
     phase.model.train(was_training)
     return found
 
 
-def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Tensor) -> list[SampleCompute]:
+def _by_sample(batch: Batch, shares: Tensor) -> Sequence[Tensor]:
+    """The shares ``(N,)`` of each sample's tokens; none where layers see something else than these."""
     size = len(batch["labels"])
-    lengths = batch[MASK].sum(dim=1).tolist() if MASK in batch else [len(shares) // size] * size
+    real = batch[MASK].bool() if MASK in batch else torch.ones(size, len(shares) // size, dtype=torch.bool)  # (B, L)
+    if len(shares) == real.numel():
+        shares = shares[real.flatten()]  # of models that take padding for text
+    lengths = real.sum(dim=1).tolist()
+    return shares.split(lengths) if sum(lengths) == len(shares) else ()
+
+
+def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Sequence[Tensor]) -> list[SampleCompute]:
     data: Any = phase.data
     found = []
-    for index, own in enumerate(shares.split(lengths)):
+    for index, own in enumerate(shares):
         words: list[str] = []
         picture = None
         if isinstance(data, TokenizedData):

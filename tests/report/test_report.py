@@ -132,11 +132,27 @@ def test_a_launched_process_leaves_a_report_that_was_broken_off(run, monkeypatch
     assert not (copy / "report.html").exists()
 
 
-def test_words_of_texts_and_their_loads(trainer, tmp_path):
+CONVBERT = {"embedding_size": 24, "vocab_size": 40, **tiny.SHAPE}
+MODELS = {
+    "bert": lambda **labels: transformers.BertForSequenceClassification(tiny.bert_config(**labels)),
+    "one that has no mask": lambda **labels: transformers.FNetForSequenceClassification(
+        transformers.FNetConfig(vocab_size=40, tpu_short_seq_length=12, **tiny.SHAPE, **labels)
+    ),
+    "one that reads padding": lambda **labels: transformers.ConvBertForSequenceClassification(
+        transformers.ConvBertConfig(**CONVBERT, **labels)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_words_of_texts_and_their_loads(trainer, tmp_path, kind):
     stand_ins.write_emotion(tmp_path / "texts")
+    rows = [f"{' '.join(stand_ins.WORDS[:length])},{stand_ins.ANIMALS[length]}\n" for length in (1, 4, 2, 3)]
+    (tmp_path / "texts" / "test.csv").write_text("".join(["text,label\n", *rows]))
     tiny.tokenizer(tmp_path / "words", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
     labels = {"id2label": dict(enumerate(stand_ins.ANIMALS[:5])), "hidden_act": "relu"}
-    model = transformers.BertForSequenceClassification(tiny.bert_config(**labels))
+    model = MODELS[kind](**labels).eval()
+    tiny._spread(model)
     save_artifact(tiny.route_(model), tmp_path / "routed", [PhaseRecord("RouterRegression")])
     data = TextClassification(DatasetSource(dataset=str(tmp_path / "texts")), str(tmp_path / "words"), max_length=12)
     phase = BudgetCalibration(init_from=str(tmp_path / "routed"))
