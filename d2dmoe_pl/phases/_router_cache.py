@@ -1,6 +1,5 @@
 """What routers learn from, kept from the one epoch in which the frozen model computes it."""
 
-import math
 from collections.abc import Iterator
 
 import lightning as L
@@ -10,6 +9,7 @@ from torch import Tensor
 from d2dmoe_pl.data.cacheable_loader import CacheableLoader
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.phases._row_cache import RowCache
+from d2dmoe_pl.phases._schedule import planned_steps, steps_of
 
 MIB = 2**20
 
@@ -79,5 +79,4 @@ def why_not_cached(trainer: L.Trainer, augmented: bool) -> str | None:
 
 def is_one_epoch(trainer: L.Trainer) -> bool:
     """Whether the whole training is one epoch, or less."""
-    steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
-    return steps >= trainer.estimated_stepping_batches
+    return steps_of(trainer, 1) >= planned_steps(trainer)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -43,7 +43,7 @@ class TrainingSchedule(LRScheduler):
         self.trainer = trainer
         self.warmup = warmup
         self.decay = decay
-        self.total = trainer.estimated_stepping_batches  # steps; infinite if nothing counts them
+        self.total = planned_steps(trainer)
         timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
         self._timer = next((timer for timer in timers if timer.time_remaining() is not None), None)
         self._start = (0, 0.0)  # steps and share from which both are counted on
@@ -97,6 +97,16 @@ class TrainingSchedule(LRScheduler):
         self.__dict__.update(known)
 
 
+def planned_steps(trainer: L.Trainer) -> float:
+    """Steps of the whole training; infinite if nothing counts them."""
+    estimated = trainer.estimated_stepping_batches  # with as many batches a step as now, and as many each epoch
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is None or epochs < 0 or not math.isfinite(batches):
+        return estimated if estimated >= 0 else math.inf
+    steps = steps_of(trainer, max(1, epochs))
+    return min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
+
+
 def steps_done(trainer: L.Trainer) -> int | None:
     """Steps that a training would have made by now, had all of its epochs been like this one.
 
@@ -105,7 +115,20 @@ def steps_done(trainer: L.Trainer) -> int | None:
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is None or epochs < 0 or not math.isfinite(batches):
         return None
-    steps = math.ceil(batches / trainer.accumulate_grad_batches)
-    if 0 <= trainer.max_steps < epochs * steps:
+    if 0 <= trainer.max_steps < steps_of(trainer, epochs):
         return None
-    return trainer.current_epoch * steps + trainer.fit_loop.epoch_loop.batch_idx // trainer.accumulate_grad_batches
+    now = trainer.current_epoch
+    return steps_of(trainer, now) + trainer.fit_loop.epoch_loop.batch_idx // _batches_a_step(trainer, now)
+
+
+def steps_of(trainer: L.Trainer, epochs: int) -> int:
+    """Steps of the first epochs."""
+    batches = trainer.num_training_batches
+    return sum(math.ceil(batches / _batches_a_step(trainer, epoch)) for epoch in range(epochs))
+
+
+def _batches_a_step(trainer: L.Trainer, epoch: int) -> int:
+    """Batches whose gradients are accumulated for a step."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches

@@ -7,7 +7,7 @@ import time
 import lightning as L
 import pytest
 from digits_models import digits_source
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, Timer
 
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.phases import AttentionDistillation, FineTuning, RecoveryTuning, SparsityEnforcement
@@ -107,6 +107,13 @@ class TestWhatEndsATraining:
 
     def test_accumulated_gradients(self, trainer):
         assert rates(trainer, max_epochs=2, accumulate_grad_batches=2)[0] == expected(6)
+
+    def test_gradients_accumulated_otherwise_each_epoch(self, trainer):
+        def scheduler():
+            return GradientAccumulationScheduler({0: 5, 1: 2})
+
+        assert rates(trainer, max_epochs=3, callbacks=[scheduler()])[0] == expected(1 + 3 + 3)
+        assert rates(trainer, max_epochs=3, max_steps=5, callbacks=[scheduler()])[0] == expected(5)
 
     def test_time(self, trainer, timer):
         seen, _ = rates(trainer, max_epochs=-1, callbacks=[timer])
