@@ -11,17 +11,23 @@ Schedule = Literal["constant", "linear", "warmup"]
 
 
 def l1(activation: Tensor) -> Tensor:
-    """``sum_j |a_j|`` of each token: ``(..., d_ff)`` to ``(...)`` float32."""
-    return activation.abs().sum(dim=-1, dtype=torch.float32)
+    """``sum_j |a_j|`` of each token: ``(..., d_ff)`` to ``(...)``, float32 at least."""
+    return activation.abs().sum(dim=-1, dtype=at_least_float32(activation))
 
 
 def hoyer(activation: Tensor, eps: float = 1e-8) -> Tensor:
     """Square Hoyer, ``(sum_j |a_j|)^2 / (sum_j a_j^2 + eps)`` of each token: between 0 and the neurons that fire.
 
-    In float32, since in float16 squares overflow and ``eps`` is zero.
+    In float32 at least, since in float16 squares overflow and ``eps`` is zero.
     """
-    length = torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float32)  # no copy in float32 is kept
+    # no copy in float32 is kept
+    length = torch.linalg.vector_norm(activation, dim=-1, dtype=at_least_float32(activation))
     return l1(activation).square() / (length.square() + eps)
+
+
+def at_least_float32(values: Tensor) -> torch.dtype:
+    """The type of ``values``, or float32 where that is wider."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"l1": l1, "hoyer": hoyer}

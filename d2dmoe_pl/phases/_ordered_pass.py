@@ -30,7 +30,10 @@ class OrderedPass(Phase):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.automatic_optimization = False
-        self.trainer.fit_loop.max_epochs = 1
+        trainer: Any = self.trainer
+        trainer.fit_loop.max_epochs = 1
+        # once, at the end, whatever is set for trainings; an interval of batches can be more than there are
+        trainer.check_val_every_n_epoch, trainer.val_check_interval = 1, 1.0
 
     def configure_optimizers(self) -> None:
         """Nothing is trained."""

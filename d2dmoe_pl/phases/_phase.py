@@ -267,7 +267,9 @@ class Phase(ExactTypes):
             kind: What it is.
             values: By the layer's name.
         """
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0 or not self.trainer.training:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        every = trainer.log_every_n_steps  # 0 for never
+        if not trainer.training or (every > 0 and (self.global_step + 1) % every == 0):
             self._layers_over_steps.add(kind, self.global_step, values)
 
     def _draw_layers(self, is_last: bool = False) -> None:
