@@ -82,9 +82,16 @@ def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir
 
 def _opened(name: str, arguments: Sequence[str]) -> PhaseCLI:
     try:
-        return PhaseCLI(args=list(arguments), run=False)
+        opening = PhaseCLI(args=list(arguments), run=False)
     except ArgumentError as error:
         raise ConfigError(f"{name}: {parser_line(str(error))}") from error
+    dry: Any = opening.trainer.fast_dev_run  # type: ignore[attr-defined] # Lightning sets it
+    check(
+        not dry,
+        f"fast_dev_run={dry}: must be false in a chain, since it leaves nothing for the next phase; "
+        "trainer.max_epochs=1 and trainer.limit_train_batches make a short one",
+    )
+    return opening
 
 
 def _run_what_is_left(

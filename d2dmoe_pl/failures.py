@@ -9,10 +9,13 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError, NonFiniteWeightsError
 
 LONGEST = 400  # characters of a reason that another library gives
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
+REFUSALS = (MisconfigurationException, FileNotFoundError, RuntimeError, ValueError)  # of settings, by Lightning
 UNUSABLE = {
     errno.EACCES,
     errno.EEXIST,
@@ -56,6 +59,8 @@ def failure_of(error: BaseException) -> Failure:
             continue
         if type(cause).__name__ == "ArgumentError":
             return Failure(parser_line(str(cause)), 2)
+        if isinstance(cause, REFUSALS) and _raised_in(cause).startswith("lightning."):
+            return Failure(f"trainer: {one_line(str(cause))}", 2)
         known = _known(cause)
         if known is not None:
             return Failure(known)
@@ -160,6 +165,12 @@ def _known(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and error.errno in UNUSABLE:
         return f"{error.filename}: cannot be written or read ({error.strerror}); choose another folder or file"
     return None
+
+
+def _raised_in(error: BaseException) -> str:
+    """The name of the module that raised ``error``."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
 def _from_worker(message: str) -> str:

@@ -26,6 +26,7 @@ from d2dmoe_pl.checkpoints import LAST, WholeCheckpoints
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases import Phase
+from d2dmoe_pl.phases._callback_checks import check_callbacks
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.phases._sharding import check_strategy
@@ -126,6 +127,8 @@ class PhaseCLI(LightningCLI):
                 raise
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         check_strategy(self.model, trainer.strategy)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it
+        check_callbacks(callbacks)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has asked for no other
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         leave_signals_to_us(trainer)

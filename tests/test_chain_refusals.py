@@ -71,6 +71,15 @@ def test_two_phases_of_one_name(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {recipe}: a: is in line 2 and in line 4\n"
 
 
+def test_a_dry_run(tmp_path, capsys):
+    recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(recipe, output, "--set", "trainer.fast_dev_run=true"))
+    assert exit_info.value.code == 2
+    assert "error: fast_dev_run=True: must be false in a chain, since it leaves nothing" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_no_phases(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["chain", "--output_dir", str(tmp_path / "run"), "--phases", "{}"])

@@ -45,6 +45,27 @@ class TestFailures:
         assert failure_of(info.value).line == "image_column='image': sample 2 cannot be read"
 
     @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            (["--ckpt_path=none.ckpt"], "Checkpoint file not found: none.ckpt"),
+            (["--ckpt_path=best"], '`.fit(ckpt_path="best")` is set but `ModelCheckpoint` is not configured'),
+            (
+                ["--trainer.logger=false", "--trainer.callbacks+=LearningRateMonitor"],
+                "Cannot use `LearningRateMonitor`",
+            ),
+            (["--trainer.val_check_interval=99"], "`val_check_interval` (99) must be less than or equal to"),
+        ],
+    )
+    def test_what_lightning_refuses_in_a_fit(self, tmp_path, capsys, settings, said):
+        recipe = write_recipe(tmp_path / "recipe.yaml")
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", f"--config={recipe}:fine_tuning", f"--trainer.default_root_dir={tmp_path}/run", *settings])
+        assert exit_info.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith(f"error: trainer: {said}")
+        assert "traceback" not in last
+
+    @pytest.mark.parametrize(
         "error",
         [
             MemoryError(),

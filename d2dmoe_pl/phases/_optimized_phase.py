@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -61,7 +61,7 @@ class OptimizedPhase(Phase):
                 own = {"weight_decay": None if decayed else 0.0, "lr": self.learning_rate(name)}
                 given = tuple((key, value) for key, value in own.items() if value is not None)
                 groups.setdefault(given, []).append(parameter)
-        optimizer = self.optimizer([{"params": trained, **dict(given)} for given, trained in groups.items()])
+        optimizer = made(self.optimizer, [{"params": trained, **dict(given)} for given, trained in groups.items()])
         clipped, mixed = self.trainer.gradient_clip_val, isinstance(self.trainer.precision_plugin, MixedPrecision)
         check(
             not (clipped and mixed and optimizer.defaults.get("fused")),
@@ -91,12 +91,16 @@ class OptimizedPhase(Phase):
 
 def check_optimizer(optimizer: OptimizerFactory) -> None:
     """Raise ``ConfigError`` unless an optimizer takes its settings, and its learning rate is a number."""
+    rate = made(optimizer, [nn.Parameter(torch.zeros(1, 1))]).defaults.get("lr", 0.0)  # some take matrices only
+    check(math.isfinite(rate), f"lr={rate}: must be finite")
+
+
+def made(optimizer: OptimizerFactory, parameters: Sequence[Any]) -> torch.optim.Optimizer:
+    """The optimizer of ``parameters``, or of groups of them; raises ``ConfigError`` if it does not take them."""
     try:
-        made = optimizer([nn.Parameter(torch.zeros(1, 1))])  # some take matrices only
+        return optimizer(parameters)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"optimizer: {' '.join(str(error).split())}") from error
-    rate = made.defaults.get("lr", 0.0)
-    check(math.isfinite(rate), f"lr={rate}: must be finite")
 
 
 def freeze_(module: nn.Module, trained: Sequence[nn.Module] = ()) -> None:

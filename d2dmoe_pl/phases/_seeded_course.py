@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 
 from d2dmoe_pl.data.epoch_order import folded, seed_generators
+from d2dmoe_pl.phases._callback_checks import check_callbacks
 
 
 class SeededCourse(L.Callback):
@@ -15,6 +16,7 @@ class SeededCourse(L.Callback):
     """
 
     def setup(self, trainer: Any, phase: Any, stage: str) -> None:
+        check_callbacks(trainer.callbacks)
         # with max_steps, Lightning counts epochs otherwise where it resumes, and samples and the last step are others
         trainer.fit_loop._iteration_based_training = _never
 
