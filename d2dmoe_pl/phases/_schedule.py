@@ -118,17 +118,19 @@ def steps_done(trainer: L.Trainer) -> int | None:
     if 0 <= trainer.max_steps < steps_of(trainer, epochs):
         return None
     now = trainer.current_epoch
-    return steps_of(trainer, now) + trainer.fit_loop.epoch_loop.batch_idx // _batches_a_step(trainer, now)
+    return steps_of(trainer, now) + trainer.fit_loop.epoch_loop.batch_idx // trainer.accumulate_grad_batches
 
 
 def steps_of(trainer: L.Trainer, epochs: int) -> int:
     """Steps of the first epochs."""
-    batches = trainer.num_training_batches
-    return sum(math.ceil(batches / _batches_a_step(trainer, epoch)) for epoch in range(epochs))
+    batches, accumulated = trainer.num_training_batches, _accumulated(trainer)
+    begins = sorted(accumulated)
+    spans = zip(begins, [*begins[1:], epochs], strict=True)
+    return sum(max(0, min(end, epochs) - begin) * math.ceil(batches / accumulated[begin]) for begin, end in spans)
 
 
-def _batches_a_step(trainer: L.Trainer, epoch: int) -> int:
-    """Batches whose gradients are accumulated for a step."""
+def _accumulated(trainer: L.Trainer) -> dict[int, int]:
+    """Batches whose gradients are accumulated for a step, by the epoch from which on so many are."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it
     schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
-    return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else trainer.accumulate_grad_batches
+    return schedulers[0].scheduling if schedulers else {0: trainer.accumulate_grad_batches}
