@@ -102,13 +102,15 @@ class TimmAdapter(Adapter):
         return getattr(model, "label_names", None) or placeholders(model.num_classes)
 
     def config(self, model: Any) -> dict[str, Any]:
-        preprocessing = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        preprocessing = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        described = {key: model.pretrained_cfg[key] for key in preprocessing if key in model.pretrained_cfg}
         return {
             "architecture": model.pretrained_cfg["architecture"],
             "num_classes": model.num_classes,
             "model_args": self._model_args(model),
             "label_names": getattr(model, "label_names", None),
-            "pretrained_cfg": {key: model.pretrained_cfg[key] for key in preprocessing if key in model.pretrained_cfg},
+            # a model may be made for another size than its architecture is described with
+            "pretrained_cfg": {"input_size": list(self.input_shape(model)), **described},
         }
 
     def build(self, folder: Path) -> nn.Module:

@@ -75,6 +75,7 @@ def _data(given: Namespace, place: str | None) -> tuple[dict[str, Any], str]:
         found = timm.data.resolve_data_config({}, pretrained_cfg=described.to_dict())
         picture = {name: list(found[name]) for name in ("mean", "std")}
         picture |= {"image_size": found["input_size"][-1], "crop_pct": found["crop_pct"]}
+        picture |= {"interpolation": found["interpolation"], "keeps_ratio": found["crop_mode"] != "squash"}
     return data_config(given.data, given.task, place, given.tokenizer, columns, picture, given.batch_size)
 
 

@@ -67,6 +67,8 @@ class AudioClassification(TaskData):
             self._extractor = extractor
 
     def load(self) -> tuple[Mapping[str, Any], Task]:
+        same = f"audio_column={self.audio_column!r}: is the label_column; must be another"
+        check(self.audio_column != self.label_column, same)
         splits = self.source.load()
         check_columns(splits, {"audio_column": self.audio_column, "label_column": self.label_column})
         named = {name: self._named(split, name) for name, split in splits.items()}

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Image
+from PIL.Image import Image as Picture
+from PIL.Image import merge
 from timm.data import create_transform
 from torch import Tensor
 from transformers import AutoImageProcessor, BaseImageProcessor
@@ -14,7 +16,13 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 from d2dmoe_pl.data.augmentation import STANDARD, Augmentation
 from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
-from d2dmoe_pl.data.image_preprocessing import INTERPOLATIONS, ImagePreprocessing, opened, preprocessing_of
+from d2dmoe_pl.data.image_preprocessing import (
+    INTERPOLATIONS,
+    ImagePreprocessing,
+    described_by_timm,
+    opened,
+    preprocessing_of,
+)
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
@@ -44,6 +52,7 @@ class ImageClassification(TaskData):
         interpolation: ``nearest``, ``bilinear``, ``bicubic``, ``lanczos``, ``box``, ``hamming``, or ``random`` in
             training, which is ``bilinear`` in evaluation.
         crop_pct: Share of the resized image that evaluation keeps.
+        keeps_ratio: Resize the shorter side for evaluation and cut the longer one; resize both to the same otherwise.
         augment: Change training images at random.
         augmentation: How training images are changed.
         batch_size: Samples a batch and process.
@@ -65,6 +74,7 @@ class ImageClassification(TaskData):
         std: list[float] = IMAGENET_STD,
         interpolation: str = "bicubic",
         crop_pct: float = 0.9,
+        keeps_ratio: bool = True,
         augment: bool = True,
         augmentation: Augmentation = STANDARD,
         batch_size: int = 32,
@@ -89,6 +99,7 @@ class ImageClassification(TaskData):
         self.image_size, self.mean, self.std = image_size, list(mean), list(std)
         self.interpolation = interpolation
         self.crop_pct = crop_pct
+        self.keeps_ratio = keeps_ratio
         self.augment = augment
         self.augmentation = augmentation
 
@@ -107,15 +118,18 @@ class ImageClassification(TaskData):
         if self.processor is None:
             interpolation = "bilinear" if self.interpolation == "random" else self.interpolation
             self.preprocessing = ImagePreprocessing(
-                3, self.image_size, tuple(self.mean), tuple(self.std), interpolation, self.crop_pct
+                3, self.image_size, tuple(self.mean), tuple(self.std), interpolation, self.crop_pct, self.keeps_ratio
             )
             self._evaluation = create_transform(
                 (3, self.image_size, self.image_size),
                 crop_pct=self.crop_pct,
+                crop_mode="center" if self.keeps_ratio else "squash",
                 **{**look, "interpolation": interpolation},
             )
 
     def load(self) -> tuple[Mapping[str, Any], Task]:
+        same = f"image_column={self.image_column!r}: is the label_column; must be another"
+        check(self.image_column != self.label_column, same)
         splits = self.source.load()
         check_columns(splits, {"image_column": self.image_column, "label_column": self.label_column})
         undecoded = {name: self._undecoded(split, name) for name, split in splits.items()}
@@ -155,7 +169,9 @@ class ImageClassification(TaskData):
             for sample in samples
         ]
         if augment:
-            images = torch.stack([self._training(picture) for picture in pictures])
+            assert self.preprocessing is not None  # it is loaded
+            ordered = [_in_order(picture, self.preprocessing.order) for picture in pictures]
+            images = torch.stack([self._training(picture) for picture in ordered])
         elif self.processor is not None:
             images = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
         else:
@@ -167,11 +183,16 @@ class ImageClassification(TaskData):
         return {"pixel_values": images, "labels": labels}
 
     def save_processor(self, folder: Path) -> None:
-        if self.processor is not None:
+        if self.processor is not None and described_by_timm(self.processor) is None:  # whose own is not written
             self.processor.save_pretrained(folder)
         else:
             assert self.preprocessing is not None  # it is loaded
             self.preprocessing.write(folder)
+
+
+def _in_order(picture: Picture, order: Sequence[int]) -> Picture:
+    """A picture with its channels where a model takes them to be."""
+    return picture if list(order) == [0, 1, 2] else merge("RGB", [picture.getchannel(index) for index in order])
 
 
 def _with_path(sample: dict[str, Any], column: str, folder: Path | None) -> dict[str, Any]:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
 
 from d2dmoe_pl.errors import ConfigError, check
 
 # as timm, and as PIL calls them
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
+SEEN = ("black", "white", "#f00", "#0f0", "#00f")  # colours that tell what is done to any
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class ImagePreprocessing:
         crop_pct: Share of the resized picture that is kept, in its middle.
         keeps_ratio: Whether the shorter side is resized to ``size / crop_pct``; both are otherwise.
         largest: What a channel's largest value is in a raw picture.
+        order: Which channel of a raw picture each channel of the input is, where some models take blue first.
     """
 
     channels: int
@@ -38,6 +42,7 @@ class ImagePreprocessing:
     crop_pct: float = 1.0
     keeps_ratio: bool = True
     largest: int = 255
+    order: tuple[int, ...] = (0, 1, 2)
 
     def pretrained_cfg(self) -> dict[str, Any]:
         """As timm's models say it: ``timm.data.resolve_model_data_config`` reads it."""
@@ -75,17 +80,19 @@ class ImagePreprocessing:
 
 
 def preprocessing_of(processor: Any, name: str) -> ImagePreprocessing:
-    """What a Hugging Face image processor does.
+    """What a Hugging Face image processor does: to colours as it is seen to, since each has settings of its own.
 
     Args:
         processor: It takes a list of pictures as ``images``.
         name: What the user calls it, for the error.
 
     Raises:
-        ConfigError: If it gives no square pictures.
+        ConfigError: If it gives no square pictures, or does to colours what no mean and standard deviation say.
     """
     try:
-        shape = processor(images=[Image.new("RGB", (64, 48))], return_tensors="pt")["pixel_values"].shape
+        seen = processor(images=[Image.new("RGB", (64, 48), colour) for colour in SEEN], return_tensors="pt")
+        made = torch.as_tensor(seen["pixel_values"])
+        shape = (1, *made.shape[1:])
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"processor={name!r}: makes no pixel_values of a picture ({error})") from error
     check(
@@ -93,19 +100,52 @@ def preprocessing_of(processor: Any, name: str) -> ImagePreprocessing:
         f"processor={name!r}: makes pixel_values of {tuple(shape)}; must be (1, channels, size, size)",
     )
     channels, size = int(shape[1]), int(shape[2])
+    mean, std, order = _normalisation(made[:, :, size // 2, size // 2].double(), name)
+    told = described_by_timm(processor)
+    if told is not None:
+        ratio = told["crop_mode"] != "squash"
+        return ImagePreprocessing(
+            channels, size, mean, std, told["interpolation"], told["crop_pct"], ratio, order=order
+        )
     resized = dict(processor.size) if getattr(processor, "do_resize", False) else {}
     shortest = resized.get("shortest_edge")
     filters = {number: filter_name for filter_name, number in INTERPOLATIONS.items()}
-    does_normalise = bool(getattr(processor, "do_normalize", False))
+    resample = getattr(processor, "resample", None)
     return ImagePreprocessing(
         channels,
         size,
-        tuple(processor.image_mean) if does_normalise else (0.0,) * channels,
-        tuple(processor.image_std) if does_normalise else (1.0,) * channels,
-        filters.get(int(getattr(processor, "resample", 2) or 2), "bilinear"),
+        mean,
+        std,
+        "bilinear" if resample is None else filters.get(int(resample), "bilinear"),
         min(1.0, size / (shortest or resized.get("height", size))),
         shortest is not None,
+        order=order,
     )
+
+
+def described_by_timm(processor: Any) -> dict[str, Any] | None:
+    """What timm says that is done to pictures, of the processor that transformers makes of a timm model's folder."""
+    return getattr(processor, "data_config", None)
+
+
+def _normalisation(made: Tensor, name: str) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, ...]]:
+    """Mean and standard deviation of each channel, and which channel of a picture it is.
+
+    Args:
+        made: Of a pixel of each colour of ``SEEN``, ``(5, C)``.
+        name: Of the processor, for the error.
+    """
+    black, white = made[:2]
+    std = 1 / (white - black)
+    parts = (made[2:] - black) * std  # (3, C), of red, green and blue
+    order = parts.argmax(dim=0) if len(black) == 3 else torch.arange(3)  # grey has no colours
+    only = torch.eye(3, dtype=parts.dtype)[:, order]
+    check(
+        bool(std.isfinite().all()) and (len(black) != 3 or torch.allclose(parts, only, atol=0.02)),
+        f"processor={name!r}: mixes colours; must scale and shift those of each channel",
+    )
+    mean = [round(value, 6) + 0.0 for value in (-black * std).tolist()]
+    return tuple(mean), tuple(round(value, 6) for value in std.tolist()), tuple(order.tolist())
 
 
 def opened(value: Any, where: str) -> Image.Image:
@@ -126,7 +166,7 @@ def opened(value: Any, where: str) -> Image.Image:
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
             return as_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{where} cannot be read as a picture: {' '.join(str(error).split())}") from error
 
 

@@ -4,12 +4,14 @@ import io
 
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers
 from datasets import Dataset
 from PIL import Image, ImageCms
 
-from d2dmoe_pl.data import DatasetSource, ImageClassification
+from d2dmoe_pl.artifact import save_artifact
+from d2dmoe_pl.data import Augmentation, DatasetSource, ImageClassification
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing, as_rgb, opened, preprocessing_of
 from d2dmoe_pl.errors import ConfigError
 
@@ -149,3 +151,61 @@ def test_a_processor_says_what_it_does(tmp_path, keeps_ratio):
 def test_a_processor_of_something_else():
     with pytest.raises(ConfigError, match="processor='it': makes no pixel_values of a picture"):
         preprocessing_of(lambda images, return_tensors: {"input_features": None}, "it")
+
+
+PROCESSORS = {
+    "blue first": lambda: transformers.MobileViTImageProcessor(size={"height": 12, "width": 12}, do_center_crop=False),
+    "scaled otherwise": lambda: transformers.ViTImageProcessor(
+        size={"height": 12, "width": 12}, rescale_factor=1 / 127.5, do_normalize=False
+    ),
+    "not scaled": lambda: transformers.ViTImageProcessor(
+        size={"height": 12, "width": 12}, do_rescale=False, image_mean=[127.5] * 3, image_std=[60, 70, 80]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(PROCESSORS))
+def test_training_and_evaluation_see_the_same_colours(tmp_path, kind):
+    PROCESSORS[kind]().save_pretrained(tmp_path)
+    where = source(tmp_path, [png(0), png(0)])
+    plain = Augmentation(min_scale=1.0, hflip=0.0, color_jitter=0.0)
+    data = ImageClassification(where, processor=str(tmp_path), augmentation=plain)
+    data.setup()
+    assert data.augmented
+    trained, evaluated = (
+        next(iter(loader))["pixel_values"] for loader in (data.train_dataloader(), data.val_dataloader())
+    )
+    torch.testing.assert_close(trained, evaluated, rtol=0, atol=1e-4)
+
+
+def test_a_processor_that_mixes_colours():
+    def grey(images, return_tensors):
+        made = [torch.tensor(np.asarray(image.resize((8, 8)).convert("L").convert("RGB"))) for image in images]
+        return {"pixel_values": torch.stack(made).permute(0, 3, 1, 2)}
+
+    with pytest.raises(ConfigError, match=r"processor='it': mixes colours; must scale and shift"):
+        preprocessing_of(grey, "it")
+
+
+def test_the_processor_of_a_timm_folder(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2)
+    model.model_args = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    model.pretrained_cfg = {**model.pretrained_cfg, "crop_pct": 0.8, "interpolation": "bilinear", "crop_mode": "squash"}
+    save_artifact(model, tmp_path / "timm")
+    data = ImageClassification(source(tmp_path, [png(0), png(1)]), processor=str(tmp_path / "timm"))
+    data.load_processor()
+    expected = ImagePreprocessing(3, 8, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.8, keeps_ratio=False)
+    assert data.preprocessing == expected
+    (tmp_path / "saved").mkdir()
+    data.save_processor(tmp_path / "saved")
+    saved = transformers.AutoImageProcessor.from_pretrained(tmp_path / "saved")
+    assert preprocessing_of(saved, "it") == expected
+
+
+def test_a_picture_that_its_library_breaks_off_on(monkeypatch):
+    def broken(content):
+        raise RuntimeError("Conversion from YUV failed")  # as libavif does
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(ConfigError, match=r"it cannot be read as a picture: Conversion from YUV failed"):
+        opened({"bytes": b"", "path": None}, "it")
