@@ -7,7 +7,7 @@ from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, List, load_dataset, load_dataset_builder
+from datasets import ClassLabel, Dataset, Image, IterableDataset, List, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from d2dmoe_pl.data.file_rows import READERS, check_decodable, hold_articles, json_fault, lines_of, rows_of, stamps
@@ -102,9 +102,7 @@ class DatasetSource:
             if self.dataset is not None and not _is_path(where):
                 return self._named_split(where, streaming)
             if Path(where).is_dir():
-                # all of its files: some would else be of other splits, by names such as test or train_1.png
-                every = {"train": str(Path(escape(where)) / "**")}
-                return load_dataset("imagefolder", data_files=every, split="train", streaming=streaming)
+                return _read_pictures(f"{name}={where!r}", Path(where), streaming)
             files = sorted(glob(where))
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
             return _read_files(f"{name}={where!r}", files, streaming)
@@ -124,6 +122,31 @@ class DatasetSource:
             if found and ending_of(found[0]) in ENDINGS:
                 return _read_files(f"dataset={self.dataset!r}", found, streaming)
         return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
+
+
+def _read_pictures(argument: str, folder: Path, streaming: bool) -> Dataset | IterableDataset:
+    """The pictures below ``folder``, which the user gave by ``argument``, and what else is said of them.
+
+    The class of one is the folder in ``folder`` that it is in, however deep, unless there are files of metadata.
+    """
+    # all of its files: some would else be of other splits, by names such as test or train_1.png
+    every = {"train": str(Path(escape(str(folder))) / "**")}
+    loaded = load_dataset("imagefolder", data_files=every, split="train", streaming=streaming)
+    if streaming or any(folder.rglob("metadata.*")):
+        return loaded
+    paths = [Path(each["path"]) for each in loaded.cast_column("image", Image(decode=False))["image"]]
+    place = os.path.abspath(folder)  # as paths are, with links in them
+    if not all(path.is_relative_to(place) for path in paths):  # of an archive
+        return loaded
+    parts = [path.relative_to(place).parts for path in paths]
+    check(
+        all(len(each) > 1 for each in parts),
+        f"{argument}: {next((each[0] for each in parts if len(each) == 1), '')} is in no folder of a class; must be a "
+        "folder with a folder of pictures a class, or have a metadata.csv that says what they are",
+    )
+    classes = sorted({each[0] for each in parts})
+    labels = [classes.index(each[0]) for each in parts]
+    return loaded.select_columns("image").add_column("label", labels, feature=ClassLabel(names=classes))
 
 
 def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | IterableDataset:

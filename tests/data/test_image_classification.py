@@ -64,6 +64,35 @@ class TestImages:
         assert data.task.label_names == sorted(classes)
         assert data.num_training_samples == 12
 
+    def test_the_class_is_the_first_folder_however_deep_a_picture_lies(self, tmp_path):
+        for i, image in enumerate(self.images(12)):
+            folder = tmp_path / "deep" / ("cat", "dog")[i % 2] / ("2024" if i % 3 else "")
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i}.png")
+        data = ImageClassification(DatasetSource(**dict.fromkeys(SPLITS, str(tmp_path / "deep"))), image_size=8)
+        data.setup()
+        assert data.task.label_names == ["cat", "dog"]
+        labels = [label for batch in data.test_dataloader() for label in batch["labels"].tolist()]
+        assert labels.count(0) == labels.count(1) == 6
+        one = DatasetSource(**dict.fromkeys(SPLITS, str(tmp_path / "deep")) | {"test": str(tmp_path / "one")})
+        (tmp_path / "one" / "dog").mkdir(parents=True)
+        image.save(tmp_path / "one" / "dog" / "0.png")
+        data = ImageClassification(one, image_size=8)
+        data.setup()
+        assert first(data.test_dataloader())["labels"].tolist() == [1]
+        image.save(tmp_path / "one" / "1.png")
+        with pytest.raises(ConfigError, match=r"test='.*one': 1.png is in no folder of a class; must be a folder with"):
+            ImageClassification(one, image_size=8).setup()
+        (tmp_path / "one" / "metadata.csv").write_text("file_name,label\n1.png,cat\ndog/0.png,dog\n")
+        data = ImageClassification(one, image_size=8)
+        data.setup()
+        assert first(data.test_dataloader())["labels"].tolist() == [0, 1]
+
+    def test_labels_are_no_pictures(self, tmp_path):
+        data = ImageClassification(self.parquet(tmp_path), "picture", "picture")
+        with pytest.raises(ConfigError, match=r"image_column='picture': is the label_column; must be another"):
+            data.setup()
+
     def test_pictures_that_have_come_since_are_found(self, tmp_path):
         rows = {"picture": [f"{i}.png" for i in range(6)], "kind": ["cat", "dog"] * 3}
         file = write(Dataset.from_dict(rows), tmp_path / "own.parquet")
