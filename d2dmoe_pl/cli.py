@@ -20,6 +20,7 @@ from d2dmoe_pl.chain import default_recipe, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
 from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.compression.command import run_compress
+from d2dmoe_pl.data.file_rows import lines_of
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
 from d2dmoe_pl.phase_cli import EVALUATING, PhaseCLI, without_needless_warnings
@@ -122,13 +123,21 @@ def given_inputs(text: Sequence[str] | None, text_file: str | None, images: str 
         found = list(text)
     elif text_file is not None:
         check(text_file == "-" or Path(text_file).is_file(), f"text_file={text_file!r}: no such file")
-        lines = sys.stdin.read() if text_file == "-" else Path(text_file).read_text(encoding="utf-8")
-        found = [line for line in lines.splitlines() if line.strip()]
+        lines = sys.stdin if text_file == "-" else lines_of(text_file)
+        found = [line.rstrip("\r\n") for line in lines if line.strip()]
     else:
-        endings = set(Image.registered_extensions())
-        found = sorted(str(file) for file in Path(str(images)).rglob("*") if file.suffix.lower() in endings)
-    check(bool(found), f"{'images' if images else 'text'}: there is nothing to predict for")
+        found = pictures_in(Path(str(images)))
+    given_as = {"text": text, "text_file": text_file, "images": images}
+    said = next(f"{name}={value!r}" for name, value in given_as.items() if value is not None)
+    check(bool(found), f"{said}: there is nothing to predict for")
     return found
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """The pictures below a folder, in order; what is hidden, such as what macOS leaves beside files, is none."""
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    below = [file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file()]
+    return sorted(str(file) for file in below if not any(part[0] == "." for part in file.relative_to(folder).parts))
 
 
 def _print_metrics(trainer: Trainer) -> None:

@@ -142,7 +142,7 @@ def _check_whole(names: Sequence[str], column: str, samples: Sequence[str]) -> N
             return
     for sample, name, number in zip(samples, names, numbers, strict=True):
         check(
-            number.is_integer(),
+            number.is_integer() or not math.isfinite(number),  # which is a name
             f"label_column={column!r}: {sample} has {name}, a number with a fractional part, which is no class; for "
             "numbers there is TextRegression with the task text-regression",
         )

@@ -116,6 +116,10 @@ class TextMultiLabel(TextClassification):
         group_by_length: bool = False,
     ) -> None:
         check(bool(label_columns), "label_columns=[]: must be one at least")
+        check(
+            len(set(label_columns)) == len(label_columns),
+            f"label_columns={list(label_columns)}: names a column twice; must be another each",
+        )
         super().__init__(
             source, tokenizer, text_columns, label_columns[0], max_length, batch_size, num_workers, group_by_length
         )

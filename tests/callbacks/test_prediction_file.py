@@ -125,8 +125,21 @@ class TestCommand:
             given_inputs(["a"], "b", None)
         with pytest.raises(ConfigError, match="text_file='/nowhere': no such file"):
             given_inputs(None, "/nowhere", None)
-        with pytest.raises(ConfigError, match="images: there is nothing to predict for"):
+        with pytest.raises(ConfigError, match=r"images='.*none': there is nothing to predict for"):
             given_inputs(None, None, str(tmp_path / "none"))
+
+    def test_a_line_is_a_text_and_what_is_hidden_no_picture(self, tmp_path):
+        file = tmp_path / "a.txt"
+        file.write_bytes("\ufeffone\x0ctwo\r\nthree\u2028four\n".encode())
+        assert given_inputs(None, str(file), None) == ["one\x0ctwo", "three\u2028four"]
+        file.write_bytes("gr\u00fcn\n".encode("latin-1"))
+        with pytest.raises(ConfigError, match=r"a.txt: line 1: not UTF-8; save it as UTF-8"):
+            given_inputs(None, str(file), None)
+        (tmp_path / ".thumbnails").mkdir()
+        for name in ("b.png", "._b.png", ".thumbnails/b.png", "c.pdf"):
+            (tmp_path / name).write_bytes(b"")
+        (tmp_path / "d.png").mkdir()
+        assert given_inputs(None, None, str(tmp_path)) == [str(tmp_path / "b.png")]
 
     def test_from_the_command_line(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)

@@ -68,6 +68,10 @@ class TestSplits:
         _, names = encode_labels({"train": labelled(["10", "9", "2", "10", "9", "2"])}, "label")
         assert names == ["2", "9", "10"]
 
+    def test_what_is_written_as_no_number_is_a_name(self):
+        splits = {"train": labelled(["nan", "some", "inf"]), "test": labelled(["nan", "nan"])}
+        assert encode_labels(splits, "label")[1] == ["inf", "nan", "some"]
+
     def test_whole_numbers_with_a_point_are_whole_numbers(self):
         splits = {"train": labelled([1.0, 2.0, 1.0]), "test": labelled([2, 1])}
         assert names_of(splits) == {"train": ["1", "2", "1"], "test": ["2", "1"]}

@@ -130,7 +130,8 @@ class TokenClassification(TokenizedData):
         tokenizer, max_length = self.tokenizer, self.max_length
 
         def tokenize(batch: Mapping[str, list]) -> Mapping[str, Any]:
-            found = tokenizer(batch["words"], is_split_into_words=True, truncation=True, max_length=max_length)
+            words = told_words(tokenizer, batch["words"])
+            found = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
             labels = [at_first_tokens(found.word_ids(i), sample) for i, sample in enumerate(batch["labels"])]
             return {**found, "labels": labels}
 
@@ -142,6 +143,22 @@ class TokenClassification(TokenizedData):
         side = self.tokenizer.padding_side
         padded = pad_sequence(labels, batch_first=True, padding_value=NOT_PREDICTED, padding_side=side)  # (B, L)
         return {**super().collate(texts, augment), "labels": padded}
+
+
+def told_words(tokenizer: Any, texts: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Texts in words, of which those that a tokenizer makes nothing of, such as blanks of no width, are unknown ones.
+
+    They have labels as all others have, which predictions are told by.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        texts: The words of each.
+    """
+    known = sorted({word for text in texts for word in text})
+    made = tokenizer([[word] for word in known], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+    untold = {word for word, ids in zip(known, made, strict=True) if not ids}
+    unknown = tokenizer.unk_token or "?"
+    return [[unknown if word in untold else word for word in text] for text in texts]
 
 
 def at_first_tokens(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:

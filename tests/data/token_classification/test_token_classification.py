@@ -61,6 +61,16 @@ def test_labels_stand_at_first_tokens(kind, tmp_path):
     assert batch["input_ids"].shape == batch["labels"].shape
 
 
+def test_words_that_a_tokenizer_makes_nothing_of_have_labels_too(tmp_path):
+    samples = [(["anna", "", "berlin"], ["B-PER", "O", "B-LOC"]), ([""], ["O"])]
+    data = data_of(tmp_path, samples)
+    data.setup()
+    labels = next(iter(data.test_dataloader()))["labels"]
+    assert [[data.task.label_names[label] for label in row if label != -100] for row in labels] == [
+        tags for _, tags in samples
+    ]
+
+
 def test_words_that_are_cut_off_are_not_counted(tmp_path):
     data = data_of(tmp_path, max_length=4)  # two words between [CLS] and [SEP]
     data.setup()
