@@ -126,7 +126,11 @@ def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
 
     Those of layers with experts all are: which of them run depends on the tokens.
     """
-    called = {part for layer in expert_layers(model).values() for part in layer.modules()}
+    of_experts = {part for layer in expert_layers(model).values() for part in layer.modules()}
+    fused = {
+        part for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for part in layer.modules()
+    }
+    called: set[nn.Module] = set()
     handles = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in model.modules()]
     was_training = model.training
     device = next(model.parameters()).device
@@ -141,13 +145,14 @@ def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return called
+    return called - fused | of_experts  # torch has a kernel for all of such a layer, but not where there are hooks
 
 
 def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
         is_taken = isinstance(module, Experts | RouterLinear) or adapter.as_linear(module) is not None
-        if is_taken or (embeddings and type(module) is nn.Embedding):
+        # one with a largest norm scales its rows as they are looked up
+        if is_taken or (embeddings and type(module) is nn.Embedding and module.max_norm is None):
             yield name, module
 
 

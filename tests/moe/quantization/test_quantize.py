@@ -14,6 +14,7 @@ from d2dmoe_pl import (
     QuantizationConfig,
     RouterConfig,
     add_routers_,
+    adopt_,
     convert_to_moe_,
     load_model,
     merge_to_dense_,
@@ -148,3 +149,27 @@ def test_a_model_made_in_inference_mode_is_packed_once():
         assert not any(tensor.is_inference() for tensor in layer.buffers())
     assert not model.classifier.weight.is_inference()
     assert torch.equal(tiny.logits(model, inputs), before)
+
+
+class _AroundTorchsLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 16, max_norm=0.5)
+        layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, ids):
+        x = self.encoder(self.embedding(ids))
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@torch.no_grad()
+def test_what_torch_computes_by_other_means_is_left_alone():
+    model, ids = _AroundTorchsLayers().eval(), torch.arange(9)[None].repeat(2, 1)
+    adopt_(model, {"ids": ids})
+    convert_to_moe_(model, ExpertsConfig(4))
+    before = model(ids)
+    quantize_(model)
+    assert quantized_names(model) == ["down.experts"]
+    assert (model(ids) - before).norm() < 0.1 * before.norm()
