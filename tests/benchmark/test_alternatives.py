@@ -11,6 +11,7 @@ from d2dmoe_pl.benchmark.compared_modules import find_way, run_dense
 from d2dmoe_pl.benchmark.preset_masks import random_mask
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 
 CPU = torch.device("cpu")
 
@@ -38,6 +39,16 @@ def test_a_way_equals_the_reference(name, gated, bias, share):
     torch.testing.assert_close(find_way(name)(experts, tokens, mask), experts(tokens, mask), rtol=1e-5, atol=1e-5)
     if share == 1.0:
         torch.testing.assert_close(run_dense(ffn, tokens), experts(tokens, mask), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES.names())
+@torch.no_grad()
+def test_a_way_takes_experts_in_int8(name):
+    if name == "grouped_mm" and not hasattr(F, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    experts = Int8Experts(Experts(make_ffn(True, True), 4, backend="reference"))
+    tokens, mask = torch.randn(9, 16), random_mask(9, 4, 0.4, CPU)
+    torch.testing.assert_close(find_way(name)(experts, tokens, mask), experts(tokens, mask), rtol=1e-5, atol=1e-5)
 
 
 def test_kernels_can_be_compared_with_too():

@@ -27,13 +27,14 @@ def grouped_mm(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
         product = F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)  # (P, d) @ (E, d, s) -> (P, s)
         return product if bias is None else product + bias[expert]
 
-    hidden = project(experts.up_weight, experts.up_bias)
-    if experts.gate_weight is not None:
-        hidden = experts.activation(project(experts.gate_weight, experts.gate_bias)) * hidden
+    up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias = experts.weights_in(tokens.dtype)
+    hidden = project(up_weight, up_bias)
+    if gate_weight is not None:
+        hidden = experts.activation(project(gate_weight, gate_bias)) * hidden
     else:
         hidden = experts.activation(hidden)
-    output = output_of_no_expert(tokens, experts.down_bias, experts.d_out)  # (N, d_out)
-    return output.index_add_(0, token, F.grouped_mm(hidden, experts.down_weight, offs=ends))
+    output = output_of_no_expert(tokens, down_bias, experts.d_out)  # (N, d_out)
+    return output.index_add_(0, token, F.grouped_mm(hidden, down_weight, offs=ends))
 
 
 BACKEND = grouped_mm

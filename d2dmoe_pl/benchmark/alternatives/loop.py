@@ -8,7 +8,7 @@ from d2dmoe_pl.moe.experts.ffn_math import hidden_activations, output_of_no_expe
 
 def loop(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """Each expert finds its tokens, runs on them and adds to the output; as :mod:`d2dmoe_pl.moe.execution`."""
-    up_weight, *inner, down_weight, down_bias = experts.weights
+    up_weight, *inner, down_weight, down_bias = experts.weights_in(tokens.dtype)
     output = output_of_no_expert(tokens, down_bias, down_weight.shape[2])  # (N, d_out)
     for expert in range(experts.num_experts):
         index = mask[:, expert].nonzero().squeeze(1)  # (n_e,)
