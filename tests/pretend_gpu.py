@@ -26,6 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from d2dmoe_pl.artifact import save_artifact
+from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
+from d2dmoe_pl.benchmark.comparison import Settings
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import DatasetSource, Digits, TextClassification
 from d2dmoe_pl.phases import (
@@ -239,16 +242,33 @@ CHAINS = {
 }
 
 
+def run_benchmark() -> None:
+    """Score and call a whole model beside its dense twin, as they are timed."""
+    folder, types = tempfile.mkdtemp(), [torch.float32, torch.bfloat16]
+    save_artifact(tiny.routed("bert"), folder)
+    settings = Settings(["model"], types, [2], "reference", [], 2, DEVICE, scored_samples=20)
+    with Numbers(), Operators(), torch.no_grad():
+        for comparison in artifact_comparisons(folder, [0.3, 1.0], tiny.TextData(), 6, settings):
+            comparison.dense.call()
+            for way in comparison.ways:
+                with way.contender.setting():
+                    way.contender.call()
+    print("benchmark: done", flush=True)
+
+
 def main(name: str) -> None:
     torch.manual_seed(0)
     random.seed(0)
     set_up()
-    make_data, phases = CHAINS[name]
     with Numbers(), Operators():
         try:
             torch.ones(2, device=DEVICE) + torch.ones(2)
         except RuntimeError as error:
             print(error)
+    if name == "benchmark":
+        run_benchmark()
+        return
+    make_data, phases = CHAINS[name]
     run_chain(make_data(), phases)
 
 

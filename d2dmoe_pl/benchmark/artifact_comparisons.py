@@ -9,7 +9,7 @@ from torch import nn
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model, read_artifact
-from d2dmoe_pl.benchmark.compared_modules import Choice, layer_comparison, layer_inputs, model_comparison
+from d2dmoe_pl.benchmark.compared_modules import Choice, layer_comparison, layer_inputs, model_comparison, placed
 from d2dmoe_pl.benchmark.comparison import Comparison, Settings
 from d2dmoe_pl.benchmark.decoding import check_decodes, decoding_comparison
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES
@@ -80,7 +80,7 @@ def artifact_comparisons(
         for dtype, moe in moes.items():
             _place_(dense, settings.device, settings.floating(dtype))
             for batch_size in settings.batch_size:
-                batch = _to(batches(batch_size)[0], settings.device, settings.floating(dtype))
+                batch = placed(batches(batch_size)[0], settings.device, settings.floating(dtype))
                 yield from _layers(dense, moe, batch, taus, settings)
 
 
@@ -102,15 +102,15 @@ def _whole(
     _place_(dense, settings.device, settings.dense_dtype)
     rivals = {name: RUNTIMES[name](dense, batches) for name in settings.compare if name in RUNTIMES}
     choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
-    placed = {
-        dtype: [_to(batch, settings.device, dtype) for batch in batches]
+    batches_in = {
+        dtype: [placed(batch, settings.device, dtype) for batch in batches]
         for dtype in {*map(settings.floating, moes), settings.dense_dtype}
     }
     first = next(iter(moes))
     with temporary_gate(moes[first], None):
-        inputs = [layer_inputs(moes[first], batch) for batch in placed[settings.floating(first)]]
+        inputs = [layer_inputs(moes[first], batch) for batch in batches_in[settings.floating(first)]]
     _optimize(moes, settings)
-    return model_comparison(dense, moes, placed, inputs, choices, rivals, scoring)
+    return model_comparison(dense, moes, batches_in, inputs, choices, rivals, scoring)
 
 
 def _writing(
@@ -123,7 +123,7 @@ def _writing(
 ) -> Comparison:
     _place_(dense, settings.device, settings.dense_dtype)
     choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
-    batch = _to(batches[0], settings.device, settings.dense_dtype)
+    batch = placed(batches[0], settings.device, settings.dense_dtype)
     comparison = decoding_comparison(dense, moes, batch, settings.decode, choices, scoring, settings.gguf)
     _optimize(moes, settings)
     return comparison
@@ -191,10 +191,3 @@ def _place_(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move and cast a model, as who loads it in that type has it."""
     with adapter_for(model).exact_buffers(model):
         model.to(device, dtype)
-
-
-def _to(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on ``device``, what is no index or mask in ``dtype``."""
-    return {
-        key: value.to(device, dtype) if value.is_floating_point() else value.to(device) for key, value in batch.items()
-    }

@@ -75,8 +75,11 @@ def _settings(given: Namespace) -> Settings:
         not given.decode or "layer" not in given.scope,
         f"decode={given.decode}: only of whole models; leave --scope layer out",
     )
-    for name in given.compare if given.decode else []:
-        check(name not in RUNTIMES, f"compare={name!r}: reads texts, and writes none; must go, or --decode 0")
+    for name in given.compare:
+        is_read = name in RUNTIMES
+        check(not (is_read and given.decode), f"compare={name!r}: reads texts, and writes none; must go, or --decode 0")
+        needed, runs = ("model", "whole models") if is_read else ("layer", "FFNs alone")
+        check(needed in given.scope, f"compare={name!r}: runs {runs}; must go, or --scope {needed} be there")
     check(given.gguf is None or given.decode > 0, f"gguf={given.gguf!r}: only with --decode")
     if given.gguf is not None:
         check_gguf(given.gguf)
@@ -87,6 +90,9 @@ def _settings(given: Namespace) -> Settings:
     check(given.device != "cuda" or gpu, "device='cuda': PyTorch finds no GPU here; allowed are auto, cpu")
     is_on_gpu = gpu and given.device != "cpu"
     check(given.gguf is None or not is_on_gpu, f"gguf={given.gguf!r}: llama.cpp is timed on the CPU; add --device cpu")
+    for name in given.compare if is_on_gpu else []:
+        is_there = name not in RUNTIMES or name == "compile"
+        check(is_there, f"compare={name!r}: runs on the CPU; must go, or --device cpu be there")
     return Settings(
         scope=given.scope,
         dtype=[getattr(torch, dtype) for dtype in given.dtype],

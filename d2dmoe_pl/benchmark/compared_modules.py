@@ -196,10 +196,6 @@ def model_comparison(
     first = next(iter(moes))
     positions = {name: sum(given[name].positions for given in inputs) for name in inputs[0]}
 
-    def predict(model: nn.Module, dtype: torch.dtype) -> Predict:
-        adapter = adapter_for(model)
-        return lambda batch: adapter.logits(model, _floats_in(batch, dtype))
-
     def over(predicted: Predict, dtype: torch.dtype) -> Callable[[], object]:
         return lambda: [predicted(batch) for batch in batches[dtype]][-1]
 
@@ -219,10 +215,10 @@ def model_comparison(
         if floating not in {dense_type, *(way.dtype for way in ways)}:
             twin = copy.deepcopy(dense)
             adapter_for(twin).cast_(twin, floating)
-            own = predict(twin, floating)
+            own = predict_by(twin)
             timed = Contender(over(own, floating), parts=parts)
             ways.append(Way(PYTORCH, False, None, 1.0, 1.0, timed, floating, True, score(own)))
-        own = predict(moe, floating)
+        own = predict_by(moe)
         backend = next(iter(moe_layers(moe).values())).experts.backend
         for choice in choices[dtype]:
             with uncompiled(moe):  # which experts run is the same
@@ -239,13 +235,13 @@ def model_comparison(
         num_experts=experts.num_experts,
         batch_size=len(next(iter(batches[dense_type][0].values()))),
         tokens=round(sum(tokens) / parts),
-        dense=Contender(over(predict(dense, dense_type), dense_type), parts=parts),
+        dense=Contender(over(predict_by(dense), dense_type), parts=parts),
         ways=ways,
         rest=None
         if plain is None
-        else Contender(over(predict(moe, floating), floating), lambda: skipped(moe_layers(moe).values()), parts),
+        else Contender(over(predict_by(moe), floating), lambda: skipped(moe_layers(moe).values()), parts),
         scoring=scoring,
-        dense_score=score(predict(dense, dense_type)),
+        dense_score=score(predict_by(dense)),
     )
 
 
@@ -265,5 +261,15 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         model._compiled_call_impl = compiled
 
 
-def _floats_in(batch: Batch, dtype: torch.dtype) -> Batch:
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+def predict_by(model: nn.Module) -> Predict:
+    """Logits by ``model`` of a batch that lies anywhere, and is of any type."""
+    adapter, device, dtype = adapter_for(model), next(model.parameters()).device, floating_type(model)
+    return lambda batch: adapter.logits(model, placed(batch, device, dtype))
+
+
+def placed(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on ``device``, what is no index or mask in ``dtype``."""
+    return {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in batch.items()
+    }

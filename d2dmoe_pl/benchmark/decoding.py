@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from d2dmoe_pl.adapters import MASK, adapter_for
-from d2dmoe_pl.benchmark.compared_modules import Choice, floating_type, uncompiled
+from d2dmoe_pl.benchmark.compared_modules import Choice, floating_type, predict_by, uncompiled
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
 from d2dmoe_pl.benchmark.gguf_runtime import NAME, GGUFRuntime
 from d2dmoe_pl.benchmark.result_rows import PYTORCH
@@ -73,7 +73,7 @@ def decoding_comparison(
     def made(model: nn.Module, name: str, choice: Choice | None, dtype: torch.dtype, share: float, read: float) -> Way:
         context: Callable[[], AbstractContextManager] = nullcontext if choice is None else choice.context
         with context(), uncompiled(model):
-            score = None if scoring is None else scoring.score(partial(adapter_for(model).logits, model))
+            score = None if scoring is None else scoring.score(predict_by(model))
             agreement = _agreement(model, prompts, text)
         return Way(
             name=name,

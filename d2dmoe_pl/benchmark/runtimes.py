@@ -134,11 +134,15 @@ def on_compiler(dense: nn.Module, batches: Sequence[Batch]) -> Predict:
     model = copy.deepcopy(dense)
     adapter_for(model).cast_(model, torch.bfloat16)
     compiled: Any = torch.compile(model, dynamic=True)
+    device = next(model.parameters()).device
 
     def predict(batch: Batch) -> Tensor:
         adapter = adapter_for(model)
         behind, back = adapter.in_order(
-            {name: value.bfloat16() if value.is_floating_point() else value for name, value in batch.items()}
+            {
+                name: value.to(device, torch.bfloat16 if value.is_floating_point() else None)
+                for name, value in batch.items()
+            }
         )
         return back(adapter.traced_logits(compiled, behind))
 

@@ -12,7 +12,7 @@ from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.phases._labels import answer_as_model, number_as_model
-from d2dmoe_pl.phases._model_checks import check_head
+from d2dmoe_pl.phases._model_checks import check_head, check_inputs, check_outputs
 
 Predict = Callable[[Batch], Tensor]
 SCORED_BATCH = 32  # samples at once
@@ -49,7 +49,7 @@ def scoring_of(model: nn.Module, data: TaskData, samples: int) -> Scoring | None
     """The first ``samples`` of the test split, or as many as there are; None for none.
 
     Raises:
-        ConfigError: If the model has not the head that the data needs.
+        ConfigError: If the model has not the head, or the outputs, that the data needs, or cannot take its samples.
     """
     if not samples:
         return None
@@ -57,8 +57,9 @@ def scoring_of(model: nn.Module, data: TaskData, samples: int) -> Scoring | None
     data.prepare_data()
     data.setup()
     number_as_model(data, model)  # as are the labels from here on
-    batches = _batches(model, data, SCORED_BATCH, -(-samples // SCORED_BATCH))
     assert data.task is not None
+    check_outputs(model, data.task)
+    batches = _batches(model, data, SCORED_BATCH, -(-samples // SCORED_BATCH))
     return Scoring(batches, data.task)
 
 
@@ -66,7 +67,7 @@ def first_batches(model: nn.Module, data: TaskData, batch_size: int) -> list[Bat
     """The first samples of the test split: a batch, or several small ones, since texts differ in length.
 
     Raises:
-        ConfigError: If there are fewer, or the model has not the head that the data needs.
+        ConfigError: If there are fewer, or the model has not the head that the data needs, or cannot take its samples.
     """
     batches = _batches(model, data, batch_size, max(1, TIMED_SAMPLES // batch_size))
     samples = len(batches[0]["labels"])
@@ -79,6 +80,7 @@ def _batches(model: nn.Module, data: TaskData, batch_size: int, most: int) -> li
     data.prepare_data()
     data.setup()
     answer_as_model(data, model)
+    check_inputs(model, data)
     data.batch_size = batch_size
     loader: DataLoader | list[DataLoader] = data.predict_dataloader()  # in order, as samples come
     first: Iterable[Batch] = loader[0] if isinstance(loader, list) else loader

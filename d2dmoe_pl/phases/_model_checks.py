@@ -16,6 +16,11 @@ def check_fits(model: nn.Module, data: TaskData) -> None:
     """Raise ``ConfigError`` unless ``model``, whose head is the one, takes what ``data``, which is set up, gives."""
     assert data.task is not None
     check_outputs(model, data.task)
+    check_inputs(model, data)
+
+
+def check_inputs(model: nn.Module, data: TaskData) -> None:
+    """Raise ``ConfigError`` unless ``model`` takes the texts, sounds or pictures of ``data``, which is set up."""
     check_token_ids(model, data.num_token_ids)
     check_length(model, data.sample_length)
     check_lengths(model, data.longest_samples())

@@ -10,6 +10,7 @@ from d2dmoe_pl.benchmark.comparison import Settings, measure
 from d2dmoe_pl.benchmark.result_rows import as_table
 from d2dmoe_pl.benchmark.scoring import first_batches
 from d2dmoe_pl.data import Digits
+from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_path_
@@ -125,6 +126,17 @@ def test_more_samples_than_there_are():
 def test_data_for_another_head():
     with pytest.raises(ConfigError, match=r"^head='regression' of Bert.*: the data needs a model with head 'classifi"):
         first_batches(tiny.dense("bert-regression"), Digits(), 5)
+
+
+class _ColourDigits(Digits):
+    preprocessing = ImagePreprocessing(3, 8, (0.0,) * 3, (1.0,) * 3)
+
+
+def test_data_that_the_model_cannot_take(tmp_path):
+    path = saved(tiny.routed(), tmp_path)
+    wanted = settings(scope=["model"])
+    with pytest.raises(ConfigError, match=r"^pixel_values: the data gives 3 x 8 x 8 .*; must be 1 x 8 x 8, which"):
+        list(artifact_comparisons(path, [0.5], _ColourDigits(), 6, wanted))
 
 
 def without_gates(kind="timm_vit"):

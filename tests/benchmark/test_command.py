@@ -146,6 +146,7 @@ def test_a_noisy_machine_is_said(tmp_path, monkeypatch, capsys):
         (["--num_experts", "7"], "num_experts=7: must divide the FFN width, which is 3072"),
         (["--artifact", "x", "--tau", "0.5,1.5"], "tau=1.5: must lie in [0, 1] (1 runs every expert, the dense layer)"),
         (["--artifact", "x", "--length", "0"], "length=0: must be positive"),
+        (["--compare", "loop"], "compare='loop': runs FFNs alone; must go, or --scope layer be there"),
         (["--artifact", "x"], "artifact='x': no such folder; must be the artifact that a phase wrote"),
         (
             ["--architecture", "resnet50d"],
@@ -167,6 +168,22 @@ def test_backends_are_found_by_name(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", "--output_dir", str(tmp_path / "out"), "--backend", "abacus"])
     assert capsys.readouterr().err.startswith("error: backend='abacus': allowed are ")
+
+
+def test_a_runtime_for_whole_models_beside_ffns_alone(capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", *LAYERS, "--compare", "torch-int8"])
+    said = "error: compare='torch-int8': runs whole models; must go, or --scope model be there\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_runtime_of_the_cpu_beside_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit):
+        main(["benchmark", "--artifact", "x", "--compare", "torch-int8"])
+    assert (
+        capsys.readouterr().err == "error: compare='torch-int8': runs on the CPU; must go, or --device cpu be there\n"
+    )
 
 
 def test_no_gpu(monkeypatch, capsys):

@@ -13,6 +13,7 @@ DONE = {
     "projections": "FineTuning AttentionDistillation SparsityEnforcement ExpertClustering RouterRegression",
     "moefication": "FineTuning ExpertClustering ExpertSelection",
     "moebert": "FineTuning ImportanceScoring MoEBERTDistillation",
+    "benchmark": "benchmark",
 }
 
 
