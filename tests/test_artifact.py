@@ -194,3 +194,25 @@ def test_loading_initialises_nothing_at_random(saved):
     before = torch.get_rng_state()
     load_model(saved)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def _subclass(model):
+    # called as its parent is, as which it would come back
+    model.__class__ = type(type(model).__name__, (type(model),), {})
+    return model
+
+
+def _made_by_its_class(model):
+    del model.pretrained_cfg
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("bert", _subclass), ("timm_vit", _subclass), ("timm_vit", _made_by_its_class)]
+)
+def test_what_could_not_be_loaded_is_not_saved(kind, change, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^\w+: no file could say how it is made again; must be of a class of its li"
+    ):
+        save_artifact(change(tiny.routed(kind)), tmp_path / "artifact")
+    assert not any(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from d2dmoe_pl.adapters._attention import AttentionParts, Projection, find_proje
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, check
 
 TaskName = Literal[
     "text-classification",
@@ -266,6 +266,15 @@ def module_at(model: nn.Module, name: str) -> tuple[Any, str]:
     """The parent of the module with dotted path ``name``, and its attribute name there."""
     parent, _, attribute = name.rpartition(".")
     return model.get_submodule(parent), attribute
+
+
+def check_of_library(model: nn.Module, is_known: bool) -> None:
+    """Raise ``ConfigError`` unless ``is_known``, whether a file can name how the library makes ``model``."""
+    check(
+        is_known,
+        f"{type(model).__name__}: no file could say how it is made again; must be of a class of its library, and made "
+        "as that makes it, to be saved as an artifact; keep its state_dict otherwise",
+    )
 
 
 def place_meta_buffers_(model: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, place_meta_buffers_
+from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, check_of_library, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
 from d2dmoe_pl.adapters._exact_buffers import exact_buffers
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
@@ -224,9 +224,12 @@ class HuggingFaceAdapter(Adapter):
         return config.num_channels, height, width
 
     def config(self, model: Any) -> dict[str, Any]:
+        name, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")
+        check_of_library(
+            model, type(model).__module__ == getattr(getattr(transformers, name, None), "__module__", None)
+        )
         config = json.loads(model.config.to_json_string(use_diff=True))
-        dtype = str(model.dtype).removeprefix("torch.")
-        return {**config, "architectures": [type(model).__name__], "dtype": dtype}
+        return {**config, "architectures": [name], "dtype": dtype}
 
     def save_beside(self, model: Any, folder: Path) -> None:
         """Write how the model generates text by default, where it can."""

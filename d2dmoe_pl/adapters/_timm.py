@@ -10,7 +10,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU, get_act_layer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.adapters._adapter import Adapter, module_at, place_meta_buffers_
+from d2dmoe_pl.adapters._adapter import Adapter, check_of_library, module_at, place_meta_buffers_
 from d2dmoe_pl.adapters._ffn import FFN, LinearRows
 from d2dmoe_pl.adapters._timm_model import create_timm_model
 from d2dmoe_pl.data.head import Head
@@ -102,6 +102,11 @@ class TimmAdapter(Adapter):
         return getattr(model, "label_names", None) or placeholders(model.num_classes)
 
     def config(self, model: Any) -> dict[str, Any]:
+        is_made_by_timm = isinstance(getattr(model, "pretrained_cfg", None), dict)
+        check_of_library(model, is_made_by_timm and type(model).__module__.startswith("timm."))
+        return self._described(model)
+
+    def _described(self, model: Any) -> dict[str, Any]:
         preprocessing = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         described = {key: model.pretrained_cfg[key] for key in preprocessing if key in model.pretrained_cfg}
         return {
@@ -117,7 +122,7 @@ class TimmAdapter(Adapter):
         return self._create(json.loads((folder / "config.json").read_text()))
 
     def rebuild(self, model: Any) -> nn.Module:
-        return self._create(self.config(model))
+        return self._create(self._described(model))
 
     def fill_buffers_(self, model: Any) -> None:
         module: Any
@@ -137,7 +142,7 @@ class TimmAdapter(Adapter):
     def _model_args(model: Any) -> dict[str, Any]:
         # timm before 1.0.30 does not record how a model was made
         if not hasattr(model, "model_args"):
-            raise ValueError(
+            raise ConfigError(
                 f"{type(model).__name__}: set model.model_args to the keyword arguments given to timm.create_model "
                 "(an empty dict if there were none), so that the model can be rebuilt"
             )
