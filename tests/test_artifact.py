@@ -4,8 +4,12 @@ import json
 import shutil
 
 import pytest
+import timm
 import tiny
 import torch
+from timm.models import build_model_with_cfg
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from d2dmoe_pl import artifact as artifacts
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, record_metrics, save_artifact
@@ -216,3 +220,33 @@ def test_what_could_not_be_loaded_is_not_saved(kind, change, tmp_path):
     ):
         save_artifact(change(tiny.routed(kind)), tmp_path / "artifact")
     assert not any(tmp_path.iterdir())
+
+
+SIZE = {"img_size": 8, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "in_chans": 1}
+
+
+class OwnVisionTransformer(VisionTransformer):
+    """What a user may have registered with timm."""
+
+
+def own_vision_transformer(pretrained=False, **settings):
+    return build_model_with_cfg(OwnVisionTransformer, "own_vision_transformer", pretrained, **settings)
+
+
+def test_what_is_registered_with_timm_is_saved_as_timm_has_recorded_it(tmp_path):
+    timm.models.register_model(own_vision_transformer)
+    model = tiny.route_(timm.create_model("own_vision_transformer", num_classes=3, **SIZE).eval())
+    save_artifact(model, tmp_path / "artifact")
+    loaded = load_model(tmp_path / "artifact")
+    assert type(loaded) is OwnVisionTransformer
+    batch = tiny.batch()
+    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
+
+
+def test_what_timm_has_recorded_in_classes_is_to_be_said_in_names(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, act_layer=nn.SiLU, **SIZE)
+    with pytest.raises(ConfigError, match=r"^VisionTransformer: set model.model_args to the keyword arguments given"):
+        save_artifact(tiny.route_(model), tmp_path / "artifact")
+    model.model_args = {"act_layer": "silu", **SIZE}
+    save_artifact(model, tmp_path / "artifact")
+    assert type(load_model(tmp_path / "artifact").blocks[0].mlp.experts.activation) is nn.SiLU

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from timm import is_model, model_entrypoint
 from timm.layers import GluMlp, Mlp, SwiGLU, get_act_layer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -102,9 +103,17 @@ class TimmAdapter(Adapter):
         return getattr(model, "label_names", None) or placeholders(model.num_classes)
 
     def config(self, model: Any) -> dict[str, Any]:
-        is_made_by_timm = isinstance(getattr(model, "pretrained_cfg", None), dict)
-        check_of_library(model, is_made_by_timm and type(model).__module__.startswith("timm."))
+        check_of_library(model, self._is_made_by_timm(model))
         return self._described(model)
+
+    @staticmethod
+    def _is_made_by_timm(model: Any) -> bool:
+        described, place = getattr(model, "pretrained_cfg", None), type(model).__module__
+        if not isinstance(described, dict):
+            return False
+        name = described.get("architecture", "")
+        # or by what has been registered with timm, where that is
+        return place.startswith("timm.") or (is_model(name) and model_entrypoint(name).__module__ == place)
 
     def _described(self, model: Any) -> dict[str, Any]:
         preprocessing = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -140,13 +149,13 @@ class TimmAdapter(Adapter):
 
     @staticmethod
     def _model_args(model: Any) -> dict[str, Any]:
-        # timm before 1.0.30 does not record how a model was made
-        if not hasattr(model, "model_args"):
-            raise ConfigError(
-                f"{type(model).__name__}: set model.model_args to the keyword arguments given to timm.create_model "
-                "(an empty dict if there were none), so that the model can be rebuilt"
-            )
-        return model.model_args
+        given = recorded_args(model)
+        check(
+            given is not None and _is_json(given),
+            f"{type(model).__name__}: set model.model_args to the keyword arguments given to timm.create_model, in "
+            "names and numbers (an empty dict if there were none), so that the model can be rebuilt",
+        )
+        return {name: value for name, value in (given or {}).items() if name != "num_classes"}
 
 
 def _products(mlp: Any) -> dict[str, Any]:
@@ -159,3 +168,17 @@ def _products(mlp: Any) -> dict[str, Any]:
     halves = [LinearRows(mlp.fc1, slice(half)), LinearRows(mlp.fc1, slice(half, None))]
     gate, up = reversed(halves) if mlp.gate_last else halves
     return {"up": up, "gate_proj": gate, "activation": mlp.act, "down": mlp.fc2}
+
+
+def recorded_args(model: Any) -> dict[str, Any] | None:
+    """How a model was made: as is said, or as timm has recorded, which it does from 1.0.31 on; None if nobody did."""
+    given: dict[str, Any] | None = getattr(model, "model_args", None)
+    return getattr(model, "_model_args", None) if given is None else given
+
+
+def _is_json(values: Any) -> bool:
+    try:
+        json.dumps(values)
+    except TypeError:
+        return False
+    return True

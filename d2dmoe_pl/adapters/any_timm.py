@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._structural import StructuralAdapter
-from d2dmoe_pl.adapters._timm import TimmAdapter
+from d2dmoe_pl.adapters._timm import TimmAdapter, recorded_args
 
 
 class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
@@ -27,7 +27,7 @@ class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
     def input_shape(self, model: Any) -> tuple[int, int, int]:
         channels, *usual = model.pretrained_cfg["input_size"]
         own = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        args = getattr(model, "model_args", {})  # which are needed to save it, not to see it run
+        args = recorded_args(model) or {}  # which are needed to save it, not to see it run
         size = args.get("img_size") or own or usual
         height, width = (size, size) if isinstance(size, int) else size
         return args.get("in_chans", channels), height, width
