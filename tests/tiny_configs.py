@@ -27,11 +27,9 @@ def _gpt2_config():
     return transformers.GPT2Config(vocab_size=40, **SPECIAL, **shape)
 
 
-def _t5_config(ffn):
+def _t5_config(ffn, make=transformers.T5Config):
     shape = {"d_model": 24, "num_layers": 2, "num_heads": 2, "d_kv": 12, "d_ff": WIDTH}
-    return transformers.T5Config(
-        vocab_size=40, feed_forward_proj=ffn, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, **shape
-    )
+    return make(vocab_size=40, feed_forward_proj=ffn, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, **shape)
 
 
 def _distilbert_config():
@@ -149,6 +147,7 @@ CONFIGS = {
         decoder_start_token_id=0,
         **SPECIAL,
     ),
+    "any_encoder_decoder-mt5": lambda: _t5_config("gated-gelu", transformers.MT5Config),
     "vit": lambda: transformers.ViTConfig(**IMAGE, **SHAPE),
     "deit": lambda: transformers.DeiTConfig(**IMAGE, **SHAPE),
     "deit-distilled": lambda: transformers.DeiTConfig(

@@ -70,11 +70,14 @@ class EncoderDecoderAdapter(HuggingFaceAdapter):
         inputs = super().random_inputs(model, batch_size, length)
         if model.can_generate():
             inputs["decoder_input_ids"] = torch.randint(self.answer_vocabulary_size(model), (batch_size, length))
-        else:  # what the head reads is where the text ends, once
-            end = model.config.eos_token_id
-            inputs["input_ids"][inputs["input_ids"] == end] = end - 1
-            inputs["input_ids"][:, -1] = end
+        else:
+            inputs["input_ids"] = self.ended(model, inputs["input_ids"], torch.full((batch_size,), length - 1))
         return inputs
+
+    def ended(self, model: Any, ids: Tensor, last: Tensor) -> Tensor:
+        """Texts ``(B, L)`` that end at positions ``last``, ``(B,)``, and nowhere else: a head reads what is there."""
+        end = model.config.eos_token_id
+        return ids.masked_fill(ids == end, end - 1).scatter(1, last.unsqueeze(1), end)
 
     def in_order(self, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], Callable[[Tensor], Tensor]]:
         behind, back = super().in_order(batch)

@@ -34,7 +34,8 @@ def reads_padding(
         with unchanged(model):
             model.eval()
             kept, silenced = (
-                _seen(adapter, model, sites, {**texts, MASK: mask}, streams, is_silent) for is_silent in (False, True)
+                _seen(adapter, model, sites, adapter.masked(model, texts, mask), streams, is_silent)
+                for is_silent in (False, True)
             )
         if any(_differ(one, other) for one, other in zip(kept, silenced, strict=True)):
             return True

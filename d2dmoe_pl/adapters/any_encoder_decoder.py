@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -16,7 +17,7 @@ class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
 
     family = "any_encoder_decoder"
     title = "any other encoder-decoder of Hugging Face"
-    tasks = ("text-to-text",)
+    tasks = ("text-to-text", "text-classification", "text-regression", "multi-label-classification")
     kinds: ClassVar[Mapping[str, str]] = {"input_ids": "texts"}
     inputs = ("input_ids", MASK, "decoder_input_ids", DECODER_MASK)
 
@@ -24,9 +25,18 @@ class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
         return isinstance(model, transformers.PreTrainedModel) and bool(model.config.is_encoder_decoder)
 
     def example(self, model: Any, size: int, length: int) -> Mapping[str, Tensor]:
+        if not model.can_generate():  # a head for whole texts
+            return self.random_inputs(model, size, length)
         longer = self.random_inputs(model, size, length + 1)  # which tells answers from texts
         answers = longer.get("decoder_input_ids", longer["input_ids"])
         return {**self.random_inputs(model, size, length), "decoder_input_ids": answers}
+
+    def masked(self, model: Any, texts: Mapping[str, Tensor], mask: Tensor) -> Mapping[str, Tensor]:
+        batch = super().masked(model, texts, mask)
+        if model.can_generate():
+            return batch
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)  # (B,)
+        return {**batch, "input_ids": self.ended(model, batch["input_ids"], last)}
 
     def vocabulary_size(self, model: Any) -> int | None:
         """See :meth:`Adapter.vocabulary_size`; of texts, where answers have another vocabulary."""
@@ -43,7 +53,7 @@ class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
         return AnyTransformerAdapter.streams(self, model)
 
     def masks(self, model: Any) -> Mapping[str, str]:
-        stacks = {model.get_encoder(): MASK, model.get_decoder(): DECODER_MASK}
+        stacks = {model.get_encoder(): MASK, model.get_decoder(): DECODER_MASK if model.can_generate() else MASK}
         return {path: stacks[module] for path, module in model.named_modules() if module in stacks}
 
 

@@ -61,6 +61,10 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         """A batch of noise, ``size`` texts or pictures."""
         return self.random_inputs(model, size, length)
 
+    def masked(self, model: Any, texts: Mapping[str, Tensor], mask: Tensor) -> Mapping[str, Tensor]:
+        """Texts as of :meth:`example`, of which ``mask``, ``(B, L)``, says what is no padding."""
+        return {**texts, MASK: mask}
+
     def backbone_config(self, config: Any) -> Any:
         return config if hasattr(config, "image_size") else getattr(config, "vision_config", config)
 
