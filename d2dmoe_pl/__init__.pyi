@@ -2,9 +2,9 @@ from .adapters import HuggingFaceModel as HuggingFaceModel
 from .adapters import TimmModel as TimmModel
 from .adapters import adopt_ as adopt_
 from .adapters import register_adapter as register_adapter
-from .artifact import PhaseRecord as PhaseRecord
 from .artifact import load_model as load_model
 from .artifact import save_artifact as save_artifact
+from .artifact_parts import PhaseRecord as PhaseRecord
 from .compression.command import compress as compress
 from .errors import ConfigError as ConfigError
 from .errors import NonFiniteLossError as NonFiniteLossError

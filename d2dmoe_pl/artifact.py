@@ -8,7 +8,7 @@ is none that its library knows: its ``model_type`` is ``d2dmoe``, and its weight
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import KEY, adapter_for, adapter_named
-from d2dmoe_pl.artifact_parts import CONVERTED_FORMAT, FORMAT, check_parts, format_of, replaceable_folder
+from d2dmoe_pl.artifact_parts import (
+    CONVERTED_FORMAT,
+    FORMAT,
+    Artifact,
+    PhaseRecord,
+    check_parts,
+    described,
+    format_of,
+    replaceable_folder,
+    tensor_file,
+)
 from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.free_memory import check_fits
 from d2dmoe_pl.hub_folders import local_folder
 from d2dmoe_pl.moe.activations import own_activations, restore_activations_
-from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, budget_path, path_from_json, set_budget_path_
+from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_budget_path_
 from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
 from d2dmoe_pl.moe.quantization.quantize import quantize_, restore_quantized_
 from d2dmoe_pl.sharded_tensors import is_sharded
-from d2dmoe_pl.structure import describe, restore_, stage_of
-from d2dmoe_pl.weights_reading import read_weights_, weight_files
+from d2dmoe_pl.structure import describe, restore_
+from d2dmoe_pl.weights_reading import check_takes_weights, read_weights_, weight_files
 from d2dmoe_pl.weights_writing import MAX_SHARD_SIZE, write_weights
 from d2dmoe_pl.whole_files import is_file_name, replaced_file, replaced_folder
 
@@ -42,57 +52,6 @@ WEIGHTS = "model.safetensors"
 CONVERTED_WEIGHTS = "d2dmoe.safetensors"
 DTYPES = ("float32", "bfloat16", "float16", "int8")  # to load a model in
 IN_CODE = "code"  # stands for the phase where there was none
-
-
-@dataclass
-class PhaseRecord:
-    """What one phase did: its class name, and its metrics by name."""
-
-    phase: str
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Artifact:
-    """The description of a saved model.
-
-    Attributes:
-        path: The folder.
-        family: Name of its adapter.
-        layers: What :func:`d2dmoe_pl.structure.describe` gave.
-        history: The phases it went through, first to last.
-        tensors: Names of the tensor files beside the weights, without their ending.
-        projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
-        weights: The files of the weights.
-        quantized: The modules that are in int8, by name.
-        budgets: What ``BudgetCalibration`` found; None if it has not been run.
-        activations: What :func:`d2dmoe_pl.moe.activations.own_activations` gave.
-    """
-
-    path: Path
-    family: str
-    layers: dict[str, dict]
-    history: list[PhaseRecord]
-    tensors: list[str] = field(default_factory=list)
-    projections: dict[str, dict] = field(default_factory=dict)
-    weights: list[Path] = field(default_factory=list)
-    quantized: list[str] = field(default_factory=list)
-    budgets: BudgetPath | None = None
-    activations: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def stage(self) -> str:
-        """``dense``, ``experts`` or ``routed``."""
-        return stage_of(self.layers)
-
-    @property
-    def phase(self) -> str:
-        """The phase that wrote it."""
-        return self.history[-1].phase
-
-    def read_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one of the files named in ``tensors``."""
-        return safetensors.torch.load_file(self.path / _tensor_file(name))
 
 
 def save_artifact(
@@ -116,7 +75,8 @@ def save_artifact(
         max_shard_size: Bytes; larger weights are in several files, with an index, as Hugging Face's libraries do it.
 
     Raises:
-        ConfigError: For a folder of something else, a size not positive, names no file can have, or unknown types.
+        ConfigError: For a folder of something else, a size not positive, names no file can have, unknown types, or a
+            model with other parts than its config says, such as a head of one's own, which nobody could load.
         NonFiniteWeightsError: If a parameter, or one of the tensors, holds a NaN or an infinity.
 
     Example:
@@ -164,10 +124,11 @@ def save_artifact(
             save_processor(aside)
         adapter.save_beside(model, aside)
         _write_json(aside / CONFIG, {**config, KEY: made})
+        check_takes_weights(build_structure(described(aside, made, [])), model)
         write_weights(model, aside, weights, max_shard_size)
         for name, values in tensors.items():
             contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
-            safetensors.torch.save_file(contiguous, str(aside / _tensor_file(name)))
+            safetensors.torch.save_file(contiguous, str(aside / tensor_file(name)))
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -200,16 +161,13 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     tensors = made.get("tensors", [])
     weights_file = CONVERTED_WEIGHTS if written >= CONVERTED_FORMAT else WEIGHTS
     weights = weight_files(path, weights_file, f"{argument}={str(path)!r}")
-    for file in (*weights, *(path / _tensor_file(name) for name in tensors)):
+    for file in (*weights, *(path / tensor_file(name) for name in tensors)):
         try:
             with safetensors.safe_open(str(file), framework="pt"):
                 pass
         except (OSError, safetensors.SafetensorError) as error:
             raise ConfigError(f"{argument}={str(path)!r}: {file.name} is missing or truncated ({error})") from None
-    history = [PhaseRecord(**record) for record in made["history"]]
-    parts = {part: made[part] for part in ("projections", "quantized", "activations") if part in made}
-    budgets = path_from_json(made["budgets"]) if "budgets" in made else None
-    return Artifact(path, made["family"], made["layers"], history, tensors, weights=weights, budgets=budgets, **parts)
+    return described(path, made, weights)
 
 
 def build_structure(artifact: Artifact) -> nn.Module:
@@ -290,10 +248,6 @@ def record_metrics(path: str | Path, metrics: dict[str, float]) -> None:
     config[KEY]["history"][-1]["metrics"].update(metrics)
     with replaced_file(file) as aside:
         _write_json(aside, config)
-
-
-def _tensor_file(name: str) -> str:
-    return f"{name}.safetensors"
 
 
 def _write_json(file: Path, value: dict) -> None:

@@ -2,11 +2,17 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from torch import Tensor
+
 from d2dmoe_pl.adapters import KEY
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, path_from_json
+from d2dmoe_pl.structure import stage_of
 from d2dmoe_pl.whole_files import is_file_name
 
 PARTS = {
@@ -23,6 +29,70 @@ OPTIONAL = ("tensors", "projections", "quantized", "budgets", "activations")  # 
 # of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
 DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, BUDGETS_FORMAT, ACTIVATIONS_FORMAT = 1, 2, 3, 4, 5
 FORMAT = ACTIVATIONS_FORMAT  # the newest
+
+
+@dataclass
+class PhaseRecord:
+    """What one phase did: its class name, and its metrics by name."""
+
+    phase: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Artifact:
+    """The description of a saved model.
+
+    Attributes:
+        path: The folder.
+        family: Name of its adapter.
+        layers: What :func:`d2dmoe_pl.structure.describe` gave.
+        history: The phases it went through, first to last.
+        tensors: Names of the tensor files beside the weights, without their ending.
+        projections: What :func:`d2dmoe_pl.moe.projections.describe_projections` gave.
+        weights: The files of the weights.
+        quantized: The modules that are in int8, by name.
+        budgets: What ``BudgetCalibration`` found; None if it has not been run.
+        activations: What :func:`d2dmoe_pl.moe.activations.own_activations` gave.
+    """
+
+    path: Path
+    family: str
+    layers: dict[str, dict]
+    history: list[PhaseRecord]
+    tensors: list[str] = field(default_factory=list)
+    projections: dict[str, dict] = field(default_factory=dict)
+    weights: list[Path] = field(default_factory=list)
+    quantized: list[str] = field(default_factory=list)
+    budgets: BudgetPath | None = None
+    activations: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def stage(self) -> str:
+        """``dense``, ``experts`` or ``routed``."""
+        return stage_of(self.layers)
+
+    @property
+    def phase(self) -> str:
+        """The phase that wrote it."""
+        return self.history[-1].phase
+
+    def read_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one of the files named in ``tensors``."""
+        return safetensors.torch.load_file(self.path / tensor_file(name))
+
+
+def described(path: Path, made: Mapping[str, Any], weights: list[Path]) -> Artifact:
+    """The artifact in ``path`` whose description, as of :func:`check_parts`, is ``made``."""
+    history = [PhaseRecord(**record) for record in made["history"]]
+    parts = {part: made[part] for part in ("tensors", "projections", "quantized", "activations") if part in made}
+    budgets = path_from_json(made["budgets"]) if "budgets" in made else None
+    return Artifact(path, made["family"], made["layers"], history, weights=weights, budgets=budgets, **parts)
+
+
+def tensor_file(name: str) -> str:
+    """The file of the tensors that are called ``name``."""
+    return f"{name}.safetensors"
 
 
 def format_of(made: Mapping[str, Any], is_converted: bool) -> int:

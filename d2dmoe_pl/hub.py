@@ -8,7 +8,8 @@ from pathlib import Path
 
 import huggingface_hub
 
-from d2dmoe_pl.artifact import Artifact, read_artifact
+from d2dmoe_pl.artifact import read_artifact
+from d2dmoe_pl.artifact_parts import Artifact
 
 CARD = "README.md"
 SWEEP = "tau_sweep.csv"  # beside an artifact, where a run has made one

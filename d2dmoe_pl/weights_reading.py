@@ -62,6 +62,18 @@ def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False)
     model.load_state_dict({**tensors, **read}, strict=True, assign=True)
 
 
+def check_takes_weights(made: nn.Module, model: nn.Module) -> None:
+    """Raise ``ConfigError`` unless ``made``, on the meta device, has tensors of the names and shapes of ``model``'s."""
+    wanted, there = ({name: tuple(t.shape) for name, t in each.state_dict().items()} for each in (made, model))
+    for name in dict.fromkeys((*there, *wanted)):
+        is_known = wanted.get(name) == there.get(name)
+        check(
+            is_known,
+            f"{type(model).__name__}: has {name} of shape {there.get(name)}, where one made by its config has "
+            f"{wanted.get(name)}, so that it could not be loaded; change the config, or keep the state_dict",
+        )
+
+
 def _is_parameter(model: nn.Module, name: str) -> bool:
     module, _, attribute = name.rpartition(".")
     return attribute in model.get_submodule(module)._parameters

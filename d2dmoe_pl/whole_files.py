@@ -68,7 +68,11 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    yield aside
+    try:
+        yield aside
+    except BaseException:  # also Ctrl-C; what is half-written would fill the disk, and is of no use
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     for file in aside.rglob("*"):
         if file.is_file():
             _to_disk(file)

@@ -250,3 +250,26 @@ def test_what_timm_has_recorded_in_classes_is_to_be_said_in_names(tmp_path):
     model.model_args = {"act_layer": "silu", **SIZE}
     save_artifact(model, tmp_path / "artifact")
     assert type(load_model(tmp_path / "artifact").blocks[0].mlp.experts.activation) is nn.SiLU
+
+
+def _headed(model):
+    model.classifier = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 3))
+    return model
+
+
+def _widened(model):
+    model.classifier = nn.Linear(24, 5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (_headed, r"has classifier.0.weight of shape \(8, 24\), where one made by its config has None, so that it cou"),
+        (_widened, r"has classifier.weight of shape \(5, 24\), where one made by its config has \(3, 24\), so that it"),
+    ],
+)
+def test_parts_that_a_config_does_not_say_are_told_before_anything_is_written(change, told, tmp_path):
+    with pytest.raises(ConfigError, match=f"^BertForSequenceClassification: {told}"):
+        save_artifact(change(tiny.routed("bert")), tmp_path / "artifact")
+    assert not any(tmp_path.iterdir())

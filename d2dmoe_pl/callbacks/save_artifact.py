@@ -5,7 +5,8 @@ from typing import Any
 
 import lightning as L
 
-from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.artifact import save_artifact
+from d2dmoe_pl.artifact_parts import PhaseRecord
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.sharded_tensors import is_sharded
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
-from d2dmoe_pl.artifact import Artifact, PhaseRecord, load_model, read_artifact
+from d2dmoe_pl.artifact import load_model, read_artifact
+from d2dmoe_pl.artifact_parts import Artifact, PhaseRecord
 from d2dmoe_pl.data.epoch_order import folded, seed_generators
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.task_data import TaskData
