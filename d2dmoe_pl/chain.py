@@ -125,6 +125,7 @@ def _run_what_is_left(
         [opening.model for opening in openings],
         [opening.datamodule for opening in openings],
         openings[0].trainer.strategy,
+        [opening.trainer.callbacks for opening in openings],  # type: ignore[attr-defined] # Lightning sets it
     )
     of_data = [data_of(each) for each in computed[first:]]
     later = [opening.model for opening, data in zip(openings, of_data, strict=True) if data == of_data[0]][1:]

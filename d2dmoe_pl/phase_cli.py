@@ -142,7 +142,8 @@ class PhaseCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check the phase against its model before any data is loaded or file written."""
-        preflight([self.model], [self.datamodule], self.trainer.strategy)
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it
+        preflight([self.model], [self.datamodule], self.trainer.strategy, [callbacks])
 
 
 def check_training(trainer: Mapping[str, Any]) -> None:

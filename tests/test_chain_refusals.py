@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -60,6 +61,29 @@ def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(tmp_path, capsys, m
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert message in "\n".join(said.strip().splitlines()[-4:])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("phase", "sweep", "message"),
+    [
+        ("fine_tuning", {"taus": [0.5]}, "callbacks: TauSweep needs a phase that makes routers (RouterRegression, "),
+        (
+            "router_regression",
+            {"rule": "topk", "ks": [2, 9]},
+            "k=9: must be at most the number of experts, 8 in",
+        ),
+        ("router_regression", {"budgets": [0.5]}, "budgets: the model knows none; the sweep must be of BudgetCalib"),
+    ],
+)
+def test_a_sweep_that_a_phase_cannot_make_is_told_before_the_first_trains(tmp_path, capsys, phase, sweep, message):
+    recipe = yaml.safe_load(Path(write_recipe(tmp_path / "recipe.yaml")).read_text())
+    recipe["phases"][phase]["trainer"]["callbacks"] = [{"class_path": "TauSweep", "init_args": sweep}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(str(tmp_path / "recipe.yaml"), tmp_path / "run"))
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -57,7 +57,7 @@ def reachable(settings: Sequence[SweepSetting], model: nn.Module) -> list[SweepS
     if not any(setting.swept == BUDGET for setting in settings):
         return list(settings)
     path = budget_path(model)
-    check(path is not None, "budgets: the model knows none; the sweep must be of BudgetCalibration, or have taus")
+    check_budgets(path is not None)
     assert path is not None
     least = path.points[-1].ffn_flops
     found = [setting for setting in settings if setting.value >= least]
@@ -67,3 +67,8 @@ def reachable(settings: Sequence[SweepSetting], model: nn.Module) -> list[SweepS
     if missed:
         notice(f"Left out are {said}.")
     return found
+
+
+def check_budgets(is_known: bool) -> None:
+    """Raise ``ConfigError`` unless budgets of a model are known, or will be."""
+    check(is_known, "budgets: the model knows none; the sweep must be of BudgetCalibration, or have taus")

@@ -14,9 +14,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from rich.console import Console
+from torch import nn
 from torchmetrics import MetricCollection
 
-from d2dmoe_pl.callbacks.sweep_settings import BUDGET, SweepSetting, reachable
+from d2dmoe_pl.callbacks.sweep_settings import BUDGET, SweepSetting, check_budgets, reachable
 from d2dmoe_pl.callbacks.sweep_table import (
     SweepRow,
     as_markdown,
@@ -109,7 +110,21 @@ class TauSweep(L.Callback):
             if all(row.keys() == known for row in rows)
         }
 
+    def check_model(self, phase: Phase, model: nn.Module) -> None:
+        """Raise ``ConfigError`` unless ``model``, as ``phase`` leaves it, can be set to what is swept."""
+        self._check_phase(phase)
+        if self.settings[0].swept == BUDGET:
+            check_budgets(phase.finds_budgets or not moe_layers(model))
+        elif moe_layers(model):
+            for setting in self.settings:
+                with setting.on(model):
+                    pass
+
     def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
+        self._check_phase(phase)
+
+    @staticmethod
+    def _check_phase(phase: Phase) -> None:
         check(
             phase.ends_at == "routed",
             "callbacks: TauSweep needs a phase that makes routers (RouterRegression, ExpertSelection, "

@@ -50,6 +50,7 @@ class Phase(ExactTypes):
         takes_samples_in_order: Whether it is fitted on training samples in order and unaugmented.
         can_be_sharded: Whether it can work with a model whose parameters are parted among processes.
         leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
+        finds_budgets: Whether it leaves a model that knows budgets.
         model: The network, once made.
         task: What it is to do: the data's.
         metrics: The task's metrics by split, ``validation`` and ``test`` among them.
@@ -71,6 +72,7 @@ class Phase(ExactTypes):
     takes_samples_in_order: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
     can_be_sharded: ClassVar[bool] = False
+    finds_budgets: ClassVar[bool] = False
     model: nn.Module
     task: Task
     metrics: nn.ModuleDict

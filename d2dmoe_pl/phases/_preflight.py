@@ -1,6 +1,7 @@
 """Will these phases work on this model? Answered from shapes, before anything long runs."""
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from lightning.pytorch.strategies import Strategy
 from torch import nn
@@ -14,7 +15,20 @@ from d2dmoe_pl.phases._sharding import parts_models
 from d2dmoe_pl.structure import describe, stage_of
 
 
-def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = (), strategy: Strategy | None = None) -> None:
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A callback that can tell beforehand whether it will work."""
+
+    def check_model(self, phase: Phase, model: nn.Module) -> None:
+        """Raise ``ConfigError`` unless it will, on ``model`` as ``phase`` leaves it, on the meta device."""
+
+
+def preflight(
+    phases: Sequence[Phase],
+    data: Sequence[TaskData] = (),
+    strategy: Strategy | None = None,
+    callbacks: Sequence[Sequence[object]] = (),
+) -> None:
     """Take the first phase's model through all ``phases`` on the meta device.
 
     Of what is on the hub, only descriptions are fetched: a model's configuration, and tokenizers or image processors.
@@ -24,10 +38,12 @@ def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = (), strategy: 
         data: The phases' data; if left out, neither it nor the memory is looked at.
         strategy: Of the first phase's trainer, if there is one. Where it parts a model among processes, an artifact
             need not fit into the memory.
+        callbacks: Of each phase's trainer.
 
     Raises:
-        ConfigError: If a phase does not fit what it would start from, the model has not the head, the positions or the
-            token ids that the data needs or does not fit into the memory, or one of the descriptions is not there.
+        ConfigError: If a phase, or a callback, does not fit what it would start from, the model has not the head, the
+            positions or the token ids that the data needs or does not fit into the memory, or one of the descriptions
+            is not there.
     """
     model, came_from, beside = _start(phases[0])
     is_mapped = phases[0].init_from is not None and parts_models(strategy)
@@ -39,10 +55,13 @@ def preflight(phases: Sequence[Phase], data: Sequence[TaskData] = (), strategy: 
         each.load_processor()
         check_token_ids(model, each.num_token_ids)
         check_pictures(model, each.preprocessing)
-    for phase in phases:
+    for phase, own in zip(phases, callbacks or [()] * len(phases), strict=True):
         phase.check_start(stage_of(describe(model)), came_from, beside)
         phase.transform_(model)
         phase.finish_(model)
+        for callback in own:
+            if isinstance(callback, ChecksModel):
+                callback.check_model(phase, model)
         came_from, beside = type(phase).__name__, phase.leaves
 
 

@@ -81,6 +81,8 @@ class BudgetCalibration(Calibration):
             need.
     """
 
+    finds_budgets = True
+
     def __init__(
         self,
         ffn_flops: float | None = 0.25,
