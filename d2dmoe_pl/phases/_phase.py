@@ -270,9 +270,8 @@ class Phase(ExactTypes):
             kind: What it is.
             values: By the layer's name.
         """
-        trainer: Any = self.trainer
-        every = trainer.log_every_n_steps  # 0 for never
-        if not trainer.training or (every > 0 and (self.global_step + 1) % every == 0):
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # 0 for never
+        if not self.trainer.training or (every > 0 and (self.global_step + 1) % every == 0):
             self._layers_over_steps.add(kind, self.global_step, values)
 
     def _draw_layers(self, is_last: bool = False) -> None:
