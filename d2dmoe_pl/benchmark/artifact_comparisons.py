@@ -9,11 +9,11 @@ from torch import nn
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model, read_artifact
-from d2dmoe_pl.benchmark.compared_modules import Choice, layer_comparison, layer_inputs, model_comparison, placed
+from d2dmoe_pl.benchmark.compared_modules import Choice, layer_comparison, layer_inputs, model_comparison
 from d2dmoe_pl.benchmark.comparison import Comparison, Settings
 from d2dmoe_pl.benchmark.decoding import check_decodes, decoding_comparison
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES
-from d2dmoe_pl.benchmark.scoring import Scoring, first_batches, scoring_of
+from d2dmoe_pl.benchmark.scoring import Scoring, first_batches, placed, scoring_of
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check

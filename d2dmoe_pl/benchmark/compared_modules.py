@@ -14,7 +14,7 @@ from d2dmoe_pl.benchmark.alternatives import ALTERNATIVES
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
 from d2dmoe_pl.benchmark.result_rows import PYTORCH
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES
-from d2dmoe_pl.benchmark.scoring import Predict, Scoring
+from d2dmoe_pl.benchmark.scoring import Predict, Scoring, placed
 from d2dmoe_pl.benchmark.timing import Contender
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
@@ -265,11 +265,3 @@ def predict_by(model: nn.Module) -> Predict:
     """Logits by ``model`` of a batch that lies anywhere, and is of any type."""
     adapter, device, dtype = adapter_for(model), next(model.parameters()).device, floating_type(model)
     return lambda batch: adapter.logits(model, placed(batch, device, dtype))
-
-
-def placed(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on ``device``, what is no index or mask in ``dtype``."""
-    return {
-        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
-        for name, value in batch.items()
-    }

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.benchmark.scoring import Predict, placed
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import ConfigError
 
-Predict = Callable[[Batch], Tensor]
 CALIBRATION = 300  # samples at most
 EXTRA = 'pip install -e ".[benchmark]"'
 
@@ -138,12 +138,7 @@ def on_compiler(dense: nn.Module, batches: Sequence[Batch]) -> Predict:
 
     def predict(batch: Batch) -> Tensor:
         adapter = adapter_for(model)
-        behind, back = adapter.in_order(
-            {
-                name: value.to(device, torch.bfloat16 if value.is_floating_point() else None)
-                for name, value in batch.items()
-            }
-        )
+        behind, back = adapter.in_order(placed(batch, device, torch.bfloat16))
         return back(adapter.traced_logits(compiled, behind))
 
     return predict

@@ -85,3 +85,11 @@ def _batches(model: nn.Module, data: TaskData, batch_size: int, most: int) -> li
     loader: DataLoader | list[DataLoader] = data.predict_dataloader()  # in order, as samples come
     first: Iterable[Batch] = loader[0] if isinstance(loader, list) else loader
     return list(islice(first, most))
+
+
+def placed(batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on ``device``, what is no index or mask in ``dtype``."""
+    return {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in batch.items()
+    }
