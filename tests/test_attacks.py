@@ -83,6 +83,7 @@ def planted(folder, content):
     (folder / "last.ckpt").write_bytes(content)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["zip", "plain pickle", "archive"])
 def test_a_planted_last_checkpoint_of_a_chain(tmp_path, mark, capsys, kind):
     recipe, output = write_recipe(tmp_path / "recipe.yaml", epochs=1), tmp_path / "run"

@@ -126,6 +126,7 @@ def run(code, *args):
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 def test_without_the_package_it_fails_loudly(saved):
     _, folder = saved("bert")
     said = run(PLAIN, folder)
@@ -134,6 +135,7 @@ def test_without_the_package_it_fails_loudly(saved):
     assert "loaded" not in said.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", [("d2dmoe_pl", "json"), ("transformers.models.auto.modeling_auto", "d2dmoe_pl")])
 def test_with_the_package_imported_before_or_after(saved, order):
     _, folder = saved("bert")

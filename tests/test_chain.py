@@ -77,6 +77,7 @@ def test_run_again_it_does_nothing(copy, capsys):
     assert "Nothing to do. Redo with --from PHASE" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_the_same_seed_gives_the_same_sweep_twice_and_another_seed_another(finished, tmp_path):
     recipe, output = finished
     tables = [(output / "router_regression" / "tau_sweep.csv").read_text()]
@@ -117,6 +118,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("moment", list(MOMENTS))
 def test_interrupted_at_any_moment_it_goes_on(tmp_path, monkeypatch, capsys, moment):
     recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
@@ -188,6 +190,7 @@ def test_an_interrupted_phase_whose_config_has_changed_starts_over(tmp_path, mon
     assert "its config has changed since it was interrupted; it starts over" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_killed_outright_it_goes_on(tmp_path):
     """SIGKILL of the command, once its first checkpoint is there."""
     recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"

@@ -71,6 +71,7 @@ def two_processes(one_process, tmp_path_factory):
     return two, said
 
 
+@pytest.mark.thorough
 def test_clustering_gives_the_numbers_of_one_process(one_process, two_processes):
     name = "expert_clustering/artifact/d2dmoe.safetensors"
     one, two = load_file(one_process[1] / name), load_file(two_processes[0] / name)
@@ -121,6 +122,7 @@ def test_sweep_gives_the_numbers_of_one_process_on_the_same_model(two_processes,
                 assert one[key] == two[key]
 
 
+@pytest.mark.thorough
 def test_a_whole_chain_under_torchrun(one_process, tmp_path):
     recipe, _ = one_process
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -134,6 +136,7 @@ def test_a_whole_chain_under_torchrun(one_process, tmp_path):
     assert said.count("Nothing to do") == 1
 
 
+@pytest.mark.thorough
 def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
     recipe, _ = one_process
     cached = [f"router_regression.{setting}" for setting in ("data.init_args.augment=false", "trainer.max_epochs=2")]
@@ -177,6 +180,7 @@ def test_stand_ins_and_budgets_are_those_of_one_process(one_process, tmp_path):
         assert point.score == pytest.approx(other.score, abs=1)
 
 
+@pytest.mark.thorough
 def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
     """25 samples over 2 processes: one is repeated, and must count once."""
     stand_ins.write_bert(tmp_path / "bert")

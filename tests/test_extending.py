@@ -61,6 +61,7 @@ def test_the_table_names_every_kind():
         assert f"| `{registry.group}` | `{folder}/` | `{registry.constant}` |" in text
 
 
+@pytest.mark.thorough
 def test_installed_everything_is_found_by_name_and_the_recipe_runs(installed):
     folder, environment = installed
     [arguments] = pages.arguments(PAGE)

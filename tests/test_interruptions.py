@@ -55,6 +55,7 @@ def broken_off(monkeypatch, recipe, output, owner, step, more=()):
     return calls
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [0, 0.5])
 def test_a_checkpoint_that_is_cut_off(whole, tmp_path, monkeypatch, capsys, size):
     recipe, _, expected = whole
@@ -80,6 +81,7 @@ def test_the_checkpoint_before_is_taken(whole, tmp_path, monkeypatch, capsys):
     assert sweep(tmp_path / "run")[1] == expected[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("text", ["", "[]"])
 def test_a_status_that_cannot_be_read(whole, tmp_path, monkeypatch, capsys, text):
     recipe, _, expected = whole
@@ -101,6 +103,7 @@ def test_left_aside_files_go_and_folders_come_back(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["artifact", "gone"]
 
 
+@pytest.mark.thorough
 def test_from_with_other_settings_begins_anew(whole, tmp_path, monkeypatch, capsys):
     recipe, _, _ = whole
     output, more = tmp_path / "run", ["--from", "expert_clustering"]
@@ -112,6 +115,7 @@ def test_from_with_other_settings_begins_anew(whole, tmp_path, monkeypatch, caps
     assert {layer["num_experts"] for layer in layers.values()} == {4}
 
 
+@pytest.mark.thorough
 def test_from_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, capsys):
     recipe, _, expected = whole
     output, more = tmp_path / "run", ["--from", "sparsity_enforcement"]
@@ -134,6 +138,7 @@ def test_from_goes_on_where_it_was_interrupted(whole, tmp_path, monkeypatch, cap
     assert not list(output.rglob(".*"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_of_the_real_command(tmp_path, signum, code):
     recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
@@ -209,6 +214,7 @@ class TestNonFinite:
             )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("moment", range(1, 32, 10))
 def test_a_full_disk(whole, tmp_path, monkeypatch, capsys, moment):
     recipe, _, expected = whole
@@ -239,6 +245,7 @@ def test_the_folder_for_temporary_files_is_not_used(whole, tmp_path, monkeypatch
     assert not Path(tmp_path / "nowhere").exists()
 
 
+@pytest.mark.thorough
 def test_a_clusters_signal_saves_between_steps_and_requeues(tmp_path):
     """SLURM, as far as Lightning sees of it, with an scontrol that notes what it is asked for."""
     recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"

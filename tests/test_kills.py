@@ -9,6 +9,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("kill_points.py")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "number"), [("digits", 5), ("texts", 5)])
 def test_killed_and_run_again(kind, number):
     """At points drawn by a seed; ``python tests/kill_points.py KIND 0 0`` takes all 636 of them, in half an hour."""

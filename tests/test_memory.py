@@ -51,6 +51,7 @@ def saved(folder, **shape):
     return str(folder)
 
 
+@pytest.mark.thorough
 def test_the_peak_is_a_third_above_the_model(tmp_path):
     folders = [saved(tmp_path / "small", num_hidden_layers=1, intermediate_size=64), saved(tmp_path / "large")]
     # each tensor on pages of its own, which go back with it

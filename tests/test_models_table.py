@@ -1,11 +1,13 @@
 """The table of models says what is so."""
 
 import models_table
+import pytest
 
 from d2dmoe_pl import phases
 from d2dmoe_pl.phases import FineTuning, OptimizedPhase, Phase
 
 
+@pytest.mark.thorough
 def test_the_page_has_the_table_as_it_is_now():
     text = models_table.PAGE.read_text()
     assert text.count(models_table.BEGIN) == text.count(models_table.END) == 1

@@ -35,6 +35,7 @@ def test_importing_the_package_imports_nothing():
     assert not {*HEAVY, "numpy", "timm", "torch", "torchvision", "transformers"} & set(loaded)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", ARTIFACTS, ids=lambda path: path.name)
 def test_loading_a_model_imports_its_own_library_alone(path):
     loaded = fresh(
@@ -46,6 +47,7 @@ def test_loading_a_model_imports_its_own_library_alone(path):
     assert not {*HEAVY, other} & set(loaded)
 
 
+@pytest.mark.thorough
 def test_importing_everything_changes_nothing_in_the_process():
     """No warning is filtered, no level of a log is set, no variable of the environment, and no GPU is looked for."""
     code = """

@@ -18,6 +18,7 @@ from d2dmoe_pl.cli import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PHASES = ["FineTuning", "ImportanceScoring", "MoEBERTDistillation"]
+THOROUGH = pytest.mark.thorough
 DISTILLATION = "moebert_distillation.model.init_args"
 
 
@@ -72,7 +73,9 @@ def test_from_local_files(folder, recipe, small, metrics):
     assert shares == {25.0}
 
 
-@pytest.mark.parametrize(("recipe", "kind"), [("d2dmoe_gpt2_openwebtext", "gpt2"), ("d2dmoe_gemma_c4", "gemma")])
+@pytest.mark.parametrize(
+    ("recipe", "kind"), [("d2dmoe_gpt2_openwebtext", "gpt2"), pytest.param("d2dmoe_gemma_c4", "gemma", marks=THOROUGH)]
+)
 def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(CONFIGS)
@@ -91,16 +94,16 @@ def test_streams_of_local_files(tmp_path, monkeypatch, recipe, kind):
 @pytest.mark.parametrize(
     ("recipe", "last", "points"),
     [
-        ("d2dmoe_bert_emotion", "router_regression", 11),
-        ("d2dmoe_relu_bert_emotion", "router_regression", 11),
-        ("d2dmoe_relu_vit_pets", "router_regression", 11),
-        ("moefication_bert_emotion", "expert_selection", 4),
-        ("d2dmoe_vit_pets", "router_regression", 11),
+        pytest.param("d2dmoe_bert_emotion", "router_regression", 11, marks=THOROUGH),
+        pytest.param("d2dmoe_relu_bert_emotion", "router_regression", 11, marks=THOROUGH),
+        pytest.param("d2dmoe_relu_vit_pets", "router_regression", 11, marks=THOROUGH),
+        pytest.param("moefication_bert_emotion", "expert_selection", 4, marks=THOROUGH),
+        pytest.param("d2dmoe_vit_pets", "router_regression", 11, marks=THOROUGH),
         ("moefication_vit_pets", "expert_selection", 4),
         ("minilm_emotion", "budget_calibration", 2),
-        ("cifar10_vit", "budget_calibration", 2),
-        ("cifar10_vit_projections", "recovery_tuning", 15),
-        ("cifar10_vit_moefication", "expert_selection", 4),
+        pytest.param("cifar10_vit", "budget_calibration", 2, marks=THOROUGH),
+        pytest.param("cifar10_vit_projections", "recovery_tuning", 15, marks=THOROUGH),
+        pytest.param("cifar10_vit_moefication", "expert_selection", 4, marks=THOROUGH),
     ],
 )
 def test_classifiers_from_local_files(folder, recipe, last, points):
@@ -130,6 +133,7 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
     assert len((artifact.path.parent / "tau_sweep.csv").read_text().splitlines()) == 1 + 2 * points
 
 
+@THOROUGH
 @pytest.mark.parametrize("recipe", ["your_text_model", "your_image_model"])
 def test_your_own_model(folder, recipe):
     stand_ins.write_emotion(folder / "my", train=90)
@@ -159,6 +163,7 @@ def test_dense_models_that_are_trained_on(folder, recipe):
     assert all("test/accuracy" in record.metrics for record in artifact.history)
 
 
+@THOROUGH
 def test_images_with_attention_projections(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(CONFIGS)

@@ -99,6 +99,7 @@ def test_fine_tuning_and_sparsity_enforcement(tmp_path, dense):
         before = after
 
 
+@pytest.mark.thorough
 def test_recovery_tuning(tmp_path, routed):
     sweep = {"class_path": "TauSweep", "init_args": {"taus": [0.5, 1.0]}}
     recipe = write(
@@ -109,6 +110,7 @@ def test_recovery_tuning(tmp_path, routed):
     assert_same(tmp_path / "one" / "recovery", tmp_path / "two" / "recovery")
 
 
+@pytest.mark.thorough
 def test_a_training_goes_on_from_its_checkpoint(tmp_path, dense):
     recipe = write(tmp_path, {"tuning": phase("FineTuning", init_from=dense)})
     command = ["fit", f"--config={recipe}:tuning"]

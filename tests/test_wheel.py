@@ -64,6 +64,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel):
     assert packed == here
 
 
+@pytest.mark.thorough
 def test_the_recipes_are_found_by_name_where_no_checkout_is(wheel, tmp_path):
     _, file = wheel
     site = tmp_path / "site"

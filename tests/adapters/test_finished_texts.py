@@ -162,6 +162,7 @@ def test_a_copy_generates_by_itself():
     assert twin.prepare_inputs_for_generation._model is twin
 
 
+@pytest.mark.thorough
 def test_compiled_with_a_cache_of_fixed_size():
     model, batch = routed("llama-causal-language-modeling"), prompts()
     end = some_end(model, batch)

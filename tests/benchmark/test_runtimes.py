@@ -26,7 +26,7 @@ def needs(*packages):
         pytest.importorskip(package, reason="pip install -e '.[benchmark]' brings it")
 
 
-@pytest.mark.parametrize("kind", ["bert", "timm_vit"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("timm_vit", marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-int8", "openvino", "openvino-int8", "torch-int8"])
 @torch.no_grad()
 def test_a_runtime_gives_the_logits(name, kind):
@@ -41,7 +41,9 @@ def test_a_runtime_gives_the_logits(name, kind):
     assert predict(half).shape == (2, expected.shape[1])  # any number of samples
 
 
-@pytest.mark.parametrize("kind", ["bert", "timm_vit", "gpt2"])
+@pytest.mark.parametrize(
+    "kind", ["bert", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("timm_vit", "gpt2"))]
+)
 @pytest.mark.parametrize("in_int8", [False, True])
 @torch.no_grad()
 def test_a_converted_model_in_onnx(kind, in_int8, tmp_path, recwarn):

@@ -46,6 +46,7 @@ def assert_same(model, dense):
 
 
 class TestModels:
+    @pytest.mark.thorough
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_it_is_an_ordinary_dense_model(self, dense, folder, tmp_path, dtype):
         made = source(folder, dtype=dtype)

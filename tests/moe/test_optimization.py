@@ -44,6 +44,7 @@ def test_load_model_optimised_needs_no_no_grad(tmp_path, compiled):
     assert (got - tiny.logits(model, inputs)).norm() < 0.1 * got.norm()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("family", "attentions"), [("bert", 2), ("timm_vit", 2), ("gpt2", 2)])
 @torch.no_grad()
 def test_short_attention_is_ours(family, attentions, compiled):
@@ -99,6 +100,7 @@ def test_linear_layers_that_see_the_same_numbers_in_other_rows(compiled):
     assert (graph.count("int8_linears_cpu"), graph.count("int8_linear_cpu")) == (1, 1)
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 @torch._dynamo.config.patch(recompile_limit=1)
 def test_many_models_are_each_compiled(compiled):

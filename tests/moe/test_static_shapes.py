@@ -17,7 +17,11 @@ def padded(size, length, seed):
 
 
 @pytest.mark.parametrize(
-    ("rule", "in_int8"), [("dynk_max", False), ("dynk_max", True), ("dynk_cumulative", False), ("topk", False)]
+    ("rule", "in_int8"),
+    [
+        ("dynk_max", True),
+        *(pytest.param(rule, False, marks=pytest.mark.thorough) for rule in ("dynk_max", "dynk_cumulative", "topk")),
+    ],
 )
 @torch.no_grad()
 def test_one_graph_for_a_dozen_shapes_and_taus(rule, in_int8):
@@ -37,6 +41,7 @@ def test_one_graph_for_a_dozen_shapes_and_taus(rule, in_int8):
     assert len([graph for graph in counter.graphs if len(graph.graph.nodes) > 20]) == 1  # the rest finds the padding
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("backend", ["auto", "reference", "grouped"])
 @torch.no_grad()
 def test_a_function_around_the_model(backend):

@@ -110,6 +110,7 @@ def naively(phase, taus):
     return divergence / weight, ran / every, 100 * score if task.in_percent else score
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("estimate", ["measured", "gradients"])
 def test_points_are_what_whole_runs_give(trainer, routed, estimate):
     phase, _ = calibrated(trainer, routed, num_scored_points=1000, estimate=estimate)

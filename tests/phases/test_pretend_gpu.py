@@ -17,6 +17,7 @@ DONE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chain", DONE)
 def test_a_chain(chain):
     ended = forked_commands.run([chain], script=str(SCRIPT))

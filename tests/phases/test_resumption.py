@@ -93,6 +93,7 @@ def test_a_training_that_steps_end(fit, tmp_path, ending):
         assert all(torch.equal(found[name], value) for name, value in tensors.items()), checkpoint.name
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", list(PHASES))
 def test_from_every_checkpoint(fit, artifact, tmp_path, kind):
     stage, make = PHASES[kind]

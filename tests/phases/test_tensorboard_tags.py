@@ -23,6 +23,7 @@ def tags_of(trainer, phase, folder, **kwargs):
     return found, found["scalars"] + found["images"] + found["histograms"] + found["tensors"]
 
 
+@pytest.mark.thorough
 def test_a_deep_model_has_no_more_tags_than_a_shallow_one(trainer, tmp_path):
     tags = []
     for depth in (1, 4):

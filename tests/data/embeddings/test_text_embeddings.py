@@ -85,6 +85,7 @@ def test_the_vectors_are_those_of_sentence_transformers(folder):
         torch.testing.assert_close(adapter_for(model).logits(model, batch), batch["labels"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_through_the_phases_and_back_into_sentence_transformers(folder, trainer, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     start = source(folder)

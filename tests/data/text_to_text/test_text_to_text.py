@@ -99,6 +99,7 @@ def test_chrf_counts_characters_alone():
     assert float(metric.compute()) == pytest.approx(1.0)
 
 
+@pytest.mark.thorough
 def test_through_the_phases_to_a_file(folder, trainer, tmp_path, caplog):
     start, settings = source(), {"metrics": ["exact_match", "chrf"]}
     for phase in (

@@ -109,6 +109,7 @@ def predicted(model, images):
     return model.eval()(images)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("most", ["AVX512_CORE", "AVX512_CORE_VNNI"])
 def test_a_processor_without_bfloat16(most):
     """Of which ATen says that it has products in it, and oneDNN, when called, that it has not."""

@@ -91,6 +91,7 @@ def cases(draw):
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_way")
 @given(cases())
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -114,6 +115,7 @@ def test_narrow_types(expert_dim, dtype, gated):
     )  # the interpreter cuts off bits that a GPU rounds
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("expert_dim", [NARROW, WIDE])
 def test_more_tokens_than_one_chunk_and_block(monkeypatch, expert_dim):
