@@ -107,6 +107,10 @@ class Adapter(ABC):
         """What a model that answers texts with texts begins and ends an answer with; None for any other."""
         return None
 
+    def text_end(self, model: nn.Module) -> int | None:
+        """The token id by which a head finds where a text ends; None for a head that reads elsewhere."""
+        return None
+
     def write(self, model: nn.Module, batch: Mapping[str, Tensor], num_tokens: int) -> Tensor:
         """What ``model`` answers the texts of a batch with, greedily: token ids ``(B, L)``, ``num_tokens`` at most."""
         raise TypeError(f"a {self.family} writes no answers")

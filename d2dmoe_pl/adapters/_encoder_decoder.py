@@ -53,6 +53,10 @@ class EncoderDecoderAdapter(HuggingFaceAdapter):
         )
         return start, end
 
+    def text_end(self, model: Any) -> int | None:
+        end: int | None = None if model.can_generate() else model.config.eos_token_id
+        return end
+
     def write(self, model: Any, batch: Mapping[str, Tensor], num_tokens: int) -> Tensor:
         behind, _ = padded_behind(batch)
         given = {key: behind[key] for key in ("input_ids", MASK) if key in behind}

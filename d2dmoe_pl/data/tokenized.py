@@ -91,6 +91,10 @@ class TokenizedData(TaskData):
         unused = [column for column in split.column_names if column != "labels"]
         return split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
 
+    def ends_of_texts(self, end: int) -> dict[str, list[int]]:
+        """How often each text of every split, once set up, holds the token ``end``."""
+        return {name: [ids.count(end) for ids in split["input_ids"]] for name, split in self._splits.items()}
+
     def longest_samples(self) -> dict[tuple[str, str], int]:
         return self.longest_of("input_ids", "max_length", "text")
 

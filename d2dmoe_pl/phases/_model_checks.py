@@ -9,6 +9,7 @@ from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check
 
 
@@ -25,6 +26,8 @@ def check_inputs(model: nn.Module, data: TaskData) -> None:
     check_length(model, data.sample_length)
     check_lengths(model, data.longest_samples())
     check_pictures(model, data.preprocessing)
+    if isinstance(data, TokenizedData):
+        check_text_ends(model, data)
 
 
 def check_head(model: nn.Module, head: Head) -> None:
@@ -57,6 +60,23 @@ def check_token_ids(model: nn.Module, num_token_ids: int | None) -> None:
         num_token_ids is None or has is None or num_token_ids <= has,
         f"tokenizer: gives {num_token_ids} token ids; must be at most the {has} that {type(model).__name__} embeds",
     )
+
+
+def check_text_ends(model: nn.Module, data: TokenizedData) -> None:
+    """Raise ``ConfigError`` unless every text has the ends that the head looks for, as many as any other."""
+    end = adapter_for(model).text_end(model)
+    if end is None:
+        return
+    counts = data.ends_of_texts(end)
+    expected = max(1, min(map(min, counts.values())))
+    for split, found in counts.items():
+        for row, count in enumerate(found):
+            check(
+                count == expected,
+                f"row {row} of the {split} split: its text has the token {end} {count} times; must have it "
+                f"{expected} times, since {type(model).__name__} finds by it where a text ends (the tokenizer puts it "
+                "there, the text must not have it)",
+            )
 
 
 def check_pictures(model: nn.Module, preprocessing: ImagePreprocessing | None) -> None:

@@ -96,6 +96,23 @@ class TestSizes:
         fits = TextClassification(where, tokenizer, max_length=16, batch_size=2)
         trainer().fit(FineTuning(source=tiny.SOURCES["bert"]()), datamodule=fits)
 
+    @pytest.mark.parametrize(
+        ("special", "found"),
+        [
+            ((), "row 0 of the train split: its text has the token 2 0 times"),
+            (("[SEP]", "[CLS]"), "row 1 of the test split: its text has the token 2 2 times"),
+        ],
+    )
+    def test_ends_of_texts_where_a_head_looks_for_them(self, trainer, tmp_path, special, found):
+        for name in ("train", "validation", "test"):
+            (tmp_path / f"{name}.csv").write_text(f"text,label\nb,x\n{'b [SEP] b' if name == 'test' else 'b'},y\n")
+        where = DatasetSource(**{name: str(tmp_path / f"{name}.csv") for name in ("train", "validation", "test")})
+        data = TextClassification(where, tiny.tokenizer(tmp_path / "tok", "ab", ("[PAD]", "[UNK]", *special)))
+        with pytest.raises(
+            ConfigError, match=f"{found}; must have it 1 times, since MT5ForSequenceClassification finds"
+        ):
+            trainer().fit(FineTuning(source=tiny.SOURCES["any_encoder_decoder-mt5"]()), datamodule=data)
+
     def test_pictures_of_another_size_or_number_of_channels(self, tmp_path):
         for shape, gives in (({"in_chans": 3}, "3 x 8 x 8"), ({"img_size": 16}, "1 x 16 x 16")):
             message = f"pixel_values: the data gives 1 x 8 x 8 .channels x height x width.; must be {gives}, "
