@@ -172,6 +172,7 @@ def test_an_interrupted_phase_continues_from_its_last_checkpoint(tmp_path, monke
     assert epochs == [0] * 6 + [1] * 6 + [2] * 3 + [2] * 6
 
 
+@pytest.mark.thorough
 def test_an_interrupted_phase_whose_config_has_changed_starts_over(tmp_path, monkeypatch, capsys):
     recipe, output = write_recipe(tmp_path / "recipe.yaml", epochs=3), tmp_path / "run"
     original, epochs = FineTuning.training_step, []

@@ -12,6 +12,7 @@ from d2dmoe_pl.chain_lock import locked
 from d2dmoe_pl.errors import ConfigError
 
 
+@pytest.mark.thorough
 def test_a_second_chain_is_refused_and_names_the_first(tmp_path):
     code = "import sys, time\nfrom pathlib import Path\nfrom d2dmoe_pl.chain_lock import locked\n"
     code += "with locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    time.sleep(60)\n"

@@ -145,6 +145,7 @@ def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
     assert len(accuracies) == 6
 
 
+@pytest.mark.thorough
 def test_stand_ins_and_budgets_are_those_of_one_process(one_process, tmp_path):
     recipe, one = one_process
     shared = yaml.safe_load(Path(recipe).read_text())["shared"]
@@ -220,6 +221,7 @@ def test_importance_and_hash_tables_are_those_of_one_process(tmp_path):
         assert not torch.equal(table, random_table(40, 4, 0))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("phase", "settings", "said"),
     [

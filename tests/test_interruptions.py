@@ -68,6 +68,7 @@ def test_a_checkpoint_that_is_cut_off(whole, tmp_path, monkeypatch, capsys, size
     assert sweep(tmp_path / "run") == expected
 
 
+@pytest.mark.thorough
 def test_the_checkpoint_before_is_taken(whole, tmp_path, monkeypatch, capsys):
     recipe, _, expected = whole
     broken_off(monkeypatch, recipe, tmp_path / "run", RouterRegression, 8)

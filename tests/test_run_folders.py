@@ -25,6 +25,7 @@ def contents(folder):
     return {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_evaluations_leave_the_run_as_it_is(chain, capsys, subcommand, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -100,6 +100,7 @@ def test_a_call_that_fails_within_another():
     assert torch.equal(answers(outer, inputs[0]), expected)
 
 
+@pytest.mark.thorough
 def test_compiled_and_in_threads():
     model, inputs = tiny.routed("bert", tau=0.3).eval(), batches(6)
     expected = [answers(model, each) for each in inputs]

@@ -57,6 +57,7 @@ def test_short_attention_is_ours(family, attentions, compiled):
     assert graph.count("attention_cpu") == attentions
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_causal_attention_without_a_mask_is_atens(compiled):
     model = tiny.routed("gpt2", tau=0.5).eval()
@@ -68,6 +69,7 @@ def test_causal_attention_without_a_mask_is_atens(compiled):
     assert graph.count("attention_cpu") == 0
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_linear_layers_in_int8_that_share_an_input_round_it_once(compiled):
     model = tiny.routed("bert", tau=0.5).eval()

@@ -96,6 +96,7 @@ def test_rows_of_padding_are_zeros(backend):
         assert torch.equal(output.abs().sum(-1) > 0, inputs["attention_mask"] == 1)
 
 
+@pytest.mark.thorough
 def test_a_compiled_training_step_with_padding():
     model, inputs = tiny.routed("bert", tau=0.5).eval(), padded(4, 9, 1)  # eval: no dropout
     torch._dynamo.reset()

@@ -199,6 +199,7 @@ def test_gradients_tell_about_what_measuring_does(trainer, routed):
     assert estimated.dense == measured.dense
 
 
+@pytest.mark.thorough
 def test_depends_on_neither_the_batch_size_nor_the_run(trainer, routed):
     paths = [budget_path(calibrated(trainer, routed, size)[0].model) for size in (16, 16, 50)]
     assert paths[0] == paths[1]
@@ -241,6 +242,7 @@ def test_a_run_that_is_evaluated_keeps_them(trainer, routed):
     assert sweep.rows["validation"][0].ffn_flops_percent == pytest.approx(50, rel=0.03)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("asked", [0.4, 0.001, None])
 def test_an_evaluation_goes_to_the_budget_that_is_asked_for(trainer, routed, asked, caplog):
     fitted, path = calibrated(trainer, routed, ffn_flops=0.6)

@@ -97,6 +97,7 @@ def test_the_whole_model_learns_from_what_it_was(trainer, calibrated):
     assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trains", ["routers", "model"])
 def test_hidden_states_come_nearer_where_they_count(trainer, calibrated, trains, tmp_path):
     calibrated = str(shutil.copytree(calibrated, tmp_path / "calibrated"))  # the run's folder is used again

@@ -69,6 +69,7 @@ def fit(trainer, tmp_path):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "ending",
     [
