@@ -192,7 +192,8 @@ def verdict(rows: Sequence[BenchmarkRow]) -> str | None:
     if best_dense is None or first.dense_ms <= best_dense.moe_ms:
         rival, rival_ms = "dense PyTorch", first.dense_ms
     else:
-        rival, rival_ms = best_dense.way, best_dense.moe_ms
+        is_judged = first.dense_score is None or best_dense.score is not None
+        rival, rival_ms = best_dense.way + ("" if is_judged else ", not judged"), best_dense.moe_ms
     what = f"{first.amount}: "
     near = "" if first.dense_score is None else f" within {ENOUGH:g} of the dense {first.dense_score:.2f}"
     if not good:

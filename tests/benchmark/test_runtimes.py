@@ -173,6 +173,11 @@ def dense(**changes):
             "as dense PyTorch (12.00 ms)",
         ),
         (
+            [dense(moe_ms=2.0, backend="llama.cpp", score=None, score_loss=None), row()],
+            "fastest within 0.5 of the dense 90.00: dense, llama.cpp, not judged (2.00 ms), 2.00x as fast as experts "
+            "in int8 at tau 0.5 (4.00 ms, score 89.80)",
+        ),
+        (
             [row(score_loss=0.9)],
             "no tau is within 0.5 of the dense 90.00; take dense PyTorch, 12.00 ms, or train on",
         ),
