@@ -33,7 +33,7 @@ from d2dmoe_pl.chain_status import (
 from d2dmoe_pl.checkpoints import FOLDER as CHECKPOINTS
 from d2dmoe_pl.checkpoints import remove_preempted
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, check
-from d2dmoe_pl.failures import parser_line
+from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._preflight import preflight

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+LONGEST = 400  # characters of a reason that another library gives
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the key, its value and what is allowed."""
@@ -32,3 +34,9 @@ def check(condition: bool, message: str) -> None:
     """Raise :class:`ConfigError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def one_line(text: str) -> str:
+    """A text without its line ends, cut where it is long."""
+    joined = " ".join(text.split())
+    return joined if len(joined) <= LONGEST else joined[: LONGEST - 1] + "…"

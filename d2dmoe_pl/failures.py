@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError, NonFiniteWeightsError
+from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError, NonFiniteWeightsError, one_line
+from d2dmoe_pl.parser_line import parser_line
 
-LONGEST = 400  # characters of a reason that another library gives
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
 REFUSALS = (MisconfigurationException, FileNotFoundError, RuntimeError, ValueError)  # of settings, by Lightning
 UNUSABLE = {
@@ -86,68 +86,6 @@ def write_traceback(error: BaseException, folder: Path | None) -> str:
         except OSError:
             continue
     return "nowhere, since no file can be written"
-
-
-def one_line(text: str) -> str:
-    """A text without its line ends, cut where it is long."""
-    joined = " ".join(text.split())
-    return joined if len(joined) <= LONGEST else joined[: LONGEST - 1] + "…"
-
-
-def parser_line(text: str) -> str:
-    """What jsonargparse says of a setting, as ``key=value: what is allowed``.
-
-    Example:
-        >>> from d2dmoe_pl.failures import parser_line
-        >>> parser_line('Parser key "seed":' + chr(10) + "  Expected a <class 'int'>. Got value: x")
-        "seed='x': must be int"
-    """
-    unknown = re.findall(r"unrecognized arguments: (.*)", text)
-    if unknown:
-        return f"{one_line(unknown[-1])}: no such setting; --help lists them, and --model.help=CLASS those of a class"
-    missing = re.findall(r'Key "([^"]+)" is required', text)
-    if missing:
-        return f"{missing[-1]}: must be given, and is not"
-    keys = list(re.finditer(r'Parser key "([^"]+)":?', text))
-    if not keys:
-        return one_line(text)
-    rest = text[keys[-1].end() :]
-    first = rest.strip().split("\n")[0]
-    if "Got value:" in first:  # below, what encloses the setting says that it is not null either
-        rest = first
-    given = re.search(r"(?:Got value|Given value): (.*)", rest)
-    key, value = keys[-1][1], given[1].strip() if given else ""
-    nested = re.match(r"NestedArg\(key='([^']*)', val=(.*)\)$", value)
-    if nested:
-        key, value = f"{key}.{nested[1]}", nested[2].strip("'\"")
-    name = f"{key}={value!r}" if 0 < len(value) < 80 else key
-    expected = [
-        _type_name(found) for found in re.findall(r"Expected an? (.*?)\.?(?: Got value.*)?$", rest, re.MULTILINE)
-    ]
-    kinds = [kind for kind in dict.fromkeys(expected) if kind]
-    if kinds and kinds != ["null"]:
-        return f"{name}: must be {' or '.join(kinds)}"
-    return f"{name}: {one_line(_last_reason(rest) or rest)}"
-
-
-def _last_reason(text: str) -> str:
-    """Of several reasons, that which is not merely a type that the value has not."""
-    reasons = [
-        line.strip().removeprefix("- ")
-        for line in text.splitlines()
-        if line.strip()
-        and not re.match(r"\s*(- Expected a <class|Given value|Subtypes|Errors|Does not validate)", line)
-    ]
-    return reasons[-1].split(" Got value:")[0] if reasons else ""
-
-
-def _type_name(expected: str) -> str:
-    """How a user writes values of a type that jsonargparse expects; empty where it is more than a word."""
-    known = re.fullmatch(r"<class '([\w.]+)'>", expected)
-    if known:
-        return {"NoneType": "null", "bool": "true or false"}.get(known[1], known[1])
-    literal = re.fullmatch(r"typing\.Literal\[(.*)\]", expected)
-    return literal[1].replace("'", "") if literal else ""
 
 
 def _known(error: BaseException) -> str | None:

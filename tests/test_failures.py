@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError
-from d2dmoe_pl.failures import failure_of, parser_line, write_traceback
+from d2dmoe_pl.failures import failure_of, write_traceback
 from d2dmoe_pl.phase_cli import with_nulls_as_configs
 from d2dmoe_pl.phases import FineTuning
 
@@ -178,16 +178,3 @@ class TestNulls:
             main(["fit", *start, f"--data.init_args.source.validation={text}", "--print_config"])
         config = yaml.safe_load(capsys.readouterr().out)
         assert config["data"]["init_args"]["source"]["validation"] == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("Parser key \"a.b\":\n  Expected a <class 'int'>. Got value: x", "a.b='x': must be int"),
-        ("unrecognized arguments: --bla=1", "--bla=1: no such setting; --help lists them, and --model.help=CLASS"),
-        ('Key "architecture" is required but not included', "architecture: must be given, and is not"),
-        ("something\n  else", "something else"),
-    ],
-)
-def test_what_the_parser_says(text, line):
-    assert parser_line(text).startswith(line)
