@@ -1,11 +1,13 @@
 """What jsonargparse says of a setting that it does not take, as one line."""
 
 import difflib
-import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
+from inspect import isclass, signature
 from pkgutil import resolve_name
 from typing import Any
+
+from lightning import Trainer
 
 from d2dmoe_pl.errors import one_line
 
@@ -14,6 +16,22 @@ OF_CLASS = re.compile(
     r"Problem with given class_path '(?P<given>[^']+)':\s+(?P<why>\S.*)"
     r"|Expected a dot import path string: (?P<unknown>\S+)"
     r"|expects a function or a callable class: (?P<reason>.*)\. Got value: Namespace\(class_path='(?P<made>[^']+)'"
+)
+
+# a setting of no class that is named in the settings
+UNKNOWN = (
+    re.compile(r"unrecognized arguments: (?P<option>.*)"),
+    re.compile(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<option>.*)'"),
+    re.compile(r"Subcommand '\w+' does not accept option '(?P<option>.*)'"),
+    re.compile(r"\AOption '(?P<option>.*)' is not accepted"),
+)
+CLASS_AND_SETTINGS = "must be a class that fits, by its class_path, with its settings under init_args"
+SETTINGS = (
+    "model",
+    "data",
+    "trainer",
+    "seed_everything",
+    *(f"trainer.{name}" for name in signature(Trainer).parameters),
 )
 
 
@@ -25,9 +43,11 @@ def parser_line(text: str) -> str:
         >>> parser_line('Parser key "seed":' + chr(10) + "  Expected a <class 'int'>. Got value: x")
         "seed='x': must be int"
     """
-    unknown = re.findall(r"unrecognized arguments: (.*)", text)
+    unknown = next((found for found in (pattern.search(text) for pattern in UNKNOWN) if found), None)
     if unknown:
-        return f"{one_line(unknown[-1])}: no such setting; --help lists them, and --model.help=CLASS those of a class"
+        option = ".".join(filter(None, (unknown.groupdict().get("group"), one_line(unknown["option"]))))
+        meant = _meant(re.split(r"[= ]", option.lstrip("-"))[0], SETTINGS)
+        return f"{option}: no such setting{meant or '; --help lists them, and --model.help=CLASS those of a class'}"
     missing = re.findall(r'Key "([^"]+)" is required', text)
     if missing:
         return f"{missing[-1]}: must be given, and is not"
@@ -58,49 +78,51 @@ def parser_line(text: str) -> str:
 
 def _of_class(text: str) -> str:
     """What is wrong with the innermost class that ``text`` names, in words; empty if nothing is that has some here."""
+    bases = _bases(text)
     for found in reversed(list(OF_CLASS.finditer(text))):
         path = found["given"] or found["unknown"] or found["made"]
-        why = found["why"] or found["reason"] or ""
+        name, why = path.rpartition(".")[2], found["why"] or found["reason"] or ""
+        if why.startswith("Parser key"):
+            return ""  # of a setting inside, which is told by itself
         option = re.fullmatch(r"Option '(.*)' is not accepted", why)
-        if option and option[1] == "class_path":  # the parser takes the whole for the arguments of a class
-            return "has settings beside a class_path; those of a class must stand under init_args"
+        if option and (option[1] == "class_path" or resolve_name(path) in bases):
+            return CLASS_AND_SETTINGS
         if option:
-            taken = inspect.signature(resolve_name(path)).parameters
-            return f"{path.rpartition('.')[2]} has no setting {option[1]!r}{_meant(option[1], taken)}"
+            return f"{name} has no setting {option[1]!r}{_meant(option[1], signature(resolve_name(path)).parameters)}"
         lacking = re.fullmatch(r"the following arguments are required: (.*)", why)
         if lacking:
-            return f"{path.rpartition('.')[2]} must be given {lacking[1]}, and is not"
+            return f"{name} must be given {lacking[1]}, and is not"
         if found["unknown"] and re.search(r"Expected a <class '(int|float|str)'>", text):
             continue  # it need not have been meant as a class
         if found["unknown"] or "No module named" in why or "has no attribute" in why:
             reason = f" ({one_line(why)})" if why else ""
-            meant = _meant(path.rpartition(".")[2], _allowed(text))
-            elsewhere = (
-                "" if meant or "." in path else "; others than this package's go by their path (torch.optim.AdamW)"
-            )
-            return f"class_path={path!r}: no such class{reason}{meant}{elsewhere}"
-    return ""
+            meant = _meant(name, {each.__name__ for base in bases for each in _below(base)})
+            others = "" if meant or "." in path else "; others than this package's go by their path (torch.optim.AdamW)"
+            return f"class_path={path!r}: no such class{reason}{meant}{others}"
+    given = text.rpartition("Given value: ")[2]
+    return CLASS_AND_SETTINGS if "Not a valid subclass of" in text or given.startswith("{'class_path'") else ""
 
 
-def _allowed(text: str) -> set[str]:
-    """The names of the classes that have been imported and that a setting takes, by the types that ``text`` lists."""
+def _bases(text: str) -> list[type[Any]]:
+    """The classes of which a setting takes an object, by the types that ``text`` lists."""
     kinds = re.findall(r"Subtypes: \[(.*)\]|Type (\S+\[.*\]) expects a function", text)
     names = re.findall(r"(?:\w+\.)+[A-Z]\w+", " ".join(map("".join, kinds)))
-    found: set[str] = set()
-    for name in names:
-        kind: Any = resolve_name(name)
-        waiting = [kind] if inspect.isclass(kind) else []
-        while waiting:
-            kind = waiting.pop()
-            found.add(kind.__name__)
-            waiting += kind.__subclasses__()
-    return found
+    return [kind for kind in map(resolve_name, names) if isclass(kind)]
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    """What may have been meant by ``name``, to put behind what is said of it."""
-    close = difflib.get_close_matches(name, [each for each in known if each[0] != "_"], n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+def _below(kind: type[Any]) -> list[type[Any]]:
+    """A class and those that have been imported and inherit from it."""
+    return [kind, *(each for below in kind.__subclasses__() for each in _below(below))]
+
+
+def _meant(name: str, known: Collection[str]) -> str:
+    """What may have been meant by ``name``, to put behind what is said of it; its first part or its last differs."""
+    first, (group, _, last) = name.partition(".")[0], name.rpartition(".")
+    if group and first not in known:
+        return _meant(first, known)
+    beside = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == group}
+    close = difflib.get_close_matches(last, [each for each in beside if each[0] != "_"])
+    return f"; did you mean {' or '.join(beside[each] for each in close)}?" if close else ""
 
 
 def _last_reason(text: str) -> str:

@@ -1,7 +1,7 @@
 """Recipes: a chain in one YAML file, what its phases share said once; a twin says what differs from its original."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _read(file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
     _check_shape(recipe, file)
     if "extends" not in recipe:
         check("phases" in recipe, f"{file}: phases is missing; {SHAPE}")
-        return _over({"phases": {}}, recipe)
+        return _whole(_over({"phases": {}}, recipe), {}, file, twins)
     extends = recipe.pop("extends")
     original, files = _original(file, extends), (*twins, file)
     names = ", ".join(shipped_recipes())
@@ -126,7 +126,8 @@ def _read(file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
     ring = " -> ".join(map(str, (*files, original)))
     known = [each.resolve() for each in files]
     check(original.resolve() not in known, f"{file}: extends={extends!r}: goes round in a ring, {ring}")
-    return _over(_read(original, files), recipe)
+    before = _read(original, files)
+    return _whole(_over(before, recipe), before["phases"], file, twins)
 
 
 def _original(file: Path, extends: str) -> Path:
@@ -140,6 +141,16 @@ def _over(original: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, Any
     if "phases" in twin:
         before = original["phases"]
         recipe["phases"] = {name: merged(before.get(name, {}), phase or {}) for name, phase in twin["phases"].items()}
+    return recipe
+
+
+def _whole(recipe: dict[str, Any], before: Collection[str], file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe, each of whose phases says what it is; one that ``twins`` extend may leave that to them."""
+    others = f", and is none of the original's: {', '.join(before)}" if before else ""
+    for name, phase in recipe["phases"].items():
+        model = merged(recipe.get("shared", {}), phase or {}).get("model")
+        named = isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
+        check(bool(twins) or named, f"{file}: phases.{name}: has no model.class_path, which says what it is{others}")
     return recipe
 
 

@@ -17,6 +17,7 @@ SWEEP = "d2dmoe_pl.callbacks.TauSweep"
     [
         ("Parser key \"a.b\":\n  Expected a <class 'int'>. Got value: x", "a.b='x': must be int"),
         ("unrecognized arguments: --bla=1", "--bla=1: no such setting; --help lists them, and --model.help=CLASS"),
+        ("Subcommand 'fit' does not accept option 'trainer.bla'", "trainer.bla: no such setting; --help lists them"),
         ('Key "architecture" is required but not included', "architecture: must be given, and is not"),
         ("something\n  else", "something else"),
     ],
@@ -41,8 +42,36 @@ def test_what_the_parser_says(text, line):
         (
             "trainer.callbacks",
             [{"class_path": SWEEP, "taus": [0.5]}],
-            "trainer.callbacks: has settings beside a class_path; those of a class must stand under init_args",
+            "trainer.callbacks: must be a class that fits, by its class_path, with its settings under init_args",
         ),
+        (
+            "trainer.callbacks",
+            [{"class_path": "d2dmoe_pl.data.Digits"}],
+            "trainer.callbacks: must be a class that fits, by its class_path, with its settings under init_args",
+        ),
+        (
+            "trainer.callbacks",
+            [{"taus": [0.5]}],
+            "trainer.callbacks: must be a class that fits, by its class_path, with its settings under init_args",
+        ),
+        (
+            "trainer.logger",
+            {"class_path": "TensorBoardLogger", "save_dir": "a"},
+            "trainer.logger: must be a class that fits, by its class_path, with its settings under init_args",
+        ),
+        (
+            "config",
+            {"model": {"class_path": "FineTuning", "activation": "relu"}},
+            "model: must be a class that fits, by its class_path, with its settings under init_args",
+        ),
+        (
+            "config",
+            {"trainer": {"max_epoch": 3}},
+            "trainer.max_epoch: no such setting; did you mean trainer.max_epochs",
+        ),
+        ("trainer.max_epoch", 3, "--trainer.max_epoch=3: no such setting; did you mean trainer.max_epochs"),
+        ("config", {"modle": {"class_path": "X"}}, "modle.class_path: no such setting; did you mean model?"),
+        ("trainer.callbacks", [{"class_path": SWEEP, "init_args": {"taus": ["a"]}}], "taus='a': must be float"),
         (
             "trainer.callbacks",
             [{"class_path": "EarlyStopping"}],

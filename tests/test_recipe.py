@@ -75,8 +75,8 @@ def test_what_is_laid_over_holds_and_nothing_given_is_changed(base, overlay):
 
 
 def test_a_recipe_that_extends_none(write):
-    recipe = read_recipe(write("recipe.yaml", "phases:\n  b: {trainer: {max_steps: 1e3}}\n  a:\n"))
-    assert recipe == {"phases": {"b": {"trainer": {"max_steps": 1000.0}}, "a": {}}}
+    recipe = read_recipe(write("recipe.yaml", "phases:\n  b: {model: B, trainer: {max_steps: 1e3}}\n  a: {model: A}\n"))
+    assert recipe == {"phases": {"b": {"model": "B", "trainer": {"max_steps": 1000.0}}, "a": {"model": "A"}}}
     assert list(recipe["phases"]) == ["b", "a"]
 
 
@@ -124,6 +124,14 @@ def test_what_is_a_recipe(write, tmp_path):
             "extends: none.yaml",
             "{file}: extends='none.yaml': no such file; must be a recipe, or the name of one of these: ci",
         ),
+        (
+            "extends: whole.yaml\nphases: {frist: {model: {init_args: {lr: 1}}}}",
+            "{file}: phases.frist: has no model.class_path, which says what it is, and is none of the original's: first",
+        ),
+        (
+            "phases: {one: {model: {init_args: {tau: 1}}}}",
+            "{file}: phases.one: has no model.class_path, which says what it is",
+        ),
         ("extends: [original.yaml]", "{file}: extends=['original.yaml']: must be the file of another recipe"),
         ("extends: twin.yaml", "{file}: extends='twin.yaml': goes round in a ring, {file} -> {file}"),
         ("extends: ring.yaml", "{ring}: extends='twin.yaml': goes round in a ring, {file} -> {ring} -> {file}"),
@@ -148,6 +156,7 @@ def test_what_is_a_recipe(write, tmp_path):
 def test_what_is_wrong_is_told_with_file_and_key(write, tmp_path, text, message):
     write("ring.yaml", "extends: twin.yaml")
     write("list.yaml", "[1]")
+    write("whole.yaml", ORIGINAL)
     file = write("twin.yaml", text)
     with pytest.raises(ConfigError) as raised:
         read_recipe(file)
