@@ -126,7 +126,7 @@ def test_what_is_a_recipe(write, tmp_path):
         ),
         (
             "extends: whole.yaml\nphases: {frist: {model: {init_args: {lr: 1}}}}",
-            "{file}: phases.frist: has no model.class_path, which says what it is, and is none of the original's: first",
+            "{file}: phases.frist: has no model.class_path, which says what it is, and is none of the original",
         ),
         (
             "phases: {one: {model: {init_args: {tau: 1}}}}",
