@@ -3,9 +3,19 @@
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 import transformers
 
 from d2dmoe_pl.auto_classes import MODEL_TYPE
+
+# what a config says of a call, not of the model
+OF_A_CALL = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
+# what says where files come from and how they are read, or is taken care of
+OF_FILES = (
+    *("adapter_kwargs", "cache_dir", "code_revision", "commit_hash", "config", "dtype", "force_download"),
+    *("local_files_only", "low_cpu_mem_usage", "proxies", "revision", "token", "torch_dtype", "trust_remote_code"),
+    *("use_safetensors", "weights_only", "_commit_hash", "_from_auto"),
+)
 
 
 class D2DMoEConfig(transformers.PreTrainedConfig):
@@ -31,13 +41,21 @@ class ConvertedModel:
 
         Args:
             pretrained_model_name_or_path: The folder, or a name on the hub.
-            kwargs: ``dtype`` and ``revision``, as transformers takes them; others make no difference.
+            kwargs: ``dtype``, ``revision``, ``attn_implementation``, ``device_map`` of one device, and what a config
+                says of a call, such as ``output_attentions``, as transformers takes them. What says only where files
+                come from makes no difference.
 
         Raises:
-            ValueError: If the model has another head than the ``Auto`` class asks for.
+            ValueError: If the model has another head than the ``Auto`` class asks for, or something is asked of it that
+                a converted model cannot be loaded with, such as other labels, or weights that bitsandbytes makes.
         """
         load_model = resolve_name("d2dmoe_pl.artifact:load_model")  # all of it is imported for a model only
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        wanted = _wanted(pretrained_model_name_or_path, kwargs)
+        attention, device = wanted.pop("attn_implementation", None), _device(wanted.pop("device_map", None))
+        for key, value in wanted.items():
+            if key not in OF_A_CALL:
+                raise ValueError(f"{key}={value!r}: a converted model is loaded as it was saved; must be left out")
         model: Any = load_model(
             pretrained_model_name_or_path,
             revision=kwargs.get("revision"),
@@ -48,7 +66,33 @@ class ConvertedModel:
             model = resolve_name("d2dmoe_pl.moe.base_model:without_head")(model)
         elif not isinstance(model, heads):
             raise ValueError(f"{pretrained_model_name_or_path}: is a {type(model).__name__}, no {cls.auto.__name__}")
-        return model
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        for key, value in wanted.items():
+            setattr(model.config, key, value)
+        return model if device is None else model.to(device)
+
+
+def _wanted(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What is asked of the model beyond what is saved; transformers has put some of it into the config."""
+    saved: Any = D2DMoEConfig.from_pretrained(path, revision=kwargs.get("revision") or "main")
+    config = kwargs.get("config") or saved
+    before = saved.to_dict()
+    found = {key: value for key, value in config.to_dict().items() if before.get(key) != value and key[0] != "_"}
+    found |= {key: value for key, value in kwargs.items() if value is not None}
+    found.setdefault("attn_implementation", config._attn_implementation)
+    return {key: value for key, value in found.items() if key not in OF_FILES}
+
+
+def _device(device_map: Any) -> Any:
+    """The one device of a ``device_map``, on which the whole model goes; None for where it is."""
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if isinstance(device_map, dict):
+        if len(set(map(str, device_map.values()))) != 1:
+            raise ValueError(f"device_map={device_map}: must be of one device")
+        return next(iter(device_map.values()))
+    return device_map
 
 
 def register() -> None:
