@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 from torch import nn
 
 from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
-from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
 from d2dmoe_pl.chain import quiet_lightning, run_chain
@@ -35,8 +35,7 @@ from d2dmoe_pl.whole_files import expanded, replaced_file
 RECIPE = "recipe.yaml"
 LAST = "budget_calibration"  # the phase that finds budgets
 STEPS = 9  # from the least to every expert on, whose speed is measured
-MODEL = "model"  # in the output folder, what was wished for
-START = "start"  # and the model that was given in memory
+START = "start"  # in the output folder, the model that was given in memory
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Compressed:
 
     def load(self) -> nn.Module:
         """The model."""
-        return load_model(self.folder / MODEL)
+        return load_model(self.folder / WISHED)
 
 
 def compress(
@@ -190,11 +189,11 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     model = load_model(artifact.path)
     path = budget_path(model)
     assert path is not None
-    opening = _opened(folder, folder / MODEL)
+    opening = _opened(folder, folder / WISHED)
     trainer: Any = opening.trainer
     point = _point(target, path, model, opening.datamodule, given.batch_size)
     set_taus_(model, path, point.taus)
-    save_artifact(model, folder / MODEL, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
+    save_artifact(model, folder / WISHED, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
     sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
     trainer.callbacks = [sweep]
     with quiet_lightning():
@@ -202,7 +201,7 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     rows = sweep.rows["test"]
     names = list(read_recipe(folder / RECIPE)["phases"])
     page = write_report(folder, names, opening.model, str(target), point, rows)
-    say(f"{headline_of(target, point, rows)} The model: {folder / MODEL}. Report: {page}", "bold")
+    say(f"{headline_of(target, point, rows)} The model: {folder / WISHED}. Report: {page}", "bold")
     return Compressed(folder, target, point, rows[0], rows[-1])
 
 
