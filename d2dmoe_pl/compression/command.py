@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,8 @@ from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
 from d2dmoe_pl.compression.recipe_for_model import recipe_for
 from d2dmoe_pl.compression.target import Target, parse_target
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.failures import parser_line
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, budget_path, set_taus_
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.recipe import phase_config, read_recipe
@@ -91,20 +93,20 @@ def compress(
         >>> made = compress("my/text_model", "my/train.csv", target="drop=0.5")  # doctest: +SKIP
         >>> made.load()  # doctest: +SKIP
     """
-    given = compress_parser().get_defaults()
-    for name, value in {
-        "data": data,
-        "target": target,
-        "effort": effort,
-        "output_dir": str(output_dir),
-        **options,
-    }.items():
-        check(name in given, f"{name}={value!r}: no option of compress; see compress --help")
-        given[name] = value
     if isinstance(model, nn.Module):
-        given.model = str(_kept(model, Path(expanded(str(output_dir))) / START))
-    else:
-        given.model = model
+        model = str(_kept(model, Path(expanded(str(output_dir))) / START))
+    named = {"model": model, "data": data, "target": target, "effort": effort, "output_dir": output_dir, **options}
+    parser = compress_parser()
+    known = parser.get_defaults()
+    for name, value in named.items():
+        check(name in known, f"{name}={value!r}: no option of compress; see compress --help")
+        check(value is not None or known[name] is None, f"{name}=None: must be given")
+    written = {name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()}
+    written["output_dir"] = str(output_dir) if isinstance(output_dir, Path) else output_dir
+    try:
+        given = parser.parse_object(written)
+    except ArgumentError as error:
+        raise ConfigError(parser_line(str(error))) from error
     made = run_compress(given)
     assert made is not None
     return made
@@ -131,8 +133,8 @@ def run_compress(given: Namespace) -> Compressed | None:
         return None
     folder = Path(expanded(given.output_dir))
     _write_recipe(folder / RECIPE, recipe, given.effort)
-    arguments = ["--config", str(folder / RECIPE), "--output_dir", str(folder), "--seed", str(given.seed)]
-    arguments += [] if given["from"] is None else ["--from", given["from"]]
+    arguments = [f"--config={folder / RECIPE}", f"--output_dir={folder}", f"--seed={given.seed}"]
+    arguments += [] if given["from"] is None else [f"--from={given['from']}"]
     run_chain(chain_parser().parse_args(arguments))
     return _set_and_measured(target, folder, given)
 
@@ -234,6 +236,12 @@ def _opened(folder: Path, artifact: Path) -> PhaseCLI:
 def _point(target: Target, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
     """The budget that does what is wished for; the nearest that there is, which is said."""
     if target.kind == "drop":
+        if path.in_percent and path.higher_is_better and path.dense.score <= 0:
+            say(
+                f"{target} cannot be told here: {path.metric.replace('_', ' ')} is 0 with every expert on, so that no "
+                "setting is worse. Another metric of the data tells more, or a target in FLOPs.",
+                "yellow",
+            )
         return path.at_drop(target.value)
     if target.kind == "speed":
         return _fast_enough(target.value, path, model, data, batch_size)
