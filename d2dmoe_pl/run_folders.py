@@ -9,7 +9,7 @@ import yaml
 
 from d2dmoe_pl.artifact import CONFIG as ARTIFACT_CONFIG
 from d2dmoe_pl.artifact import read_artifact
-from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.notices import notice
 
@@ -39,11 +39,18 @@ def with_run(arguments: Sequence[str]) -> list[str]:
         if key != RUN and not (Path(value).name == CONFIG and (folder / FOLDER / ARTIFACT_CONFIG).is_file()):
             found += ["--config", value]
             continue
-        start = f"--model.init_args.init_from={folder / FOLDER}"
+        artifact, as_saved = folder / FOLDER, []
+        if key == RUN and folder != Path(value):
+            if _is_set(Path(value) / WISHED, folder):
+                artifact, as_saved = Path(value) / WISHED, ["--model.init_args.ffn_flops=null"]
+                notice(f"{artifact} is evaluated, as compress has set it.")
+            else:
+                notice(f"{folder} is evaluated, the last phase of {value} that is finished.")
+        start = f"--model.init_args.init_from={artifact}"
         config = yaml.safe_load((folder / CONFIG).read_text())
         # not every phase can begin from a source
         no_source = ["--model.init_args.source=null"] if "source" in config["model"]["init_args"] else []
-        found += ["--config", str(folder / CONFIG), *_in_place(config, folder), *no_source, start]
+        found += ["--config", str(folder / CONFIG), *_in_place(config, folder), *no_source, *as_saved, start]
     return found
 
 
@@ -62,9 +69,14 @@ def finished_run(folder: str) -> Path:
     if runs[0] == Path(folder):
         return runs[0]
     valid = [run for run in runs if _is_valid(run)] or runs
-    last = max(valid, key=lambda run: len(read_artifact(run / FOLDER).history))
-    notice(f"{last} is evaluated, the last phase of {folder} that is finished.")
-    return last
+    return max(valid, key=lambda run: len(read_artifact(run / FOLDER).history))
+
+
+def _is_set(wished: Path, last: Path) -> bool:
+    """Whether ``wished`` is the artifact of the phase ``last``, set to a wish; one that is redone leaves an older."""
+    if not (wished / ARTIFACT_CONFIG).is_file():
+        return False
+    return read_artifact(wished).history == read_artifact(last / FOLDER).history
 
 
 def _is_valid(run: Path) -> bool:

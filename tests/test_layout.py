@@ -10,6 +10,7 @@ import transformers
 
 from d2dmoe_pl.chain import _arguments
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.data.embeddings import pooling
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
 
@@ -145,6 +146,7 @@ def test_every_recipe_parses_and_fits_together(recipe, tmp_path, monkeypatch):
     settings = {None: [], **{name: [] for name in config.phases}}
     openings = [PhaseCLI(args=_arguments(config, settings, i), run=False) for i in range(len(config.phases))]
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ON_HUB.__getitem__)
+    monkeypatch.setattr(pooling, "_file", lambda model, name: None)  # what the hub has of a model beside its config
     for opening in openings:
         if getattr(opening.model.source, "gguf_file", None) is not None:
             opening.model.source.gguf_file = None  # which is not here; its config is in ON_HUB

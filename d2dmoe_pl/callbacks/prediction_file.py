@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import lightning as L
@@ -10,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from d2dmoe_pl.data.task import Batch
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, layer_tokens, sample_inputs, sample_sizes
 from d2dmoe_pl.metrics.sample_cost import sample_cost
@@ -35,8 +36,8 @@ class PredictionFile(L.Callback):
         inputs: What the samples are called, where they are given on the command line.
 
     Raises:
-        ConfigError: For another ending; to predict, for a task of anything but classes, numbers and answers, or in
-            several processes.
+        ConfigError: For another ending; to predict, for a task of anything but classes, numbers and answers, in
+            several processes, or where no file can be written.
     """
 
     def __init__(self, file: str = "predictions.csv", inputs: Sequence[str] | None = None) -> None:
@@ -49,7 +50,8 @@ class PredictionFile(L.Callback):
         self._masks: dict[str, Tensor] = {}
 
     def on_predict_start(self, trainer: L.Trainer, phase: Phase) -> None:
-        """Watch what the model's layers decide."""
+        """Watch what the model's layers decide, once it is known that the file can be written."""
+        self._check_writable()
         check(trainer.world_size == 1, f"devices={trainer.world_size}: predictions are written by one process alone")
         check(phase.task.writes_rows, f"predict: writes classes, numbers and answers, not what {phase.task.head} gives")
         self.rows, self._flops_outside = [], {}
@@ -58,6 +60,17 @@ class PredictionFile(L.Callback):
         self._layers: dict[str, ExpertLayer] = {name: layer for name, layer in layers.items() if _decides(layer)}
         self._watching = hooked(layer.watch(partial(self._see, name)) for name, layer in self._layers.items())
         self._watching.__enter__()
+
+    def _check_writable(self) -> None:
+        """Raise ``ConfigError`` where nothing could be written, before all is computed."""
+        check(not self.file.is_dir(), f"output={str(self.file)!r}: is a folder; must be a file")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.file.parent):  # it has no name that could be left behind
+                pass
+        except OSError as error:
+            said = f"output={str(self.file)!r}: no files can be written there ({error.strerror})"
+            raise ConfigError(said) from error
 
     def _see(self, name: str, mask: Tensor) -> None:
         self._masks[name] = mask
@@ -89,7 +102,6 @@ class PredictionFile(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, phase: Phase) -> None:
         """Write the file, whole or not at all."""
         self._watching.__exit__(None, None, None)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(self.file) as aside:
             WRITERS[self.file.suffix](Dataset.from_list(self.rows), aside)
 

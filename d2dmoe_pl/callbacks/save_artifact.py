@@ -11,6 +11,7 @@ from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.sharded_tensors import is_sharded
 
 FOLDER = "artifact"
+WISHED = "model"  # in the folder of a chain that ``compress`` ran, the same set to what was wished for
 
 
 class SaveArtifact(L.Callback):

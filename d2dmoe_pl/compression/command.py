@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from jsonargparse import Namespace
 from torch import nn
 
 from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
-from d2dmoe_pl.callbacks.save_artifact import FOLDER
+from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
 from d2dmoe_pl.chain import quiet_lightning, run_chain
@@ -24,7 +25,8 @@ from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
 from d2dmoe_pl.compression.recipe_for_model import recipe_for
 from d2dmoe_pl.compression.target import Target, parse_target
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.failures import parser_line
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, budget_path, set_taus_
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.recipe import phase_config, read_recipe
@@ -35,8 +37,7 @@ from d2dmoe_pl.whole_files import expanded, replaced_file
 RECIPE = "recipe.yaml"
 LAST = "budget_calibration"  # the phase that finds budgets
 STEPS = 9  # from the least to every expert on, whose speed is measured
-MODEL = "model"  # in the output folder, what was wished for
-START = "start"  # and the model that was given in memory
+START = "start"  # in the output folder, the model that was given in memory
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Compressed:
 
     def load(self) -> nn.Module:
         """The model."""
-        return load_model(self.folder / MODEL)
+        return load_model(self.folder / WISHED)
 
 
 def compress(
@@ -92,20 +93,20 @@ def compress(
         >>> made = compress("my/text_model", "my/train.csv", target="drop=0.5")  # doctest: +SKIP
         >>> made.load()  # doctest: +SKIP
     """
-    given = compress_parser().get_defaults()
-    for name, value in {
-        "data": data,
-        "target": target,
-        "effort": effort,
-        "output_dir": str(output_dir),
-        **options,
-    }.items():
-        check(name in given, f"{name}={value!r}: no option of compress; see compress --help")
-        given[name] = value
     if isinstance(model, nn.Module):
-        given.model = str(_kept(model, Path(expanded(str(output_dir))) / START))
-    else:
-        given.model = model
+        model = str(_kept(model, Path(expanded(str(output_dir))) / START))
+    named = {"model": model, "data": data, "target": target, "effort": effort, "output_dir": output_dir, **options}
+    parser = compress_parser()
+    known = parser.get_defaults()
+    for name, value in named.items():
+        check(name in known, f"{name}={value!r}: no option of compress; see compress --help")
+        check(value is not None or known[name] is None, f"{name}=None: must be given")
+    written = {name: dict(value) if isinstance(value, Mapping) else value for name, value in named.items()}
+    written["output_dir"] = str(output_dir) if isinstance(output_dir, Path) else output_dir
+    try:
+        given = parser.parse_object(written)
+    except ArgumentError as error:
+        raise ConfigError(parser_line(str(error))) from error
     made = run_compress(given)
     assert made is not None
     return made
@@ -132,8 +133,8 @@ def run_compress(given: Namespace) -> Compressed | None:
         return None
     folder = Path(expanded(given.output_dir))
     _write_recipe(folder / RECIPE, recipe, given.effort)
-    arguments = ["--config", str(folder / RECIPE), "--output_dir", str(folder), "--seed", str(given.seed)]
-    arguments += [] if given["from"] is None else ["--from", given["from"]]
+    arguments = [f"--config={folder / RECIPE}", f"--output_dir={folder}", f"--seed={given.seed}"]
+    arguments += [] if given["from"] is None else [f"--from={given['from']}"]
     run_chain(chain_parser().parse_args(arguments))
     return _set_and_measured(target, folder, given)
 
@@ -190,11 +191,11 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     model = load_model(artifact.path)
     path = budget_path(model)
     assert path is not None
-    opening = _opened(folder, folder / MODEL)
+    opening = _opened(folder, folder / WISHED)
     trainer: Any = opening.trainer
     point = _point(target, path, model, opening.datamodule, given.batch_size)
     set_taus_(model, path, point.taus)
-    save_artifact(model, folder / MODEL, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
+    save_artifact(model, folder / WISHED, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
     sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
     trainer.callbacks = [sweep]
     with quiet_lightning():
@@ -202,7 +203,7 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     rows = sweep.rows["test"]
     names = list(read_recipe(folder / RECIPE)["phases"])
     page = write_report(folder, names, opening.model, str(target), point, rows)
-    say(f"{headline_of(target, point, rows)} The model: {folder / MODEL}. Report: {page}", "bold")
+    say(f"{headline_of(target, point, rows)} The model: {folder / WISHED}. Report: {page}", "bold")
     return Compressed(folder, target, point, rows[0], rows[-1])
 
 
@@ -235,6 +236,12 @@ def _opened(folder: Path, artifact: Path) -> PhaseCLI:
 def _point(target: Target, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
     """The budget that does what is wished for; the nearest that there is, which is said."""
     if target.kind == "drop":
+        if path.in_percent and path.higher_is_better and path.dense.score <= 0:
+            say(
+                f"{target} cannot be told here: {path.metric.replace('_', ' ')} is 0 with every expert on, so that no "
+                "setting is worse. Another metric of the data tells more, or a target in FLOPs.",
+                "yellow",
+            )
         return path.at_drop(target.value)
     if target.kind == "speed":
         return _fast_enough(target.value, path, model, data, batch_size)

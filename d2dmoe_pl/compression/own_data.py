@@ -151,6 +151,8 @@ def data_config(
     }
     by_name = named.get(task, {"text_columns": texts, "label_column": label})
     arguments = {**common, "tokenizer": tokenizer, **by_name, "max_length": _max_length(train, texts, tokenizer)}
+    if task == "text-to-text":
+        arguments["max_target_length"] = _max_length(train, [label], tokenizer)
     return {"class_path": LABELLED[task], "init_args": arguments}, task
 
 

@@ -1,26 +1,27 @@
 """The recipe for a model and data that are known by what people call them."""
 
 import json
+from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from d2dmoe_pl import data as data_classes
-from d2dmoe_pl.adapters import KEY, HuggingFaceModel, ModelSource, TimmModel
+from d2dmoe_pl.adapters import HEADS, KEY, HuggingFaceModel, ModelSource, TimmModel
 from d2dmoe_pl.artifact import CONFIG, build_structure, read_artifact
 from d2dmoe_pl.chain import default_recipe
 from d2dmoe_pl.compression.chosen_recipe import Sizes, chosen_phases, sizes_of
 from d2dmoe_pl.compression.own_data import data_config
 from d2dmoe_pl.compression.target import Target
-from d2dmoe_pl.data import DatasetSource
 from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.failures import parser_line
 from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
 
@@ -67,6 +68,8 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
 def _data(given: Namespace, place: str | None) -> tuple[dict[str, Any], str]:
     if not isinstance(given.data, str):
         check(given.task is not None, "task=None: must be given with data that is no name")
+        check("class_path" in given.data, f"data={given.data!r}: must say its class_path, as a recipe does")
+        check(given.task in HEADS, f"task={given.task!r}: allowed are {', '.join(HEADS)}")
         return dict(given.data), given.task
     columns = {name: given[name] for name in ("text_columns", "label_column", "image_column")}
     picture: dict[str, Any] = {}
@@ -95,10 +98,14 @@ def _start(model: str, task: str, is_timm: bool) -> tuple[ModelSource | None, di
 
 def _loaded(config: Mapping[str, Any]) -> TaskData:
     """The data of a recipe, set up."""
-    arguments = dict(config.get("init_args", {}))
-    if isinstance(arguments.get("source"), Mapping):
-        arguments["source"] = DatasetSource(**arguments["source"])
-    made: TaskData = getattr(data_classes, config["class_path"].rpartition(".")[2])(**arguments)
+    for name in dir(data_classes):  # classes that have been imported are found by their bare names
+        getattr(data_classes, name)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(TaskData, "data", required=True)
+    try:
+        made: TaskData = parser.instantiate(parser.parse_object({"data": dict(config)})).data
+    except ArgumentError as error:
+        raise ConfigError(parser_line(str(error))) from error
     made.setup()
     return made
 

@@ -103,7 +103,7 @@ class DatasetSource:
                 return self._named_split(where, streaming)
             if Path(where).is_dir():
                 return _read_pictures(f"{name}={where!r}", Path(where), streaming)
-            files = sorted(glob(where))
+            files = [where] if Path(where).is_file() else sorted(glob(where))  # a name may look like a pattern
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
             return _read_files(f"{name}={where!r}", files, streaming)
         except (OSError, ValueError, DatasetsError) as error:
@@ -166,7 +166,8 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
         check_decodable(file)
         check(any(line.strip() for line in lines_of(file)), f"{file}: has no rows; must have one at least")
     try:
-        loaded = load_dataset(BUILDERS[ending], data_files=files, split="train", streaming=streaming)
+        names = list(map(escape, files))  # which datasets takes for patterns
+        loaded = load_dataset(BUILDERS[ending], data_files=names, split="train", streaming=streaming)
     except (ValueError, DatasetsError) as error:
         faults = (json_fault(file) for file in files) if BUILDERS[ending] == "json" else ()
         fault = next((fault for fault in faults if fault is not None), None)

@@ -1,9 +1,13 @@
 """A report as one HTML page that needs nothing else, and as Markdown."""
 
 import html
+import json
+import math
 from collections.abc import Sequence
 from itertools import groupby
+from shlex import quote
 
+from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, score_name
 from d2dmoe_pl.report.drawings import courses, curve, drawn_or_none, layers, loads, pictures, speeds
 from d2dmoe_pl.report.findings import Findings
@@ -127,20 +131,25 @@ def time_table(found: Findings) -> Table:
 def commands(found: Findings) -> str:
     """How to load, serve, evaluate and reproduce."""
     last = found.folder / found.phases[-1].name
-    model = aside if (aside := found.folder / "model").is_dir() else last / "artifact"
-    budget = f"\nset_budget_(model, ffn_flops={found.promised.ffn_flops:.3g})" if found.promised else ""
+    is_set = (found.folder / WISHED).is_dir()
+    model, run = (found.folder / WISHED, found.folder) if is_set else (last / FOLDER, last)
+    recipe = found.folder / "recipe.yaml" if (found.folder / "recipe.yaml").is_file() else "RECIPE"
+    # rounded up, since less than the least is refused
+    share = 0.0 if found.promised is None else math.ceil(1000 * found.promised.ffn_flops) / 1000
+    budget = f"\nset_budget_(model, ffn_flops={share:g})" if found.promised else ""
     names = "load_model, set_budget_" if budget else "load_model"
+    runs, models, recipes, again = (quote(str(each)) for each in (run, model, recipe, f"{found.folder}_again"))
     return f"""# load; dtype="int8" or "bfloat16" and optimize=True make it faster
 from d2dmoe_pl import {names}
-model = load_model("{model}"){budget}
+model = load_model({json.dumps(str(model), ensure_ascii=False)}){budget}
 
 # predict, evaluate, time
-python main.py predict --run {last} --output predictions.csv
-python main.py test --run {last}
-python main.py benchmark --artifact {model} --config {found.folder}/recipe.yaml
+python main.py predict --run {runs} --output predictions.csv
+python main.py test --run {runs}
+python main.py benchmark --artifact {models} --config {recipes}
 
 # reproduce
-python main.py chain --config {found.folder}/recipe.yaml --output_dir {found.folder}_again"""
+python main.py chain --config {recipes} --output_dir {again}"""
 
 
 def as_html(found: Findings) -> str:

@@ -106,6 +106,17 @@ def test_pairs_by_sample():
     assert pairs_by_sample(mask, [2, 1, 1]) == [3, 0, 2]
 
 
+def test_a_place_that_takes_no_file_is_told_before_all_is_computed(trainer, texts, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    artifact, data = texts
+    for place, said in (("file/a.csv", "no files can be written there"), ("folder.csv", "is a folder; must be a file")):
+        file = PredictionFile(str(tmp_path / place))
+        with pytest.raises(ConfigError, match=rf"^output='.*{place}': {said}"):
+            trainer(callbacks=[file]).predict(RecoveryTuning(init_from=artifact), datamodule=data())
+        assert not file.rows
+
+
 def test_what_cannot_be_written():
     with pytest.raises(ConfigError, match=r"output='a.txt': the ending must be one of .csv, .parquet"):
         PredictionFile("a.txt")

@@ -1,5 +1,7 @@
 """From a model, data and a wish to a model that does it: chosen, run, resumed, refused in time."""
 
+import csv
+import json
 import shutil
 
 import pytest
@@ -16,6 +18,7 @@ from d2dmoe_pl.compression import command
 from d2dmoe_pl.compression.chosen_recipe import chosen_phases, sizes_of
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.run_folders import with_run
 
 LABELS = stand_ins.ANIMALS[:5]
 
@@ -65,6 +68,21 @@ def test_in_minutes(finished):
     ]
     assert "flops=90%" in (finished / "out" / "report.html").read_text()
     assert (finished / "out" / "model" / "tokenizer.json").is_file()
+
+
+def test_it_is_evaluated_as_it_was_wished_for(calibrated, caplog):
+    flops = {}
+    for run in ("out", "out/budget_calibration"):
+        main(["predict", "--run", run, "--output", "predictions.csv", "--trainer.enable_progress_bar=false"])
+        with (calibrated / "predictions.csv").open() as opened:
+            flops[run] = sum(int(row["flops"]) for row in csv.DictReader(opened))
+    assert flops["out"] > 1.2 * flops["out/budget_calibration"]
+    assert "out/model is evaluated, as compress has set it." in caplog.messages
+    config = json.loads((calibrated / "out" / "model" / "config.json").read_text())
+    config["d2dmoe"]["history"].pop()  # redone since
+    (calibrated / "out" / "model" / "config.json").write_text(json.dumps(config))
+    with_run(["--run", "out"])
+    assert caplog.messages[-1] == "out/budget_calibration is evaluated, the last phase of out that is finished."
 
 
 def test_another_wish_needs_no_training(calibrated, capfd):

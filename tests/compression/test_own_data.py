@@ -134,6 +134,13 @@ def test_the_task_is_told_by_the_labels(tmp_path, tokenizer, task, row):
     assert config(str(file), tokenizer, "text-classification")[1] == "text-classification"
 
 
+def test_long_answers_are_not_cut(tmp_path, tokenizer):
+    rows = [{"text": "a cat", "summary": "cat dog " * 20} for _ in range(30)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, _ = config(str(tmp_path / "own.jsonl"), tokenizer, "text-to-text")
+    assert found["init_args"]["max_target_length"] >= 40
+
+
 def test_a_file_may_be_compressed(tmp_path, tokenizer):
     plain = Path(write(tmp_path / "own.csv", rows_of("text", "label")))
     with gzip.open(f"{plain}.gz", "wb") as packed:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 
 import pytest
 from hypothesis import given
@@ -195,6 +196,16 @@ class TestOtherFiles:
             ConfigError, match=r"train='.*': all files must end in .csv, as .*a.csv does, but there is .*n"
         ):
             load(tmp_path / "*")
+
+    @pytest.mark.parametrize("ending", ["csv", "jsonl"])
+    def test_a_name_that_looks_like_a_pattern(self, tmp_path, ending):
+        texts = {"a[1]": "wanted", "a1": "another"}
+        for name, text in texts.items():
+            rows = {"csv": f"text\n{text}\n", "jsonl": json.dumps({"text": text}) + "\n"}
+            (tmp_path / f"{name}.{ending}").write_text(rows[ending])
+        assert load(tmp_path / f"a[1].{ending}")["text"][:] == ["wanted"]
+        (tmp_path / f"a[1].{ending}").unlink()
+        assert load(tmp_path / f"a[1].{ending}")["text"][:] == ["another"]
 
     def test_a_malformed_file_in_a_folder(self, tmp_path):
         for name in ("train", "train-more", "test", "validation"):

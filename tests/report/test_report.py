@@ -2,7 +2,9 @@
 
 import csv
 import re
+import shlex
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -22,7 +24,7 @@ from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint
 from d2dmoe_pl.phases import BudgetCalibration
 from d2dmoe_pl.report.drawings import as_svg, layers, loads, pictures, shortened
 from d2dmoe_pl.report.findings import Findings, PhaseFinding
-from d2dmoe_pl.report.page import as_markdown
+from d2dmoe_pl.report.page import as_markdown, commands
 from d2dmoe_pl.report.single_samples import SampleCompute, _patches, expert_loads, single_samples
 
 pytestmark = pytest.mark.drawn
@@ -101,6 +103,28 @@ def test_a_speed_is_not_told_where_something_else_ran(tmp_path, spread, said):
     text = as_markdown(Findings(tmp_path, "speed=2x", "accuracy", phases, (), promised=point, times=times, timed="1"))
     assert f"- **{said}** as fast as dense, 1" in text
     assert re.search(rf"20%.*{said}", text)
+
+
+def told(commands, option):
+    """What shells take for the values of an option in the commands that have it."""
+    words = [shlex.split(line) for line in commands.splitlines() if line.startswith("python ")]
+    return [line[line.index(option) + 1] for line in words if option in line]
+
+
+def test_its_commands_are_of_what_is_there(tmp_path):
+    folder = tmp_path / "mine & the cat's"
+    (folder / "last" / "artifact").mkdir(parents=True)
+    point = BudgetPoint((0.5,), 0.33041, 0.5, 0.1, 90.0)
+    found = Findings(folder, "drop=1", "accuracy", [PhaseFinding("last", "RouterRegression", 1.0, {})], ())
+    assert told(commands(found), "--run") == [str(folder / "last")] * 2
+    assert told(commands(found), "--config") == ["RECIPE"] * 2
+    assert f'load_model("{folder / "last" / "artifact"}")' in commands(found)
+    (folder / "model").mkdir()
+    (folder / "recipe.yaml").touch()
+    said = commands(replace(found, promised=point))
+    assert told(said, "--run") == [str(folder)] * 2
+    assert told(said, "--config") == [str(folder / "recipe.yaml")] * 2
+    assert "ffn_flops=0.331)" in said  # no less than the least
 
 
 def test_run_again_with_nothing_to_do_it_stays(run):

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from d2dmoe_pl.errors import ConfigError, check
@@ -12,6 +14,8 @@ from d2dmoe_pl.errors import ConfigError, check
 Pooling = Literal["mean", "cls", "max", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "max", "last")
 MODULES = "modules.json"
+PROMPTS = "config_sentence_transformers.json"  # has what stands before texts, among others
+NEWER: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}  # as newer versions write
 NAMES: dict[Pooling, str] = {
     "mean": "pooling_mode_mean_tokens",
     "cls": "pooling_mode_cls_token",
@@ -24,7 +28,7 @@ def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
     """The vectors of texts.
 
     Args:
-        states: Of their tokens, ``(B, L, d)``, padding behind.
+        states: Of their tokens, ``(B, L, d)``.
         mask: ``(B, L)``, 0 for padding; None where there is none.
         pooling: The ``mean`` of all tokens, the first (``cls``), the largest of each coordinate (``max``), or the last.
 
@@ -37,50 +41,71 @@ def pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
         >>> pooled(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([[1, 1, 0]]), "mean")
         tensor([[2.]])
     """
-    if pooling == "cls":
-        return states[:, 0]
     if mask is None:
         mask = states.new_ones(states.shape[:2])
-    if pooling == "last":
-        last = mask.long().sum(dim=1) - 1  # (B,)
-        return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
+    if pooling in ("cls", "last"):  # padding can be on either side
+        places = torch.arange(states.shape[1], device=states.device).expand(mask.shape)  # (B, L)
+        first, last = places.masked_fill(mask == 0, states.shape[1] - 1).amin(dim=1), (places * (mask != 0)).amax(dim=1)
+        place = first if pooling == "cls" else last  # (B,)
+        return states.gather(1, place[:, None, None].expand(-1, 1, states.shape[2])).squeeze(1)
     weights = mask.unsqueeze(2).to(states.dtype)  # (B, L, 1)
     if pooling == "max":
         return states.masked_fill(weights == 0, torch.finfo(states.dtype).min).amax(dim=1)
     return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-def pooling_of(folder: str | Path) -> Pooling | None:
-    """The pooling that a folder of sentence-transformers says; None where it is none.
+def pooling_of(model: str | Path) -> Pooling | None:
+    """The pooling that a model of sentence-transformers says, a folder or a name on the hub; None where it is none.
 
     Raises:
-        ConfigError: If it is another than those of :func:`pooled`.
+        ConfigError: If it is another than those of :func:`pooled`, or the hub does not say.
     """
-    modules = _modules(folder)
+    modules = _read(model, MODULES)
     if modules is None:
         return None
     path = next((module["path"] for module in modules if module["type"].endswith("Pooling")), None)
-    file = Path(folder) / str(path) / "config.json"
-    check(path is None or file.is_file(), f"{folder}: {MODULES} names {path}, which has no config.json; must be whole")
-    config = json.loads(file.read_text()) if path else {}
-    if config.get("pooling_mode") in POOLINGS:
-        return config["pooling_mode"]  # as newer versions write it
+    config = _pooling_config(model, path) if path else {}
+    mode = config.get("pooling_mode")
+    if isinstance(mode, str) and mode in NEWER:
+        return NEWER[mode]
     given = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     found = [pooling for pooling, name in NAMES.items() if given == [name]]
     if not found:
-        raise ConfigError(f"{folder}: pools by {', '.join(given) or 'nothing'}; must be one of {', '.join(POOLINGS)}")
+        given = given or ([mode] if isinstance(mode, str) else mode or ["nothing"])
+        raise ConfigError(f"{model}: pools by {', '.join(given)}; must be one of {', '.join(POOLINGS)}")
     return found[0]
 
 
-def check_modules(folder: str | Path) -> None:
-    """Raise ``ConfigError`` if a folder of sentence-transformers has layers behind the pooling that change vectors."""
-    kinds = [module["type"].rpartition(".")[2] for module in _modules(folder) or ()]
+def check_modules(model: str | Path) -> None:
+    """Raise ``ConfigError`` if a model of sentence-transformers computes vectors in a way that is not computed here.
+
+    Such are layers behind the pooling that change vectors, and a prompt that is left out of the pooling.
+    """
+    modules = _read(model, MODULES) or ()
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
     others = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    check(not others, f"{folder}: has a {', '.join(others)} behind its pooling, which is not computed here")
+    check(not others, f"{model}: has a {', '.join(others)} behind its pooling, which is not computed here")
+    prompts = _beside(model).get("prompts") or {}
+    pools = [_pooling_config(model, each["path"]) for each in modules if each["type"].endswith("Pooling")]
+    is_left_out = any(prompts.values()) and any(each.get("include_prompt") is False for each in pools)
+    check(not is_left_out, f"{model}: leaves its prompts out of its pooling, which is not computed here")
 
 
-def write_modules(folder: Path, pooling: Pooling, width: int) -> None:
-    """Make ``folder``, a Hugging Face model with its tokenizer, one of sentence-transformers; vectors get length 1."""
+def default_prompt(model: str | Path) -> str:
+    """What a model of sentence-transformers puts before every text that comes without a prompt of its own."""
+    said = _beside(model)
+    return (said.get("prompts") or {}).get(said.get("default_prompt_name")) or ""
+
+
+def write_modules(folder: Path, pooling: Pooling, width: int, model: str | Path | None = None) -> None:
+    """Make ``folder``, a Hugging Face model with its tokenizer, one of sentence-transformers; vectors get length 1.
+
+    Args:
+        folder: Gets the files.
+        pooling: What it says.
+        width: Of its vectors.
+        model: Whose prompts it has, a folder or a name on the hub.
+    """
     base = "sentence_transformers.models"
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     listed = [
@@ -93,8 +118,41 @@ def write_modules(folder: Path, pooling: Pooling, width: int) -> None:
     (folder / "1_Pooling" / "config.json").write_text(
         json.dumps({"word_embedding_dimension": width, **modes}, indent=2)
     )
+    if model is not None and (beside := _beside(model)):
+        (folder / PROMPTS).write_text(json.dumps(beside, indent=2))
 
 
-def _modules(folder: str | Path) -> list[dict[str, Any]] | None:
-    file = Path(folder) / MODULES
-    return json.loads(file.read_text()) if file.is_file() else None
+def _pooling_config(model: str | Path, path: str) -> dict[str, Any]:
+    config = _read(model, f"{path}/config.json")
+    check(config is not None, f"{model}: {MODULES} names {path}, which has no config.json; must be whole")
+    assert config is not None
+    return config
+
+
+def _beside(model: str | Path) -> dict[str, Any]:
+    """What a model of sentence-transformers says beside its modules, prompts among it; nothing if it is none."""
+    return {} if _file(model, MODULES) is None else _read(model, PROMPTS) or {}
+
+
+def _read(model: str | Path, name: str) -> Any:
+    """What a JSON file of a model holds; None where there is no such file."""
+    file = _file(model, name)
+    return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _file(model: str | Path, name: str) -> str | None:
+    """The path of a file of a model, in its folder or fetched from the hub; None where there is none."""
+    if not str(model) or Path(model).is_dir():  # nothing, where a model is made from scratch
+        file = Path(model) / name
+        return str(file) if str(model) and file.is_file() else None
+    try:
+        return hf_hub_download(str(model), name)
+    except LocalEntryNotFoundError as error:  # it may be there, and is not known
+        if try_to_load_from_cache(str(model), name) is _CACHED_NO_EXIST:
+            return None
+        said = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{model}: {name}, by which it says how it pools, cannot be fetched from the hub ({said})"
+        ) from error
+    except EntryNotFoundError:
+        return None

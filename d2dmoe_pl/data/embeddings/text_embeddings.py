@@ -12,7 +12,14 @@ from transformers import AutoModel
 
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.embeddings.keeping_vectors import KeepingVectors
-from d2dmoe_pl.data.embeddings.pooling import Pooling, check_modules, pooled, pooling_of, write_modules
+from d2dmoe_pl.data.embeddings.pooling import (
+    Pooling,
+    check_modules,
+    default_prompt,
+    pooled,
+    pooling_of,
+    write_modules,
+)
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.text_classification import check_texts
@@ -29,8 +36,8 @@ class TextEmbeddings(TokenizedData):
 
     Args:
         source: Where the splits are; any texts like those that are to get vectors.
-        model: Hub name or folder of the model whose vectors are kept, with its tokenizer; a folder of
-            sentence-transformers says how it pools, others take the mean over tokens.
+        model: Hub name or folder of the model whose vectors are kept, with its tokenizer; one of sentence-transformers
+            says how it pools and what it puts before each text, others take the mean over tokens.
         text_column: Column of the texts.
         max_length: Tokens kept of a text.
         batch_size: Samples a batch and process.
@@ -76,12 +83,12 @@ class TextEmbeddings(TokenizedData):
         return found, KeepingVectors(self.width)
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
-        return self.tokenized(Dataset.from_dict({self.text_column: list(inputs)}), [self.text_column])
+        return self._in_tokens(Dataset.from_dict({self.text_column: list(inputs)}))
 
     def save_processor(self, folder: Path) -> None:
         """Write the tokenizer, and what makes the folder one of sentence-transformers."""
         super().save_processor(folder)
-        write_modules(folder, self.pooling, self.width)
+        write_modules(folder, self.pooling, self.width, self.model)
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         texts = [{key: value for key, value in sample.items() if key != "labels"} for sample in samples]
@@ -90,8 +97,14 @@ class TextEmbeddings(TokenizedData):
             return batch
         return {**batch, "labels": torch.tensor([sample["labels"] for sample in samples])}  # (B, d)
 
+    def _in_tokens(self, split: Dataset) -> Dataset:
+        prompt, column = default_prompt(self.model), self.text_column
+        if prompt:
+            split = split.map(lambda rows: {column: [prompt + text for text in rows[column]]}, batched=True)
+        return self.tokenized(split, [column])
+
     def _with_vectors(self, split: Dataset) -> Dataset:
-        tokens = self.tokenized(split, [self.text_column])
+        tokens = self._in_tokens(split)
         # by length, since the model computes what is padded too
         order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]["input_ids"]))
         place = sorted(range(len(order)), key=order.__getitem__)

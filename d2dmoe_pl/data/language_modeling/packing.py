@@ -38,7 +38,7 @@ class Packer:
     @property
     def _beginning(self) -> list[int]:
         first = self.tokenizer("a")["input_ids"][:1]
-        return first if first[0] in (self.tokenizer.bos_token_id, self.tokenizer.cls_token_id) else []
+        return first if set(first) <= {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id} else []
 
     def blocks(self, documents: Iterable[Sequence[str | None]], name: str | None = None) -> Iterator[list[int]]:
         """Every block of ``length`` token ids, in order.

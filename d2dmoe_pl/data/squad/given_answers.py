@@ -15,7 +15,8 @@ def with_answers(split: Dataset, split_name: str) -> Dataset:
     """A split whose ``answers`` are lists of texts and of where they start, as they are on the hub.
 
     Args:
-        split: With ``answers`` so, or as in the files of SQuAD's authors, a list of an answer each; None for no answer.
+        split: With ``answers`` so, or as in the files of SQuAD's authors, a list of an answer each; None for no answer,
+            as is an answer of blanks.
         split_name: For errors.
 
     Raises:
@@ -55,4 +56,5 @@ def _in_lists(value: Any) -> dict[str, list] | None:
     if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
         return None
     is_told = all(isinstance(text, str) for text in texts) and all(isinstance(start, int) for start in starts)
-    return {"text": texts, "answer_start": starts} if is_told else None
+    kept = [index for index, text in enumerate(texts) if is_told and text.strip()]
+    return {"text": [texts[i] for i in kept], "answer_start": [starts[i] for i in kept]} if is_told else None

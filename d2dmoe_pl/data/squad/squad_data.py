@@ -85,10 +85,10 @@ class SQuAD(TokenizedData):
 
     def load_processor(self) -> None:
         super().load_processor()
-        first_token = self.tokenizer("a")["input_ids"][0]
+        first_token = self.tokenizer("a")["input_ids"][:1]
         check(
             self.tokenizer.is_fast
-            and first_token == self.tokenizer.cls_token_id
+            and first_token == [self.tokenizer.cls_token_id]
             and self.tokenizer.padding_side == "right",
             f"tokenizer={self.tokenizer_name!r}: must be fast, put a [CLS] token first and pad on the right, as BERT's "
             "does",

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import datasets
+import huggingface_hub
 import pytest
 import tiny
 import torch
@@ -15,7 +16,16 @@ from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.data import DatasetSource, KeepingVectors, TextEmbeddings
 from d2dmoe_pl.data.embeddings.keeping_vectors import KeptNeighbourhoods
-from d2dmoe_pl.data.embeddings.pooling import POOLINGS, pooled, pooling_of, write_modules
+from d2dmoe_pl.data.embeddings.pooling import (
+    NEWER,
+    POOLINGS,
+    PROMPTS,
+    check_modules,
+    default_prompt,
+    pooled,
+    pooling_of,
+    write_modules,
+)
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, SparsityEnforcement
 
@@ -131,6 +141,9 @@ def test_pooling():
     mask = torch.tensor([[1, 1, 0]])
     expected = {"mean": [2.0, 3.0], "cls": [1.0, 5.0], "max": [3.0, 5.0], "last": [3.0, 1.0]}
     assert {pooling: pooled(states, mask, pooling)[0].tolist() for pooling in POOLINGS} == expected
+    behind, before = states.flip(1), mask.flip(1)  # padding on the left, as decoders' tokenizers put it
+    assert pooled(behind, before, "cls")[0].tolist() == [3.0, 1.0]
+    assert pooled(behind, before, "last")[0].tolist() == [1.0, 5.0]
     assert pooled(states, None, "last")[0].tolist() == [9.0, 9.0]
 
 
@@ -139,8 +152,48 @@ def test_what_a_folder_says(pooling, tmp_path):
     assert pooling_of(tmp_path) is None
     write_modules(tmp_path, pooling, 24)
     assert pooling_of(tmp_path) == pooling
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": pooling}))
+    newer = {read: written for written, read in NEWER.items()}[pooling]
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": newer}))
     assert pooling_of(tmp_path) == pooling
+
+
+def test_what_the_hub_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^me/it: modules.json, by which it says how it pools, cannot be fetched"):
+        pooling_of("me/it")
+    cached = tmp_path / "models--me--it"
+    (cached / "snapshots" / "1").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    write_modules(cached / "snapshots" / "1", "cls", 24)
+    assert pooling_of("me/it") == "cls"
+    (cached / ".no_exist" / "1").mkdir(parents=True)
+    (cached / ".no_exist" / "1" / PROMPTS).touch()  # as the hub has said before
+    assert default_prompt("me/it") == ""
+
+
+def test_what_stands_before_texts_is_kept(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    said = {"prompts": {"query": "the name ", "document": ""}, "default_prompt_name": "query"}
+    (tmp_path / "model" / PROMPTS).write_text(json.dumps(said))
+    data, bare = data_of(tmp_path), data_of(folder)
+    data.source = bare.source
+    data.setup()
+    bare.setup()
+    texts = ["red", "green blue"]
+    expected = bare.raw_samples([f"the name {text}" for text in texts])["input_ids"][:]
+    assert data.raw_samples(texts)["input_ids"][:] == expected
+    assert (
+        data._splits["test"]["input_ids"][:]
+        == bare.raw_samples([f"the name {text}" for text in TEXTS[12:]])["input_ids"][:]
+    )
+    (tmp_path / "artifact").mkdir()
+    data.save_processor(tmp_path / "artifact")
+    assert json.loads((tmp_path / "artifact" / PROMPTS).read_text()) == said
+    pooling = tmp_path / "model" / "1_Pooling" / "config.json"
+    pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"include_prompt": False}))
+    with pytest.raises(ConfigError, match="leaves its prompts out of its pooling, which is not computed here"):
+        check_modules(tmp_path / "model")
 
 
 def test_what_is_not_computed_here(folder, tmp_path):

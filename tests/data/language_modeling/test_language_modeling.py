@@ -7,8 +7,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from d2dmoe_pl.data import DatasetSource, DocstringText, LanguageModeling
 from d2dmoe_pl.data.language_modeling.packing import Packer
@@ -54,6 +55,11 @@ def data_of(source, tokenizers, objective="causal", **kwargs):
 
 
 class TestPacker:
+    def test_a_tokenizer_that_has_no_letters(self):
+        core = Tokenizer(models.BPE({letter: i for i, letter in enumerate("ACGT")}, []))  # what else there is, it drops
+        bases = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+        assert list(Packer(bases, 3).blocks([["AC", "GT"]])) == [[0, 1, 4], [2, 3, 4]]
+
     @settings(deadline=None, max_examples=30)
     @given(lengths=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5), length=st.integers(2, 11))
     def test_blocks_are_the_documents_one_after_the_other(self, tokenizers, lengths, length):

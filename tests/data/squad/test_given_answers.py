@@ -28,6 +28,8 @@ def split_of(*answers):
         (None, NONE),
         ([{"text": "Cat", "answer_start": 4}], LISTS),
         ([], NONE),
+        ({"text": [""], "answer_start": [-1]}, NONE),
+        ({"text": [" ", "Cat"], "answer_start": [0, 4]}, LISTS),
     ],
 )
 def test_layouts(given, read):

@@ -1,0 +1,57 @@
+"""What is given to ``compress`` is checked before it is used, and a wish that tells nothing is said."""
+
+import pytest
+import stand_ins
+import tiny
+
+from d2dmoe_pl import compress
+from d2dmoe_pl.compression import command
+from d2dmoe_pl.compression.recipe_for_model import _loaded
+from d2dmoe_pl.compression.target import parse_target
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint
+
+NAMED = "TextClassification"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"target": 0.5}, "^target='0.5': must be str$"),
+        ({"target": None}, "^target=None: must be given$"),
+        ({"batch_size": "many"}, "^batch_size='many': must be int$"),
+        ({"data": {}}, "^data={}: must say its class_path, as a recipe does$"),
+        ({"data": {"class_path": NAMED}, "task": "nope"}, "^task='nope': allowed are text-classification, "),
+        ({"data": {"class_path": "TextFoo"}}, "^data: class_path='TextFoo': no such class; "),
+        ({"data": {"class_path": NAMED, "init_args": {"foo": 1}}}, "^data: TextClassification has no setting 'foo'$"),
+        (
+            {"data": {"class_path": NAMED, "init_args": {"tokenizer": "t", "source": {"tain": "a"}}}},
+            "^source.tain: no such setting; ",
+        ),
+    ],
+)
+def test_what_is_given_is_checked(tmp_path, given, said):
+    tiny.SOURCES["bert"]().build(["a", "b"]).save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=said):
+        compress(str(tmp_path / "model"), **{"task": "text-classification", "output_dir": tmp_path / "out", **given})
+
+
+def test_data_of_ones_own(tmp_path, monkeypatch):
+    """A class by its place, as a recipe names it."""
+    (tmp_path / "own_texts.py").write_text("from d2dmoe_pl.data import TextClassification as T\nclass Own(T): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    stand_ins.write_emotion(tmp_path / "texts")
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer", stand_ins.WORDS)
+    source = {"dataset": str(tmp_path / "texts")}
+    made = _loaded({"class_path": "own_texts.Own", "init_args": {"source": source, "tokenizer": tokenizer}})
+    assert (type(made).__name__, made.num_training_samples) == ("Own", 24)
+
+
+@pytest.mark.parametrize(("dense", "is_said"), [(0.0, True), (40.0, False)])
+def test_a_drop_from_nothing_is_told(capfd, dense, is_said):
+    points = (BudgetPoint((1.0,), 1.0, 1.0, 0.0, dense), BudgetPoint((0.0,), 0.2, 0.6, 0.4, 0.0))
+    path = BudgetPath(("layer",), "dynk_max", "exact_match", True, True, 100, points)
+    found = command._point(parse_target("drop=0.5"), path, None, None, 1)
+    assert (found == points[1]) == is_said
+    said = "drop=0.5 cannot be told here: exact match is 0 with every expert on"
+    assert (said in capfd.readouterr().err) == is_said
