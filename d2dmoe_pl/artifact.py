@@ -36,6 +36,7 @@ from d2dmoe_pl.free_memory import check_fits
 from d2dmoe_pl.hub_folders import local_folder
 from d2dmoe_pl.moe.activations import own_activations, restore_activations_
 from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_budget_path_
+from d2dmoe_pl.moe.find_layers import check_weights_are_here
 from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
@@ -92,6 +93,7 @@ def save_artifact(
     tensors = tensors or {}
     for name in tensors:
         check(is_file_name(name), f"tensors: {name!r} is no name of a file in the folder")
+    check_weights_are_here(model)
     advice = f"{path} is not written"
     check_finite(model.named_parameters(), "the weights", advice)
     for name, values in tensors.items():

@@ -1,6 +1,7 @@
 """The kinds of failure that the command line prints as one line, without a traceback."""
 
 from pathlib import Path
+from typing import Any
 
 LONGEST = 400  # characters of a reason that another library gives
 
@@ -40,3 +41,17 @@ def one_line(text: str) -> str:
     """A text without its line ends, cut where it is long."""
     joined = " ".join(text.split())
     return joined if len(joined) <= LONGEST else joined[: LONGEST - 1] + "…"
+
+
+def said_of(value: Any) -> str:
+    """What is said in a message of a value that is to be a tensor, and perhaps is none.
+
+    Example:
+        >>> import torch
+        >>> from d2dmoe_pl.errors import said_of
+        >>> said_of(torch.zeros(3, 1)), said_of(None)
+        ('torch.float32 of shape (3, 1) on cpu', 'NoneType')
+    """
+    if hasattr(value, "shape") and hasattr(value, "device"):
+        return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+    return type(value).__name__

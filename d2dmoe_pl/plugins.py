@@ -52,8 +52,9 @@ class Plugins(Generic[T]):
         """Add ``plugin`` under ``name``, for this process.
 
         Raises:
-            ConfigError: If the name is taken by another plug-in, or ``plugin`` is no plug-in of this kind.
+            ConfigError: If the name is no text, or taken by another plug-in, or ``plugin`` is none of this kind.
         """
+        check(isinstance(name, str) and name != "", f"name={name!r}: must be a text, by which {self.group} is found")
         taken = name in self.names() and self._registered.get(name) is not plugin
         check(not taken, f"{name!r}: is the name of one of {self.group} already; taken are {', '.join(self.names())}")
         self._registered[name] = self._checked(name, plugin, "was registered")
@@ -66,7 +67,8 @@ class Plugins(Generic[T]):
             argument: What the user calls this setting, for the error.
 
         Raises:
-            ConfigError: If there is none of that name, two packages bring one, or what they bring is none.
+            ConfigError: If there is none of that name, two packages bring one, or what they bring is none, or cannot
+                be imported.
         """
         if name not in self.names():
             raise ConfigError(f"{argument}={name!r}: allowed are {', '.join(self.names())}")
@@ -76,10 +78,20 @@ class Plugins(Generic[T]):
         if name in _modules(self.package):
             brought = [f"entry point {entry.value}" for entry in entries]
             check(not entries, f"{argument}={name!r}: is in {self.package}, and also {', '.join(brought)}")
-            return cast(T, getattr(importlib.import_module(f"{self.package}.{name}"), self.constant))
+            module = importlib.import_module(f"{self.package}.{name}")
+            constant = f"{argument}={name!r}: {module.__file__} must name what is looked for there {self.constant}"
+            check(hasattr(module, self.constant), constant)
+            return self._checked(name, getattr(module, self.constant), f"is in {module.__file__}")
         values = [entry.value for entry in entries]
         check(len(entries) == 1, f"{argument}={name!r}: is more than one entry point: {', '.join(values)}")
-        return self._checked(name, entries[0].load(), f"is the entry point {entries[0].value}")
+        try:
+            plugin = entries[0].load()
+        except Exception as error:  # whatever somebody's module raises
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"{argument}={name!r}: the entry point {values[0]} cannot be loaded ({reason})"
+            ) from error
+        return self._checked(name, plugin, f"is the entry point {values[0]}")
 
     def is_own(self, name: str) -> bool:
         """Whether ``name`` is a file of the folder, and not from outside."""

@@ -7,10 +7,14 @@ import tiny
 import torch
 import transformers
 
-from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_, set_tau_
+from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe_, set_backend_, set_tau_
+from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.quantization.quantize import quantize_
+from d2dmoe_pl.moe.routers import RouterConfig
 
 KINDS = ["bert", "llama-causal-language-modeling", "phi3-causal-language-modeling", "t5-text-to-text"]
 EXPERTS = ["experts.up_weight", "experts.down_weight"]
@@ -45,7 +49,51 @@ def test_weights_that_accelerate_keeps_elsewhere(kind, tmp_path):
         torch.testing.assert_close(whole(**inputs).logits, before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload"])
+@pytest.mark.parametrize("prepare_", [lambda model: None, quantize_, lambda model: model.to(torch.bfloat16)])
+def test_experts_run_on_weights_that_accelerate_brings(prepare_, offload, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = tiny.routed("llama-causal-language-modeling", tau=0.3), inputs_of("llama-causal-language-modeling")
+    prepare_(model)
+    expected = model(**inputs).logits * inputs["attention_mask"].unsqueeze(2)
+    folder = {"offload_dir": str(tmp_path / "weights")} if offload == "disk_offload" else {}
+    getattr(accelerate, offload)(model, execution_device="cpu", **folder)
+    for _ in range(2):
+        found = model(**inputs).logits * inputs["attention_mask"].unsqueeze(2)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change_", [lambda model: add_routers_(model, RouterConfig()), merge_to_dense_, quantize_, "save_artifact"]
+)
+def test_nothing_is_made_of_weights_that_accelerate_keeps_elsewhere(change_, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs = tiny.routed("bert", tau=0.3), inputs_of("bert")
+    expected = model(**inputs).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    change_ = (lambda model: save_artifact(model, tmp_path / "saved")) if change_ == "save_artifact" else change_
+    with pytest.raises(ConfigError, match=r": accelerate keeps its weights elsewhere until they are needed; must be"):
+        change_(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    torch.testing.assert_close(model(**inputs).logits, expected)
+    change_(model)
+
+
 class TestPEFT:
+    def test_experts_are_trained_whole(self):
+        peft = pytest.importorskip("peft")
+        model, inputs = tiny.routed("bert", tau=0.3), inputs_of("bert")
+        expected = model(**inputs).logits
+        config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["experts"])
+        adapted = peft.get_peft_model(model, config).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(**inputs).logits, expected)
+        set_backend_(adapted, "reference")
+        assert {module.backend for module in adapted.modules() if isinstance(module, Experts)} == {"reference"}
+        adapted(**inputs).logits.sum().backward()
+        assert any(p.grad is not None for name, p in adapted.named_parameters() if "modules_to_save" in name)
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_all_linear_leaves_routers_alone(self, kind):
         peft = pytest.importorskip("peft")

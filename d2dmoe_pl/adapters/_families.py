@@ -1,19 +1,20 @@
 """The adapters of all model families, and which of them a model needs."""
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import Adapter
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.plugins import Plugins
 
 FALLBACK = "any_"  # begins the names of those for models that no family describes
 ADAPTERS: Plugins[Adapter] = Plugins(
     "d2dmoe_pl.adapters",
     "ADAPTER",
-    "an instance of a subclass of d2dmoe_pl.adapters.Adapter, under its family's name",
+    "an instance of a subclass of d2dmoe_pl.adapters.Adapter",
     lambda plugin: isinstance(plugin, Adapter),
 )
 
@@ -22,7 +23,7 @@ def register_adapter(adapter: Adapter) -> None:
     """Make a model family known, under its ``family``; for this process. It is asked before those of the package.
 
     Raises:
-        ConfigError: If there is another adapter for a family of that name.
+        ConfigError: If there is another adapter for a family of that name, or this one lacks what one has to say.
 
     Example:
         >>> from d2dmoe_pl.adapters import adapter_named, register_adapter
@@ -33,7 +34,9 @@ def register_adapter(adapter: Adapter) -> None:
         >>> adapter_named("granite").title
         'Hugging Face Granite'
     """
-    ADAPTERS.register(adapter.family, adapter)
+    if isinstance(adapter, Adapter):
+        _check_complete(adapter)
+    ADAPTERS.register(getattr(adapter, "family", "adapter"), adapter)
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -69,7 +72,22 @@ def adapter_named(family: str) -> Adapter:
         >>> adapter_named("bert").title
         'Hugging Face BERT'
     """
-    return ADAPTERS.find(family, "family")
+    adapter = ADAPTERS.find(family, "family")
+    if not ADAPTERS.is_own(family):
+        _check_complete(adapter)
+        check(
+            adapter.family == family,
+            f"family={family!r}: is the name of an entry point whose adapter is for {adapter.family!r}; must be the "
+            "same, by which artifacts find it",
+        )
+    return adapter
+
+
+def _check_complete(adapter: Adapter) -> None:
+    """Raise ``ConfigError`` if the adapter lacks an attribute that its class, or one above, says an adapter has."""
+    named = [name for kind in type(adapter).__mro__ for name in inspect.get_annotations(kind)]
+    lacking = [name for name in dict.fromkeys(named) if not hasattr(adapter, name)]
+    check(not lacking, f"{type(adapter).__name__}: has no {', '.join(lacking)}, which an adapter must have")
 
 
 def _by_likelihood(model: nn.Module) -> Iterator[Adapter]:
@@ -80,4 +98,4 @@ def _by_likelihood(model: nn.Module) -> Iterator[Adapter]:
         is_called_so = any(part.startswith(name) or name.startswith(f"{part}_") for part in file)
         return ADAPTERS.is_own(name), name.startswith(FALLBACK), not is_called_so, not ADAPTERS.is_imported(name), name
 
-    return (ADAPTERS.find(name, "family") for name in sorted(ADAPTERS.names(), key=unlikely))
+    return (adapter_named(name) for name in sorted(ADAPTERS.names(), key=unlikely))

@@ -1,7 +1,7 @@
 """Hugging Face families whose FFN is one module, which is replaced whole."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -9,7 +9,7 @@ from torch import nn
 from d2dmoe_pl.adapters._adapter import module_at
 from d2dmoe_pl.adapters._ffn import FFN, AnyLinear, LinearRows
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, check_not_chunked
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, check
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class FFNModuleAdapter(HuggingFaceAdapter):
 
     def _ffn(self, name: str, module: nn.Module) -> FFN:
         parts = self._parts(module)
+        for part, called in asdict(parts).items():
+            check(
+                called is None or hasattr(module, called),
+                f"{type(module).__name__}: has no {called}, which {type(self).__name__} calls its {part}",
+            )
         up = self._linear(module, parts.up)
         gate = None if parts.gate_proj is None else self._linear(module, parts.gate_proj)
         if parts.gate_proj == parts.up:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
-from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, moe_layers, select_ffns
+from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, check_weights_are_here, moe_layers, select_ffns
 from d2dmoe_pl.moe.gating import Gate, GateConfig, check_tau
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
@@ -107,6 +107,7 @@ def convert_to_moe_(
     numbers = [config.num_for(ffn) for ffn in ffns]
     if assignments is not None:
         for ffn, num_experts in zip(ffns, numbers, strict=True):
+            check(ffn.name in assignments, f"assignments: have none for {ffn.name}; are for {', '.join(assignments)}")
             check_assignment(assignments[ffn.name], ffn.d_ff, num_experts, ffn.name)
     while ffns:
         ffn, num_experts = ffns.pop(0), numbers.pop(0)  # each dense FFN goes before the next one's experts come
@@ -137,6 +138,7 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterF
         'RegressionRouter'
     """
     check_not_quantized(model)
+    check_weights_are_here(model)
     for layer in select_moe_layers(model, filter_fn).values():
         layer.router = make_router(layer.experts, config)
 
@@ -148,6 +150,7 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
         ConfigError: If there is no MoE layer, one without a router or a gate, or one narrower than the rank.
     """
     check_not_quantized(model)
+    check_weights_are_here(model)
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
         check(
@@ -248,7 +251,9 @@ def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None
         'reference'
     """
     for layer in select_moe_layers(model, filter_fn).values():
-        layer.own_experts.set_backend(backend)
+        for module in layer.experts.modules():  # of experts that are trained whole, PEFT has a copy each
+            if isinstance(module, Experts):
+                module.set_backend(backend)
 
 
 def restore_moe_(model: nn.Module, name: str, made: Mapping[str, Any]) -> None:

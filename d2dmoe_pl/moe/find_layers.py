@@ -20,10 +20,11 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     MLPs in the place of attention projections, ``ffn.is_projection``, are among them, after the architecture's own.
 
     Raises:
-        ConfigError: If there are none, or one is quantised, shares weights with something else, or has weights that
-            accelerate has put elsewhere.
+        ConfigError: If there are none, or one is quantised or shares weights with something else, or accelerate has put
+            weights elsewhere.
     """
     check_not_quantized(model)
+    check_weights_are_here(model)
     ffns = [*adapter_for(model).ffns(model), *projection_ffns(model)]
     _check_replaceable(model, ffns)
     found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
@@ -43,7 +44,6 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
-    is_offloaded = any(map(_is_offloaded, model.modules()))
     for ffn in ffns:
         parts = [linear for linear in (ffn.up, ffn.gate_proj, ffn.down) if linear is not None]
         for linear in parts:
@@ -52,11 +52,6 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
                 weight.is_floating_point() and not type(weight).__module__.startswith("torchao"),
                 f"{ffn.name}: is quantised already, its weights are {weight.dtype} of {type(holder).__name__}; must be "
                 "made into experts first, and then put into int8 by quantize_",
-            )
-            check(
-                not (is_offloaded and weight.is_meta),
-                f"{ffn.name}: accelerate keeps its weights elsewhere until they are needed; must be loaded whole, "
-                "without device_map, or with one that leaves nothing on disk or waiting on the CPU",
             )
             shared = [name for parameter in holder.parameters() for name in holders.get(id(parameter), ())[1:]]
             check(not shared, f"{ffn.name}: shares weights with {', '.join(shared)}, which would no longer be the same")
@@ -69,10 +64,20 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
         )
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings the module's weights for each call, as ``device_map`` and ``cpu_offload`` have it."""
-    hook = getattr(module, "_hf_hook", None)
-    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
+def check_weights_are_here(model: nn.Module) -> None:
+    """Raise ``ConfigError`` if accelerate brings weights for each call alone, as ``device_map`` and ``cpu_offload`` do.
+
+    Such weights have no values between calls, so that whatever is made of them would have none.
+    """
+    for name, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        is_offloaded = any(getattr(each, "offload", False) for each in getattr(hook, "hooks", [hook]))
+        check(
+            not (is_offloaded and any(parameter.is_meta for parameter in module.parameters(recurse=False))),
+            f"{name}: accelerate keeps its weights elsewhere until they are needed; must be loaded whole, without "
+            "device_map, or with one that leaves nothing on disk or waiting on the CPU; remove_hook_from_submodules of "
+            "accelerate brings them back",
+        )
 
 
 def moe_layers(model: nn.Module, filter_fn: LayerFilterFn | None = None) -> dict[str, MoELayer]:

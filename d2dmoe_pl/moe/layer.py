@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from d2dmoe_pl.errors import ConfigError, said_of
 from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.gating._straight_through import straight_through
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandIn
-from d2dmoe_pl.moe.token_context import TokenContext, run_on_real_tokens
+from d2dmoe_pl.moe.token_context import TokenContext, is_recorded, run_on_real_tokens
 
 
 class ExpertSizes(Protocol):
@@ -122,15 +123,15 @@ class MoELayer(ExpertLayer):
     def own_experts(self) -> Experts:
         """The experts, also where something else stands around them, such as what adapts their weights (PEFT)."""
         experts: Any = self.experts
-        while not isinstance(experts, Experts):
-            experts = experts.base_layer
-        return experts
+        if isinstance(experts, Experts):
+            return experts
+        return next(module for module in experts.modules() if isinstance(module, Experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros.
 
-        Compiled, exported or on a GPU, shapes depend on those of ``x`` alone, whatever is padding. Elsewhere, and where
-        gradients are wanted, parts that run one after the other are given real tokens only.
+        Compiled, exported, traced or on a GPU, shapes depend on those of ``x`` alone, whatever is padding. Elsewhere,
+        and where gradients are wanted, parts that run one after the other are given real tokens only.
         """
         parts = self._modules  # nn.Module's own lookup, a dozen times a layer, takes as long as a token's products
         experts: Any = parts["experts"]
@@ -138,9 +139,9 @@ class MoELayer(ExpertLayer):
         gate: Any = parts.get("gate")
         stand_in: Any = parts.get("stand_in")
         dropout: Any = parts["output_dropout"]
-        is_own = "base_layer" not in experts._modules  # nothing stands around them
+        is_own = isinstance(experts, Experts)  # nothing stands around them
         real = self.context.real
-        if real is not None and not torch.compiler.is_compiling() and len(real) * x.shape[-1] != x.numel():
+        if real is not None and not is_recorded() and len(real) * x.shape[-1] != x.numel():
             raise ValueError(
                 f"attention_mask of {len(real)} positions: must be of as many as reach the MoE layers, which "
                 f"{x.numel() // x.shape[-1]} do; the model adds or drops some inside, and padding is not known there"
@@ -192,7 +193,7 @@ class MoELayer(ExpertLayer):
         if real is None:
             return self._run_tokens(positions)
         is_static = positions.device.type != "cpu" and not torch.is_grad_enabled()
-        if self.observer is not None or not (torch.compiler.is_compiling() or is_static):
+        if self.observer is not None or not (is_recorded() or is_static):
             return run_on_real_tokens(self._run_tokens, positions, self.context.token_index)
         return torch.where(real.unsqueeze(1), self._run_tokens(positions, real), 0)
 
@@ -201,11 +202,21 @@ class MoELayer(ExpertLayer):
         if self.router is None or self.gate is None:
             return self._run_experts(tokens, None)
         scores = self.router(tokens)
+        self._check_scores(scores, tokens)
         mask = self.gate(scores)  # (N, E)
         if real is not None:
             mask = mask & real.unsqueeze(1)
         output = self._run_experts(tokens, mask if self.softness is None else self._learned(scores, mask))
         return output if self.stand_in is None else output + self.stand_in(tokens, scores, mask)
+
+    def _check_scores(self, scores: Any, tokens: Tensor) -> None:
+        """Raise ``ConfigError`` unless a router, which may be anybody's, has scored each token: others would spread."""
+        shape = (len(tokens), self.own_experts.num_experts)
+        if not isinstance(scores, Tensor) or scores.shape != shape or scores.device != tokens.device:
+            raise ConfigError(
+                f"router={self.get_router().config.kind!r}: gave {said_of(scores)}; must be scores of shape {shape} on "
+                f"{tokens.device}, of each token and each expert"
+            )
 
     def _run_experts(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if self.observer is None and self.softness is None:

@@ -186,6 +186,11 @@ def _carry_into_backward(model: nn.Module) -> None:
                 setattr(module, name, _Carried(checkpoint))
 
 
+def is_recorded() -> bool:
+    """Whether the call is compiled, exported or traced, and will be run again for other values than it has now."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def real_tokens(positions: Tensor, index: Tensor | None) -> Tensor:
     """What is at real tokens: ``(B * L, ...)`` to ``(N, ...)``, given what :func:`token_index` gave."""
     return positions if index is None else positions.index_select(0, index)
@@ -284,5 +289,5 @@ def real_positions(
             start = start if past is None or isinstance(past, Tensor) else min(past, start)
             attention_mask = attention_mask[:, start : start + length]
     real = (attention_mask != 0).flatten()  # (B * L,)
-    can_look = real.device.type == "cpu" and not torch.compiler.is_compiling()
+    can_look = real.device.type == "cpu" and not is_recorded()
     return None if can_look and bool(real.all()) else real

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check, said_of
 from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
 from d2dmoe_pl.moe.token_context import TokenContext, run_on_real_tokens
 from d2dmoe_pl.moebert.experts import ImportanceExperts
@@ -82,8 +83,14 @@ class MoEBERTLayer(ExpertLayer):
         """``(..., d_model)`` to the same shape; rows of padding come out as zeros.
 
         Raises:
+            ConfigError: Where it is traced by ``torch.jit``, as by the older export to ONNX.
             ValueError: If the routing goes by token ids and the model was called without ``input_ids``.
         """
+        if torch.jit.is_tracing():
+            raise ConfigError(
+                f"{type(self).__name__}: torch.jit.trace would keep how many tokens the example sends to each "
+                "expert; must be run by PyTorch itself, or compiled by torch.compile"
+            )
         if self.routing.needs_ids and self.context.token_ids is None:
             raise ValueError(f"input_ids=None: the routing {self.config.routing} needs token ids")
         return run_on_real_tokens(self._run, x, self.context.token_index)
@@ -103,7 +110,23 @@ class MoEBERTLayer(ExpertLayer):
     def _run(self, tokens: Tensor) -> Tensor:
         """Tokens without padding, ``(N, d_model)`` to the same shape."""
         decision: Decision = self.routing(tokens, self.context)
+        self._check(decision, len(tokens))
         return self.experts(tokens, decision.expert, decision.scale)
+
+    def _check(self, decision: Any, count: int) -> None:
+        """Raise ``ConfigError`` unless a routing, which may be anybody's, has decided for every token."""
+        expert: Any = getattr(decision, "expert", None)
+        scale: Any = getattr(decision, "scale", None)
+        is_integer = isinstance(expert, Tensor) and not (expert.is_floating_point() or expert.dtype == torch.bool)
+        if not (is_integer and expert.shape == (count,)):
+            raise ConfigError(
+                f"routing={self.config.routing!r}: gave {said_of(expert)}; must be a Decision whose expert is "
+                f"({count},) integers, one for each token"
+            )
+        if scale is not None and not (isinstance(scale, Tensor) and scale.shape == (count, 1)):
+            raise ConfigError(
+                f"routing={self.config.routing!r}: gave the scale {said_of(scale)}; must be ({count}, 1), or None"
+            )
 
 
 def moebert_layers(model: nn.Module) -> dict[str, MoEBERTLayer]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _everywhere  # where hooks on all modules are
 
 from d2dmoe_pl.moe.experts.activation_kinds import KNOWN
 from d2dmoe_pl.moe.experts.experts import Experts
@@ -22,8 +23,24 @@ def needs_gradients(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks are to see each call, which a kernel would not make."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether each call, which a kernel would not make, is to be seen: by hooks, or by what stands for ``forward``.
+
+    The latter is how accelerate brings weights that it keeps elsewhere, for the call alone.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or _everywhere._global_forward_hooks
+        or _everywhere._global_forward_pre_hooks
+    )
+
+
+def is_traced() -> bool:
+    """Whether a call is exported to ONNX or traced by ``torch.jit``, neither of which can record our operators."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch.jit.is_tracing()
 
 
 def has_active_dropout(experts: Experts) -> bool:
@@ -46,6 +63,8 @@ def obstacle(experts: Experts, tokens: Tensor, types: Collection[torch.dtype]) -
         return "has no gradients; run under torch.no_grad(), or train with 'auto', 'reference' or 'grouped'"
     if has_active_dropout(experts):
         return f"has no dropout, and p={experts.hidden_dropout.p} is active; call model.eval() first"
+    if is_traced():
+        return "no trace, and no file of ONNX, has a place for it; set_backend_(model, 'auto') first"
     if experts.activation_kind is None:
         return f"the activation {type(experts.activation).__name__} is not one of {', '.join(KNOWN)}"
     if is_watched(experts.activation) or is_watched(experts.hidden_dropout):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, is_watched, needs_gradients
+from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, is_traced, is_watched, needs_gradients
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
 from d2dmoe_pl.moe.experts.experts import Experts, own_tensors, weights_to_pack
 from d2dmoe_pl.moe.gating import Gate
@@ -43,7 +43,7 @@ def can_run_whole(
         and (stand_in is None or _can_stand_in(stand_in, x))
         and not needs_gradients(_tensors(experts, router, stand_in, x))
         and not has_active_dropout(experts)
-        and not _is_exported_to_onnx()
+        and not is_traced()
         and compile_failure() is None
     )
 
@@ -87,8 +87,3 @@ def _can_stand_in(stand_in: StandIn, x: Tensor) -> bool:
     return (
         type(stand_in) is StandIn and own_tensors(stand_in, STAND_IN)[0].dtype == x.dtype and not is_watched(stand_in)
     )
-
-
-def _is_exported_to_onnx() -> bool:
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return is_traced and torch.onnx.is_in_onnx_export()

@@ -9,7 +9,7 @@ from torch import Tensor
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.execution import cpu as on_cpu
 from d2dmoe_pl.moe.execution._backend import BACKENDS, Backend
-from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, needs_gradients, obstacle
+from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, is_traced, needs_gradients, obstacle
 from d2dmoe_pl.moe.execution.grouped import grouped
 from d2dmoe_pl.moe.execution.reference import reference
 from d2dmoe_pl.moe.experts.experts import Experts
@@ -29,8 +29,10 @@ def choose(experts: Experts, tokens: Tensor) -> Backend:
     anything in PyTorch. Without, computing executed pairs only is faster, and compiled kernels are far faster still.
     """
     device = tokens.device.type
-    if torch.onnx.is_in_onnx_export():
-        _warn_once("backend='auto': exported to ONNX, every expert is computed and masked, which saves no time there")
+    if is_traced():
+        _warn_once(
+            "backend='auto': traced or exported to ONNX, every expert is computed and masked, which saves no time"
+        )
         return reference
     if needs_gradients((tokens, *experts.weights)) or has_active_dropout(experts) or device not in ("cpu", "cuda"):
         return reference

@@ -18,6 +18,7 @@ keeps a copy of the weights in it.
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves
 
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.execution._cpp_build import CompileError, load_extension
@@ -72,8 +74,16 @@ def _load() -> str | None:
         "attention_cpu": shape_of_attention,
     }
     for name, function in shapes.items():
-        torch.library.register_fake(f"d2dmoe_pl::{name}", function, allow_override=True)  # loaded anew, it is the same
+        torch.library.register_fake(f"d2dmoe_pl::{name}", partial(_on_one_device, function), allow_override=True)
     return None
+
+
+def _on_one_device(shape: Callable[..., Any], first: Tensor, *arguments: Any) -> Any:
+    """What ``shape`` gives, unless one tensor among others is without memory: torch then asks for the shape alone."""
+    for tensor in tree_leaves(arguments):
+        if isinstance(tensor, Tensor) and tensor.device != first.device:
+            raise ValueError(f"weights are on {tensor.device}: must be on {first.device}, where the tokens are")
+    return shape(first, *arguments)
 
 
 def _count_changes(optimizer: Optimizer, *_: Any) -> None:

@@ -17,9 +17,10 @@ def grouped(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; differentiable, runs anywhere.
 
     How many tokens an expert gets is not known when ``torch.compile`` traces, so that there the whole is one operator,
-    which has no gradients; calls that need them, or autocast, run as ``reference`` there.
+    which has no gradients; calls that need them, or autocast, run as ``reference`` there, and so do those that
+    ``torch.jit`` traces or that are exported to ONNX.
     """
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         return _run(experts.activation, experts.hidden_dropout, tokens, mask, *experts.weights_in(tokens.dtype))
     if torch.is_autocast_enabled(tokens.device.type) or obstacle(experts, tokens, [tokens.dtype]) is not None:
         return reference(experts, tokens, mask)

@@ -7,22 +7,29 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import check, said_of
 from d2dmoe_pl.moe.execution import BACKENDS
 from d2dmoe_pl.moe.experts.activation_kinds import activation_kind
 from d2dmoe_pl.moe.experts.ffn_math import hidden_activations
 
 
-def check_assignment(assignment: Tensor, d_ff: int, num_experts: int, name: str) -> None:
+def check_assignment(assignment: Any, d_ff: int, num_experts: int, name: str) -> None:
     """Raise ``ConfigError`` unless ``assignment``, ``(d_ff,)``, gives every expert exactly ``d_ff / E`` neurons."""
     check(
         num_experts > 0 and d_ff % num_experts == 0,
         f"num_experts={num_experts}: must divide the FFN width, which is {d_ff} in {name}",
     )
+    is_balanced = (
+        isinstance(assignment, Tensor)
+        and not (assignment.is_floating_point() or assignment.dtype == torch.bool)
+        and assignment.shape == (d_ff,)
+        and bool((assignment >= 0).all())
+        and torch.bincount(assignment, minlength=num_experts).tolist() == [d_ff // num_experts] * num_experts
+    )
     check(
-        assignment.shape == (d_ff,)
-        and torch.bincount(assignment, minlength=num_experts).tolist() == [d_ff // num_experts] * num_experts,
-        f"assignment of {name}: must give each of the {num_experts} experts exactly {d_ff // num_experts} neurons",
+        is_balanced,
+        f"assignment of {name}: must give each of the {num_experts} experts exactly {d_ff // num_experts} neurons, as "
+        f"a tensor of {d_ff} integers; is {said_of(assignment)}",
     )
 
 

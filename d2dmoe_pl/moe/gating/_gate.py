@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, said_of
 from d2dmoe_pl.plugins import Plugins
 
 Number = TypeVar("Number", int, float)
@@ -27,8 +27,17 @@ class GatingRule(Protocol):
         """Scores ``(N, E)``, not negative, to a boolean mask ``(N, E)``."""
 
 
+def _takes_two(plugin: Any) -> bool:
+    """Whether it can be called with scores and ``tau``, by place."""
+    try:
+        inspect.signature(plugin).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 GATING_RULES: Plugins[GatingRule] = Plugins(
-    "d2dmoe_pl.moe.gating", "RULE", "a function (scores, tau) that gives a mask", callable
+    "d2dmoe_pl.moe.gating", "RULE", "a function (scores, tau) that gives a mask", _takes_two
 )
 
 
@@ -152,8 +161,19 @@ class Gate(nn.Module):
         self.tau.fill_(config.tau)
 
     def forward(self, scores: Tensor) -> Tensor:
+        """Scores ``(N, E)`` to the mask ``(N, E)``.
+
+        Raises:
+            ConfigError: If the rule gives anything but a boolean mask of that shape.
+        """
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # whatever the type of the weights
-        return self._rule(scores, self.tau, **self._count)
+        mask: Any = self._rule(scores, self.tau, **self._count)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != scores.shape:
+            raise ConfigError(  # it would weigh experts, or spread over tokens
+                f"rule={self.config.rule!r}: gave {said_of(mask)}; must be torch.bool of shape "
+                f"{tuple(scores.shape)}, that of the scores"
+            )
+        return mask
 
     def extra_repr(self) -> str:
         how_many = f"tau={self.config.tau}" if self.config.k is None else f"k={self.config.k}"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from d2dmoe_pl.moe.gating._ordered import ordered
+
 
 def dynk_cumulative(scores: Tensor, tau: Tensor | float) -> Tensor:
     """Run the fewest experts whose share of ``sum r`` reaches ``tau``, at least one.
@@ -14,9 +16,9 @@ def dynk_cumulative(scores: Tensor, tau: Tensor | float) -> Tensor:
     Returns:
         Boolean mask ``(N, E)``.
     """
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)  # (N, E)
-    reached_before = ordered.cumsum(dim=-1) - ordered  # (N, E): sum of the larger scores
-    ordered_mask = torch.logical_not(reached_before >= tau * ordered.sum(dim=-1, keepdim=True))
+    values, order = ordered(scores)  # (N, E)
+    reached_before = values.cumsum(dim=-1) - values  # (N, E): sum of the larger scores
+    ordered_mask = torch.logical_not(reached_before >= tau * values.sum(dim=-1, keepdim=True))
     ordered_mask[:, 0] = True
     return torch.zeros_like(ordered_mask).scatter(-1, order, ordered_mask | (tau >= 1.0))
 

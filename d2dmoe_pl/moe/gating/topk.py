@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from d2dmoe_pl.moe.gating._ordered import ordered
+
 
 def topk(scores: Tensor, tau: Tensor | float, k: int | None = None) -> Tensor:
     """Run the ``k`` experts with the largest scores.
@@ -26,7 +28,7 @@ def topk(scores: Tensor, tau: Tensor | float, k: int | None = None) -> Tensor:
         # that it is not lost
         share = torch.as_tensor(tau, dtype=torch.float64) * scores.shape[-1] - 1e-9
         ordered_mask = torch.arange(scores.shape[-1], device=scores.device) < share.ceil().clamp(min=1)  # (E,)
-        order = scores.argsort(dim=-1, descending=True, stable=True)  # (N, E)
+        _, order = ordered(scores)  # (N, E)
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, ordered_mask.expand_as(order))
     best = scores.topk(k, dim=-1).indices  # (N, k)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

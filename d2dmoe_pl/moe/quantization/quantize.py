@@ -11,7 +11,7 @@ from d2dmoe_pl.adapters import Adapter, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.moe.experts.experts import Experts
-from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.find_layers import check_weights_are_here, expert_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, Int8Module, check_not_quantized
@@ -72,6 +72,7 @@ def quantize_(
     """
     config = config or QuantizationConfig()
     check_not_quantized(model)
+    check_weights_are_here(model)
     for name, layer in expert_layers(model).items():
         check(
             isinstance(layer, MoELayer),

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from d2dmoe_pl.moe.execution._eligibility import is_watched
 from d2dmoe_pl.moe.experts.experts import Experts, own_tensors
 from d2dmoe_pl.moe.routers import Router, RouterConfig
 from d2dmoe_pl.moe.routers._router import RouterLinear
@@ -49,7 +50,7 @@ class RegressionRouter(Router):
 
 def _is_quantized(layer: Any) -> bool | None:
     """None for a layer of another kind, as an adapter's, or one that is watched, too: it is more than its weights."""
-    if not isinstance(layer, nn.Module) or layer._forward_hooks or layer._forward_pre_hooks:
+    if not isinstance(layer, nn.Module) or is_watched(layer):
         return None
     if type(layer) in (nn.Linear, RouterLinear):
         return False
