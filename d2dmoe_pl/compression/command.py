@@ -26,8 +26,8 @@ from d2dmoe_pl.compression.recipe_for_model import recipe_for
 from d2dmoe_pl.compression.target import Target, parse_target
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
-from d2dmoe_pl.failures import parser_line
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, budget_path, set_taus_
+from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.recipe import phase_config, read_recipe
 from d2dmoe_pl.report.measured_speed import measured_times
