@@ -79,7 +79,7 @@ def _wanted(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     config = kwargs.get("config") or saved
     before = saved.to_dict()
     found = {key: value for key, value in config.to_dict().items() if before.get(key) != value and key[0] != "_"}
-    found |= {key: value for key, value in kwargs.items() if value is not None}
+    found |= {key: value for key, value in kwargs.items() if value not in (None, "")}
     found.setdefault("attn_implementation", config._attn_implementation)
     return {key: value for key, value in found.items() if key not in OF_FILES}
 

@@ -145,12 +145,15 @@ def _over(original: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, Any
 
 
 def _whole(recipe: dict[str, Any], before: Collection[str], file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe, each of whose phases says what it is; one that ``twins`` extend may leave that to them."""
-    others = f", and is none of the original's: {', '.join(before)}" if before else ""
+    """A recipe, each of whose phases says what it is, or is one of its original's; what ``twins`` extend need not."""
     for name, phase in recipe["phases"].items():
         model = merged(recipe.get("shared", {}), phase or {}).get("model")
         named = isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
-        check(bool(twins) or named, f"{file}: phases.{name}: has no model.class_path, which says what it is{others}")
+        check(
+            bool(twins) or not before or name in before or named,
+            f"{file}: phases.{name}: has no model.class_path, which says what it is, and is none of the original's: "
+            f"{', '.join(before)}",
+        )
     return recipe
 
 

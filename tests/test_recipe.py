@@ -128,10 +128,6 @@ def test_what_is_a_recipe(write, tmp_path):
             "extends: whole.yaml\nphases: {frist: {model: {init_args: {lr: 1}}}}",
             "{file}: phases.frist: has no model.class_path, which says what it is, and is none of the original",
         ),
-        (
-            "phases: {one: {model: {init_args: {tau: 1}}}}",
-            "{file}: phases.one: has no model.class_path, which says what it is",
-        ),
         ("extends: [original.yaml]", "{file}: extends=['original.yaml']: must be the file of another recipe"),
         ("extends: twin.yaml", "{file}: extends='twin.yaml': goes round in a ring, {file} -> {file}"),
         ("extends: ring.yaml", "{ring}: extends='twin.yaml': goes round in a ring, {file} -> {ring} -> {file}"),

@@ -202,7 +202,8 @@ class MoELayer(ExpertLayer):
         if self.router is None or self.gate is None:
             return self._run_experts(tokens, None)
         scores = self.router(tokens)
-        self._check_scores(scores, tokens)
+        if isinstance(self.router, Router):  # where masks are given, nothing is scored
+            self._check_scores(scores, tokens)
         mask = self.gate(scores)  # (N, E)
         if real is not None:
             mask = mask & real.unsqueeze(1)
@@ -211,7 +212,7 @@ class MoELayer(ExpertLayer):
 
     def _check_scores(self, scores: Any, tokens: Tensor) -> None:
         """Raise ``ConfigError`` unless a router, which may be anybody's, has scored each token: others would spread."""
-        shape = (len(tokens), self.own_experts.num_experts)
+        shape = (tokens.shape[0], self.own_experts.num_experts)  # len() would fix the number where it is exported
         if not isinstance(scores, Tensor) or scores.shape != shape or scores.device != tokens.device:
             raise ConfigError(
                 f"router={self.get_router().config.kind!r}: gave {said_of(scores)}; must be scores of shape {shape} on "
