@@ -115,7 +115,7 @@ def _read(file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
     _check_shape(recipe, file)
     if "extends" not in recipe:
         check("phases" in recipe, f"{file}: phases is missing; {SHAPE}")
-        return _whole(_over({"phases": {}}, recipe), {}, file, twins)
+        return _over({"phases": {}}, recipe)
     extends = recipe.pop("extends")
     original, files = _original(file, extends), (*twins, file)
     names = ", ".join(shipped_recipes())
@@ -127,7 +127,10 @@ def _read(file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
     known = [each.resolve() for each in files]
     check(original.resolve() not in known, f"{file}: extends={extends!r}: goes round in a ring, {ring}")
     before = _read(original, files)
-    return _whole(_over(before, recipe), before["phases"], file, twins)
+    whole = _over(before, recipe)
+    if not twins:  # what they extend may leave it to them
+        _check_phases(whole, before["phases"], file)
+    return whole
 
 
 def _original(file: Path, extends: str) -> Path:
@@ -144,17 +147,16 @@ def _over(original: Mapping[str, Any], twin: Mapping[str, Any]) -> dict[str, Any
     return recipe
 
 
-def _whole(recipe: dict[str, Any], before: Collection[str], file: Path, twins: tuple[Path, ...]) -> dict[str, Any]:
-    """A recipe, each of whose phases says what it is, or is one of its original's; what ``twins`` extend need not."""
+def _check_phases(recipe: Mapping[str, Any], before: Collection[str], file: Path) -> None:
+    """Raise ``ConfigError`` for a phase that neither says what it is nor is one of the original's."""
     for name, phase in recipe["phases"].items():
         model = merged(recipe.get("shared", {}), phase or {}).get("model")
         named = isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
         check(
-            bool(twins) or not before or name in before or named,
+            name in before or named,
             f"{file}: phases.{name}: has no model.class_path, which says what it is, and is none of the original's: "
             f"{', '.join(before)}",
         )
-    return recipe
 
 
 def _content(file: Path) -> Any:
