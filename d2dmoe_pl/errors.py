@@ -1,5 +1,6 @@
 """The kinds of failure that the command line prints as one line, without a traceback."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def one_line(text: str) -> str:
     """A text without its line ends, cut where it is long."""
     joined = " ".join(text.split())
     return joined if len(joined) <= LONGEST else joined[: LONGEST - 1] + "…"
+
+
+def some_of(names: Sequence[str], at_most: int = 20) -> str:
+    """Names with commas between them, and how many there are more than are said.
+
+    Example:
+        >>> from d2dmoe_pl.errors import some_of
+        >>> some_of(["anger", "fear", "joy"]), some_of(["anger", "fear", "joy"], at_most=1)
+        ('anger, fear, joy', 'anger and 2 more')
+    """
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")
 
 
 def said_of(value: Any) -> str:

@@ -20,7 +20,7 @@ from d2dmoe_pl.compression.target import Target
 from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, some_of
 from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
@@ -48,9 +48,9 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
     needs_head = outputs is not None and places(loaded.class_names, outputs) is None
     if given.effort == "minutes" and outputs is not None and needs_head:
         unknown = [name for name in loaded.class_names if places([name], outputs) is None] or loaded.class_names
-        has = "" if are_placeholders(outputs) else f" (but for {', '.join(outputs[:5])})"
+        has = "" if are_placeholders(outputs) else f" (but for {some_of(outputs, 5)})"
         raise ConfigError(
-            f"effort='minutes': {given.model} has no head for {', '.join(unknown[:5])}{has}, and minutes trains none; "
+            f"effort='minutes': {given.model} has no head for {some_of(unknown, 5)}{has}, and minutes trains none; "
             "must be hours, or a model that has been trained on these labels"
         )
     sizes = sizes_of(structure)

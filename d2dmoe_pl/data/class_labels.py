@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset
 
 from d2dmoe_pl.data.output_names import plain_name
 from d2dmoe_pl.data.sample_names import sample_names
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import check, some_of
 
 # more classes than this, and more than half as many as samples, are no classes
 MANY = 20
@@ -54,8 +54,8 @@ def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str,
         unseen = sorted({label for label in labels[name] if label not in index})
         check(
             not unseen,
-            f"{column}: the {name} split has labels unseen in training: {', '.join(unseen[:5])}; "
-            f"allowed are {', '.join(names[:20])}",
+            f"{column}: the {name} split has labels unseen in training: {some_of(unseen, 5)}; "
+            f"allowed are {some_of(names)}",
         )
         encoded[name] = with_column(split, column, [index[label] for label in labels[name]])
     return encoded, names

@@ -19,7 +19,7 @@ from d2dmoe_pl.data.output_names import named_label
 from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.text_classification import TextClassification
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import check, some_of
 
 
 class MultiLabel(Task):
@@ -143,7 +143,7 @@ class TextMultiLabel(TextClassification):
         check(
             not unseen,
             f"label_columns={self.label_columns}: the {split} split has labels unseen in training: "
-            f"{', '.join(unseen[:5])}; allowed are {', '.join(names[:20])}",
+            f"{some_of(unseen, 5)}; allowed are {some_of(names)}",
         )
         return [float(name in sample) for name in names]
 

@@ -19,7 +19,7 @@ from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import places, renumbered
 from d2dmoe_pl.data.task import Task
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, some_of
 
 SPLITS = ("train", "validation", "test")
 
@@ -164,7 +164,7 @@ class TaskData(L.LightningDataModule):
         found = places(self.class_names, output_names)
         check(
             found is not None,
-            f"labels: {', '.join(self.class_names[:20])} are not all among {', '.join(output_names[:20])}",
+            f"labels: {some_of(self.class_names)} are not all among {some_of(output_names)}",
         )
         assert found is not None
         others = [index for index in range(len(output_names)) if index not in set(found)]

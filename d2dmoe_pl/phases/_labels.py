@@ -8,7 +8,7 @@ from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.data.output_names import are_placeholders, places, plain_name
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import check, some_of
 from d2dmoe_pl.notices import notice
 
 
@@ -33,7 +33,7 @@ def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Modul
         check(makes_head, unlike(own, outputs, "label_names of the source says it"))
     model = source.build(data.task.label_names)
     if source.new_head is not None:
-        labels = f" for {', '.join(own[:20])}" if data.task.head in LABELLED_HEADS else ""
+        labels = f" for {some_of(own)}" if data.task.head in LABELLED_HEADS else ""
         check(
             makes_head,
             f"source: the model's file has no weights for its head ({source.new_head}); FineTuning trains one",
@@ -81,9 +81,7 @@ def check_same_outputs(teacher: nn.Module, student: nn.Module, where: str) -> No
     outputs, wanted = (adapter_for(model).label_names(model) or [] for model in (teacher, student))
     unnamed = are_placeholders(outputs) or are_placeholders(wanted)
     same = len(outputs) == len(wanted) if unnamed else places(wanted, outputs) == list(range(len(outputs)))
-    check(
-        same, f"{where}: has the outputs {', '.join(outputs[:20])}; must have {', '.join(wanted[:20])}, in this order"
-    )
+    check(same, f"{where}: has the outputs {some_of(outputs)}; must have {some_of(wanted)}, in this order")
 
 
 def named_outputs(own: Sequence[str], outputs: Sequence[str]) -> list[str]:
@@ -101,13 +99,13 @@ def unlike(own: Sequence[str], outputs: Sequence[str], where: str) -> str:
     if are_placeholders(outputs):
         return (
             f"labels: which of the model's {len(outputs)} outputs, which have no names, is which of the data's "
-            f"{', '.join(own[:20])} is not known; {where}"
+            f"{some_of(own)} is not known; {where}"
         )
     zero = [name for name in own if plain_name(name) == "0"]  # numbers count from it only where it is one of them
     unknown = [name for name in own if places([name], outputs) is None and places([*zero, name], outputs) is None]
     return (
-        f"labels: the data's {', '.join((unknown or own)[:5])} are none of the model's, which has been trained on "
-        f"{', '.join(outputs[:20])}; FineTuning of a source makes a new head"
+        f"labels: the data's {some_of(unknown or own, 5)} are none of the model's, which has been trained on "
+        f"{some_of(outputs)}; FineTuning of a source makes a new head"
     )
 
 

@@ -10,7 +10,7 @@ from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.data.tokenized import TokenizedData
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import check, some_of
 
 
 def check_fits(model: nn.Module, data: TaskData) -> None:
@@ -49,7 +49,7 @@ def check_outputs(model: nn.Module, task: Task) -> None:
         return
     check(
         has == needed,
-        f"outputs={has} of {name}: must be {needed}, since the data has the labels {', '.join(task.label_names[:20])}",
+        f"outputs={has} of {name}: must be {needed}, since the data has the labels {some_of(task.label_names)}",
     )
 
 

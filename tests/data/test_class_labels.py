@@ -50,6 +50,11 @@ class TestSplits:
         with pytest.raises(ConfigError, match="label: the test split has labels unseen in training: 0, 1; allowed are"):
             names_of(splits)
 
+    def test_of_many_unseen_labels_it_says_how_many_more_there_are(self):
+        splits = {"train": labelled(["ant", "bee"]), "test": labelled(["cat", "dog", "eel", "fox", "gnu", "hen"])}
+        with pytest.raises(ConfigError, match="unseen in training: cat, dog, eel, fox, gnu and 1 more; allowed are"):
+            names_of(splits)
+
     def test_names_of_one_split_and_class_labels_of_another(self):
         splits = {"train": labelled(["bee", "ant", "bee"]), "test": labelled([1, 0], ["ant", "bee"])}
         assert names_of(splits)["test"] == ["bee", "ant"]

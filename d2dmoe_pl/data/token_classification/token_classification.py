@@ -17,7 +17,7 @@ from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.token_classification.token_tagging import TokenTagging
 from d2dmoe_pl.data.tokenized import TokenizedData
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import check, some_of
 
 
 class TokenClassification(TokenizedData):
@@ -95,7 +95,7 @@ class TokenClassification(TokenizedData):
                 check(
                     not unseen,
                     f"labels_column={self.labels_column!r}: {where} has the label {unseen[0] if unseen else ''}, "
-                    f"unseen in training; allowed are {', '.join(names[:20])}",
+                    f"unseen in training; allowed are {some_of(names)}",
                 )
             numbers = [[index[label] for label in sample] for sample in labels[split]]
             tokenised[split] = self._in_tokens(Dataset.from_dict({"words": words, "labels": numbers}))
