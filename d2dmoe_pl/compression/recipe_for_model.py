@@ -57,7 +57,8 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
     _check_reachable(target, sizes)
     check_enough(loaded.num_validation_samples, sizes.num_layers, "data")
     phases = chosen_phases(sizes, start, given.effort, needs_head, task, loaded.num_training_samples)
-    trainer: dict[str, Any] = {"log_every_n_steps": 50, "enable_model_summary": False}
+    logged_every = min(50, max(1, loaded.num_training_samples // loaded.batch_size))  # once an epoch at least
+    trainer: dict[str, Any] = {"log_every_n_steps": logged_every, "enable_model_summary": False}
     if torch.cuda.is_available() or (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     ):
