@@ -7,10 +7,9 @@ from typing import Any
 
 from datasets import Dataset, Image, load_dataset_builder
 from datasets.exceptions import DatasetsError
-from datasets.packaged_modules.imagefolder.imagefolder import IMAGE_EXTENSIONS
 from transformers import AutoConfig, AutoTokenizer
 
-from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of
+from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, local_splits
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -34,7 +33,6 @@ TEXTS = (
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b"))
 IMAGES = ("image", "img", "picture", "file_name", "path")
 SAMPLED = 1000  # texts whose lengths are looked at
-SPLIT_FOLDERS = {"train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation"}
 LONGEST = 512
 BLOCK = 256  # tokens of a language model's samples
 
@@ -54,31 +52,16 @@ def source_of(data: str) -> dict[str, Any]:
         return {"train": str(path if path.parent != Path() else Path(".") / path), "validation": None, "test": None}
     looks_local = data.startswith((".", "/", "~")) or data.count("/") > 1 or ending_of(str(path)) in ENDINGS
     check(path.is_dir() or not looks_local, f"data={data!r}: no such file or folder")
-    if path.is_dir() and _is_of_classes(path):
-        return {"train": str(path if path.parent != Path() else Path(".") / path), "validation": None, "test": None}
     try:
-        builder = load_dataset_builder(data)
-        splits = list(builder.config.data_files or builder.info.splits or {})
+        splits = list(local_splits(path)) if path.is_dir() else []
+        if not splits:
+            builder = load_dataset_builder(data)
+            splits = list(builder.config.data_files or builder.info.splits or {})
     except (OSError, ValueError, DatasetsError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"data={data!r}: no file, no folder, and no dataset that can be loaded: {first}") from error
     check("train" in splits, f"data={data!r}: has no training split; there are {', '.join(map(str, splits))}")
     return {"dataset": data, **{name: None for name in ("validation", "test") if name not in splits}}
-
-
-def _is_of_classes(folder: Path) -> bool:
-    """Whether a folder has a folder of pictures a class, which may be called as splits are, and none a split."""
-    inside = [each for each in folder.iterdir() if each.is_dir() and each.name[0] not in "._"]
-    splits = [each for each in inside if each.name.lower() in SPLIT_FOLDERS]
-    is_told = any(next(folder.glob(pattern), None) for pattern in ("metadata.*", "*/metadata.*"))
-    if len(inside) < 2 or len(splits) == len(inside) or is_told:
-        return False
-    is_deeper = any(below.is_dir() for split in splits for below in split.iterdir())
-    return not is_deeper and all(any(map(_is_picture, each.rglob("*"))) for each in inside)
-
-
-def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_EXTENSIONS and file.is_file()
 
 
 def data_config(

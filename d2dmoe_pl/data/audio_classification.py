@@ -1,6 +1,7 @@
 """Recordings with labels, from any Hugging Face dataset."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, one_line
 
 
 class AudioClassification(TaskData):
@@ -86,16 +87,21 @@ class AudioClassification(TaskData):
             "their numbers, from -1 to 1",
         )
         names = sample_names(split, name)
-        if isinstance(feature, Audio):
-            split = split.cast_column(self.audio_column, Audio(sampling_rate=self._extractor.sampling_rate))
-        return split.add_column(SAMPLE, list(names))
+        return self._encoded(split, isinstance(feature, Audio)).add_column(SAMPLE, list(names))
+
+    def _encoded(self, split: Dataset, are_files: bool) -> Dataset:
+        """The split with files as they are, which are read one by one, where a broken one can be told by its name."""
+        check(
+            not are_files or find_spec("torchcodec") is not None,
+            f"audio_column={self.audio_column!r}: recordings are read by torchcodec; pip install torchcodec",
+        )
+        return split.cast_column(self.audio_column, Audio(decode=False)) if are_files else split
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Recordings by their paths."""
         names = list(map(str, inputs))
         paths = Dataset.from_dict({self.audio_column: names, SAMPLE: names})
-        recordings = paths.cast_column(self.audio_column, Audio(sampling_rate=self._extractor.sampling_rate))
-        return recordings.add_column("labels", [0] * len(names))
+        return self._encoded(paths, are_files=True).add_column("labels", [0] * len(names))
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         recordings = [self._numbers(sample) for sample in samples]
@@ -107,7 +113,12 @@ class AudioClassification(TaskData):
         recording = sample[self.audio_column]
         where = f"audio_column={self.audio_column!r}: {sample[SAMPLE]}"
         check(recording is not None, f"{where} has no recording")
-        numbers = np.asarray(recording if isinstance(recording, list) else recording["array"], dtype=np.float32)
+        if isinstance(recording, dict):
+            try:
+                recording = Audio(sampling_rate=self._extractor.sampling_rate).decode_example(recording)["array"]
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ConfigError(f"{where} cannot be read ({one_line(str(error))})") from error
+        numbers = np.asarray(recording, dtype=np.float32)
         check(numbers.ndim == 1 and len(numbers) > 0, f"{where} has the shape {numbers.shape}; must be of one channel")
         if not np.isfinite(numbers).all():
             raise ConfigError(f"{where} has numbers that are not finite")

@@ -1,17 +1,39 @@
 """Splits of any Hugging Face dataset, on the hub or in local files, loaded whole or streamed."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Image, IterableDataset, List, load_dataset, load_dataset_builder
+from datasets import (
+    Dataset,
+    IterableDataset,
+    List,
+    ReadInstruction,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetsError
 
 from d2dmoe_pl.data.file_rows import READERS, check_decodable, hold_articles, json_fault, lines_of, rows_of, stamps
 from d2dmoe_pl.data.generated_dataset import generated
+from d2dmoe_pl.data.local_folders import (
+    grouped,
+    has_folders,
+    is_saved,
+    media_in,
+    read_media,
+    saved_splits,
+    split_folders,
+    split_in,
+    visible,
+)
 from d2dmoe_pl.data.task_data import SPLITS
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -19,6 +41,8 @@ from d2dmoe_pl.errors import ConfigError, check
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ENDINGS = (*READERS, *BUILDERS)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+ARCHIVES = (".zip", ".tar", ".tgz")
+PATTERN = set("*?[]")  # what datasets takes for a pattern in the path of a folder
 
 
 @dataclass
@@ -26,15 +50,16 @@ class DatasetSource:
     """Where the splits of a dataset are.
 
     Attributes:
-        dataset: Hub name, or a folder laid out as the hub expects (``train.csv``, ``test.parquet``, image folders);
+        dataset: Hub name, or a folder with a file (``train.csv``) or a folder (``train/``) a split, or all of training;
             None if ``train``, ``validation`` and ``test`` are all paths.
         config: Name of the hub dataset's configuration.
         train: Name of the training split of ``dataset``; or, with a ``/`` or the ending of a file in it, a path: a
             local CSV, TSV, JSON (lines), Parquet or text file, whose paragraphs are samples with the column ``text``; a
-            pattern for several files (``data/*.json.gz``); or an image folder. A path needs no ``dataset``, and where
-            there is one, is read instead of it. A text file that begins with the title of an article as WikiText's do,
-            `` = Title = `` between blank lines, has whole articles as samples, as they stand there; the last goes on in
-            the next file of a pattern, up to a title (a stream has each file's part by itself).
+            pattern for several files (``data/*.json.gz``); or a folder of such files, of pictures or of recordings. A
+            path needs no ``dataset``, and where there is one, is read instead of it. A text file that begins with the
+            title of an article as WikiText's do, `` = Title = `` between blank lines, has whole articles as samples, as
+            they stand there; the last goes on in the next file of a pattern, up to a title (a stream has each file's
+            part by itself).
         validation: The same for validation; None to hold out part of the training split.
         test: The same for test; None to hold out part of the training split.
         more: Further splits to evaluate on, by names that begin with ``validation_`` or ``test_``; each as above.
@@ -102,7 +127,7 @@ class DatasetSource:
             if self.dataset is not None and not _is_path(where):
                 return self._named_split(where, streaming)
             if Path(where).is_dir():
-                return _read_pictures(f"{name}={where!r}", Path(where), streaming)
+                return _read_places(f"{name}={where!r}", [Path(where)], streaming)
             files = [where] if Path(where).is_file() else sorted(glob(where))  # a name may look like a pattern
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
             return _read_files(f"{name}={where!r}", files, streaming)
@@ -114,39 +139,78 @@ class DatasetSource:
             ) from error
 
     def _named_split(self, where: str, streaming: bool) -> Dataset | IterableDataset:
-        """A split of ``dataset`` by its name; files in a folder are read as files of their kind are elsewhere."""
+        """A split of ``dataset`` by its name, or parts of splits, such as ``train[:10%]``."""
         assert self.dataset is not None
-        if Path(self.dataset).is_dir():
-            files = load_dataset_builder(self.dataset, self.config).config.data_files or {}
-            found = sorted(map(str, files.get(where, [])))
-            if found and ending_of(found[0]) in ENDINGS:
-                return _read_files(f"dataset={self.dataset!r}", found, streaming)
-        return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
+        names = list(dict.fromkeys(re.findall(r"(?:^|\+)\s*([\w.-]+)", where)))
+        if not Path(self.dataset).is_dir() or (streaming and names != [where]):
+            return load_dataset(self.dataset, self.config, split=where, streaming=streaming)
+        if names == [where]:
+            return self._local_split(Path(self.dataset), where, streaming)
+        splits = {name: self._local_split(Path(self.dataset), name, streaming) for name in names}
+        parts = ReadInstruction.from_spec(where).to_absolute({name: len(split) for name, split in splits.items()})
+        return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+    def _local_split(self, folder: Path, where: str, streaming: bool) -> Dataset | IterableDataset:
+        """A split of a folder; files are read as files of their kind are elsewhere."""
+        argument = f"dataset={self.dataset!r}"
+        splits = local_splits(folder)
+        check(not splits or where in splits, f"{argument}: has no split {where!r}; there are {', '.join(splits)}")
+        if splits:
+            return _read_places(argument, splits[where], streaming)
+        marks = "".join(sorted(PATTERN & set(str(folder.resolve()))))
+        must = "must have none, or its files be named by train, validation and test"
+        check(not marks, f"{argument}: has {marks} in its path, which stand for patterns there; {must}")
+        files = load_dataset_builder(str(folder), self.config).config.data_files or {}
+        found = sorted(map(str, files.get(where, [])))
+        if found and ending_of(found[0]) in ENDINGS:
+            return _read_files(argument, found, streaming)
+        return load_dataset(str(folder), self.config, split=where, streaming=streaming)
 
 
-def _read_pictures(argument: str, folder: Path, streaming: bool) -> Dataset | IterableDataset:
-    """The pictures below ``folder``, which the user gave by ``argument``, and what else is said of them.
+def local_splits(folder: Path) -> dict[str, list[Path]]:
+    """The files or folders in ``folder`` that are of each split, by the split's name.
 
-    The class of one is the folder in ``folder`` that it is in, however deep, unless there are files of metadata.
+    Folders go before files, as on the hub, unless pictures in them have no classes and files of rows say what they are.
+    If neither are named as splits are, all is of training.
+
+    Returns:
+        None where a README or metadata says what is what, or there is nothing but further folders.
     """
-    # all of its files: some would else be of other splits, by names such as test or train_1.png
-    every = {"train": str(Path(escape(str(folder))) / "**")}
-    loaded = load_dataset("imagefolder", data_files=every, split="train", streaming=streaming)
-    if streaming or any(folder.rglob("metadata.*")):
-        return loaded
-    paths = [Path(each["path"]) for each in loaded.cast_column("image", Image(decode=False))["image"]]
-    place = os.path.abspath(folder)  # as paths are, with links in them
-    if not all(path.is_relative_to(place) for path in paths):  # of an archive
-        return loaded
-    parts = [path.relative_to(place).parts for path in paths]
+    readme = folder / "README.md"
+    is_configured = readme.is_file() and "data_files" in readme.read_text(errors="replace")
+    media = media_in(folder)
+    if is_configured or (media and any(folder.glob("metadata.*"))):
+        return {}
+    if saved := saved_splits(folder):
+        return saved
+    inside = sorted(each for each in folder.iterdir() if each.name[0] not in "._")
+    rows = [each for each in inside if ending_of(each.name) in ENDINGS and each.name not in FILES_TO_IGNORE]
+    by_name = {each: split for each in rows if (split := split_in(each.name)) is not None}
+    folders = split_folders(folder)
+    if folders and not (by_name and media and not has_folders(folders)):
+        return folders
+    if rows:
+        return grouped(by_name) if by_name else {"train": rows}
+    return {"train": [folder]} if media is not None and any(map(Path.is_dir, inside)) else {}
+
+
+def _read_places(argument: str, places: Sequence[Path], streaming: bool) -> Dataset | IterableDataset:
+    """The pictures, recordings or rows in ``places``, folders or files, which the user gave by ``argument``."""
+    if is_saved(places[0]):
+        saved = load_from_disk(str(places[0]))
+        return saved.to_iterable_dataset() if streaming else saved
+    media = next(filter(None, map(media_in, places)), None)
+    if media is not None:
+        return read_media(argument, places, media, streaming)
+    files = [str(file) for place in places for file in visible(place) if file.name not in FILES_TO_IGNORE]
+    readable = [file for file in files if ending_of(file) in ENDINGS]
+    if not readable and any(ending_of(file) in ARCHIVES for file in files):
+        return read_media(argument, places, "imagefolder", streaming)
     check(
-        all(len(each) > 1 for each in parts),
-        f"{argument}: {next((each[0] for each in parts if len(each) == 1), '')} is in no folder of a class; must be a "
-        "folder with a folder of pictures a class, or have a metadata.csv that says what they are",
+        bool(readable),
+        f"{argument}: holds no pictures, no recordings, and no files that end in one of {', '.join(ENDINGS)}",
     )
-    classes = sorted({each[0] for each in parts})
-    labels = [classes.index(each[0]) for each in parts]
-    return loaded.select_columns("image").add_column("label", labels, feature=ClassLabel(names=classes))
+    return _read_files(argument, readable, streaming)
 
 
 def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | IterableDataset:
@@ -166,7 +230,7 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
         check_decodable(file)
         check(any(line.strip() for line in lines_of(file)), f"{file}: has no rows; must have one at least")
     try:
-        names = list(map(escape, files))  # which datasets takes for patterns
+        names = [escape(os.path.abspath(file)) for file in files]  # which datasets takes for patterns
         loaded = load_dataset(BUILDERS[ending], data_files=names, split="train", streaming=streaming)
     except (ValueError, DatasetsError) as error:
         faults = (json_fault(file) for file in files) if BUILDERS[ending] == "json" else ()

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Audio, Dataset
 from table_files import first, write
 
 from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
@@ -105,6 +105,28 @@ def test_a_whole_whisper_writes_what_it_wrote():
 def set_up(data):
     data.setup()
     first(data.val_dataloader())
+
+
+def test_a_file_that_cannot_be_read_is_told_by_its_sample(tmp_path, processor, monkeypatch):
+    def decode_example(self, value):
+        assert self.sampling_rate == RATE
+        if value["bytes"] == b"broken":
+            raise RuntimeError("Could not open input file\nin two lines")
+        return {"array": np.full(48, float(value["bytes"]), dtype=np.float32)}
+
+    monkeypatch.setattr(Audio, "decode_example", decode_example)
+    monkeypatch.setattr("d2dmoe_pl.data.audio_classification.find_spec", lambda name: name)
+    audio = [{"bytes": str(row / 12).encode(), "path": None} for row in range(12)]
+    where = source(tmp_path, audio=[*audio[:-1], {"bytes": b"broken", "path": None}])
+    splits = {name: split.cast_column("audio", Audio(decode=False)) for name, split in where.load().items()}
+    data = AudioClassification(where, processor, batch_size=11)
+    monkeypatch.setattr(DatasetSource, "load", lambda self: splits)
+    data.setup()
+    batches = iter(data.val_dataloader())
+    assert next(batches)["input_features"].shape == (11, 4, 12)
+    message = r"audio_column='audio': sample 12 of the validation split cannot be read \(Could .* file in two lines\)$"
+    with pytest.raises(ConfigError, match=message):
+        next(batches)
 
 
 @pytest.mark.parametrize(

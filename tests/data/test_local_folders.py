@@ -1,0 +1,169 @@
+"""Local folders: which are splits, which class a picture is of, and files of rows in them."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict
+from PIL import Image
+
+from d2dmoe_pl.data import AudioClassification, DatasetSource
+from d2dmoe_pl.data.local_folders import split_folders
+from d2dmoe_pl.errors import ConfigError
+
+LAYOUTS = {
+    "splits": ({"train/cat": 3, "train/dog": 3, "test/cat": 2, "test/dog": 2}, {"train": 6, "test": 4}),
+    "other names of splits": (
+        {"training/cat": 2, "training/dog": 2, "val/dog": 1, "evaluation/cat": 3},
+        {"train": 4, "validation": 1, "test": 3},
+    ),
+    "several folders of a split": (
+        {"train_1/cat": 2, "train_2/dog": 2, "my-test/cat": 1, "my-test/dog": 1},
+        {"train": 4, "test": 2},
+    ),
+    "classes": ({"cat": 3, "dog": 2}, {"train": 5}),
+    "pictures that lie deeper": ({"train/cat/2023": 2, "train/cat/2024": 1, "train/dog": 2}, {"train": 5}),
+    "classes called as splits are, in splits": (
+        {"train/train": 2, "train/test": 3, "test/train": 1, "test/test": 1},
+        {"train": 5, "test": 2},
+    ),
+    "classes with a split's name in theirs, in splits": (
+        {"train/bullet_train": 2, "train/test tube": 3, "test/bullet_train": 1, "test/test tube": 1},
+        {"train": 5, "test": 2},
+    ),
+    "classes with a split's name in theirs": ({"bullet_train": 2, "test tube": 1, "dog": 1}, {"train": 4}),
+    "classes one of which is called as a split": ({"train": 2, "bus": 1, "car": 3}, {"train": 6}),
+}
+
+
+def write_pictures(folder, number):
+    folder.mkdir(parents=True)
+    for i in range(number):
+        Image.fromarray(np.full((4, 4, 3), 9 * i, dtype=np.uint8)).save(folder / f"test_{i}.png")
+
+
+def write_rows(file, number=4):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("text,label\n" + "".join(f"{file.stem} {i},{'ab'[i % 2]}\n" for i in range(number)))
+
+
+def source(folder, **splits):
+    return DatasetSource(folder and str(folder), **{"validation": None, "test": None, "held_out": 0.4} | splits)
+
+
+@pytest.mark.parametrize(("folders", "numbers"), LAYOUTS.values(), ids=LAYOUTS)
+def test_every_picture_is_in_its_own_split_and_class(tmp_path, folders, numbers):
+    for folder, number in folders.items():
+        write_pictures(tmp_path / "data [1]" / folder, number)
+    wanted = {split: split for split in ("validation", "test") if split in numbers}
+    splits = source(tmp_path / "data [1]", **wanted, train="train").load()
+    held_out = len({"validation", "test"} - set(wanted))
+    if held_out == 0:
+        assert {name: len(split) for name, split in splits.items()} == numbers
+    assert sum(map(len, splits.values())) == sum(numbers.values())
+    for split in wanted:
+        assert len(splits[split]) == numbers[split]
+    classes = {(name.rpartition("/")[0] and name.split("/")[1]) or name for name in folders}
+    seen = {split.features["label"].int2str(label) for split in splits.values() for label in split["label"]}
+    assert seen == classes
+
+
+def test_a_part_of_a_split(tmp_path):
+    for folder, number in LAYOUTS["splits"][0].items():
+        write_pictures(tmp_path / "data" / folder, number)
+    splits = source(tmp_path / "data", train="train[:4]", validation="train[4:]", test="test[50%:]").load()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 4, "validation": 2, "test": 2}
+    write_rows(tmp_path / "rows" / "train.csv", 6)
+    splits = source(tmp_path / "rows", train="train[:4]", validation="train[4:]", test="train[:1]+train[-1:]").load()
+    assert splits["validation"]["text"] == ["train 4", "train 5"]
+    assert splits["test"]["text"] == ["train 0", "train 5"]
+
+
+def test_files_of_rows_in_a_folder_are_one_split(tmp_path):
+    for name in ("one.csv", "sub/two.csv", ".hidden.csv", "notes.md"):
+        write_rows(tmp_path / "train" / name)
+    whole = source(None, train=str(tmp_path / "train"))
+    assert sum(map(len, whole.load().values())) == 8
+    write_rows(tmp_path / "test" / "three.csv", 3)
+    splits = source(tmp_path, test="test").load()  # folders of splits
+    assert len(splits["test"]) == 3
+    assert len(splits["train"]) + len(splits["validation"]) == 8
+
+
+def test_rows_may_name_pictures_beside_them(tmp_path):
+    write_pictures(tmp_path / "images", 3)
+    write_rows(tmp_path / "reviews.csv")
+    assert source(tmp_path).load()["train"].column_names == ["text", "label"]
+    for split in ("train", "test"):  # in folders that are called as splits are, too
+        write_pictures(tmp_path / split, 2)
+        write_rows(tmp_path / f"{split}.csv")
+    splits = source(tmp_path, test="test").load()
+    assert set(splits["test"]["text"]) == {f"test {i}" for i in range(4)}
+    assert {text.split()[0] for text in splits["train"]["text"]} == {"train"}
+
+
+def test_a_dataset_that_says_itself_what_its_splits_are(tmp_path):
+    write_rows(tmp_path / "train" / "one.csv")
+    write_rows(tmp_path / "more" / "two.csv", 7)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: more/*.csv\n---\n"
+    )
+    assert sum(map(len, source(tmp_path).load().values())) == 7
+
+
+def test_what_datasets_saved(tmp_path):
+    rows = Dataset.from_dict({"text": list("abcde"), "label": list("vwxyz")})
+    rows.save_to_disk(tmp_path / "whole")
+    assert sum(map(len, source(tmp_path / "whole").load().values())) == 5
+    assert sum(map(len, source(None, train=str(tmp_path / "whole")).load().values())) == 5
+    DatasetDict(train=rows, unseen=rows.select([1, 3])).save_to_disk(tmp_path / "splits")
+    assert source(tmp_path / "splits", test="unseen").load()["test"]["text"] == ["b", "d"]
+    assert list(source(tmp_path / "splits", test="unseen").stream()["test"])[1] == {"text": "d", "label": "y"}
+
+
+@pytest.mark.parametrize(
+    ("files", "splits", "message"),
+    [
+        (["train/cat/0.png"], {"test": "test"}, r"dataset='.*': has no split 'test'; there are train$"),
+        (["train/0.png", "test/0.png"], {}, r"dataset='.*': 0.png is in no folder of a class; must be a folder with"),
+        (["train/a.csv", "train/b.tsv"], {}, r"dataset='.*': all files must end in .csv, as .*a.csv does, but there"),
+    ],
+)
+def test_what_is_laid_out_otherwise(tmp_path, files, splits, message):
+    for file in files:
+        write_rows(tmp_path / file)
+        if file.endswith(".png"):
+            Image.new("RGB", (4, 4)).save(tmp_path / file)
+    with pytest.raises(ConfigError, match=message):
+        source(tmp_path, **splits).load()
+
+
+def test_a_folder_of_nothing_that_can_be_read(tmp_path):
+    (tmp_path / "notes.md").write_text("none")
+    with pytest.raises(ConfigError, match=r"train='.*': holds no pictures, no recordings, and no files that end in"):
+        source(None, train=str(tmp_path)).load()
+
+
+def test_a_path_that_is_a_pattern_to_datasets(tmp_path):
+    write_rows(tmp_path / "rows [1]" / "data" / "train.csv")
+    with pytest.raises(ConfigError, match=r"dataset='.*': has \[\] in its path, which stand for patterns there; must"):
+        source(tmp_path / "rows [1]").load()
+    assert len(source(tmp_path / "rows [1]" / "data").load()["train"]) > 0
+
+
+def test_folders_that_hold_nothing_are_no_splits(tmp_path):
+    write_pictures(tmp_path / "cat", 1)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "_train").mkdir()
+    assert split_folders(tmp_path) == {}
+
+
+@pytest.mark.skipif(find_spec("torchcodec") is not None, reason="torchcodec is installed")
+def test_recordings_need_a_package(tmp_path):
+    (tmp_path / "train" / "yes").mkdir(parents=True)
+    (tmp_path / "train" / "yes" / "0.wav").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"dataset='.*': recordings are read by torchcodec; pip install torchcodec$"):
+        source(tmp_path).load()
+    recordings = AudioClassification(source(tmp_path), "nowhere")
+    with pytest.raises(ConfigError, match=r"audio_column='audio': recordings are read by torchcodec; pip install"):
+        recordings.raw_samples(["0.wav"])
