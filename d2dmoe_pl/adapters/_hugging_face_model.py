@@ -133,6 +133,8 @@ class HuggingFaceModel(ModelSource):
             type(config) in self._auto._model_mapping,
             f"task={self.task!r}: transformers has no such head for a model of type {config.model_type!r}",
         )
+        if getattr(config, "model_args", None):  # of timm's own files; transformers gives the number of classes itself
+            config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
         config.architectures = config.architectures or []  # which of several such classes; transformers takes no None
         if self.dropout is not None:
             check(_set_dropout_(config, self.dropout), f"dropout={self.dropout}: {type(config).__name__} sets none")

@@ -72,7 +72,8 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         config = self.backbone_config(model.config)
         if model.main_input_name != "pixel_values" or hasattr(config, "image_size"):
             return super().input_shape(model)
-        return getattr(config, "num_channels", 3), ANY_SIZE, ANY_SIZE
+        of_timm = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+        return tuple(of_timm) if of_timm else (getattr(config, "num_channels", 3), ANY_SIZE, ANY_SIZE)
 
     def streams(self, model: Any) -> Mapping[str, str]:
         """See :meth:`Adapter.streams`; where padding is read as text, nothing is told to be padding."""

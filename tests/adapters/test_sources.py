@@ -1,6 +1,7 @@
 """What models there are, and what is said of those there are not."""
 
 import pytest
+import timm
 import tiny
 import torch
 import transformers
@@ -122,3 +123,15 @@ def test_unknown_timm_architecture_is_refused():
         ConfigError, match=r"architecture='vit_tiny_patch17': timm has no such model; allowed are e.g. vit_tiny"
     ):
         TimmModel("vit_tiny_patch17")
+
+
+def test_a_folder_that_timm_saved_with_how_its_model_was_made(tmp_path):
+    made = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **made)
+    timm.models.save_for_hf(model, tmp_path, model_args=made)  # which adds the number of classes to them
+    loaded = HuggingFaceModel("image-classification", str(tmp_path)).build(["ant", "bee", "cat"])
+    assert adapter_for(loaded).input_shape(loaded) == (3, 16, 16)
+    assert len(adapter_for(loaded).ffns(loaded)) == 1
+    pictures = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(pictures).logits, model.eval()(pictures))
