@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
+from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import flops_outside_ffns
+from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.find_layers import expert_layers, select_ffns
 
@@ -26,6 +28,7 @@ class Sizes:
         d_model: Of the widest FFN.
         d_ff: The same.
         is_sparse: Whether all FFNs have ReLU.
+        takes_relu: Whether they can have it.
         parameters: Of the whole model.
         num_experts: ``E``, chosen.
         router_width: Chosen.
@@ -39,6 +42,7 @@ class Sizes:
     d_model: int
     d_ff: int
     is_sparse: bool
+    takes_relu: bool
     parameters: int
     num_experts: int
     router_width: int
@@ -64,6 +68,7 @@ def sizes_of(structure: nn.Module) -> Sizes:
     inputs = {
         key: value.to("meta") for key, value in adapter_for(structure).random_inputs(structure, 1, SHORTEST).items()
     }
+    takes_relu = _takes_relu(structure)
     convert_to_moe_(structure, ExpertsConfig(num_experts))
     seen: list[int] = []
     first = next(iter(expert_layers(structure).values()))
@@ -76,6 +81,7 @@ def sizes_of(structure: nn.Module) -> Sizes:
         widest.d_model,
         widest.d_ff,
         is_sparse,
+        takes_relu,
         parameters,
         num_experts,
         width,
@@ -85,6 +91,15 @@ def sizes_of(structure: nn.Module) -> Sizes:
         share + (1 - share) * least,
         adapter_for(structure).tells_hidden_states,
     )
+
+
+def _takes_relu(structure: nn.Module) -> bool:
+    """Whether the FFNs can have ReLU, and a file can say so; they have it then."""
+    try:
+        swap_activation_(structure, ActivationConfig("relu"))
+    except ConfigError:
+        return False
+    return True
 
 
 def chosen_phases(
@@ -107,8 +122,8 @@ def chosen_phases(
     is_image, is_embedding = task == "image-classification", task == "embeddings"
     kept = {"hidden_weight": 1.0} if is_embedding and sizes.tells_hidden_states else {}
     if effort == "hours":
-        if needs_head or not sizes.is_sparse:
-            swap = {} if sizes.is_sparse else {"activation": "relu"}
+        swap = {"activation": "relu"} if sizes.takes_relu and not sizes.is_sparse else {}
+        if needs_head or swap:
             phases["fine_tuning"] = _phase(
                 "FineTuning", {**swap, **kept, **tuned}, {"max_epochs": _epochs(32_000, num_samples)} | clipped
             )

@@ -2,9 +2,13 @@
 
 import pytest
 import stand_ins
+import timm
 import tiny
+import yaml
+from PIL import Image
 
 from d2dmoe_pl import compress
+from d2dmoe_pl.cli import main
 from d2dmoe_pl.compression import command
 from d2dmoe_pl.compression.recipe_for_model import _loaded
 from d2dmoe_pl.compression.target import parse_target
@@ -55,3 +59,18 @@ def test_a_drop_from_nothing_is_told(capfd, dense, is_said):
     assert (found == points[1]) == is_said
     said = "drop=0.5 cannot be told here: exact match is 0 with every expert on"
     assert (said in capfd.readouterr().err) == is_said
+
+
+def test_an_activation_that_nobody_can_swap_is_kept(tmp_path, capsys):
+    """Of a model of timm that transformers holds, no file could say that it has another."""
+    made = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, **made)
+    timm.models.save_for_hf(model, tmp_path / "model", model_args=made)
+    for name in [f"{split}/{kind}/{i}" for split in ("train", "test") for kind in ("ant", "bee") for i in range(20)]:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / f"{name}.png")
+    given = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--effort", "hours"]
+    main(["compress", *given, "--target", "drop=1", "--print_config"])
+    phases = yaml.safe_load(capsys.readouterr().out)["phases"]
+    assert list(phases)[:2] == ["fine_tuning", "sparsity_enforcement"]
+    assert "activation" not in phases["fine_tuning"]["model"]["init_args"]
