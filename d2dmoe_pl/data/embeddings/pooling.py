@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, one_line
 
 Pooling = Literal["mean", "cls", "max", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "max", "last")
@@ -147,12 +147,10 @@ def _file(model: str | Path, name: str) -> str | None:
         return str(file) if str(model) and file.is_file() else None
     try:
         return hf_hub_download(str(model), name)
-    except LocalEntryNotFoundError as error:  # it may be there, and is not known
-        if try_to_load_from_cache(str(model), name) is _CACHED_NO_EXIST:
+    except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
+        is_reached = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if is_reached or try_to_load_from_cache(str(model), name) is _CACHED_NO_EXIST:
             return None
-        said = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{model}: {name}, by which it says how it pools, cannot be fetched from the hub ({said})"
+        raise ConfigError(  # it may be there, and is not known
+            f"{model}: {name}, by which it says how it pools, cannot be fetched from the hub ({one_line(str(error))})"
         ) from error
-    except EntryNotFoundError:
-        return None
