@@ -1,6 +1,7 @@
 """What comes from a folder or the hub: tokenizers, image processors, models and their configurations."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from d2dmoe_pl.data.gguf_files import (
     folder_and_file,
     without_foreign_tokens,
 )
-from d2dmoe_pl.errors import ConfigError, one_line
+from d2dmoe_pl.errors import ConfigError, check, one_line
 
 # what a file that was not downloaded whole, or is another in its place, raises
 BROKEN = (SafetensorError, pickle.UnpicklingError, EOFError)
-REFUSALS = (ValueError, NotImplementedError, StrictDataclassError)  # e.g. of a type of model that is not known
+# e.g. of a type of model that is not known; tokenizers, which is not in Python, raises plain exceptions
+REFUSALS = (ValueError, NotImplementedError, StrictDataclassError)
+OF_PIECES = re.compile(r"tiktoken|Error parsing line .* in .*\.model")  # what transformers tries as a last resort
 
 
 def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None = None, **kwargs: Any) -> Any:
@@ -56,9 +59,14 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
         raise ConfigError(
             f"{said}: a file of weights is not whole; must be copied or downloaded anew ({first})"
         ) from error
-    except REFUSALS as error:
-        if isinstance(error, ConfigError):
+    except Exception as error:
+        if isinstance(error, ConfigError) or not (isinstance(error, REFUSALS) or type(error) is Exception):
             raise
+        check(
+            OF_PIECES.search(str(error)) is None,
+            f"{said}: has its words in a file of sentencepiece, which cannot be read; must have a tokenizer.json, or "
+            "pip install sentencepiece protobuf",
+        )
         raise ConfigError(f"{said}: not what transformers can make ({one_line(str(error))})") from error
 
 

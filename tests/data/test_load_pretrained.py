@@ -10,6 +10,7 @@ import transformers
 
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.data.embeddings import pooling
+from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.errors import ConfigError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
@@ -55,6 +56,35 @@ def test_a_folder_that_is_not_whole_is_told(whole, tmp_path, fault):
     spoil(folder)
     with pytest.raises(ConfigError, match=rf"^name='{folder}': {message}"):
         HuggingFaceModel("text-classification", str(folder)).build(tiny.LABELS)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda folder: (folder / "tokenizer.json").write_text(
+                (folder / "tokenizer.json").read_text().replace("BertPreTokenizer", "OneOfTomorrow")
+            ),
+            r"not what transformers can make \(.*PreTokenizer",
+        ),
+        (
+            lambda folder: [(folder / "tokenizer.json").rename(folder / "spiece.model"), _of_t5(folder)],
+            r"has its words in a file of sentencepiece, which cannot be read; must have a tokenizer.json, or pip "
+            r"install sentencepiece protobuf$",
+        ),
+    ],
+    ids=["newer", "sentencepiece"],
+)
+def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, spoil, message):
+    tiny.tokenizer(tmp_path, ["red"])
+    spoil(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^tokenizer='{tmp_path}': {message}"):
+        load_pretrained(transformers.AutoTokenizer, str(tmp_path), "tokenizer")
+
+
+def _of_t5(folder):
+    transformers.T5Config().save_pretrained(folder)
+    (folder / "tokenizer_config.json").unlink()
 
 
 def test_a_hub_that_refuses_does_not_say_how_a_model_pools(monkeypatch):

@@ -15,6 +15,7 @@ Pooling = Literal["mean", "cls", "max", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "max", "last")
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"  # has what stands before texts, among others
+TOKENS = "sentence_bert_config.json"  # says whether texts are in lower case, whatever the tokenizer does
 NEWER: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}  # as newer versions write
 NAMES: dict[Pooling, str] = {
     "mean": "pooling_mode_mean_tokens",
@@ -97,6 +98,11 @@ def default_prompt(model: str | Path) -> str:
     return (said.get("prompts") or {}).get(said.get("default_prompt_name")) or ""
 
 
+def has_lower_case(model: str | Path) -> bool:
+    """Whether a model of sentence-transformers reads every text in lower case."""
+    return _file(model, MODULES) is not None and bool((_read(model, TOKENS) or {}).get("do_lower_case"))
+
+
 def write_modules(folder: Path, pooling: Pooling, width: int, model: str | Path | None = None) -> None:
     """Make ``folder``, a Hugging Face model with its tokenizer, one of sentence-transformers; vectors get length 1.
 
@@ -151,6 +157,7 @@ def _file(model: str | Path, name: str) -> str | None:
         is_reached = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
         if is_reached or try_to_load_from_cache(str(model), name) is _CACHED_NO_EXIST:
             return None
-        raise ConfigError(  # it may be there, and is not known
-            f"{model}: {name}, by which it says how it pools, cannot be fetched from the hub ({one_line(str(error))})"
+        said = one_line(str(error))  # it may be there, and is not known
+        raise ConfigError(
+            f"{model}: {name}, by which it says how it makes vectors, cannot be fetched from the hub ({said})"
         ) from error
