@@ -23,7 +23,7 @@ from d2dmoe_pl.errors import ConfigError, check, one_line
 BROKEN = (SafetensorError, pickle.UnpicklingError, EOFError)
 # e.g. of a type of model that is not known; tokenizers, which is not in Python, raises plain exceptions
 REFUSALS = (ValueError, NotImplementedError, StrictDataclassError)
-OF_PIECES = re.compile(r"tiktoken|Error parsing line .* in .*\.model")  # what transformers tries as a last resort
+OF_PIECES = re.compile(r"tiktoken.? is required|Error parsing line .* in .*\.model")  # what is tried as a last resort
 
 
 def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None = None, **kwargs: Any) -> Any:

@@ -68,12 +68,16 @@ def test_a_folder_that_is_not_whole_is_told(whole, tmp_path, fault):
             r"not what transformers can make \(.*PreTokenizer",
         ),
         (
+            lambda folder: [(folder / "tokenizer.json").unlink(), transformers.LlamaConfig().save_pretrained(folder)],
+            r"not what transformers can make \(Couldn't instantiate",
+        ),
+        (
             lambda folder: [(folder / "tokenizer.json").rename(folder / "spiece.model"), _of_t5(folder)],
             r"has its words in a file of sentencepiece, which cannot be read; must have a tokenizer.json, or pip "
             r"install sentencepiece protobuf$",
         ),
     ],
-    ids=["newer", "sentencepiece"],
+    ids=["newer", "none", "sentencepiece"],
 )
 def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, spoil, message):
     tiny.tokenizer(tmp_path, ["red"])
