@@ -79,7 +79,7 @@ class TextEmbeddings(TokenizedData):
             return
         super().load_processor()
         if has_lower_case(self.model):
-            core: Any = self.tokenizer.backend_tokenizer  # type: ignore[attr-defined] # as all of transformers 5 have
+            core: Any = self.tokenizer.backend_tokenizer  # as all of transformers 5 have it
             before = [] if core.normalizer is None else [core.normalizer]
             core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
 
