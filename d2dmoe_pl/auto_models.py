@@ -1,5 +1,6 @@
 """What the ``Auto`` classes of Hugging Face transformers make of a converted model's artifact."""
 
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -7,14 +8,17 @@ import torch
 import transformers
 
 from d2dmoe_pl.auto_classes import MODEL_TYPE
+from d2dmoe_pl.hub_folders import local_folder
 
 # what a config says of a call, not of the model
 OF_A_CALL = ("output_attentions", "output_hidden_states", "return_dict", "use_cache")
-# what says where files come from and how they are read, or is taken care of
+# what says where files come from
+OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+# what says how they are read, or is taken care of
 OF_FILES = (
-    *("adapter_kwargs", "cache_dir", "code_revision", "commit_hash", "config", "dtype", "force_download"),
-    *("local_files_only", "low_cpu_mem_usage", "proxies", "revision", "token", "torch_dtype", "trust_remote_code"),
-    *("use_safetensors", "weights_only", "_commit_hash", "_from_auto"),
+    *OF_HUB,
+    *("adapter_kwargs", "code_revision", "commit_hash", "config", "dtype", "low_cpu_mem_usage", "proxies", "subfolder"),
+    *("torch_dtype", "trust_remote_code", "use_safetensors", "weights_only", "_commit_hash", "_from_auto"),
 )
 
 
@@ -41,9 +45,9 @@ class ConvertedModel:
 
         Args:
             pretrained_model_name_or_path: The folder, or a name on the hub.
-            kwargs: ``dtype``, ``revision``, ``attn_implementation``, ``device_map`` of one device, and what a config
-                says of a call, such as ``output_attentions``, as transformers takes them. What says only where files
-                come from makes no difference.
+            kwargs: ``dtype``, ``attn_implementation``, ``device_map`` of one device, what says where files are, such as
+                ``revision``, ``token``, ``cache_dir`` and ``subfolder``, and what a config says of a call, such as
+                ``output_attentions``, as transformers takes them.
 
         Raises:
             ValueError: If the model has another head than the ``Auto`` class asks for, or something is asked of it that
@@ -51,16 +55,14 @@ class ConvertedModel:
         """
         load_model = resolve_name("d2dmoe_pl.artifact:load_model")  # all of it is imported for a model only
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-        wanted = _wanted(pretrained_model_name_or_path, kwargs)
+        of_hub = {key: kwargs[key] for key in OF_HUB if kwargs.get(key) is not None}
+        folder = local_folder(pretrained_model_name_or_path, **of_hub) / (kwargs.get("subfolder") or "")
+        wanted = _wanted(folder, kwargs)
         attention, device = wanted.pop("attn_implementation", None), _device(wanted.pop("device_map", None))
         for key, value in wanted.items():
             if key not in OF_A_CALL:
                 raise ValueError(f"{key}={value!r}: a converted model is loaded as it was saved; must be left out")
-        model: Any = load_model(
-            pretrained_model_name_or_path,
-            revision=kwargs.get("revision"),
-            dtype=None if dtype == "auto" else dtype,
-        )
+        model: Any = load_model(folder, dtype=None if dtype == "auto" else dtype)
         heads = cls.auto._model_mapping.get(type(model.config), ())
         if cls.auto.__name__ == "AutoModel":
             model = resolve_name("d2dmoe_pl.moe.base_model:without_head")(model)
@@ -73,9 +75,9 @@ class ConvertedModel:
         return model if device is None else model.to(device)
 
 
-def _wanted(path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _wanted(folder: Path, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What is asked of the model beyond what is saved; transformers has put some of it into the config."""
-    saved: Any = D2DMoEConfig.from_pretrained(path, revision=kwargs.get("revision") or "main")
+    saved: Any = D2DMoEConfig.from_pretrained(folder)
     config = kwargs.get("config") or saved
     before = saved.to_dict()
     found = {key: value for key, value in config.to_dict().items() if before.get(key) != value and key[0] != "_"}

@@ -67,7 +67,7 @@ def run_chain(config: Namespace) -> None:
     config.output_dir = expanded(config.output_dir)
     output_dir = Path(config.output_dir)
     check(0 <= config.seed < 2**32, f"seed={config.seed}: must lie in [0, 2**32)")
-    _check_writable(output_dir)
+    check_writable(output_dir)
 
     with quiet_lightning():
         _run_phases(names, [_arguments(config, settings, index) for index in range(len(names))], output_dir, start_over)
@@ -168,7 +168,7 @@ def _reopened(folder: Path) -> PhaseCLI:
     return opening
 
 
-def _check_writable(output_dir: Path) -> None:
+def check_writable(output_dir: Path) -> None:
     """Raise ``ConfigError`` unless there is a folder, or can be one, that takes files; none is left there."""
     place = output_dir.absolute()
     while not place.exists():

@@ -7,18 +7,22 @@ It takes lm_eval's own arguments; those of ``--model_args`` are what its ``hf`` 
 import sys
 from collections.abc import Sequence
 from functools import cache
+from inspect import Parameter, signature
 from pkgutil import resolve_name
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.failures import failure_of
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_
 from d2dmoe_pl.moe.conversion import set_tau_
 
 MODEL = "d2dmoe"  # as ``--model`` calls it
+OWN = ("tau", "budget", "dtype", "optimize")  # settings
 EXTRA = 'pip install -e ".[evaluation]"'
 
 
@@ -42,17 +46,32 @@ def evaluated_model(
             the hub, is the weights' and the tokenizer's.
 
     Raises:
-        ConfigError: If lm_eval is not installed, there is no such artifact, or it knows no such setting.
+        ConfigError: If lm_eval is not installed, there is no such artifact or tokenizer, it writes no text, or there is
+            no such setting.
     """
     hflm = _harness("lm_eval.models.huggingface:HFLM")
     check(tau is None or budget is None, f"tau={tau}, budget={budget}: must be one of them")
-    model = load_model(pretrained, kwargs.get("revision"), None if dtype == "auto" else dtype, bool(optimize))
+    check(budget is None or isinstance(budget, float | int), f"budget={budget!r}: must be a share, such as 0.3")
+    check(isinstance(optimize, bool), f"optimize={optimize!r}: must be true or false")
+    settings = [name for name, each in signature(hflm).parameters.items() if each.kind is not Parameter.VAR_KEYWORD]
+    for name, value in kwargs.items():  # which it would take, and do nothing
+        check(name in settings, f"{name}={value!r}: no such setting; allowed are {', '.join([*OWN, *settings])}")
+    if kwargs.get("revision") is not None:  # lm_eval makes a number of it where it can
+        kwargs["revision"] = str(kwargs["revision"])
+    model: Any = load_model(pretrained, kwargs.get("revision"), None if dtype == "auto" else dtype, optimize)
+    check(
+        hasattr(model, "can_generate") and model.can_generate(),
+        f"pretrained={pretrained!r}: a {type(model).__name__} writes no text; must be a language model",
+    )
+    tokenizer = kwargs.pop("tokenizer", None) or pretrained
+    if isinstance(tokenizer, str):  # for the line that says what is wrong with it
+        load_pretrained(AutoTokenizer, tokenizer, "tokenizer", revision=kwargs.get("revision"))
     if tau is not None:
         set_tau_(model, tau)
     if budget is not None:
         set_budget_(model, ffn_flops=budget)
     model.to(kwargs.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return hflm(pretrained=model, tokenizer=kwargs.pop("tokenizer", pretrained), **kwargs)
+    return hflm(pretrained=model, tokenizer=tokenizer, **kwargs)
 
 
 def register() -> None:
@@ -69,6 +88,7 @@ def register() -> None:
 def _evaluated_class() -> type:
     class Evaluated(_harness("lm_eval.models.huggingface:HFLM")):  # type: ignore[misc] # optional, hence found late
         def __new__(cls, **kwargs: Any) -> Any:
+            check("pretrained" in kwargs, "pretrained=None: must be given in --model_args, the folder of an artifact")
             return evaluated_model(**kwargs)
 
     return Evaluated

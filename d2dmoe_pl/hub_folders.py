@@ -2,20 +2,22 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, one_line
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def local_folder(path: str | Path, revision: str | None = None) -> Path:
+def local_folder(path: str | Path, revision: str | None = None, **kwargs: Any) -> Path:
     """The folder ``path``, downloaded first if that is no folder but the name of a model on the hub.
 
     Args:
         path: A folder, or a name such as ``organisation/name``.
         revision: Of a model on the hub: a branch, a tag or a commit.
+        kwargs: As ``snapshot_download`` takes them, such as ``token`` and ``cache_dir``.
 
     Raises:
         ConfigError: If the hub does not have it or cannot be reached.
@@ -23,7 +25,7 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
     if Path(path).is_dir() or not HUB_NAME.fullmatch(str(path)):
         return Path(path)
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), revision=revision))
+        return Path(huggingface_hub.snapshot_download(str(path), revision=revision, **kwargs))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"path={str(path)!r}: neither a folder nor a reachable hub name ({reason})") from error
+        said = f"path={str(path)!r}" + ("" if revision is None else f", revision={revision!r}")
+        raise ConfigError(f"{said}: neither a folder nor a reachable hub name ({one_line(str(error))})") from error

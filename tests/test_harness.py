@@ -98,16 +98,54 @@ def test_tau_and_budgets_are_set(artifact):
         harness.evaluated_model(str(artifact), tau=0.3, budget=0.6)
 
 
-def test_the_tokenizer_is_of_the_revision_that_the_weights_are_of(artifact, monkeypatch):
-    """Whatever lm_eval is: it is given what it needs to find the tokenizer."""
-    loaded, given = [], []
-    monkeypatch.setattr(harness, "_harness", lambda name: lambda **kwargs: given.append(kwargs))
+@pytest.fixture
+def given(monkeypatch):
+    """What lm_eval's model is given, whether that is installed or not."""
+    found = []
+
+    def hflm(pretrained, tokenizer=None, revision="main", batch_size=1, **kwargs):
+        found.append({"tokenizer": tokenizer, "revision": revision, "batch_size": batch_size})
+
+    monkeypatch.setattr(harness, "_harness", lambda name: hflm)
+    return found
+
+
+def test_the_tokenizer_is_of_the_revision_that_the_weights_are_of(artifact, given, monkeypatch):
+    loaded, tokenizers = [], []
     monkeypatch.setattr(harness, "load_model", lambda *args: loaded.append(args) or load_model(artifact))
-    harness.evaluated_model("me/model", revision="v2", batch_size=3)
+    monkeypatch.setattr(harness, "load_pretrained", lambda *args, revision: tokenizers.append((args[1], revision)))
+    harness.evaluated_model("me/model", revision=2, batch_size=3)  # as lm_eval reads revision=2
     harness.evaluated_model("me/model")
-    assert [args[:2] for args in loaded] == [("me/model", "v2"), ("me/model", None)]
-    assert [(each["tokenizer"], each.get("revision")) for each in given] == [("me/model", "v2"), ("me/model", None)]
-    assert "revision" not in given[1]  # which is lm_eval's own
+    assert [args[:2] for args in loaded] == tokenizers == [("me/model", "2"), ("me/model", None)]
+    assert [(each["tokenizer"], each["revision"]) for each in given] == [("me/model", "2"), ("me/model", "main")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"taus": 0.2}, r"taus=0.2: no such setting; allowed are tau, budget, dtype, optimize, .*batch_size$"),
+        ({"budget": "30%"}, r"budget='30%': must be a share, such as 0.3$"),
+        ({"optimize": "maybe"}, r"optimize='maybe': must be true or false$"),
+        ({"tokenizer": "/nowhere"}, r"tokenizer='/nowhere': neither a folder nor a reachable hub name"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused(artifact, given, settings, message):
+    """The harness takes whatever it does not know for a setting of loading a model, which is loaded here."""
+    with pytest.raises(ConfigError, match=rf"^{message}"):
+        harness.evaluated_model(str(artifact), **settings)
+    assert not given
+
+
+def test_what_writes_no_text_is_refused(tmp_path, given):
+    save_artifact(tiny.routed("bert"), tmp_path / "artifact")
+    with pytest.raises(ConfigError, match=r"^pretrained='.*': a BertForSequenceClassification writes no text; must be"):
+        harness.evaluated_model(str(tmp_path / "artifact"))
+
+
+def test_without_a_model_the_command_says_so(monkeypatch):
+    monkeypatch.setattr(harness, "_harness", lambda name: object)
+    with pytest.raises(ConfigError, match=r"^pretrained=None: must be given in --model_args, the folder of an artif"):
+        harness._evaluated_class.__wrapped__()(tau=0.3)
 
 
 def test_at_tau_one_the_harness_finds_what_it_finds_of_the_dense_model(artifact, task):

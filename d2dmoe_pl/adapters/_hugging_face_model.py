@@ -12,11 +12,12 @@ from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource, TaskName
 from d2dmoe_pl.adapters._hugging_face import HEADS, PROBLEM_TYPES, outputs_of, text_config
+from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.data.embeddings.pooling import check_modules, pooling_of
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.output_names import are_placeholders
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, one_line
 from d2dmoe_pl.free_memory import check_fits
 
 
@@ -123,8 +124,12 @@ class HuggingFaceModel(ModelSource):
         return self._structure(self._config(label_names))
 
     def _structure(self, config: transformers.PretrainedConfig) -> nn.Module:
-        with torch.device("meta"):
-            return self._auto.from_config(copy.deepcopy(config), dtype=self.dtype)
+        try:
+            with torch.device("meta"):
+                return self._auto.from_config(copy.deepcopy(config), dtype=self.dtype)
+        except ValueError as error:  # of sizes that do not go together
+            said = f"config of type {config.model_type!r}" if self.name is None else f"name={self.name!r}"
+            raise ConfigError(f"{said}: not what transformers can make ({one_line(str(error))})") from error
 
     def _config(self, label_names: Sequence[str]) -> transformers.PretrainedConfig:
         """The model's configuration, with the head's outputs in it."""
@@ -154,7 +159,12 @@ class HuggingFaceModel(ModelSource):
         return config
 
     def _pretrained_config(self) -> transformers.PretrainedConfig:
-        return load_pretrained(transformers.AutoConfig, str(self.name), "name", self.gguf_file)
+        config = load_pretrained(transformers.AutoConfig, str(self.name), "name", self.gguf_file)
+        check(
+            config.model_type != MODEL_TYPE,
+            f"name={self.name!r}: is a converted model, which no run begins with; must be a dense one",
+        )
+        return config
 
 
 def _set_dropout_(config: transformers.PretrainedConfig, rate: float) -> bool:

@@ -18,7 +18,7 @@ from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
-from d2dmoe_pl.chain import quiet_lightning, run_chain
+from d2dmoe_pl.chain import check_writable, quiet_lightning, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
 from d2dmoe_pl.chain_status import say
 from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
@@ -94,7 +94,9 @@ def compress(
         >>> made.load()  # doctest: +SKIP
     """
     if isinstance(model, nn.Module):
-        model = str(_kept(model, Path(expanded(str(output_dir))) / START))
+        folder = Path(expanded(str(output_dir)))
+        check_writable(folder)
+        model = str(_kept(model, folder / START))
     named = {"model": model, "data": data, "target": target, "effort": effort, "output_dir": output_dir, **options}
     parser = compress_parser()
     known = parser.get_defaults()
@@ -127,11 +129,13 @@ def run_compress(given: Namespace) -> Compressed | None:
     target = parse_target(given.target)
     check(given.effort in EFFORTS, f"effort={given.effort!r}: allowed are {', '.join(EFFORTS)}")
     check(given.batch_size > 0, f"batch_size={given.batch_size}: must be positive")
+    folder = Path(expanded(given.output_dir))
+    if given.print_config is None:
+        check_writable(folder)
     recipe = recipe_for(given, target)
     if given.print_config is not None:
         print(yaml.safe_dump(recipe, sort_keys=False), end="")
         return None
-    folder = Path(expanded(given.output_dir))
     _write_recipe(folder / RECIPE, recipe, given.effort)
     arguments = [f"--config={folder / RECIPE}", f"--output_dir={folder}", f"--seed={given.seed}"]
     arguments += [] if given["from"] is None else [f"--from={given['from']}"]

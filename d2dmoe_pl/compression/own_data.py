@@ -7,9 +7,10 @@ from typing import Any
 
 from datasets import Dataset, Image, load_dataset_builder
 from datasets.exceptions import DatasetsError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, local_splits
+from d2dmoe_pl.data.gguf_files import ENDING
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.errors import ConfigError, check
 
@@ -175,6 +176,8 @@ def _writes_text(model: str | None) -> bool:
     if model is None:
         return False
     config = load_pretrained(AutoConfig, model, "model")
+    if model.endswith(ENDING):  # which has a head for language, and no name of an architecture
+        return type(config) in AutoModelForCausalLM._model_mapping
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
 
 

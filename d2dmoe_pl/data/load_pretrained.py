@@ -1,6 +1,12 @@
 """What comes from a folder or the hub: tokenizers, image processors, models and their configurations."""
 
+import pickle
+import re
+from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from d2dmoe_pl.data.gguf_files import (
     ENDING,
@@ -11,7 +17,13 @@ from d2dmoe_pl.data.gguf_files import (
     folder_and_file,
     without_foreign_tokens,
 )
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, check, one_line
+
+# what a file that was not downloaded whole, or is another in its place, raises
+BROKEN = (SafetensorError, pickle.UnpicklingError, EOFError)
+# e.g. of a type of model that is not known; tokenizers, which is not in Python, raises plain exceptions
+REFUSALS = (ValueError, NotImplementedError, StrictDataclassError)
+OF_PIECES = re.compile(r"tiktoken.? is required|Error parsing line .* in .*\.model")  # what is tried as a last resort
 
 
 def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None = None, **kwargs: Any) -> Any:
@@ -25,11 +37,9 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
         kwargs: As ``from_pretrained`` takes them.
 
     Raises:
-        ConfigError: If it is neither in a folder of that name nor on the hub, the hub cannot be reached,
-            transformers does not know its type, or a GGUF file cannot be read.
+        ConfigError: If it is neither in a folder of that name nor on the hub, the hub cannot be reached, a file is
+            missing or broken, transformers does not know its type, or a GGUF file cannot be read.
     """
-    reason: str
-    cause: Exception
     said = f"{argument}={name!r}" if gguf_file is None else f"gguf_file={gguf_file!r}"
     try:
         if gguf_file is None and name.endswith(ENDING):
@@ -38,14 +48,26 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
             return kind.from_pretrained(name, **kwargs)
         return _from_gguf(kind, name, gguf_file, said, kwargs)
     except OSError as error:
-        reason, cause = "neither a folder nor a reachable hub name", error
+        reason = "neither a folder nor a reachable hub name"
         if gguf_file is not None:
             reason = "no such file on the hub"
-    except (ValueError, NotImplementedError) as error:  # e.g. a type of model that transformers does not know
-        if isinstance(error, ConfigError):
+        elif Path(name).is_dir():
+            reason = "a file in the folder is missing or broken"
+        raise ConfigError(f"{said}: {reason} ({one_line(str(error))})") from error
+    except BROKEN as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{said}: a file of weights is not whole; must be copied or downloaded anew ({first})"
+        ) from error
+    except Exception as error:
+        if isinstance(error, ConfigError) or not (isinstance(error, REFUSALS) or type(error) is Exception):
             raise
-        reason, cause = "not what transformers can make", error
-    raise ConfigError(f"{said}: {reason} ({str(cause).strip().splitlines()[0]})") from cause
+        check(
+            OF_PIECES.search(str(error)) is None,
+            f"{said}: has its words in a file of sentencepiece, which cannot be read; must have a tokenizer.json, or "
+            "pip install sentencepiece protobuf",
+        )
+        raise ConfigError(f"{said}: not what transformers can make ({one_line(str(error))})") from error
 
 
 def _from_gguf(kind: Any, folder: str, file: str, said: str, kwargs: dict[str, Any]) -> Any:

@@ -166,6 +166,15 @@ def test_text_alone_is_for_a_language_model(tmp_path, tokenizer):
     )
 
 
+def test_text_alone_is_for_a_model_of_gguf(tmp_path):
+    """Such a file names no class of transformers."""
+    gguf_files = pytest.importorskip("gguf_files", reason="gguf is not installed", exc_type=ImportError)
+    (tmp_path / "all.txt").write_text("the the\n\nthe\n\n" * 30)
+    file = str(gguf_files.write_gguf(gguf_files.llama(), tmp_path / "tiny.gguf"))
+    made, task = config(str(tmp_path / "all.txt"), None, model=file)
+    assert (task, made["init_args"]["tokenizer"]) == ("causal-language-modeling", file)
+
+
 def test_text_alone_is_not_for_a_model_that_writes_none(tmp_path, tokenizer):
     (tmp_path / "all.csv").write_text("a cat,pet\n" * 30)  # a header is missing
     for architectures in (["BertForSequenceClassification"], ["BertForMaskedLM"], None):

@@ -40,6 +40,14 @@ def test_what_is_given_is_checked(tmp_path, given, said):
         compress(str(tmp_path / "model"), **{"task": "text-classification", "output_dir": tmp_path / "out", **given})
 
 
+def test_where_no_files_can_be_written_is_told_first(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for model in ("nowhere", tiny.dense("bert")):
+        with pytest.raises(ConfigError, match=r"^output_dir='.*out': no files can be written there \(Not a dir"):
+            compress(model, "nowhere.csv", output_dir=tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_data_of_ones_own(tmp_path, monkeypatch):
     """A class by its place, as a recipe names it."""
     (tmp_path / "own_texts.py").write_text("from d2dmoe_pl.data import TextClassification as T\nclass Own(T): pass\n")

@@ -6,15 +6,16 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, one_line
 
 Pooling = Literal["mean", "cls", "max", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "cls", "max", "last")
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"  # has what stands before texts, among others
+TOKENS = "sentence_bert_config.json"  # says whether texts are in lower case, whatever the tokenizer does
 NEWER: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "max": "max", "lasttoken": "last"}  # as newer versions write
 NAMES: dict[Pooling, str] = {
     "mean": "pooling_mode_mean_tokens",
@@ -97,6 +98,11 @@ def default_prompt(model: str | Path) -> str:
     return (said.get("prompts") or {}).get(said.get("default_prompt_name")) or ""
 
 
+def has_lower_case(model: str | Path) -> bool:
+    """Whether a model of sentence-transformers reads every text in lower case."""
+    return _file(model, MODULES) is not None and bool((_read(model, TOKENS) or {}).get("do_lower_case"))
+
+
 def write_modules(folder: Path, pooling: Pooling, width: int, model: str | Path | None = None) -> None:
     """Make ``folder``, a Hugging Face model with its tokenizer, one of sentence-transformers; vectors get length 1.
 
@@ -147,12 +153,11 @@ def _file(model: str | Path, name: str) -> str | None:
         return str(file) if str(model) and file.is_file() else None
     try:
         return hf_hub_download(str(model), name)
-    except LocalEntryNotFoundError as error:  # it may be there, and is not known
-        if try_to_load_from_cache(str(model), name) is _CACHED_NO_EXIST:
+    except (OSError, EntryNotFoundError, HfHubHTTPError) as error:
+        is_reached = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if is_reached or try_to_load_from_cache(str(model), name) is _CACHED_NO_EXIST:
             return None
-        said = str(error).strip().splitlines()[0]
+        said = one_line(str(error))  # it may be there, and is not known
         raise ConfigError(
-            f"{model}: {name}, by which it says how it pools, cannot be fetched from the hub ({said})"
+            f"{model}: {name}, by which it says how it makes vectors, cannot be fetched from the hub ({said})"
         ) from error
-    except EntryNotFoundError:
-        return None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from tokenizers import normalizers
 from torch import Tensor
 from transformers import AutoModel
 
@@ -16,6 +17,7 @@ from d2dmoe_pl.data.embeddings.pooling import (
     Pooling,
     check_modules,
     default_prompt,
+    has_lower_case,
     pooled,
     pooling_of,
     write_modules,
@@ -71,6 +73,15 @@ class TextEmbeddings(TokenizedData):
     def pooling(self) -> Pooling:
         """How ``model`` pools."""
         return pooling_of(self.model) or "mean"
+
+    def load_processor(self) -> None:
+        if self.tokenizer is not None:
+            return
+        super().load_processor()
+        if has_lower_case(self.model):
+            core: Any = self.tokenizer.backend_tokenizer  # as all of transformers 5 have it
+            before = [] if core.normalizer is None else [core.normalizer]
+            core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
 
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         splits = self.source.load()

@@ -20,6 +20,7 @@ from d2dmoe_pl.data.embeddings.pooling import (
     NEWER,
     POOLINGS,
     PROMPTS,
+    TOKENS,
     check_modules,
     default_prompt,
     pooled,
@@ -95,6 +96,31 @@ def test_the_vectors_are_those_of_sentence_transformers(folder):
         torch.testing.assert_close(adapter_for(model).logits(model, batch), batch["labels"], rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_texts_are_in_lower_case_where_the_model_says_so(folder, tmp_path):
+    """An older model says so beside its tokenizer, which keeps capitals; they are words that it does not know."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model" / TOKENS).write_text(json.dumps({"max_seq_length": 16, "do_lower_case": True}))
+    (tmp_path / "data.csv").write_text("text\n" + "".join(f"{text.title()}\n" for text in TEXTS))
+    data = TextEmbeddings(
+        DatasetSource(**dict.fromkeys(("train", "validation", "test"), str(tmp_path / "data.csv"))),
+        str(tmp_path / "model"),
+    )
+    data.setup()
+    assert data.tokenizer("Red the BLUE")["input_ids"] == data_tokens(folder, "red the blue")
+    data.save_processor(tmp_path)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)("RED")["input_ids"] == data_tokens(folder, "red")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    kept = torch.cat([batch["labels"] for batch in data.test_dataloader()])
+    theirs = torch.tensor(model.encode([text.title() for text in TEXTS]))
+    torch.testing.assert_close(torch.nn.functional.normalize(kept, dim=1), theirs, rtol=1e-4, atol=1e-5)
+
+
+def data_tokens(folder, text):
+    return transformers.AutoTokenizer.from_pretrained(folder / "model")(text)["input_ids"]
+
+
 @pytest.mark.thorough
 def test_through_the_phases_and_back_into_sentence_transformers(folder, trainer, tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -159,7 +185,7 @@ def test_what_a_folder_says(pooling, tmp_path):
 
 def test_what_the_hub_says(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"^me/it: modules.json, by which it says how it pools, cannot be fetched"):
+    with pytest.raises(ConfigError, match=r"^me/it: modules.json, by which it says how it makes vectors, cannot be f"):
         pooling_of("me/it")
     cached = tmp_path / "models--me--it"
     (cached / "snapshots" / "1").mkdir(parents=True)
