@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetsError
 
 from d2dmoe_pl.data.file_rows import READERS, check_decodable, hold_articles, json_fault, lines_of, rows_of, stamps
 from d2dmoe_pl.data.generated_dataset import generated
-from d2dmoe_pl.data.task_data import SPLITS
+from d2dmoe_pl.data.own_data_checks import SPLITS
 from d2dmoe_pl.errors import ConfigError, check
 
 # what reads the kinds of files that are not read row by row here
