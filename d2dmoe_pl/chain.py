@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 
 from d2dmoe_pl.artifact import load_model, record_metrics
@@ -74,17 +75,23 @@ def run_chain(config: Namespace) -> None:
 
 
 def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir: Path, start_over: str | None) -> None:
-    openings = [_opened(name, given) for name, given in zip(names, arguments, strict=True)]
+    openings = [_opened(output_dir / name, given) for name, given in zip(names, arguments, strict=True)]
     with locked(output_dir):
         _clean_up(output_dir, names)
         _run_what_is_left(names, arguments, openings, output_dir, start_over)
 
 
-def _opened(name: str, arguments: Sequence[str]) -> PhaseCLI:
+def _opened(folder: Path, arguments: Sequence[str]) -> PhaseCLI:
     try:
-        opening = PhaseCLI(args=list(arguments), run=False)
+        opening = PhaseCLI(args=list(arguments), run=False, folder=folder)
     except ArgumentError as error:
-        raise ConfigError(f"{name}: {parser_line(str(error))}") from error
+        raise ConfigError(f"{folder.name}: {parser_line(str(error))}") from error
+    asked = opening.config.trainer.strategy
+    check(
+        not isinstance(opening.trainer.strategy.launcher, _MultiProcessingLauncher),
+        f"strategy={asked if isinstance(asked, str) else asked.class_path}: its processes end with a training, and "
+        "what is trained with them; must be auto, ddp or another in a chain",
+    )
     dry: Any = opening.trainer.fast_dev_run  # type: ignore[attr-defined] # Lightning sets it
     check(
         not dry,
@@ -208,6 +215,10 @@ def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str |
             owner is not None or first in PARTS,
             f"set={setting!r}: must begin with trainer, data or model, or with a phase: {', '.join(names)}",
         )
+        check(
+            not key.endswith("trainer.default_root_dir"),
+            f"set={setting!r}: a chain gives each phase the folder of its name; must be --output_dir",
+        )
         arguments[owner].append(f"--{key if owner is None else rest}={value}")
     return arguments
 
@@ -216,19 +227,11 @@ def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], inde
     """The arguments of one phase, as ``fit`` takes them."""
     names = list(config.phases)
     settings_of_phase = phase_config(config.as_dict(), names[index])
-    own: Any = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": config.output_dir, "name": names[index], "version": ""},
-    }
-    asked = settings_of_phase.get("trainer", {}).get("logger")
-    more = [] if asked in (None, True, False) else asked if isinstance(asked, list) else [asked]
-    logger = False if asked is False else [own, *more] if more else own
     previous = Path(config.output_dir) / names[index - 1] / FOLDER
     return [
         *["--config", json.dumps(settings_of_phase)],
         f"--seed_everything={config.seed}",
         f"--trainer.default_root_dir={Path(config.output_dir) / names[index]}",
-        f"--trainer.logger={json.dumps(logger)}",
         *settings[None],
         *settings[names[index]],
         *([f"--model.init_args.init_from={previous}"] if index > 0 else []),
@@ -257,7 +260,7 @@ def _run_phase(
     resume_from = checkpoint_of(folder) if todo is Todo.RESUME else None
     if todo is Todo.RUN:
         discard_phase(folder)
-    opening = PhaseCLI(args=arguments, run=False)  # anew: a Trainer runs once, and the seed is set here
+    opening = PhaseCLI(args=arguments, run=False, folder=folder)  # anew: a Trainer runs once, and the seed is set here
     trainer: Any = opening.trainer
     trainer.callbacks.append(CheckLaterPhases(later))
     write_status(folder, computed, finished=False)

@@ -10,12 +10,19 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessRaisedException
 
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError, NonFiniteWeightsError, one_line
 from d2dmoe_pl.parser_line import parser_line
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
-REFUSALS = (MisconfigurationException, FileNotFoundError, RuntimeError, ValueError)  # of settings, by Lightning
+REFUSALS = (
+    MisconfigurationException,
+    FileNotFoundError,
+    ImportError,
+    RuntimeError,
+    ValueError,
+)  # of settings, by Lightning
 UNUSABLE = {
     errno.EACCES,
     errno.EEXIST,
@@ -26,6 +33,7 @@ UNUSABLE = {
     errno.EPERM,
     errno.EROFS,
 }
+IN_PROCESS = re.compile(r"^(?:\w+\.)*ConfigError: (.*)\s*\Z", re.MULTILINE)  # at the end of a traceback
 DISK_FULL = re.compile(r"no space left on device|disk quota exceeded|PytorchStreamWriter failed|unexpected pos \d+ vs")
 
 
@@ -52,6 +60,9 @@ def failure_of(error: BaseException) -> Failure:
     for cause in _causes(error):
         if isinstance(cause, ConfigError):
             return Failure(_from_worker(str(cause)), 2)
+        told = IN_PROCESS.search(str(cause)) if isinstance(cause, ProcessRaisedException) else None
+        if told:
+            return Failure(told[1], 2)
         if isinstance(cause, (NonFiniteLossError, NonFiniteWeightsError)):
             return Failure(str(cause))
     for cause in _causes(error):
@@ -64,7 +75,9 @@ def failure_of(error: BaseException) -> Failure:
         known = _known(cause)
         if known is not None:
             return Failure(known)
-    root = next(cause for cause in _causes(error) if not isinstance(cause, InterruptedPhaseError))
+    roots = [cause for cause in _causes(error) if not isinstance(cause, InterruptedPhaseError)]
+    # a parser that makes an object says of what the object raises all that it tried besides
+    root = next((cause for cause in roots if not _raised_in(cause).startswith("jsonargparse.")), roots[0])
     return Failure(f"{type(root).__name__}: {one_line(str(root))}", is_known=False)
 
 

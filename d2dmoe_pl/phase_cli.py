@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -31,8 +32,11 @@ from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.phases._sharding import check_strategy
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
-from d2dmoe_pl.run_folders import logger_beside
+from d2dmoe_pl.run_folders import logger_beside, loggers_in
 from d2dmoe_pl.signals import leave_signals_to_us
+
+# a setting that has a word of a list as its default is written to config.yaml as that word
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, word: dumper.represent_data(word.value))
 
 NAMED_PHASE = re.compile(r"[\w./-]+:\w+")
 EVALUATING = ("validate", "test", "predict")
@@ -64,9 +68,16 @@ class PhaseConfigFile(ActionConfigFile):
 
 
 class PhaseCLI(LightningCLI):
-    """LightningCLI over phases and data modules, by class name."""
+    """LightningCLI over phases and data modules, by class name.
 
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+    Args:
+        args: Command-line arguments; those of the process if not given.
+        run: Whether a subcommand comes first, and is run.
+        folder: Of the phase, in that of a chain; what it leaves is written there, whatever loggers are asked for.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True, folder: Path | None = None) -> None:
+        self.folder = folder
         for package in (data, adapters):  # classes that have been imported are found by their bare names
             for name in package.__all__:
                 getattr(package, name)
@@ -110,6 +121,8 @@ class PhaseCLI(LightningCLI):
         if self.subcommand in EVALUATING:
             logger_beside(config.trainer.get("logger"))
             self.save_config_callback = None  # the run's own config stays
+        if self.folder is not None:
+            config.trainer.logger = loggers_in(self.folder, config.trainer.get("logger"))
         model = config.get("model")
         if model is not None and issubclass(resolve_name(model.class_path), OrderedPass):
             config.trainer.max_epochs = 1
@@ -119,7 +132,10 @@ class PhaseCLI(LightningCLI):
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         if self.subcommand in (None, "fit"):
             check_training(config.trainer)
+        else:
+            check_evaluation(config.trainer, self.subcommand)
         check_devices(config.trainer)
+        self._settle_callbacks(config.trainer)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
@@ -127,12 +143,25 @@ class PhaseCLI(LightningCLI):
                 raise
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
         check_strategy(self.model, trainer.strategy)
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it
-        check_callbacks(callbacks)
+        writes = self.subcommand not in EVALUATING and not trainer.fast_dev_run  # type: ignore[attr-defined] # Lightning sets it
+        first = next(iter(trainer.loggers), None)
+        check(
+            not writes or first is None or first.save_dir is not None,
+            f"logger={type(first).__name__}: has no save_dir, where a phase would leave what it makes; must come "
+            "behind one that has, such as TensorBoardLogger",
+        )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has asked for no other
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         leave_signals_to_us(trainer)
         return trainer
+
+    def _settle_callbacks(self, trainer: Mapping[str, Any]) -> None:
+        """Check the callbacks, and leave out the checkpoints of a trainer that is to write none."""
+        own = self.trainer_defaults["callbacks"]
+        if trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
+            own = self.trainer_defaults["callbacks"] = [each for each in own if not isinstance(each, ModelCheckpoint)]
+        given = self._get(self.config_init, "trainer").get("callbacks") or []
+        check_callbacks([*(given if isinstance(given, list) else [given]), *own])
 
     def _set_seed(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -152,6 +181,12 @@ def check_training(trainer: Mapping[str, Any]) -> None:
         check(trainer.get(key) != 0, f"{key}={trainer.get(key)}: nothing would be trained; must not be 0")
     accumulated = trainer.get("accumulate_grad_batches", 1)
     check(accumulated > 0, f"accumulate_grad_batches={accumulated}: must be positive")
+
+
+def check_evaluation(trainer: Mapping[str, Any], subcommand: str) -> None:
+    """Raise ``ConfigError`` for settings of a trainer by which an evaluation would do nothing."""
+    key = f"limit_{'val' if subcommand == 'validate' else subcommand}_batches"
+    check(trainer.get(key) != 0, f"{key}={trainer.get(key)}: {subcommand} would do nothing; must not be 0")
 
 
 def check_devices(trainer: Mapping[str, Any]) -> None:

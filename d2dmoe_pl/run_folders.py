@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from d2dmoe_pl.artifact import CONFIG as ARTIFACT_CONFIG
 from d2dmoe_pl.artifact import read_artifact
@@ -118,3 +119,20 @@ def logger_beside(logger: Any) -> Any:
     if (folder / FOLDER).is_dir():
         given["save_dir"], given["name"], given["version"] = str(folder), EVALUATIONS, None
     return logger
+
+
+def loggers_in(folder: Path, asked: Any) -> Any:
+    """The config of a chain's loggers: its own, which writes to the folder of a phase, and then those asked for.
+
+    What a phase leaves lies in the folder of its first logger; without loggers, in ``default_root_dir``.
+
+    Args:
+        folder: The phase's.
+        asked: As ``trainer.logger`` is configured; False for none.
+    """
+    if asked is False:
+        return False
+    place = Namespace(save_dir=str(folder.parent), name=folder.name, version="")
+    own = Namespace(class_path="lightning.pytorch.loggers.TensorBoardLogger", init_args=place)
+    more = [] if asked in (None, True) else asked if isinstance(asked, list) else [asked]
+    return [own, *more] if more else own

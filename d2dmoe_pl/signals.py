@@ -52,13 +52,17 @@ def leave_signals_to_us(trainer: Any) -> None:
         if signal.getsignal(signal.SIGTERM) is _end:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return
-    trainer._signal_connector._sigterm_notifier_fn = lambda signum, frame: None
+    trainer._signal_connector._sigterm_notifier_fn = _let_it_be
 
 
 def will_be_requeued(trainer: Any) -> bool:
     """Whether a cluster starts the job anew after it has taken the machine away."""
     environment = trainer._accelerator_connector.cluster_environment
     return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+
+
+def _let_it_be(signum: int, frame: FrameType | None) -> None:
+    pass  # a function with a name, which a trainer can take along to processes that are spawned
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -263,6 +263,11 @@ def test_a_home_folder_and_other_loggers_beside_its_own(tmp_path, monkeypatch):
     assert read_artifact(folder / "sparsity_enforcement" / "artifact").stage == "dense"
     assert list((folder / "fine_tuning").glob("events.*"))
     assert list((tmp_path / "csv" / "own").rglob("metrics.csv"))
+    content["phases"] = {"fine_tuning": content["phases"]["fine_tuning"]}
+    recipe.write_text(yaml.safe_dump(content, sort_keys=False))
+    main(arguments(str(recipe), tmp_path / "set", "--set", "trainer.logger=CSVLogger", "trainer.logger.save_dir=other"))
+    assert read_artifact(tmp_path / "set" / "fine_tuning" / "artifact").stage == "dense"
+    assert list((tmp_path / "other").rglob("metrics.csv"))
     assert not (tmp_path / "~").exists()
 
 

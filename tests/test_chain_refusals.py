@@ -104,6 +104,30 @@ def test_a_dry_run(tmp_path, capsys):
     assert not output.exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "trainer.strategy=ddp_fork",
+            "strategy=ddp_fork: its processes end with a training, and what is trained with them; must be auto, ddp or "
+            "another in a chain",
+        ),
+        (
+            "fine_tuning.trainer.default_root_dir=elsewhere",
+            "set='fine_tuning.trainer.default_root_dir=elsewhere': a chain gives each phase the folder of its name; "
+            "must be --output_dir",
+        ),
+    ],
+)
+def test_what_would_be_lost_or_looked_for_elsewhere(tmp_path, capsys, setting, said):
+    recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(recipe, output, "--set", setting))
+    assert exit_info.value.code == 2
+    assert f"error: {said}\n" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_no_phases(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["chain", "--output_dir", str(tmp_path / "run"), "--phases", "{}"])

@@ -1,17 +1,21 @@
 """Whatever ends a command is one line: what a user can mend in our words, all else with its traceback in a file."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import MLFlowLogger
 from recipe import arguments, write_recipe
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader
 
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.errors import ConfigError, InterruptedPhaseError, NonFiniteLossError
-from d2dmoe_pl.failures import failure_of, write_traceback
+from d2dmoe_pl.failures import Failure, failure_of, write_traceback
 from d2dmoe_pl.phase_cli import with_nulls_as_configs
 from d2dmoe_pl.phases import FineTuning
 
@@ -31,6 +35,21 @@ class Broken(torch.utils.data.Dataset):
         raise ConfigError("image_column='image': sample 2 cannot be read")
 
 
+class NotThere(str):
+    def __bool__(self) -> bool:
+        return False
+
+
+class Refuses(Callback):
+    def __init__(self, times: int) -> None:
+        raise KeyError(f"times={times} is too often")
+
+
+class Uninstalled(Callback):
+    def __init__(self, times: int) -> None:
+        MLFlowLogger()
+
+
 class TestFailures:
     def test_a_setting_at_the_root_of_others(self):
         error = raised(RuntimeError("outer"), raised(ConfigError("tau=2: must lie in [0, 1]")))
@@ -43,6 +62,27 @@ class TestFailures:
             next(iter(DataLoader(Broken(), num_workers=1)))
         assert "Traceback" in str(info.value)
         assert failure_of(info.value).line == "image_column='image': sample 2 cannot be read"
+
+    def test_a_setting_that_a_process_of_several_refuses(self):
+        text = "\n-- Process 1 terminated with the following error:\nTraceback (most recent call last):\n  File x\n"
+        error = ProcessRaisedException(f"{text}d2dmoe_pl.errors.ConfigError: devices=2: must be 1\n", 1, 99)
+        assert failure_of(error) == Failure("devices=2: must be 1", 2)
+
+    @pytest.mark.parametrize(
+        ("name", "code", "said"),
+        [
+            ("Refuses", 1, "error: KeyError: 'times=3 is too often'; the traceback is in "),
+            ("Uninstalled", 2, "error: trainer: mlflow is missing"),
+        ],
+    )
+    def test_what_is_raised_where_a_parser_makes_an_object(self, tmp_path, capsys, monkeypatch, name, code, said):
+        monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", NotThere("mlflow is missing"))
+        recipe, settings = write_recipe(tmp_path / "recipe.yaml"), {"class_path": f"{__name__}.{name}"}
+        settings["init_args"] = {"times": 3}
+        with pytest.raises(SystemExit) as exit_info:
+            main(["fit", f"--config={recipe}:fine_tuning", f"--trainer.callbacks={json.dumps([settings])}"])
+        assert exit_info.value.code == code
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(said)
 
     @pytest.mark.parametrize(
         ("settings", "said"),

@@ -61,7 +61,7 @@ class TauSweep(L.Callback):
     A model whose routing has no ``tau``, such as MoEBERT's, is one point instead of a curve.
 
     Args:
-        taus: Values in [0, 1]; larger runs more experts, 1 is the dense layer.
+        taus: Values in [0, 1]; larger runs more experts, 1 is the dense layer. None for some from 0.3 to 1.
         rule: Gating rule, e.g. the name of a file in ``moe/gating``.
         ks: With rule ``topk``, numbers of experts that each token runs, swept instead of ``taus``.
         budgets: With ``BudgetCalibration``, shares of the dense FFNs' FLOPs, swept instead of ``taus``, with a ``tau``
@@ -74,17 +74,17 @@ class TauSweep(L.Callback):
 
     def __init__(
         self,
-        taus: list[float] = DEFAULT_TAUS,
+        taus: list[float] | None = DEFAULT_TAUS,
         rule: str = "dynk_max",
         ks: list[int] | None = None,
         budgets: list[float] | None = None,
     ) -> None:
-        check(len(taus) > 0, "taus=[]: must hold at least one value in [0, 1]")
+        check(taus != [], "taus=[]: must hold at least one value in [0, 1]")
         check(ks != [], "ks=[]: must hold at least one number of experts")
         check(budgets != [], "budgets=[]: must hold at least one share of the dense FFNs' FLOPs")
-        check(ks is None or taus == DEFAULT_TAUS, f"ks={ks}: allowed only without taus")
+        check(ks is None or taus in (None, DEFAULT_TAUS), f"ks={ks}: allowed only without taus")
         check(
-            budgets is None or (ks is None and taus == DEFAULT_TAUS),
+            budgets is None or (ks is None and taus in (None, DEFAULT_TAUS)),
             f"budgets={budgets}: allowed only without taus and ks",
         )
         for budget in budgets or []:
@@ -92,7 +92,7 @@ class TauSweep(L.Callback):
         if budgets is not None:
             self.settings = [SweepSetting(BUDGET, budget) for budget in budgets]
         else:
-            swept: list[float] = list(taus) if ks is None else list(ks)
+            swept: list[float] = list(DEFAULT_TAUS if taus is None else taus) if ks is None else list(ks)
             self.settings = [SweepSetting("tau" if ks is None else "k", value, rule) for value in swept]
             for setting in self.settings:
                 setting.gate  # noqa: B018 (which checks it)

@@ -34,7 +34,7 @@ from d2dmoe_pl.data.local_folders import (
     split_in,
     visible,
 )
-from d2dmoe_pl.data.task_data import SPLITS
+from d2dmoe_pl.data.own_data_checks import SPLITS
 from d2dmoe_pl.errors import ConfigError, check
 
 # what reads the kinds of files that are not read row by row here

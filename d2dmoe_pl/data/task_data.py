@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -18,10 +18,9 @@ from d2dmoe_pl.data.epoch_order import DrawnSamples, EpochOrder, check_shares, e
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.output_names import places, renumbered
+from d2dmoe_pl.data.own_data_checks import SPLITS, check_batch, checked_splits
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.errors import ConfigError, check, some_of
-
-SPLITS = ("train", "validation", "test")
 
 
 class TaskData(L.LightningDataModule):
@@ -52,6 +51,7 @@ class TaskData(L.LightningDataModule):
     sample_length: int | None = None
     answer_start: int | None = None
     answer_end: int | None = None
+    loaded: ClassVar[Sequence[str]] = SPLITS  # what load must give
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
         super().__init__()
@@ -138,11 +138,8 @@ class TaskData(L.LightningDataModule):
         """
         if not self._splits:
             self.load_processor()
-            splits: Any
-            splits, self._own_task = self.load()
-            for name, split in splits.items():
-                check(len(split) > 0, f"{name}: the split is empty; must have at least one sample")
-            self._splits, self.task = splits, self._own_task
+            self._splits, self._own_task = checked_splits(type(self).__name__, self.load(), self.loaded)
+            self.task = self._own_task
         if stage == "fit" and (self.trainer is None or self.trainer.limit_val_batches):
             for name in self.split_names("validation"):  # which may be needed after hours only
                 check_shares(len(self._splits[name]), name)
@@ -276,6 +273,8 @@ class TaskData(L.LightningDataModule):
 
     def _batch(self, samples: Sequence[Any], augment: bool) -> dict[str, Tensor]:
         batch = self.collate(samples, augment)
+        assert self._own_task is not None
+        check_batch(type(self).__name__, batch, self._own_task, self._raw_inputs is None)
         if self._outputs is None or "labels" not in batch:
             return batch
         return {**batch, "labels": renumbered(batch["labels"], self._outputs)}

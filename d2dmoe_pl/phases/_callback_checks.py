@@ -1,14 +1,29 @@
 """Lightning's callbacks that no phase can run with."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from lightning.pytorch.callbacks import BatchSizeFinder, Callback, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 
 from d2dmoe_pl.errors import check
 
 
-def check_callbacks(callbacks: Iterable[Callback]) -> None:
+def check_callbacks(callbacks: Sequence[Callback]) -> None:
     """Raise ``ConfigError`` for a callback that would break a phase, or do nothing."""
+    kept_as = [callback.state_key for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    # by these a trainer tells apart whose state in a checkpoint is whose
+    check(
+        len(set(kept_as)) == len(kept_as),
+        "callbacks=ModelCheckpoint: must differ from others, and from that of every phase, which keeps the last epoch, "
+        "in monitor, mode, every_n_epochs, every_n_train_steps or train_time_interval",
+    )
     for callback in callbacks:
         name = type(callback).__name__
         # it copies a phase before there is a model in it, so that it would average nothing, and replaces the schedule
@@ -20,4 +35,9 @@ def check_callbacks(callbacks: Iterable[Callback]) -> None:
         check(
             not isinstance(callback, BatchSizeFinder | LearningRateFinder),
             f"callbacks={name}: must be left out; batch_size and lr are set by hand",
+        )
+        # they look for the parameters of a phase before there is a model in it
+        check(
+            not isinstance(callback, BaseFinetuning | ModelPruning),
+            f"callbacks={name}: must be left out; what is trained or pruned is up to transform_ of a phase of your own",
         )

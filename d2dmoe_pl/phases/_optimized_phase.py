@@ -47,6 +47,7 @@ class OptimizedPhase(Phase):
         self.optimizer = optimizer
         self.warmup = warmup
         self.decay = decay
+        self._was_trained: bool | None = None  # until the first step
 
     def learning_rate(self, name: str) -> float | None:
         """What the learning rate of the parameter ``name`` rises to; None for the optimizer's own."""
@@ -76,17 +77,30 @@ class OptimizedPhase(Phase):
 
         Every process must ask at once, before a step.
         """
-        schedule = self.lr_schedulers()
-        assert isinstance(schedule, TrainingSchedule)
-        schedule.place()
-        share = schedule.share()
+        schedule = self._placed_schedule()
+        share = None if schedule is None else schedule.share()
         return 1.0 if share is None else min(1.0, share)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        schedule = self.lr_schedulers()
-        assert isinstance(schedule, TrainingSchedule)
-        schedule.place()
+        self._placed_schedule()
+        if not self._was_trained:
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._was_trained = any(parameter.grad is not None for parameter in parameters)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def _placed_schedule(self) -> TrainingSchedule | None:
+        """The schedule, where it is in the training; None for a phase that configures optimizers of its own."""
+        schedule = self.lr_schedulers()
+        if not isinstance(schedule, TrainingSchedule):
+            return None
+        schedule.place()
+        return schedule
+
+    def end_training(self) -> None:
+        """As of every phase, unless all steps were without a loss, which a trainer passes over."""
+        name = type(self).__name__
+        check(self._was_trained is not False, f"{name}: nothing was trained; training_step must return the loss")
+        super().end_training()
 
 
 def check_optimizer(optimizer: OptimizerFactory) -> None:

@@ -1,7 +1,7 @@
 """What every phase shares: where its model comes from, the course of its life, how it is evaluated."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -289,12 +289,11 @@ class Phase(ExactTypes):
 
     def metrics_of(self, split: str) -> MetricCollection:
         """The task's metrics of one split."""
-        metrics = self.metrics[split]
-        assert isinstance(metrics, MetricCollection)
-        return metrics
+        return cast(MetricCollection, self.metrics[split])
 
     def _log_metrics(self, stage: str) -> None:
-        for split in self.data.split_names(stage):
-            values = {f"{split}/{name}": value for name, value in self.metrics_of(split).compute().items()}
-            self.log_dict(values, prog_bar=True, sync_dist=True)  # the same on all processes by now
-            self.metrics_of(split).reset()
+        for split, metrics in ((split, self.metrics_of(split)) for split in self.data.split_names(stage)):
+            if metrics["loss"].update_called:  # a phase with a step of its own measures otherwise
+                values = {f"{split}/{name}": value for name, value in metrics.compute().items()}
+                self.log_dict(values, prog_bar=True, sync_dist=True)  # the same on all processes by now
+                metrics.reset()

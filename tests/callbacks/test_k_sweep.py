@@ -89,6 +89,7 @@ def test_settings_that_cannot_be(trainer, routed):
         TauSweep(rule="topk", ks=[0, 1])
     with pytest.raises(ConfigError, match=r"ks=\[\]: must hold at least one number of experts"):
         TauSweep(rule="topk", ks=[])
+    assert [setting.value for setting in TauSweep(None, rule="topk", ks=[1, 2]).settings] == [1, 2]
     with pytest.raises(ConfigError, match=r"ks=\[1\]: allowed only without taus"):
         TauSweep([0.5], "topk", [1])
     with pytest.raises(ConfigError, match=r"k=9: must be at most the number of experts, 8 in bert.encoder.layer.0"):

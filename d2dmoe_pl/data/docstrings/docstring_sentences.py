@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from d2dmoe_pl.data.generated_dataset import generated
-from d2dmoe_pl.data.task_data import SPLITS
+from d2dmoe_pl.data.own_data_checks import SPLITS
 from d2dmoe_pl.errors import ConfigError
 
 STANDARD_LIBRARY = "python"

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.language_modeling.language_modeling import LanguageModeling
 from d2dmoe_pl.data.language_modeling.streaming import PackedStream, StreamLoader, head
+from d2dmoe_pl.data.own_data_checks import SPLITS
 from d2dmoe_pl.data.task import Task
-from d2dmoe_pl.data.task_data import SPLITS
 from d2dmoe_pl.errors import check
 
 
@@ -42,6 +42,8 @@ class StreamedLanguageModeling(LanguageModeling):
         ConfigError: As ``LanguageModeling`` does; for numbers that are not positive, or an epoch shorter than a batch;
             in training, if the stream ends before it.
     """
+
+    loaded = SPLITS[1:]  # the training split is read as it is needed
 
     def __init__(
         self,

@@ -1,0 +1,48 @@
+"""Phases of a user's own: steps, optimizers and measures in the place of those that are there."""
+
+import pytest
+import torch
+
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import FineTuning
+
+
+class OwnValidation(FineTuning):
+    def validation_step(self, batch, batch_idx):
+        self.log("validation/loss", self.task_loss(self.logits(batch), batch) * 0 + 7)
+
+
+class OwnOptimizer(FineTuning):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.model.parameters(), lr=0.25)
+
+
+class WithoutReturn(FineTuning):
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+
+
+class EverySecond(FineTuning):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+
+def test_a_validation_step_that_measures_something_else_is_not_overruled(trainer, digits, artifact):
+    phase = OwnValidation(init_from=artifact("dense"))
+    trainer().fit(phase, datamodule=digits)
+    assert phase.measured == {"validation/loss": 7.0}
+
+
+def test_an_optimizer_without_our_schedule(trainer, digits, artifact):
+    phase = OwnOptimizer(init_from=artifact("dense"))
+    run = trainer()
+    run.fit(phase, datamodule=digits)
+    assert phase.progress() == 1.0
+    assert run.logged_metrics["train/learning_rate"] == 0.25
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_loss(trainer, digits, artifact):
+    with pytest.raises(ConfigError, match=r"^WithoutReturn: nothing was trained; training_step must return the loss$"):
+        trainer().fit(WithoutReturn(init_from=artifact("dense")), datamodule=digits)
+    trainer().fit(EverySecond(init_from=artifact("dense")), datamodule=digits)
