@@ -1,0 +1,133 @@
+"""The proof that an adapter from outside of the package takes a model's FFNs for what they are."""
+
+from collections.abc import Iterator, Sequence
+from pkgutil import resolve_name
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from d2dmoe_pl.adapters._adapter import Adapter
+from d2dmoe_pl.adapters._ffn import FFN, holder_of
+from d2dmoe_pl.adapters._unchanged import unchanged
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.hooks import first_given, hooked
+from d2dmoe_pl.sharded_tensors import is_sharded
+
+PROVED = "_d2dmoe_proved"  # attribute of a model
+LENGTH = 6  # of texts
+
+
+def prove_foreign(adapter: Adapter, model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Raise ``ConfigError`` unless ``ffns`` compute what the model does, by one call with a few random tokens.
+
+    Each is proved once, and again with another activation. Where weights have no values here, nothing can be.
+
+    Args:
+        adapter: From outside of the package, whose own are held to this by tests.
+        model: Of its family.
+        ffns: Those that ``adapter`` finds in it.
+    """
+    for ffn in ffns:
+        gate = None if ffn.gate_proj is None else ffn.gate_proj.weight.shape
+        down = ffn.down.weight.shape
+        check(
+            gate in (None, ffn.up.weight.shape) and down[1] == ffn.d_ff,
+            f"family={adapter.family!r}: its adapter has for {ffn.name} up {tuple(ffn.up.weight.shape)}, gate_proj "
+            f"{gate and tuple(gate)} and down {tuple(down)}; must be weights (d_ff, d_model), the same or None, and "
+            "(d_model, d_ff)",
+        )
+    proved: set[tuple[str, str]] = model.__dict__.setdefault(PROVED, set())
+    new = [ffn for ffn in ffns if (ffn.name, ffn.activation_name) not in proved]
+    if not new or is_sharded(model) or any(tensor.is_meta for tensor in model.parameters()):
+        return
+    errors: dict[str, float] = {}
+    unproved = ""
+    try:
+        _run(adapter, model, new, errors)
+    except Exception as error:  # whatever a model raises, such as one whose kernels are for another device
+        errors.clear()
+        unproved = f", since the model cannot be called here: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    tolerance = 1e-4 if new[0].up.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    for name, error in errors.items():
+        check(
+            error <= tolerance,
+            f"family={adapter.family!r}: its adapter takes {name} for something else than the model computes "
+            f"({error:.2g} apart on random input); must be down(activation(up(x))), or of a gated FFN "
+            "down(activation(gate_proj(x)) * up(x)), all that the module of that name computes",
+        )
+    proved.update((ffn.name, ffn.activation_name) for ffn in new)
+    unseen = [ffn.name for ffn in new if ffn.name not in errors]
+    if unseen:
+        say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
+        say(
+            f"family={adapter.family!r}: {len(unseen)} FFNs are not proved, the first "
+            f"{unseen[0]}{unproved or ', which random input does not reach as its adapter says'}"
+        )
+
+
+@torch.no_grad()
+def _run(adapter: Adapter, model: nn.Module, ffns: Sequence[FFN], errors: dict[str, float]) -> None:
+    """Call the model, and leave in ``errors`` by name how far each FFN that runs is from what it is taken for."""
+
+    def handles() -> Iterator[RemovableHandle]:
+        for ffn in ffns:
+            beside = _Beside(ffn, errors)
+            up, down, named = holder_of(ffn.up), holder_of(ffn.down), model.get_submodule(ffn.name)
+            inside = {id(module) for module in named.modules()}
+            begin = named if id(up) in inside else up
+            end = named if {id(up), id(down)} <= inside else down
+            yield begin.register_forward_pre_hook(beside.see, with_kwargs=True)
+            yield end.register_forward_hook(beside.compare)
+
+    with torch.random.fork_rng(devices=[]), unchanged(model):  # what is drawn is none of a training's
+        model.eval()
+        positions = adapter.num_positions(model)
+        inputs = adapter.random_inputs(model, 2, LENGTH if positions is None else min(LENGTH, positions))
+        like = ffns[0].up.weight
+        batch = {
+            name: value.to(like.device, like.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        with hooked(handles()):
+            adapter.logits(model, batch)
+
+
+class _Beside:
+    """An FFN computed as what it is taken for, beside the model's own computation, which goes on as it is."""
+
+    def __init__(self, ffn: FFN, errors: dict[str, float]) -> None:
+        self._ffn = ffn
+        self._errors = errors
+        self._x: Any = None
+
+    def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook of what is given the FFN's input."""
+        self._x = first_given(args, kwargs)
+
+    def compare(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook of what gives the FFN's output."""
+        x, self._x = self._x, None
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+            return
+        error = _apart(self._ffn, x, output)
+        self._errors[self._ffn.name] = max(self._errors.get(self._ffn.name, 0.0), error)
+
+
+def _apart(ffn: FFN, x: Tensor, output: Tensor) -> float:
+    """How far ``output`` is from what the FFN is taken for, as a share of its largest number."""
+    linear = nn.functional.linear
+    if x.shape[-1] != ffn.d_model or output.shape[-1] != ffn.down.weight.shape[0]:
+        return float("inf")
+    up = linear(x, ffn.up.weight, ffn.up.bias)
+    if ffn.gate_proj is None:
+        hidden = ffn.activation(up)
+    else:
+        hidden = ffn.activation(linear(x, ffn.gate_proj.weight, ffn.gate_proj.bias)) * up
+    expected = linear(hidden, ffn.down.weight, ffn.down.bias)
+    if expected.shape != output.shape:
+        return float("inf")
+    if not bool(output.isfinite().all()):
+        return 0.0  # of weights without values yet, or too large for their type
+    return float((expected - output).abs().max() / output.abs().max().clamp(min=1e-6))
