@@ -175,6 +175,26 @@ def test_timm(name, tmp_path):
     assert torch.equal(adapter_for(model).logits(loaded, inputs), adapter_for(model).logits(model, inputs))
 
 
+@torch.no_grad()
+def test_a_known_class_of_timm_with_other_ffns():
+    sizes = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", mlp_layer=timm.models.vitamin.GeGluMlp, **sizes).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    convert_to_moe_(model, ExpertsConfig(4))
+    assert len(moe_layers(model)) == 2
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    assert adapter_for(model).family == "any_timm"
+
+
+@torch.no_grad()
+def test_a_hybrid_takes_pictures_of_as_many_channels_as_its_stem(tmp_path):
+    sizes = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "in_chans": 1}
+    model = create_timm_model("vit_tiny_r_s16_p8_224", 3, sizes, ["a", "b", "c"]).eval()
+    assert adapter_for(model).input_shape(model) == (1, 32, 32)
+    converts_exactly(model, adapter_for(model).random_inputs(model, 2, 0), tmp_path / "artifact")
+
+
 def test_it_is_said_once(caplog):
     model = classifier(TRANSFORMERS["deberta"][0]())
     with caplog.at_level(logging.WARNING, logger="d2dmoe_pl"):
