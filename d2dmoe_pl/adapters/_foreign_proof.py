@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from d2dmoe_pl.adapters._adapter import Adapter
-from d2dmoe_pl.adapters._ffn import FFN, holder_of
+from d2dmoe_pl.adapters._ffn import FFN, AnyLinear, holder_of
 from d2dmoe_pl.adapters._unchanged import unchanged
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import first_given, hooked
@@ -17,6 +17,42 @@ from d2dmoe_pl.sharded_tensors import is_sharded
 
 PROVED = "_d2dmoe_proved"  # attribute of a model
 LENGTH = 6  # of texts
+
+
+def check_foreign(adapter: Adapter, model: nn.Module, ffns: Sequence[FFN]) -> None:
+    """Raise ``ConfigError`` if what an adapter from outside gives for FFNs are none, or none of the model's."""
+    family, modules = adapter.family, dict(model.named_modules())
+    check(
+        isinstance(ffns, Sequence) and all(isinstance(ffn, FFN) for ffn in ffns),
+        f"family={family!r}: its adapter gives {type(ffns).__name__} for ffns; must be a list of FFN",
+    )
+    for ffn in ffns:
+        for name, linear in {"up": ffn.up, "gate_proj": ffn.gate_proj or ffn.up, "down": ffn.down}.items():
+            check(
+                isinstance(linear, AnyLinear),
+                f"family={family!r}: its adapter gives {type(linear).__name__} for the {name} of {ffn.name}; must be "
+                "the nn.Linear itself, or a TransposedLinear or LinearRows of it",
+            )
+        for name in ("activation", "hidden_dropout", "output_dropout"):
+            part = getattr(ffn, name)
+            check(
+                isinstance(part, nn.Module),
+                f"family={family!r}: its adapter gives {type(part).__name__} for the {name} of {ffn.name}; must be a "
+                "module",
+            )
+        inside = {id(module) for module in modules[ffn.name].modules()} if ffn.name in modules else set()
+        check(
+            not inside.isdisjoint((id(holder_of(ffn.up)), id(holder_of(ffn.down)))),
+            f"family={family!r}: its adapter calls an FFN {ffn.name}; must be the path of the module to be replaced, "
+            "with its up or down in it",
+        )
+        gate = None if ffn.gate_proj is None else tuple(ffn.gate_proj.weight.shape)
+        up, down = tuple(ffn.up.weight.shape), tuple(ffn.down.weight.shape)
+        check(
+            gate in (None, up) and down[1] == ffn.d_ff,
+            f"family={family!r}: its adapter has for {ffn.name} up {up}, gate_proj {gate} and down {down}; must be "
+            "weights (d_ff, d_model), the same or None, and (d_model, d_ff)",
+        )
 
 
 def prove_foreign(adapter: Adapter, model: nn.Module, ffns: Sequence[FFN]) -> None:
@@ -27,17 +63,8 @@ def prove_foreign(adapter: Adapter, model: nn.Module, ffns: Sequence[FFN]) -> No
     Args:
         adapter: From outside of the package, whose own are held to this by tests.
         model: Of its family.
-        ffns: Those that ``adapter`` finds in it.
+        ffns: Those that ``adapter`` finds in it, as :func:`check_foreign` has checked them.
     """
-    for ffn in ffns:
-        gate = None if ffn.gate_proj is None else ffn.gate_proj.weight.shape
-        down = ffn.down.weight.shape
-        check(
-            gate in (None, ffn.up.weight.shape) and down[1] == ffn.d_ff,
-            f"family={adapter.family!r}: its adapter has for {ffn.name} up {tuple(ffn.up.weight.shape)}, gate_proj "
-            f"{gate and tuple(gate)} and down {tuple(down)}; must be weights (d_ff, d_model), the same or None, and "
-            "(d_model, d_ff)",
-        )
     proved: set[tuple[str, str]] = model.__dict__.setdefault(PROVED, set())
     new = [ffn for ffn in ffns if (ffn.name, ffn.activation_name) not in proved]
     if not new or is_sharded(model) or any(tensor.is_meta for tensor in model.parameters()):
@@ -77,9 +104,9 @@ def _run(adapter: Adapter, model: nn.Module, ffns: Sequence[FFN], errors: dict[s
             up, down, named = holder_of(ffn.up), holder_of(ffn.down), model.get_submodule(ffn.name)
             inside = {id(module) for module in named.modules()}
             begin = named if id(up) in inside else up
-            end = named if {id(up), id(down)} <= inside else down
+            beside.is_whole = {id(up), id(down)} <= inside
             yield begin.register_forward_pre_hook(beside.see, with_kwargs=True)
-            yield end.register_forward_hook(beside.compare)
+            yield (named if beside.is_whole else down).register_forward_hook(beside.compare)
 
     with torch.random.fork_rng(devices=[]), unchanged(model):  # what is drawn is none of a training's
         model.eval()
@@ -101,6 +128,7 @@ class _Beside:
         self._ffn = ffn
         self._errors = errors
         self._x: Any = None
+        self.is_whole = False  # what is compared is the output of a module with all of the FFN in it
 
     def see(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward pre-hook of what is given the FFN's input."""
@@ -111,11 +139,11 @@ class _Beside:
         x, self._x = self._x, None
         if not isinstance(x, Tensor) or not isinstance(output, Tensor):
             return
-        error = _apart(self._ffn, x, output)
+        error = _apart(self._ffn, x, output, self.is_whole)
         self._errors[self._ffn.name] = max(self._errors.get(self._ffn.name, 0.0), error)
 
 
-def _apart(ffn: FFN, x: Tensor, output: Tensor) -> float:
+def _apart(ffn: FFN, x: Tensor, output: Tensor, is_whole: bool) -> float:
     """How far ``output`` is from what the FFN is taken for, as a share of its largest number."""
     linear = nn.functional.linear
     if x.shape[-1] != ffn.d_model or output.shape[-1] != ffn.down.weight.shape[0]:
@@ -125,9 +153,16 @@ def _apart(ffn: FFN, x: Tensor, output: Tensor) -> float:
         hidden = ffn.activation(up)
     else:
         hidden = ffn.activation(linear(x, ffn.gate_proj.weight, ffn.gate_proj.bias)) * up
-    expected = linear(hidden, ffn.down.weight, ffn.down.bias)
+    expected = linear(_dropped(hidden, ffn.hidden_dropout), ffn.down.weight, ffn.down.bias)
+    expected = _dropped(expected, ffn.output_dropout) if is_whole else expected
     if expected.shape != output.shape:
         return float("inf")
     if not bool(output.isfinite().all()):
         return 0.0  # of weights without values yet, or too large for their type
     return float((expected - output).abs().max() / output.abs().max().clamp(min=1e-6))
+
+
+def _dropped(values: Tensor, dropout: nn.Module) -> Tensor:
+    """What a dropout gives in evaluation mode, which one that is not of the model need not be in."""
+    given: Tensor = values if isinstance(dropout, nn.Dropout) else dropout(values)
+    return given

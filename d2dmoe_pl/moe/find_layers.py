@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from d2dmoe_pl.adapters import ADAPTERS, FFN, adapter_for, holder_of, prove_foreign
+from d2dmoe_pl.adapters import ADAPTERS, FFN, adapter_for, check_foreign, holder_of, prove_foreign
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
@@ -26,10 +26,12 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     check_not_quantized(model)
     check_weights_are_here(model)
     adapter = adapter_for(model)
-    own = adapter.ffns(model)
+    own, is_foreign = adapter.ffns(model), not ADAPTERS.is_own(adapter.family)
+    if is_foreign:
+        check_foreign(adapter, model, own)
     ffns = [*own, *projection_ffns(model)]
     _check_replaceable(model, ffns)
-    if not ADAPTERS.is_own(adapter.family):
+    if is_foreign:
         prove_foreign(adapter, model, own)
     found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
     if not found:

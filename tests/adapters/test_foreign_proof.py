@@ -8,13 +8,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers.models.granite.modeling_granite import GraniteMLP
+from transformers.models.granite.modeling_granite import GraniteAttention, GraniteMLP
 
-from d2dmoe_pl.adapters import ADAPTERS, DecoderAdapter, PartNames, TransposedLinear, register_adapter
+from d2dmoe_pl.adapters import ADAPTERS, AttentionParts, DecoderAdapter, PartNames, TransposedLinear, register_adapter
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.moe.find_layers import moe_layers, select_ffns
+from d2dmoe_pl.moe.projections import ProjectionConfig, replace_projections_
 
 RIGHT = {"gate_proj": "gate_proj", "up": "up_proj", "activation": "act_fn", "down": "down_proj"}
 
@@ -106,6 +107,60 @@ def test_what_else_is_in_the_module_would_be_lost(register):
         )
     with pytest.raises(ConfigError, match=r"takes model.layers.0.mlp for something else than the model computes"):
         select_ffns(model)
+
+
+@pytest.mark.parametrize("part", ["hidden_dropout", "output_dropout"])
+def test_a_dropout_that_is_none_is_found(register, part):
+    norm = nn.LayerNorm(32 if part == "hidden_dropout" else 16)
+    register(**changed(lambda ffn: dataclasses.replace(ffn, **{part: norm})))
+    with pytest.raises(ConfigError, match=r"takes model.layers.0.mlp for something else"):
+        select_ffns(granite())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda ffn: dataclasses.replace(ffn, up=ffn.up.weight), r"gives Parameter for the up of model"),
+        (
+            lambda ffn: dataclasses.replace(ffn, gate_proj="g"),
+            r"gives str for the gate_proj of model",
+        ),
+        (
+            lambda ffn: dataclasses.replace(ffn, activation=torch.relu),
+            r"gives builtin_\w+ for the activation of",
+        ),
+        (
+            lambda ffn: dataclasses.replace(ffn, name="layers.0"),
+            r"calls an FFN layers.0; must be the path",
+        ),
+        (lambda ffn: dataclasses.replace(ffn, name="model.layers.1.mlp"), r"calls an FFN model.layers.1.mlp; must be"),
+        (lambda ffn: ffn.name, r"gives list for ffns; must be a list of FFN$"),
+    ],
+)
+def test_what_is_no_ffn_of_the_model(register, change, said):
+    register(**changed(change))
+    with pytest.raises(ConfigError, match=rf"^family='granite': its adapter {said}"):
+        select_ffns(granite())
+
+
+@pytest.mark.parametrize("name", ["model_types", "tasks"])
+def test_one_text_where_there_must_be_several(register, name):
+    with pytest.raises(ConfigError, match=rf"^OwnAdapter: {name}='granite'; must be a tuple of texts$"):
+        register(**{name: "granite"})
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"query": "q"}, r"^model.layers.0.self_attn: a GraniteAttention has no q, which its adapter calls its query$"),
+        ({"query": "k_proj"}, r"^model.layers.0.self_attn: its adapter calls two projections the same, in \{'query'"),
+    ],
+)
+def test_names_of_projections(register, names, said):
+    right = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+    register(attention=AttentionParts((GraniteAttention,), **{**right, **names}))
+    with pytest.raises(ConfigError, match=said):
+        replace_projections_(granite(), ProjectionConfig(multiple_of=2))
 
 
 def test_shapes_are_told_without_weights_too(register):
