@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from conversions import converts_exactly
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.adapters._timm_model import create_timm_model
@@ -173,6 +174,21 @@ def test_timm(name, tmp_path):
     inputs = adapter_for(model).random_inputs(model, 2, 0)
     loaded = load_model(tmp_path / "relu")
     assert torch.equal(adapter_for(model).logits(loaded, inputs), adapter_for(model).logits(model, inputs))
+
+
+@torch.no_grad()
+def test_an_attention_that_cannot_be_traced():
+    def attention(*args, **kwargs):  # as flex_attention does
+        assert _get_current_dispatch_mode() is None, "no rule registered"
+        return transformers.AttentionInterface()["sdpa"](*args, **kwargs)
+
+    transformers.AttentionInterface.register("untraceable", attention)
+    transformers.AttentionMaskInterface.register("untraceable", transformers.masking_utils.sdpa_mask)
+    model = classifier(TRANSFORMERS["starcoder2"][0]())
+    model.set_attn_implementation("untraceable")
+    inputs = adapter_for(model).random_inputs(model, 3, 7)
+    converted = converts_exactly(model, inputs)
+    assert model.config._attn_implementation == converted.config._attn_implementation == "untraceable"
 
 
 @torch.no_grad()
