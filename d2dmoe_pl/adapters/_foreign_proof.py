@@ -77,11 +77,11 @@ def prove_foreign(adapter: Adapter, model: nn.Module, ffns: Sequence[FFN]) -> No
         errors.clear()
         unproved = f", since the model cannot be called here: {(str(error).strip() or repr(error)).splitlines()[0]}"
     tolerance = 1e-4 if new[0].up.weight.dtype in (torch.float32, torch.float64) else 5e-2
-    for name, error in errors.items():
+    for name, apart in errors.items():
         check(
-            error <= tolerance,
+            apart <= tolerance,
             f"family={adapter.family!r}: its adapter takes {name} for something else than the model computes "
-            f"({error:.2g} apart on random input); must be down(activation(up(x))), or of a gated FFN "
+            f"({apart:.2g} apart on random input); must be down(activation(up(x))), or of a gated FFN "
             "down(activation(gate_proj(x)) * up(x)), all that the module of that name computes",
         )
     proved.update((ffn.name, ffn.activation_name) for ffn in new)
