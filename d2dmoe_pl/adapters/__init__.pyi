@@ -25,6 +25,8 @@ from ._ffn import holder_of as holder_of
 from ._ffn_in_layer import FFNInLayerAdapter as FFNInLayerAdapter
 from ._ffn_module import FFNModuleAdapter as FFNModuleAdapter
 from ._ffn_module import PartNames as PartNames
+from ._foreign_proof import check_foreign as check_foreign
+from ._foreign_proof import prove_foreign as prove_foreign
 from ._hugging_face import HEADS as HEADS
 from ._hugging_face import HuggingFaceAdapter as HuggingFaceAdapter
 from ._hugging_face_model import HuggingFaceModel as HuggingFaceModel

@@ -1,6 +1,6 @@
 """The canonical view of an attention's linear projections, and how a module is put in the place of one."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters._ffn import TransposedLinear
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, check
 
 Role = Literal["query", "key", "value", "output"]
 FUSED: tuple[Role, ...] = ("query", "key", "value")
@@ -139,13 +139,15 @@ def find_projections(model: nn.Module, parts: AttentionParts, as_linear: AsLinea
         as_linear: A module as an ``nn.Linear``; None if it is no linear projection.
 
     Raises:
-        ConfigError: If a fused module cannot be taken apart.
+        ConfigError: If a fused module cannot be taken apart, or the family calls something what is not there, or two
+            projections the same.
     """
     found = []
     for name, attention in model.named_modules():
         if not isinstance(attention, parts.classes) or getattr(attention, "is_cross_attention", False):
             continue
         paths = parts.paths(attention)
+        _check_there(attention, name, paths)
         if "fused" in paths:
             widths = None if parts.fused_widths is None else parts.fused_widths(attention)
             turns = 1 if parts.fused_turns is None else parts.fused_turns(attention)
@@ -155,6 +157,17 @@ def find_projections(model: nn.Module, parts: AttentionParts, as_linear: AsLinea
             if role in paths and (linear := as_linear(attention.get_submodule(paths[role]))) is not None:
                 found.append(Projection(f"{name}.{paths[role]}", role, f"{name}.{paths[role]}", linear))
     return found
+
+
+def _check_there(attention: nn.Module, name: str, paths: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` unless each of ``paths`` leads to a module of its own."""
+    modules = dict(attention.named_modules(remove_duplicate=False))
+    for role, path in paths.items():
+        check(
+            path in modules, f"{name}: a {type(attention).__name__} has no {path}, which its adapter calls its {role}"
+        )
+    twice = len(set(paths.values())) < len(paths)
+    check(not twice, f"{name}: its adapter calls two projections the same, in {dict(paths)}; must be one each")
 
 
 def put_projection_(model: nn.Module, projection: Projection, module: nn.Module) -> None:

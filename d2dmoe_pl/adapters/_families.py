@@ -84,10 +84,19 @@ def adapter_named(family: str) -> Adapter:
 
 
 def _check_complete(adapter: Adapter) -> None:
-    """Raise ``ConfigError`` if the adapter lacks an attribute that its class, or one above, says an adapter has."""
+    """Raise ``ConfigError`` if the adapter lacks an attribute that its class, or one above, says an adapter has.
+
+    And if it has one text where it must have several.
+    """
     named = [name for kind in type(adapter).__mro__ for name in inspect.get_annotations(kind)]
     lacking = [name for name in dict.fromkeys(named) if not hasattr(adapter, name)]
     check(not lacking, f"{type(adapter).__name__}: has no {', '.join(lacking)}, which an adapter must have")
+    for name in ("tasks", "model_types"):
+        value = getattr(adapter, name, ())
+        check(
+            not isinstance(value, str),  # in which each of its parts would be found
+            f"{type(adapter).__name__}: {name}={value!r}; must be a tuple of texts",
+        )
 
 
 def _by_likelihood(model: nn.Module) -> Iterator[Adapter]:

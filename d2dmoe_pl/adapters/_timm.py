@@ -20,6 +20,8 @@ from d2dmoe_pl.data.output_names import placeholders
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 
+FFN_CLASSES = (Mlp, GluMlp, SwiGLU)
+
 
 class TimmAdapter(Adapter):
     """``mlp`` is replaced; what it had of dropout inside goes into the replacement, the rest of the block stays.
@@ -37,9 +39,7 @@ class TimmAdapter(Adapter):
         return isinstance(model, self.model_classes)
 
     def ffns(self, model: Any) -> list[FFN]:
-        found: dict[str, Any] = {
-            name: mlp for name, mlp in model.named_modules() if isinstance(mlp, (Mlp, GluMlp, SwiGLU))
-        }
+        found: dict[str, Any] = {name: mlp for name, mlp in model.named_modules() if isinstance(mlp, FFN_CLASSES)}
         for name, mlp in found.items():
             check(
                 isinstance(mlp.fc2, nn.Linear) and isinstance(mlp.norm, nn.Identity),
@@ -88,7 +88,8 @@ class TimmAdapter(Adapter):
     def input_shape(self, model: Any) -> tuple[int, int, int]:
         embedding = model.patch_embed
         height, width = embedding.img_size
-        return embedding.proj.in_channels, height, width
+        first = next(module for module in embedding.modules() if isinstance(module, nn.Conv2d))  # in hybrids, a stem's
+        return first.in_channels, height, width
 
     def set_preprocessing_(self, model: Any, preprocessing: ImagePreprocessing) -> None:
         model.pretrained_cfg = {**model.pretrained_cfg, **preprocessing.pretrained_cfg()}

@@ -1,7 +1,7 @@
 """Any other Hugging Face Transformer: its FFNs are found by tracing."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters._adapter import MASK, NO_MASK, TaskName
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._ffn_sites import Site
+from d2dmoe_pl.adapters._ffn_tracing import Trace
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter, text_config
 from d2dmoe_pl.adapters._padding_read import reads_padding
 from d2dmoe_pl.adapters._structural import LENGTH, StructuralAdapter, fitting
@@ -20,6 +21,7 @@ from d2dmoe_pl.errors import check
 # what configs call the activation of FFNs
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn", "dense_act_fn")
 READS_PADDING = "d2dmoe_reads_padding"  # in a model's config, once it has experts, and attribute of one that has not
+TRACEABLE = ("eager", "sdpa")  # implementations of attention; others' operators may say nothing of what they do
 ANY_SIZE = 224  # pixels, of models that take pictures of any
 
 
@@ -100,6 +102,16 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         sites = super()._sites(model)
         self.reads_padding(model)  # now, and not within a call that somebody watches, since it takes calls to know
         return sites
+
+    def _trace_as(self, twin: Any, names: Iterable[str]) -> Trace:
+        own = twin.config._attn_implementation
+        if own in TRACEABLE:
+            return super()._trace_as(twin, names)
+        twin.set_attn_implementation(TRACEABLE[0])  # FFNs are the same, however attention is computed
+        try:
+            return super()._trace_as(twin, names)
+        finally:
+            twin.set_attn_implementation(own)
 
     def _is_padding_read(self, model: Any) -> bool:
         sites = self._sites(model)

@@ -15,10 +15,10 @@ from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
 from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, check_weights_are_here, moe_layers, select_ffns
-from d2dmoe_pl.moe.gating import Gate, GateConfig, check_tau
+from d2dmoe_pl.moe.gating import GATING_RULES, Gate, GateConfig, check_tau, takes_k
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
-from d2dmoe_pl.moe.routers import RouterConfig, make_router
+from d2dmoe_pl.moe.routers import RouterConfig, make_router, try_router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig, make_stand_in
 from d2dmoe_pl.moe.token_streams import shared_context_
 
@@ -166,7 +166,8 @@ def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilte
     """Set the gating rule, and ``tau`` or ``k``, of every MoE layer; ``None`` runs every expert without routing.
 
     Raises:
-        ConfigError: If there is no MoE layer, one without a router, or one with fewer than ``k`` experts.
+        ConfigError: If there is no MoE layer, one without a router, or with one from outside whose scores are negative
+            or no numbers, or one with fewer than ``k`` experts.
 
     Example:
         >>> import transformers
@@ -190,6 +191,9 @@ def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilte
             config is None or config.k is None or config.k <= layer.experts.num_experts,
             f"k={config and config.k}: must be at most the number of experts, {layer.experts.num_experts} in {name}",
         )
+        if config is not None:
+            experts, by_order = layer.own_experts, takes_k(GATING_RULES.find(config.rule, "rule"))
+            try_router(layer.get_router(), experts.d_model, experts.up_weight, may_be_negative=by_order)
     for layer in layers.values():
         layer.gate = None if config is None else Gate(config)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from d2dmoe_pl.adapters import FFN, adapter_for, holder_of
+from d2dmoe_pl.adapters import ADAPTERS, FFN, adapter_for, check_foreign, holder_of, prove_foreign
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
@@ -21,12 +21,18 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
 
     Raises:
         ConfigError: If there are none, or one is quantised or shares weights with something else, or accelerate has put
-            weights elsewhere.
+            weights elsewhere, or an adapter from outside of the package takes one for what it is not.
     """
     check_not_quantized(model)
     check_weights_are_here(model)
-    ffns = [*adapter_for(model).ffns(model), *projection_ffns(model)]
+    adapter = adapter_for(model)
+    own, is_foreign = adapter.ffns(model), not ADAPTERS.is_own(adapter.family)
+    if is_foreign:
+        check_foreign(adapter, model, own)
+    ffns = [*own, *projection_ffns(model)]
     _check_replaceable(model, ffns)
+    if is_foreign:
+        prove_foreign(adapter, model, own)
     found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
     if not found:
         raise ConfigError(

@@ -141,6 +141,8 @@ class TokenContext:
             return args[place] if place < len(args) else None
 
         ids, mask = given(IDS_ARGUMENT), given(MASK_ARGUMENT)
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and ids.dim() == 3 and mask.shape == ids.shape:
+            ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)  # of multiple choice, (B, C, L): each choice is a text
         inputs = given(EMBEDDINGS_ARGUMENT) if ids is None else ids
         around = _running()
         running = TokenBatch(None, ids, around)

@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from conversions import converts_exactly
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.adapters._timm_model import create_timm_model
@@ -173,6 +174,41 @@ def test_timm(name, tmp_path):
     inputs = adapter_for(model).random_inputs(model, 2, 0)
     loaded = load_model(tmp_path / "relu")
     assert torch.equal(adapter_for(model).logits(loaded, inputs), adapter_for(model).logits(model, inputs))
+
+
+@torch.no_grad()
+def test_an_attention_that_cannot_be_traced():
+    def attention(*args, **kwargs):  # as flex_attention does
+        assert _get_current_dispatch_mode() is None, "no rule registered"
+        return transformers.AttentionInterface()["sdpa"](*args, **kwargs)
+
+    transformers.AttentionInterface.register("untraceable", attention)
+    transformers.AttentionMaskInterface.register("untraceable", transformers.masking_utils.sdpa_mask)
+    model = classifier(TRANSFORMERS["starcoder2"][0]())
+    model.set_attn_implementation("untraceable")
+    inputs = adapter_for(model).random_inputs(model, 3, 7)
+    converted = converts_exactly(model, inputs)
+    assert model.config._attn_implementation == converted.config._attn_implementation == "untraceable"
+
+
+@torch.no_grad()
+def test_a_known_class_of_timm_with_other_ffns():
+    sizes = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", mlp_layer=timm.models.vitamin.GeGluMlp, **sizes).eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    convert_to_moe_(model, ExpertsConfig(4))
+    assert len(moe_layers(model)) == 2
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+    assert adapter_for(model).family == "any_timm"
+
+
+@torch.no_grad()
+def test_a_hybrid_takes_pictures_of_as_many_channels_as_its_stem(tmp_path):
+    sizes = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, "in_chans": 1}
+    model = create_timm_model("vit_tiny_r_s16_p8_224", 3, sizes, ["a", "b", "c"]).eval()
+    assert adapter_for(model).input_shape(model) == (1, 32, 32)
+    converts_exactly(model, adapter_for(model).random_inputs(model, 2, 0), tmp_path / "artifact")
 
 
 def test_it_is_said_once(caplog):

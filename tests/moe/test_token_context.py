@@ -5,11 +5,16 @@ from functools import partial
 
 import pytest
 import tiny
+import tiny_configs
 import torch
+import transformers
 from torch import nn
 from transformers import StaticCache
 
+from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe_, set_gate_
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.routers import RouterConfig
 from d2dmoe_pl.moe.token_context import real_positions, sentence_numbers, token_index
 from d2dmoe_pl.moebert.layer import moebert_layers
 
@@ -117,6 +122,26 @@ def test_answers_do_not_depend_on_padding():
     for row, length in enumerate(inputs["attention_mask"].sum(dim=1)):
         alone = {key: value[row : row + 1, :length] for key, value in inputs.items() if key != "labels"}
         torch.testing.assert_close(tiny.logits(model, alone)[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_each_choice_is_a_text_of_its_own():
+    model = transformers.BertForMultipleChoice(tiny_configs.bert_config()).eval()
+    tiny._spread(model)
+    ids = torch.randint(1, 40, (2, 3, 7))
+    mask = torch.ones_like(ids)
+    mask[0, 1, 4:] = mask[1, :, 5:] = 0
+    dense = model(ids, attention_mask=mask).logits  # (B, C)
+    convert_to_moe_(model, ExpertsConfig(8))
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, dense)
+    add_routers_(model, RouterConfig(8))
+    set_gate_(model, GateConfig(tau=0.5))
+    seen = []
+    next(iter(moe_layers(model).values())).watch(lambda chosen: seen.append(len(chosen)))
+    together = model(ids, attention_mask=mask).logits
+    assert seen == [int(mask.sum())]
+    alone = torch.stack([model(ids[1:, choice : choice + 1, :5]).logits[0, 0] for choice in range(3)])
+    torch.testing.assert_close(together[1], alone)
 
 
 def test_the_mask_is_found_by_position_and_forgotten_afterwards():

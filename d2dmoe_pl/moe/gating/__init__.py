@@ -11,6 +11,6 @@ test over all rules:
 A rule that can run a given number of experts takes that as a third argument, ``k``.
 """
 
-from d2dmoe_pl.moe.gating._gate import GATING_RULES, Gate, GateConfig, GatingRule, check_tau, register_gate
+from d2dmoe_pl.moe.gating._gate import GATING_RULES, Gate, GateConfig, GatingRule, check_tau, register_gate, takes_k
 
-__all__ = ["GATING_RULES", "Gate", "GateConfig", "GatingRule", "check_tau", "register_gate"]
+__all__ = ["GATING_RULES", "Gate", "GateConfig", "GatingRule", "check_tau", "register_gate", "takes_k"]

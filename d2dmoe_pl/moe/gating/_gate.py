@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import ConfigError, check, said_of
+from d2dmoe_pl.moe.gating._trial import try_rule
 from d2dmoe_pl.plugins import Plugins
 
 Number = TypeVar("Number", int, float)
@@ -91,7 +92,8 @@ class GateConfig:
         k: Of ``topk``, how many experts each token runs, instead of the share ``tau``.
 
     Raises:
-        ConfigError: For an unknown rule, a ``tau`` outside [0, 1], a ``k`` below 1, or one for a rule that takes none.
+        ConfigError: For an unknown rule, or one from outside that does not hold what a rule has to, a ``tau`` outside
+            [0, 1], a ``k`` below 1, or one for a rule that takes none.
 
     Example:
         >>> from d2dmoe_pl import GateConfig
@@ -105,6 +107,8 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         rule = GATING_RULES.find(self.rule, "rule")
+        if not GATING_RULES.is_own(self.rule):
+            try_rule(self.rule, rule)
         object.__setattr__(self, "tau", check_tau(self.tau))
         if self.k is not None:
             check(takes_k(rule), f"k={self.k}: allowed only with rule topk, not {self.rule}")

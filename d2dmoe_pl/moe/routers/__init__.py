@@ -19,6 +19,7 @@ from d2dmoe_pl.moe.routers._targets import (
     router_targets,
     share_of_largest,
 )
+from d2dmoe_pl.moe.routers._trial import try_router
 
 __all__ = [
     "ROUTERS",
@@ -34,4 +35,5 @@ __all__ = [
     "relative_norms",
     "router_targets",
     "share_of_largest",
+    "try_router",
 ]
