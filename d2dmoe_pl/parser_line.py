@@ -68,7 +68,7 @@ def parser_line(text: str) -> str:
         key, value = f"{key}.{nested[1]}", nested[2].strip("'\"")
     name = f"{key}={value!r}" if 0 < len(value) < 80 else key
     expected = [
-        _type_name(found) for found in re.findall(r"Expected an? (.*?)\.?(?: Got value.*)?$", rest, re.MULTILINE)
+        type_name(found) for found in re.findall(r"Expected an? (.*?)\.?(?: Got value.*)?$", rest, re.MULTILINE)
     ]
     kinds = [kind for kind in dict.fromkeys(expected) if kind]
     if kinds and kinds != ["null"]:
@@ -136,7 +136,7 @@ def _last_reason(text: str) -> str:
     return reasons[-1].split(" Got value:")[0] if reasons else ""
 
 
-def _type_name(expected: str) -> str:
+def type_name(expected: str) -> str:
     """How a user writes values of a type that jsonargparse expects; empty where it is more than a word."""
     known = re.fullmatch(r"<class '([\w.]+)'>", expected)
     if known:

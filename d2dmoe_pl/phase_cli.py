@@ -15,10 +15,10 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, get_loader
+from jsonargparse import ActionConfigFile, Namespace, get_loader
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from d2dmoe_pl import adapters, data
@@ -26,6 +26,7 @@ from d2dmoe_pl.callbacks import SaveArtifact, SaveBeforeRequeue, StopOnNonFinite
 from d2dmoe_pl.checkpoints import LAST, WholeCheckpoints
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.null_settings import check_nulls
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._callback_checks import check_callbacks
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
@@ -34,9 +35,6 @@ from d2dmoe_pl.phases._sharding import check_strategy
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 from d2dmoe_pl.run_folders import logger_beside, loggers_in
 from d2dmoe_pl.signals import leave_signals_to_us
-
-# a setting that has a word of a list as its default is written to config.yaml as that word
-yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, word: dumper.represent_data(word.value))
 
 NAMED_PHASE = re.compile(r"[\w./-]+:\w+")
 EVALUATING = ("validate", "test", "predict")
@@ -67,6 +65,21 @@ class PhaseConfigFile(ActionConfigFile):
         super().__call__(parser, cfg, values, option_string)
 
 
+class SavedConfig(SaveConfigCallback):
+    """``config.yaml`` of a run, in which a setting that has a word of a list as its default is that word."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, _in_words(config), **kwargs)
+
+
+def _in_words(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _in_words(each) for key, each in vars(value).items()})
+    if isinstance(value, list):
+        return [_in_words(each) for each in value]
+    return value.value if isinstance(value, Enum) else value
+
+
 class PhaseCLI(LightningCLI):
     """LightningCLI over phases and data modules, by class name.
 
@@ -86,6 +99,7 @@ class PhaseCLI(LightningCLI):
             TaskData,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},  # a resumed phase writes to the folder it began
             trainer_defaults={"callbacks": _default_callbacks()},
             seed_everything_default=0,
@@ -118,6 +132,7 @@ class PhaseCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Let phases that pass over the data once run one epoch, where nothing is said of epochs."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
+        self._check_nulls(config)
         if self.subcommand in EVALUATING:
             logger_beside(config.trainer.get("logger"))
             self.save_config_callback = None  # the run's own config stays
@@ -126,6 +141,14 @@ class PhaseCLI(LightningCLI):
         model = config.get("model")
         if model is not None and issubclass(resolve_name(model.class_path), OrderedPass):
             config.trainer.max_epochs = 1
+
+    def _check_nulls(self, config: Namespace) -> None:
+        phase = "" if self.folder is None else f"{self.folder.name}: "
+        check_nulls(f"{phase}trainer", L.Trainer, config.trainer)
+        for name in ("model", "data"):
+            made = config.get(name)
+            if made is not None and made.get("init_args") is not None:
+                check_nulls(f"{phase}{name}.init_args", resolve_name(made.class_path), made.init_args)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Let what Lightning refuses be a setting of the user's, as it is."""

@@ -32,7 +32,7 @@ FLOW = [
         "whole_files",
     ],
     ["auto_classes", "checkpoints", "parser_line", "plugins", "recipe"],
-    ["failures"],
+    ["failures", "null_settings"],
     ["benchmark_arguments", "chain_arguments", "compress_arguments"],
     ["__main__", "entry"],
     ["data"],

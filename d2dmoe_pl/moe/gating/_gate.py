@@ -106,7 +106,7 @@ class GateConfig:
     k: int | None = None
 
     def __post_init__(self) -> None:
-        rule = GATING_RULES.find(self.rule, "rule")
+        rule: Any = GATING_RULES.find(self.rule, "rule")
         if not GATING_RULES.is_own(self.rule):
             try_rule(self.rule, rule)
         object.__setattr__(self, "tau", check_tau(self.tau))

@@ -1,6 +1,7 @@
 """Gating rules from outside of the package, held to what a rule has to do, on a few random scores."""
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +13,8 @@ from d2dmoe_pl.errors import check
 TAUS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKENS, EXPERTS = 16, 8
 
-_tried: dict[str, Any] = {}  # by name, the rule that held
 
-
+@cache
 def try_rule(name: str, rule: Callable[..., Any]) -> None:
     """Raise ``ConfigError`` if a gating rule does not hold what is expected of it; once for each rule.
 
@@ -22,8 +22,6 @@ def try_rule(name: str, rule: Callable[..., Any]) -> None:
         name: What the rule is called.
         rule: It. One that cannot be called with these scores, or gives no mask of them, is told when a model calls it.
     """
-    if _tried.get(name) is rule:
-        return
     scores = torch.rand(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0), device="cpu")
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
@@ -54,4 +52,3 @@ def try_rule(name: str, rule: Callable[..., Any]) -> None:
         all(bool((one[0] == mask[0]).all()) for one, mask in zip(alone, masks, strict=True)),
         f"rule={name!r}: decided otherwise for a token alone than beside others; must go by its own scores",
     )
-    _tried[name] = rule
