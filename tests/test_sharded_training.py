@@ -83,6 +83,7 @@ def routed(tmp_path):
     return str(tmp_path / "routed")
 
 
+@pytest.mark.thorough
 def test_fine_tuning_and_sparsity_enforcement(tmp_path, dense):
     first = phase("FineTuning", init_from=dense, hidden_weight=0.5)
     recipe = write(

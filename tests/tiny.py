@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 
+import pytest
 import torch
 import transformers
 from tiny_configs import (  # noqa: F401 (for the tests, which take all that is tiny from here)
@@ -83,6 +84,13 @@ def _kinds():
 # the contract test runs over all of them
 SOURCES = {kind: source for kind, _, source in _kinds()}
 TASKS = {kind: task for kind, task, _ in _kinds()}
+OTHER_HEADS = {
+    kind for kind in SOURCES for first in SOURCES if kind.startswith(f"{first}-") and TASKS[kind] != TASKS[first]
+}
+# for what depends on the head little
+HEADS_ARE_THOROUGH = [
+    pytest.param(kind, marks=pytest.mark.thorough) if kind in OTHER_HEADS else kind for kind in SOURCES
+]
 
 
 def is_of_texts(kind):

@@ -107,6 +107,7 @@ def test_resuming(source, tokenizer, num_workers):
     assert torch.equal(torch.cat([*first, rest]), expected)
 
 
+@pytest.mark.thorough
 def test_workers_read_each_document_once(source, tokenizer):
     data = data_of(source, tokenizer, length=2, batch_size=1)
     data.setup()
