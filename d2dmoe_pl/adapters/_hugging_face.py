@@ -271,7 +271,7 @@ class HuggingFaceAdapter(Adapter):
         check(
             not named, f"{', '.join(named)} in config.json: names code on the hub; must be a way that transformers has"
         )
-        config = transformers.AutoConfig.for_model(model_type, **described)
+        config = type(transformers.AutoConfig.for_model(model_type)).from_dict(described)  # whatever it calls labels
         architecture = getattr(transformers, str(described["architectures"][0]), None)
         check(
             isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel),

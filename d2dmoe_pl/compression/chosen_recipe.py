@@ -127,9 +127,11 @@ def chosen_phases(
             phases["fine_tuning"] = _phase(
                 "FineTuning", {**swap, **kept, **tuned}, {"max_epochs": _epochs(32_000, num_samples)} | clipped
             )
+        smooth = {} if sizes.is_sparse or swap else {"displacement": 0.0}  # which gives no zeros to count
+        alpha = 3e-4 if is_embedding else 1e-3
         phases["sparsity_enforcement"] = _phase(
             "SparsityEnforcement",
-            {"penalty": "hoyer", "alpha": 3e-4 if is_embedding else 1e-3, "schedule": "warmup", **kept, **tuned},
+            {"penalty": "hoyer", "alpha": alpha, "schedule": "warmup", **smooth, **kept, **tuned},
             {"max_epochs": _epochs(48_000, num_samples)} | clipped,
         )
     phases["expert_clustering"] = _phase(

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
+from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import SparsityEnforcement
 from d2dmoe_pl.phases._preflight import preflight
@@ -135,3 +136,7 @@ def test_a_folder_that_timm_saved_with_how_its_model_was_made(tmp_path):
     pictures = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
         assert torch.equal(loaded.eval()(pictures).logits, model.eval()(pictures))
+        save_artifact(loaded, tmp_path / "artifact")
+        again = load_model(tmp_path / "artifact")
+        assert again.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+        assert torch.equal(again(pictures).logits, loaded(pictures).logits)

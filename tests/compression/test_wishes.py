@@ -82,3 +82,4 @@ def test_an_activation_that_nobody_can_swap_is_kept(tmp_path, capsys):
     phases = yaml.safe_load(capsys.readouterr().out)["phases"]
     assert list(phases)[:2] == ["fine_tuning", "sparsity_enforcement"]
     assert "activation" not in phases["fine_tuning"]["model"]["init_args"]
+    assert phases["sparsity_enforcement"]["model"]["init_args"]["displacement"] == 0.0
