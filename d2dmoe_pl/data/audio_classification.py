@@ -1,7 +1,6 @@
 """Recordings with labels, from any Hugging Face dataset."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoFeatureExtractor
 from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.local_folders import check_reads_recordings
 from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
@@ -91,11 +91,10 @@ class AudioClassification(TaskData):
 
     def _encoded(self, split: Dataset, are_files: bool) -> Dataset:
         """The split with files as they are, which are read one by one, where a broken one can be told by its name."""
-        check(
-            not are_files or find_spec("torchcodec") is not None,
-            f"audio_column={self.audio_column!r}: recordings are read by torchcodec; pip install torchcodec",
-        )
-        return split.cast_column(self.audio_column, Audio(decode=False)) if are_files else split
+        if not are_files:
+            return split
+        check_reads_recordings(f"audio_column={self.audio_column!r}")
+        return split.cast_column(self.audio_column, Audio(decode=False))
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Recordings by their paths."""

@@ -37,6 +37,12 @@ def media_in(folder: Path) -> str | None:
     return next((kinds[file.suffix.lower()] for file in visible(folder) if file.suffix.lower() in kinds), None)
 
 
+def check_reads_recordings(argument: str) -> None:
+    """Raise ``ConfigError`` unless the package is there that reads recordings, which the user gave by ``argument``."""
+    is_there = find_spec("torchcodec") is not None
+    check(is_there, f"{argument}: recordings are read by torchcodec; pip install torchcodec")
+
+
 def is_described(folder: Path) -> bool:
     """Whether files of metadata say what the pictures or recordings in ``folder`` are."""
     return any(file.stem == "metadata" for file in visible(folder))
@@ -104,10 +110,8 @@ def read_media(argument: str, folders: Sequence[Path], kind: str, streaming: boo
     Raises:
         ConfigError: If one is in no folder of a class, and no file of metadata says what it is.
     """
-    check(
-        kind != "audiofolder" or find_spec("torchcodec") is not None,
-        f"{argument}: recordings are read by torchcodec; pip install torchcodec",
-    )
+    if kind == "audiofolder":
+        check_reads_recordings(argument)
     # all of their files, whatever these are called: by names such as train_1.png some would be of other splits
     every = {"train": [str(Path(escape(os.path.abspath(each))) / "**") for each in folders]}
     loaded = load_dataset(kind, data_files=every, split="train", streaming=streaming)

@@ -115,7 +115,7 @@ def test_a_file_that_cannot_be_read_is_told_by_its_sample(tmp_path, processor, m
         return {"array": np.full(48, float(value["bytes"]), dtype=np.float32)}
 
     monkeypatch.setattr(Audio, "decode_example", decode_example)
-    monkeypatch.setattr("d2dmoe_pl.data.audio_classification.find_spec", lambda name: name)
+    monkeypatch.setattr("d2dmoe_pl.data.local_folders.find_spec", lambda name: name)
     audio = [{"bytes": str(row / 12).encode(), "path": None} for row in range(12)]
     where = source(tmp_path, audio=[*audio[:-1], {"bytes": b"broken", "path": None}])
     splits = {name: split.cast_column("audio", Audio(decode=False)) for name, split in where.load().items()}

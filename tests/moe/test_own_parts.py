@@ -164,7 +164,7 @@ def test_a_rule_is_tried_once_and_draws_nothing():
 def test_a_rule_for_one_number_of_experts_is_left_to_the_model():
     weights = torch.linspace(0.5, 1, 32)
     register_gate("own", lambda scores, tau: weights * scores >= (1 - tau) * (weights * scores).amax(1, True))
-    GateConfig("own", tau=0.5)
+    assert GateConfig("own", tau=0.5).rule == "own"  # and nothing is raised
 
 
 @pytest.mark.parametrize(
