@@ -27,8 +27,8 @@ PARTS = {
 }
 OPTIONAL = ("tensors", "projections", "quantized", "budgets", "activations")  # early artifacts and others have none
 # of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
-DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, BUDGETS_FORMAT, ACTIVATIONS_FORMAT = 1, 2, 3, 4, 5
-FORMAT = ACTIVATIONS_FORMAT  # the newest
+DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, BUDGETS_FORMAT, ACTIVATIONS_FORMAT, CUTOFFS_FORMAT = 1, 2, 3, 4, 5, 6
+FORMAT = CUTOFFS_FORMAT  # the newest
 
 
 @dataclass
@@ -97,6 +97,8 @@ def tensor_file(name: str) -> str:
 
 def format_of(made: Mapping[str, Any], is_converted: bool) -> int:
     """The oldest format in which all of ``made`` can be said."""
+    if any("cutoffs" in layer for layer in made["layers"].values()):
+        return CUTOFFS_FORMAT
     if made.get("activations"):
         return ACTIVATIONS_FORMAT
     if "budgets" in made or any("stand_in" in layer for layer in made["layers"].values()):

@@ -59,5 +59,16 @@ def experts_of(case, backend, **kwargs):
     return Experts(ffn, num_experts, None, backend, **kwargs), torch.randn(case["tokens"], d_model), mask
 
 
+def in_a_gap(hidden):
+    """A cutoff that a good part of activations does not reach, and that none is so near to that rounding decides."""
+    magnitudes = hidden.abs().flatten().double().sort().values.clamp(min=1e-6)
+    if len(magnitudes) < 2:
+        return 0.0
+    middle = magnitudes[len(magnitudes) // 4 :]
+    widest = int((middle[1:] / middle[:-1]).argmax()) if len(middle) > 1 else 0
+    low, high = middle[widest], middle[min(widest + 1, len(middle) - 1)]
+    return float((low * high).sqrt()) if high > 1.02 * low else 0.0
+
+
 def assert_close(got, expected, tolerance):
     torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)

@@ -137,7 +137,7 @@ def test_it_says_its_format_and_a_newer_one_is_refused_in_one_line(saved):
     file = saved / "config.json"
     config = json.loads(file.read_text())
     assert config["d2dmoe"]["format"] == 2
-    config["d2dmoe"]["format"] = 6
+    config["d2dmoe"]["format"] = 7
     file.write_text(json.dumps(config))
     with pytest.raises(
         ConfigError, match=r"^path='.*': has format 6, that of a newer d2dmoe_pl; this one reads formats up to 5$"

@@ -117,12 +117,14 @@ def way(
     """
     layers = moe_layers(module)
     seen: dict[str, list[Tensor]] = {key: [] for key in layers}
-    with choice.context(), hooked(layer.watch(seen[key].append) for key, layer in layers.items()):
+    work: dict[str, list[Tensor]] = {key: [] for key in layers}
+    watching = [layer.watch(seen[key].append) for key, layer in layers.items()]
+    with choice.context(), hooked([*watching, *(layer.watch_work(work[key].append) for key, layer in layers.items())]):
         call()
     masks = {key: torch.cat(some) for key, some in seen.items()}
     pairs = {key: int(mask.sum()) for key, mask in masks.items()}
     flops = sum(
-        pairs[key] * pair_flops(layer.experts)
+        float(torch.cat(work[key]).sum()) * pair_flops(layer.experts)
         + (layer.flops_beside_experts(len(masks[key]), 1) if choice.router else 0)
         for key, layer in layers.items()
     )

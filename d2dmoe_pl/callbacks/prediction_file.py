@@ -15,8 +15,9 @@ from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, layer_tokens, sample_inputs, sample_sizes
 from d2dmoe_pl.metrics.sample_cost import sample_cost
+from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.find_layers import expert_layers
-from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
+from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.whole_files import replaced_file
 
@@ -48,6 +49,7 @@ class PredictionFile(L.Callback):
         self.rows: list[dict[str, Any]] = []
         self._flops_outside: dict[SampleSize, int] = {}
         self._masks: dict[str, Tensor] = {}
+        self._works: dict[str, Tensor] = {}
 
     def on_predict_start(self, trainer: L.Trainer, phase: Phase) -> None:
         """Watch what the model's layers decide, once it is known that the file can be written."""
@@ -58,7 +60,9 @@ class PredictionFile(L.Callback):
         # what a text costs that is written token after token is not known by sample
         layers: dict[str, Any] = {} if phase.task.most_written else expert_layers(phase.model)
         self._layers: dict[str, ExpertLayer] = {name: layer for name, layer in layers.items() if _decides(layer)}
-        self._watching = hooked(layer.watch(partial(self._see, name)) for name, layer in self._layers.items())
+        watching = [layer.watch(partial(self._masks.__setitem__, name)) for name, layer in self._layers.items()]
+        working = [layer.watch_work(partial(self._works.__setitem__, name)) for name, layer in self._layers.items()]
+        self._watching = hooked([*watching, *working])
         self._watching.__enter__()
 
     def _check_writable(self) -> None:
@@ -71,9 +75,6 @@ class PredictionFile(L.Callback):
         except OSError as error:
             said = f"output={str(self.file)!r}: no files can be written there ({error.strerror})"
             raise ConfigError(said) from error
-
-    def _see(self, name: str, mask: Tensor) -> None:
-        self._masks[name] = mask
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, phase: Phase, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -95,7 +96,8 @@ class PredictionFile(L.Callback):
             for size in set(sizes) - self._flops_outside.keys():
                 self._flops_outside[size] = flops_outside_ffns(phase.model, sample_inputs(batch, size))
             outside = [self._flops_outside[size] for size in sizes]
-            cost = sample_cost(list(self._layers.values()), masks, tokens, outside)
+            works = [self._works[name] for name in self._layers]
+            cost = sample_cost(list(self._layers.values()), masks, works, tokens, outside)
             for row, share, flops in zip(self.rows[-len(rows) :], cost.experts_percent, cost.flops, strict=True):
                 row.update(experts_percent=share, flops=flops)
 

@@ -11,13 +11,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
 from d2dmoe_pl.callbacks.sweep_settings import SweepSetting
 from d2dmoe_pl.data.task import Task
-from d2dmoe_pl.metrics.expert_load import executed_pairs
+from d2dmoe_pl.metrics.expert_load import LayerLoad, executed_pairs
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
-from d2dmoe_pl.moe.layer import ExpertLayer
+from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.whole_files import replaced_file
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -94,7 +93,7 @@ def sweep_row(
     task: Task,
     score: float,
     layers: Mapping[str, ExpertLayer],
-    histograms: Sequence[Tensor],
+    loads: Sequence[LayerLoad],
     samples: int,
     flops_outside: int,
 ) -> SweepRow:
@@ -107,17 +106,17 @@ def sweep_row(
         task: What the model does.
         score: Value of the task's main metric.
         layers: The layers with experts by name.
-        histograms: Per layer, the number of tokens that ran 0, 1, ..., E experts, ``(E + 1,)``.
+        loads: What tokens had each layer do.
         samples: Samples seen.
         flops_outside: FLOPs of all samples outside the FFNs.
     """
-    pairs = [executed_pairs(histogram) for histogram in histograms]
-    tokens = [int(histogram.sum()) for histogram in histograms]
+    pairs = [executed_pairs(load.histogram) for load in loads]
+    tokens = [int(load.histogram.sum()) for load in loads]
     moe = list(layers.values())
     possible = [n * layer.sizes.num_experts for n, layer in zip(tokens, moe, strict=True)]
     executed_flops = sum(
-        p * pair_flops(layer.sizes) + layer.flops_beside_experts(n, samples)
-        for p, n, layer in zip(pairs, tokens, moe, strict=True)
+        load.work * pair_flops(layer.sizes) + layer.flops_beside_experts(n, samples)
+        for load, n, layer in zip(loads, tokens, moe, strict=True)
     )
     dense_flops = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, moe, strict=True))
     return SweepRow(

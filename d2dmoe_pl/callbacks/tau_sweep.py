@@ -186,8 +186,10 @@ class TauSweep(L.Callback):
         split.cost.update([self._flops_outside[size] for size in sizes])
 
     def _watched(self, load: ExpertLoad) -> AbstractContextManager[None]:
-        """Count the experts that run in the body."""
-        return hooked(layer.watch(partial(load.update, index)) for index, layer in enumerate(self._layers.values()))
+        """Count the experts that run in the body, and what they do."""
+        layers = list(enumerate(self._layers.values()))
+        counting = [layer.watch(partial(load.update, index)) for index, layer in layers]
+        return hooked([*counting, *(layer.watch_work(partial(load.update_work, index)) for index, layer in layers)])
 
     def _report_all(self, trainer: L.Trainer, phase: Phase, final: bool) -> None:
         for split in self._splits:
@@ -196,7 +198,7 @@ class TauSweep(L.Callback):
     def _report(self, trainer: L.Trainer, phase: Phase, measured: _SplitMetrics, final: bool) -> None:
         split, metric = measured.name, phase.task.main_metric
         samples, flops_outside = measured.cost.compute()  # every process takes part in the sums
-        histograms = [load.compute() for load in measured.loads]
+        loads = [load.compute() for load in measured.loads]
         values = [metrics.compute() for metrics in measured.metrics]
         self.rows[split] = [
             sweep_row(
@@ -206,11 +208,11 @@ class TauSweep(L.Callback):
                 phase.task,
                 float(value[metric]),
                 self._layers,
-                histogram,
+                load,
                 samples,
                 flops_outside,
             )
-            for setting, value, histogram in zip(self._settings, values, histograms, strict=True)
+            for setting, value, load in zip(self._settings, values, loads, strict=True)
         ]
         folder = trainer.log_dir
         if not trainer.is_global_zero:

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.borrowed_tensors import Borrowing, own_tensors
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.expert_layer import ExpertLayer, ExpertSizes
 from d2dmoe_pl.moe.find_layers import expert_layers
-from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
 from d2dmoe_pl.sharded_tensors import is_sharded, without_gathering
 
 

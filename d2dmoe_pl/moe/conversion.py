@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, Cutoffs
 from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
 from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, check_weights_are_here, moe_layers, select_ffns
 from d2dmoe_pl.moe.gating import GATING_RULES, Gate, GateConfig, check_tau, takes_k
@@ -152,14 +153,34 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
     check_not_quantized(model)
     check_weights_are_here(model)
     layers = select_moe_layers(model, filter_fn)
+    if config.rank > 0:
+        _check_chosen(layers)
     for name, layer in layers.items():
-        check(
-            config.rank == 0 or (layer.router is not None and layer.gate is not None),
-            f"{name}: has no router or no gate yet; run RouterRegression or ExpertSelection first",
-        )
         config.check_fits(layer.experts, name)
     for layer in layers.values():
         layer.stand_in = None if config.rank == 0 else make_stand_in(layer.experts, config)
+
+
+def add_cutoffs_(model: nn.Module, config: CutoffConfig, filter_fn: LayerFilterFn | None = None) -> None:
+    """Give every MoE layer cutoffs, which leave out nothing until they are fitted; with shares of 1, take them away.
+
+    Raises:
+        ConfigError: If there is no MoE layer, or one without a router or a gate.
+    """
+    layers = select_moe_layers(model, filter_fn)
+    if not config.leaves_out_nothing:
+        _check_chosen(layers)
+    for layer in layers.values():
+        device = layer.own_experts.down_weight.device
+        layer.cutoffs = None if config.leaves_out_nothing else Cutoffs(config).to(device)
+
+
+def _check_chosen(layers: Mapping[str, MoELayer]) -> None:
+    for name, layer in layers.items():
+        check(
+            layer.router is not None and layer.gate is not None,
+            f"{name}: has no router or no gate yet; run RouterRegression or ExpertSelection first",
+        )
 
 
 def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilterFn | None = None) -> None:
@@ -274,3 +295,5 @@ def restore_moe_(model: nn.Module, name: str, made: Mapping[str, Any]) -> None:
         set_gate_(model, GateConfig(**made["gate"]), this)
     if "stand_in" in made:
         add_stand_ins_(model, StandInConfig(**made["stand_in"]), this)
+    if "cutoffs" in made:
+        add_cutoffs_(model, CutoffConfig(**made["cutoffs"]), this)

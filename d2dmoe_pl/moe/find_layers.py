@@ -6,7 +6,8 @@ from torch import nn
 
 from d2dmoe_pl.adapters import ADAPTERS, FFN, adapter_for, check_foreign, holder_of, prove_foreign
 from d2dmoe_pl.errors import ConfigError, check
-from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
+from d2dmoe_pl.moe.expert_layer import ExpertLayer
+from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 

@@ -1,82 +1,26 @@
 """The layer that stands where a dense FFN stood."""
 
-from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from d2dmoe_pl.errors import ConfigError, said_of
+from d2dmoe_pl.moe.cutoffs.cutoffs import Cutoffs, cut, work_of_pairs
 from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
+from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.gating._straight_through import straight_through
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandIn
 from d2dmoe_pl.moe.token_context import TokenContext, is_recorded, run_on_real_tokens
-
-
-class ExpertSizes(Protocol):
-    """The sizes of experts, whatever they are made of.
-
-    Attributes:
-        num_experts: ``E``.
-        expert_dim: ``s``, the neurons of one expert.
-        dense_dim: Neurons of the dense FFN that they were made from.
-        d_model: Width of what they take.
-        d_out: Width of what they give.
-        is_gated: Whether a neuron has a weight vector in ``gate_proj`` as well.
-    """
-
-    num_experts: int
-
-    @property
-    def is_gated(self) -> bool: ...
-
-    @property
-    def expert_dim(self) -> int: ...
-
-    @property
-    def dense_dim(self) -> int: ...
-
-    @property
-    def d_model(self) -> int: ...
-
-    @property
-    def d_out(self) -> int: ...
-
-
-class ExpertLayer(nn.Module, ABC):
-    """What stands where a dense FFN stood and has experts, of whatever method.
-
-    Attributes:
-        experts: The experts.
-        context: Of the model.
-    """
-
-    context: TokenContext
-
-    @property
-    @abstractmethod
-    def sizes(self) -> ExpertSizes:
-        """The sizes of the experts."""
-
-    @abstractmethod
-    def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
-        """Call ``observer`` with the boolean mask ``(N, E)`` of every decision, until the handle is removed."""
-
-    @abstractmethod
-    def flops_beside_experts(self, tokens: int, samples: int) -> int:
-        """FLOPs of choosing experts, and of standing in for the others, for ``tokens`` of ``samples``."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What an artifact says of this layer, as plain JSON; what restores it can be made from that alone."""
 
 
 class MoELayer(ExpertLayer):
@@ -93,6 +37,7 @@ class MoELayer(ExpertLayer):
         router: Scores the experts of each token; None until there is one.
         gate: Turns scores into a choice; None to run every expert.
         stand_in: Gives about what the skipped experts would have; None for nothing.
+        cutoffs: What the experts that run leave out of their products; None for nothing.
         observer: Called with ``(tokens (N, d_model), hidden (N, E, s))``, the activations of all experts, whichever of
             them the gate admits. How routers get inputs and targets from the pass that the model makes anyway.
         softness: Where routers learn from what the chosen experts are worth, see :func:`learned_choices`; else None.
@@ -102,6 +47,7 @@ class MoELayer(ExpertLayer):
     router: Router | None
     gate: Gate | None
     stand_in: StandIn | None
+    cutoffs: Cutoffs | None
     output_dropout: nn.Module
 
     def __init__(self, experts: Experts, context: TokenContext, output_dropout: nn.Module) -> None:
@@ -110,10 +56,12 @@ class MoELayer(ExpertLayer):
         self.router = None
         self.gate = None
         self.stand_in = None
+        self.cutoffs = None
         self.output_dropout = output_dropout
         self.context = context
         self.observer: Callable[[Tensor, Tensor], None] | None = None
         self.softness: float | None = None
+        self._work_observers: dict[int, Callable[[Tensor], object]] = OrderedDict()
 
     @property
     def sizes(self) -> Experts:
@@ -146,9 +94,9 @@ class MoELayer(ExpertLayer):
                 f"attention_mask of {len(real)} positions: must be of as many as reach the MoE layers, which "
                 f"{x.numel() // x.shape[-1]} do; the model adds or drops some inside, and padding is not known there"
             )
-        is_plain = is_own and self.observer is None and self.softness is None
+        is_plain = is_own and self.softness is None and not self._is_observed()
         if is_plain and can_run_whole(experts, router, gate, stand_in, x):
-            output = run_whole(experts, router, gate, stand_in, x, real)
+            output = run_whole(experts, router, gate, stand_in, parts.get("cutoffs"), x, real)
         else:
             positions = x.reshape(-1, x.shape[-1])  # (P, d)
             output = self._run_parts(positions, real)  # (P, d_out)
@@ -160,6 +108,28 @@ class MoELayer(ExpertLayer):
             observer(self.at_tokens(mask))
 
         return self.get_gate().register_forward_hook(hook)
+
+    def watch_work(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
+        if self.cutoffs is None:
+            return super().watch_work(observer)
+        handle = RemovableHandle(self._work_observers)
+        self._work_observers[handle.id] = observer
+        return handle
+
+    def hidden_at(self, gate: Gate, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All experts' activations at a gate's setting, ``(N, E, s)``, and the work of each pair, ``(N, E)``.
+
+        The setting decides what is left out of both; where there are no cutoffs, a pair's work is 1, and not told.
+        """
+        if self.cutoffs is None:
+            return self.experts.hidden(tokens), None
+        least = self.cutoffs(gate, self.own_experts.num_experts)
+        hidden = self.experts.hidden(cut(tokens, least[0]))
+        return cut(hidden, least[1]), work_of_pairs(self.own_experts, tokens, hidden, least)
+
+    def work_share(self, tau: float) -> float:
+        """About what share of an executed pair's FLOPs is not left out."""
+        return 1.0 if self.cutoffs is None else self.cutoffs.work_share(tau, self.own_experts.is_gated)
 
     def at_tokens(self, rows: Tensor) -> Tensor:
         """What a gate was given, or gave, of a call that runs, without the rows of padding that there may be."""
@@ -176,6 +146,7 @@ class MoELayer(ExpertLayer):
             "router": None if self.router is None else asdict(self.router.config),
             "gate": None if self.gate is None else asdict(self.gate.config),
             **({} if self.stand_in is None else {"stand_in": asdict(self.stand_in.config)}),
+            **({} if self.cutoffs is None else {"cutoffs": asdict(self.cutoffs.config)}),
         }
 
     def get_router(self) -> Router:
@@ -193,7 +164,7 @@ class MoELayer(ExpertLayer):
         if real is None:
             return self._run_tokens(positions)
         is_static = positions.device.type != "cpu" and not torch.is_grad_enabled()
-        if self.observer is not None or not (is_recorded() or is_static):
+        if self._is_observed() or not (is_recorded() or is_static):
             return run_on_real_tokens(self._run_tokens, positions, self.context.token_index)
         return torch.where(real.unsqueeze(1), self._run_tokens(positions, real), 0)
 
@@ -207,7 +178,7 @@ class MoELayer(ExpertLayer):
         mask = self.gate(scores)  # (N, E)
         if real is not None:
             mask = mask & real.unsqueeze(1)
-        output = self._run_experts(tokens, mask if self.softness is None else self._learned(scores, mask))
+        output = self._run_experts(tokens, mask, None if self.softness is None else self._learned(scores, mask))
         return output if self.stand_in is None else output + self.stand_in(tokens, scores, mask)
 
     def _check_scores(self, scores: Any, tokens: Tensor) -> None:
@@ -219,13 +190,26 @@ class MoELayer(ExpertLayer):
                 f"{tokens.device}, of each token and each expert"
             )
 
-    def _run_experts(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        if self.observer is None and self.softness is None:
-            return self.experts(tokens, mask)
-        hidden = self.experts.hidden(tokens)  # (N, E, s)
+    def _is_observed(self) -> bool:
+        return self.observer is not None or bool(self._work_observers)
+
+    def _run_experts(self, tokens: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
+        """Tokens ``(N, d_model)``, with a mask and, where they differ, weights of it, ``(N, E)``, to ``(N, d_out)``."""
+        least = None  # of what is not left out
+        if self.cutoffs is not None and mask is not None:
+            least = self.cutoffs(self.get_gate(), self.own_experts.num_experts)
+        given = tokens if least is None else cut(tokens, least[0])
+        if weights is None and not self._is_observed():
+            return self.experts(given, mask) if least is None else self.experts(given, mask, least[1])
+        hidden = self.experts.hidden(given)  # (N, E, s)
         if self.observer is not None:
             self.observer(tokens, hidden)
-        return self.experts.combine(hidden if mask is None else hidden * mask.unsqueeze(-1))
+        if least is not None and mask is not None:
+            for observer in self._work_observers.values():
+                observer((work_of_pairs(self.own_experts, tokens, hidden, least) * mask).double().sum(dim=1))
+            hidden = cut(hidden, least[1])
+        chosen = mask if weights is None else weights
+        return self.experts.combine(hidden if chosen is None else hidden * chosen.unsqueeze(-1))
 
     def _learned(self, scores: Tensor, mask: Tensor) -> Tensor:
         assert self.softness is not None

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from d2dmoe_pl.errors import ConfigError, check, said_of
-from d2dmoe_pl.moe.layer import ExpertLayer, ExpertSizes
+from d2dmoe_pl.moe.expert_layer import ExpertLayer, ExpertSizes
 from d2dmoe_pl.moe.token_context import TokenContext, run_on_real_tokens
 from d2dmoe_pl.moebert.experts import ImportanceExperts
 from d2dmoe_pl.moebert.routing import ROUTINGS, Decision, Routing

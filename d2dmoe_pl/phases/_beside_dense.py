@@ -41,8 +41,8 @@ class BesideDense:
         # by batch
         self._logits: dict[int, Tensor] = {}
         self._head_inputs: dict[int, Tensor] = {}
-        # by batch and layer, the pairs that ran when it ran last, and tokens
-        self._counts: dict[int, dict[int, tuple[int, int]]] = {}
+        # by batch and layer, what was done when it ran last, in pairs, and tokens
+        self._counts: dict[int, dict[int, tuple[float, int]]] = {}
 
     def run(self, number: int, taus: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Run one batch with a tau for each layer, which the gates keep.
@@ -69,12 +69,12 @@ class BesideDense:
     def _run(self, number: int, batch: Batch, taus: Sequence[float]) -> Tensor:
         counts = dict(self._counts.get(number, {}))  # layers that do not run again have those of before
 
-        def count(index: int, mask: Tensor) -> None:
-            counts[index] = int(mask.sum()), len(mask)
+        def count(index: int, work: Tensor) -> None:
+            counts[index] = float(work.sum()), len(work)
 
         for layer, tau in zip(self._layers, taus, strict=True):
             layer.get_gate().set_tau(tau)
-        watched = hooked(layer.watch(partial(count, index)) for index, layer in enumerate(self._layers))
+        watched = hooked(layer.watch_work(partial(count, index)) for index, layer in enumerate(self._layers))
         with watched, self._replay.running(number, taus):
             logits = self._phase.logits(batch)
         self._counts[number] = counts
@@ -101,11 +101,11 @@ class BesideDense:
         return hooked([] if self._head is None else [self._head.register_forward_pre_hook(hook)])
 
 
-def _ffn_flops(layers: Sequence[MoELayer], counts: Mapping[int, tuple[int, int]]) -> tuple[int, int]:
-    """FLOPs of the layers, by the pairs that ran and tokens of each, and those of the dense FFNs."""
-    ran = dense = 0
+def _ffn_flops(layers: Sequence[MoELayer], counts: Mapping[int, tuple[float, int]]) -> tuple[float, float]:
+    """FLOPs of the layers, by the work and the tokens of each, and those of the dense FFNs."""
+    ran = dense = 0.0
     for index, layer in enumerate(layers):
-        pairs, tokens = counts[index]
-        ran += pairs * pair_flops(layer.sizes) + layer.flops_beside_experts(tokens, 1)
+        work, tokens = counts[index]
+        ran += work * pair_flops(layer.sizes) + layer.flops_beside_experts(tokens, 1)
         dense += tokens * dense_ffn_flops(layer.sizes)
     return ran, dense

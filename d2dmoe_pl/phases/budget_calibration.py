@@ -19,6 +19,7 @@ from d2dmoe_pl.metrics.flops import (
     sample_sizes,
 )
 from d2dmoe_pl.moe.budgets.allocation import (
+    FINE_TAUS,
     UNIFORM_TAUS,
     Measured,
     additive_path,
@@ -113,10 +114,9 @@ class BudgetCalibration(Calibration):
     def transform_(self, model: nn.Module) -> None:
         super().transform_(model)
         check(self.ffn_flops is not None, "ffn_flops=None: is for evaluations; must be a share to be fitted")
-        gates = {name: layer.get_gate().config for name, layer in moe_layers(model).items()}
-        rules = {gate.rule for gate in gates.values()}
+        rules = {layer.get_gate().config.rule for layer in moe_layers(model).values()}
         check(len(rules) == 1, f"gates: have the rules {', '.join(sorted(rules))}; must be one for all layers")
-        self._num_layers = len(gates)
+        self._num_layers = len(moe_layers(model))
 
     def check_data(self, running: Phase) -> None:
         check_held_out(running, num_samples=self.num_samples, num_scored_samples=self.num_scored_samples)
@@ -184,7 +184,7 @@ class BudgetCalibration(Calibration):
         set_budget_(model, ffn_flops=max(self.ffn_flops, least))
 
     def _shares(self, batches: Sequence[Batch], rule: str) -> list[list[float]]:
-        """What each layer runs at each of ``FINE_TAUS``, by the scores that its router gives with every expert on."""
+        """About what experts do at each of ``FINE_TAUS``, by the scores that routers give with every expert on."""
         layers = moe_layers(self.model)
         sums: dict[str, Tensor] = {}
 
@@ -199,7 +199,8 @@ class BudgetCalibration(Calibration):
             for batch in batches:
                 self.run_layers(moved(self, batch))
         totals = {name: summed(self, each.to(self.device)) for name, each in sums.items()}
-        return [(totals[name][:-1] / totals[name][-1]).tolist() for name in layers]
+        left = {name: torch.tensor([layer.work_share(tau) for tau in FINE_TAUS]) for name, layer in layers.items()}
+        return [(totals[name][:-1] / totals[name][-1] * left[name]).tolist() for name in layers]
 
     def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:
         """The way down by gradients; divergences are sums over predictions."""
@@ -211,12 +212,12 @@ class BudgetCalibration(Calibration):
                 partial(self.run_layers, on_device),
                 partial(lambda given, times: times * self.task_loss(self.logits(given), given), on_device, weight),
             )
-        parts = (sums.divergences, sums.pairs, sums.tokens)
-        divergences, pairs, tokens = (summed(self, part.to(self.device)).tolist() for part in parts)
+        parts = (sums.divergences, sums.work, sums.tokens)
+        divergences, work, tokens = (summed(self, part.to(self.device)).tolist() for part in parts)
         dense = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, layers.values(), strict=True))
         costs = [
             [(n * pair_flops(layer.sizes) + layer.flops_beside_experts(seen, 1)) / dense for n in steps]
-            for steps, seen, layer in zip(pairs, tokens, layers.values(), strict=True)
+            for steps, seen, layer in zip(work, tokens, layers.values(), strict=True)
         ]
         return additive_path(grids, [[each / predictions for each in steps] for steps in divergences], costs)
 

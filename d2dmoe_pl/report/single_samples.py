@@ -12,8 +12,9 @@ from d2dmoe_pl.adapters import MASK, NO_MASK, adapter_for, stream_of
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.find_layers import expert_layers
-from d2dmoe_pl.moe.layer import ExpertLayer, MoELayer
+from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases import Phase
 
 

@@ -17,7 +17,7 @@ from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.cli import given_inputs, main
 from d2dmoe_pl.data import DatasetSource, TextClassification
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.metrics.sample_cost import pairs_by_sample
+from d2dmoe_pl.metrics.sample_cost import summed_by_sample
 from d2dmoe_pl.phases import FineTuning, RecoveryTuning
 
 LABELS = sorted(ANIMALS)
@@ -101,9 +101,8 @@ def test_numbers_and_dense_models(trainer, digits, tmp_path):
     assert rows[0].keys() == {"sample", "label", "prediction", *(f"probability of {name}" for name in DIGIT_LABELS)}
 
 
-def test_pairs_by_sample():
-    mask = torch.tensor([[1, 0], [1, 1], [0, 0], [1, 1]]).bool()
-    assert pairs_by_sample(mask, [2, 1, 1]) == [3, 0, 2]
+def test_summed_by_sample():
+    assert summed_by_sample(torch.tensor([1, 2, 0, 2]), [2, 1, 1]) == [3, 0, 2]
 
 
 def test_a_place_that_takes_no_file_is_told_before_all_is_computed(trainer, texts, tmp_path):

@@ -12,6 +12,7 @@ from d2dmoe_pl.data import Classification, TextAnswers
 from d2dmoe_pl.data.multi_label import MultiLabel
 from d2dmoe_pl.data.task import Regression, Task
 from d2dmoe_pl.data.token_classification.token_tagging import TokenTagging
+from d2dmoe_pl.metrics.expert_load import LayerLoad
 
 
 def row(flops, metric="matthews_correlation", tau=0.55):
@@ -73,8 +74,8 @@ def test_rows_come_back_from_their_file(tmp_path, swept, settings):
 )
 def test_the_standard_error_is_of_shares_of_samples_alone(tmp_path, task, expected):
     layers = {"layer": tiny.routed().blocks[0].mlp}
-    histograms = [torch.tensor([0] * 8 + [10])]
-    made = sweep_row("test", None, 0.1, task, 0.9, layers, histograms, samples=400, flops_outside=0)
+    loads = [LayerLoad(torch.tensor([0] * 8 + [10]), 80.0)]
+    made = sweep_row("test", None, 0.1, task, 0.9, layers, loads, samples=400, flops_outside=0)
     write_csv([made], tmp_path / "rows.csv")
     for each in (made, *read_csv(tmp_path / "rows.csv", task)):
         assert each.standard_error == (None if expected is None else pytest.approx(expected))

@@ -13,7 +13,7 @@ from d2dmoe_pl.callbacks.sweep_table import sweep_row
 from d2dmoe_pl.data import Classification
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics import flops
-from d2dmoe_pl.metrics.expert_load import experts_histogram
+from d2dmoe_pl.metrics.expert_load import LayerLoad, experts_histogram
 from d2dmoe_pl.metrics.flops import (
     dense_ffn_flops,
     flops_outside_ffns,
@@ -75,6 +75,10 @@ def test_of_a_model_that_looks_at_values_and_is_parted(monkeypatch):
         flops_outside_ffns(tiny.routed("t5"), one)
 
 
+def layer_load(mask):
+    return LayerLoad(experts_histogram(mask), float(mask.sum()))
+
+
 @pytest.mark.parametrize("kind", ["bert", "timm_vit", "gpt2", "llama-causal-language-modeling"])
 @pytest.mark.parametrize("tau", [0.2, 0.6, 1.0])
 def test_executed_flops_equal_the_products_really_run(kind, tau):
@@ -95,7 +99,7 @@ def test_executed_flops_equal_the_products_really_run(kind, tau):
         layer.register_forward_hook(count_layer)
     with torch.no_grad():
         tiny.logits(model, inputs)
-    histograms = [experts_histogram(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
+    loads = [layer_load(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
     row = sweep_row(
         "test",
         SweepSetting("tau", tau),
@@ -103,13 +107,14 @@ def test_executed_flops_equal_the_products_really_run(kind, tau):
         Classification(["a", "b"]),
         0.0,
         layers,
-        histograms,
+        loads,
         samples=4,
         flops_outside=0,
     )
     assert row.model_flops * 4 == inside
     dense = sum(
-        int(h.sum()) * dense_ffn_flops(layer.experts) for h, layer in zip(histograms, layers.values(), strict=True)
+        int(load.histogram.sum()) * dense_ffn_flops(layer.experts)
+        for load, layer in zip(loads, layers.values(), strict=True)
     )
     assert row.ffn_flops_percent == pytest.approx(100 * inside / dense)
     assert row.experts_percent == pytest.approx(100 * torch.cat(masks[::2]).float().mean().item())
@@ -133,8 +138,8 @@ def test_moebert_flops_equal_the_products_really_run(routing):
         tiny.logits(model, inputs)
     for handle in handles:
         handle.remove()
-    histograms = [experts_histogram(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
-    row = sweep_row("test", None, 0.0, Classification(["a", "b"]), 0.0, layers, histograms, samples=4, flops_outside=0)
+    loads = [layer_load(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
+    row = sweep_row("test", None, 0.0, Classification(["a", "b"]), 0.0, layers, loads, samples=4, flops_outside=0)
     assert row.model_flops * 4 == inside
     assert row.experts_percent == pytest.approx(25)
     gate = {"gate_token": 2 * 24 * 4 * 14, "gate_sentence": 2 * 24 * 4 * 4, "hash_random": 0}[routing]

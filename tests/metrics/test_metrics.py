@@ -22,10 +22,13 @@ def test_load_adds_up(tokens, experts, seed):
     load = ExpertLoad([experts, 3])
     for part in mask.tensor_split(3):
         load.update(0, part)
-    histogram, untouched = load.compute()
-    assert torch.equal(histogram, experts_histogram(mask))
-    assert executed_pairs(histogram) == mask.sum()
-    assert untouched.tolist() == [0] * 4
+        load.update_work(0, part.sum(dim=1) / 2)
+    first, untouched = load.compute()
+    assert torch.equal(first.histogram, experts_histogram(mask))
+    assert executed_pairs(first.histogram) == mask.sum()
+    assert first.work == mask.sum() / 2
+    assert untouched.histogram.tolist() == [0] * 4
+    assert untouched.work == 0
 
 
 def test_sparsity_by_hand():

@@ -95,14 +95,14 @@ def naively(phase, taus):
     for batch in batches:
         set_tau_(model, 1.0)
         dense = tiny.logits(model, batch)
-        masks = []
-        with hooked(layer.watch(masks.append) for layer in layers.values()):
+        works = []
+        with hooked(layer.watch_work(works.append) for layer in layers.values()):
             for layer, tau in zip(layers.values(), taus, strict=True):
                 layer.gate.set_tau(tau)
             logits = tiny.logits(model, batch)
-        for layer, mask in zip(layers.values(), masks, strict=True):
-            ran += float(mask.sum()) * pair_flops(layer.sizes) + layer.flops_beside_experts(len(mask), 1)
-            every += len(mask) * dense_ffn_flops(layer.sizes)
+        for layer, work in zip(layers.values(), works, strict=True):
+            ran += float(work.sum()) * pair_flops(layer.sizes) + layer.flops_beside_experts(len(work), 1)
+            every += len(work) * dense_ffn_flops(layer.sizes)
         divergence += task.weight(batch) * float(task.prediction_loss(logits, dense, batch))
         weight += task.weight(batch)
         metrics.update(logits, batch)

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.hooks import first_given, hooked
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import Gate
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.token_context import real_tokens
+
+CHUNK = 2048  # tokens whose activations of all experts are held at once
 
 
 class SecondOrder:
@@ -25,7 +30,7 @@ class SecondOrder:
 
     Attributes:
         divergences: By layer and setting, ``(layers, steps)`` float64, not yet over the number of predictions.
-        pairs: (token, expert) pairs that run, likewise.
+        work: What experts do, in executed pairs, likewise.
         tokens: That each layer saw, ``(layers,)``.
     """
 
@@ -35,7 +40,7 @@ class SecondOrder:
         self.grids = grids
         steps = max(map(len, grids))
         self.divergences = torch.zeros(len(grids), steps, dtype=torch.float64)
-        self.pairs = torch.zeros(len(grids), steps, dtype=torch.float64)
+        self.work = torch.zeros(len(grids), steps, dtype=torch.float64)
         self.tokens = torch.zeros(len(grids), dtype=torch.float64)
 
     def add(self, run: Callable[[], object], loss: Callable[[], Tensor]) -> None:
@@ -71,22 +76,41 @@ class SecondOrder:
         )
 
     def _add_steps(self, index: int, x: Tensor, gradient: Tensor) -> None:
-        """Add what every setting of one layer would change in its output, ``(..., d_out)``, for what it is given."""
-        layer = self.layers[index]
-        given = x.to(layer.own_experts.up_weight.dtype)
-        ran: list[Tensor] = []
-        dense: Tensor | None = None
+        """Add what every setting of one layer would change in its output, ``(..., d_out)``, for what it is given.
+
+        What is wanted of a change is its product with the gradient. That is a sum over experts, so that a further
+        setting costs its mask and no product with weights.
+        """
+        layer, gate = self.layers[index], self.layers[index].get_gate()
+        real = layer.context.token_index
+        rows = real_tokens(x.reshape(-1, x.shape[-1]), real).to(layer.own_experts.up_weight.dtype)  # (N, d_model)
+        slopes = real_tokens(gradient.reshape(-1, gradient.shape[-1]), real)  # (N, d_out)
         # what little a step changes would drown in the rounding of narrow types
-        with hooked([layer.watch(ran.append)]), torch.autocast(x.device.type, enabled=False):
-            for step, tau in enumerate(self.grids[index]):
-                layer.get_gate().set_tau(tau)
-                output = layer.forward(given).float()
-                dense = output if dense is None else dense
-                change = (gradient * (output - dense)).sum(dim=-1)
-                self.divergences[index, step] += 0.5 * change.double().square().sum().cpu()
-                self.pairs[index, step] += int(ran[-1].sum())
-        self.tokens[index] += len(ran[-1])
-        layer.get_gate().set_tau(1.0)
+        with torch.autocast(x.device.type, enabled=False):
+            for tokens, slope in zip(rows.split(CHUNK), slopes.split(CHUNK), strict=True):
+                self._add_chunk(index, layer, gate, tokens, slope)
+        self.tokens[index] += len(rows)
+        gate.set_tau(1.0)
+
+    def _add_chunk(self, index: int, layer: MoELayer, gate: Gate, tokens: Tensor, slopes: Tensor) -> None:
+        experts, scores = layer.own_experts, layer.get_router()(tokens)
+        down: Tensor = experts.weights_in(tokens.dtype)[4].float()  # (E, s, d_out)
+        along = (slopes @ down.flatten(0, 1).t()).unflatten(1, (experts.num_experts, -1))  # (N, E, s)
+        of_strength: dict[float, tuple[Tensor, Tensor | None]] = {}  # by how much of the cutoffs counts
+        dense: Tensor | None = None
+        for step, tau in enumerate(self.grids[index]):
+            gate.set_tau(tau)
+            strength = 0.0 if layer.cutoffs is None else float(layer.cutoffs.strength(gate, experts.num_experts))
+            if strength not in of_strength:
+                hidden, work = layer.hidden_at(gate, tokens)
+                of_strength[strength] = (hidden.float() * along).sum(dim=2), work  # (N, E)
+            (worth, work), mask = of_strength[strength], gate(scores)
+            output = (worth * mask).sum(dim=1)  # along the gradient
+            if layer.stand_in is not None:
+                output = output + (layer.stand_in(tokens, scores, mask).float() * slopes).sum(dim=1)
+            dense = output if dense is None else dense
+            self.divergences[index, step] += 0.5 * (output - dense).double().square().sum().cpu()
+            self.work[index, step] += float((mask if work is None else work * mask).sum(dtype=torch.float64))
 
 
 @contextmanager

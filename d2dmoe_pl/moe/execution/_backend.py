@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
@@ -15,13 +16,22 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """A way to run the experts that a mask selects. See :mod:`d2dmoe_pl.moe.execution` for what it has to compute."""
 
-    def __call__(self, experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Tokens ``(N, d)`` and a boolean mask ``(N, E)`` to ``(N, d_out)``."""
+    def __call__(self, experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+        """Tokens ``(N, d)`` and a boolean mask ``(N, E)`` to ``(N, d_out)``.
+
+        The last argument, the magnitude below which activations are left out, may be missing: such a backend cannot run
+        layers that have cutoffs.
+        """
 
 
 BACKENDS: Plugins[Backend] = Plugins(
     "d2dmoe_pl.moe.execution", "BACKEND", "a function (experts, tokens, mask) that gives the output", callable
 )
+
+
+def takes_cutoff(backend: Backend) -> bool:
+    """Whether ``backend`` can leave small activations out."""
+    return "cutoff" in inspect.signature(backend).parameters
 
 
 def register_backend(name: str, backend: Backend) -> None:

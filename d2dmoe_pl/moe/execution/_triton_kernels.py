@@ -33,8 +33,16 @@ def _activate(x, KIND: tl.constexpr):  # noqa: N803
 
 
 @jit
+def _cut(x, cutoff):
+    """0 for what is smaller than ``cutoff``, a pointer to a number or None; NaN stays NaN."""
+    if cutoff is not None:
+        x = tl.where(tl.abs(x) < tl.load(cutoff), 0.0, x)
+    return x
+
+
+@jit
 def _activations(
-    tokens, token, is_listed, up_weight, up_bias, gate_weight, gate_bias, expert, neuron,
+    tokens, token, is_listed, up_weight, up_bias, gate_weight, gate_bias, cutoff, expert, neuron,
     D: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -60,7 +68,7 @@ def _activations(
         value = _activate(gate, ACTIVATION) * up
     else:
         value = _activate(up, ACTIVATION)
-    return value
+    return _cut(value, cutoff)
 
 
 @jit
@@ -88,7 +96,7 @@ def list_tokens(
 
 @jit
 def up_listed(
-    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, hidden, num_experts,
+    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, cutoff, hidden, num_experts,
     D: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -103,7 +111,7 @@ def up_listed(
         slot = first + tl.arange(0, BLOCK_M)
         token = chunk * CHUNK + tl.load(rows + place * CHUNK + slot, mask=slot < count, other=0)
         value = _activations(
-            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, expert, neuron,
+            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, cutoff, expert, neuron,
             D, S, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         to = hidden + token[:, None] * (num_experts * S) + (expert * S + neuron)[None, :]
@@ -142,7 +150,8 @@ def down_listed(
 
 @jit
 def both_listed(
-    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, down_weight, pairs, first_chunk, num_experts,
+    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, cutoff, down_weight, pairs, first_chunk,
+    num_experts,
     D: tl.constexpr, S: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -158,7 +167,7 @@ def both_listed(
         slot = first + tl.arange(0, BLOCK_M)
         token = chunk * CHUNK + tl.load(rows + place * CHUNK + slot, mask=slot < count, other=0)
         value = _activations(
-            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, expert, neuron,
+            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, cutoff, expert, neuron,
             D, S, ACTIVATION, BLOCK_M, BLOCK_S, BLOCK_K,
         )  # fmt: skip
         hidden = tl.where((neuron < S)[None, :], value, 0.0).to(down_weight.dtype.element_ty)
@@ -206,7 +215,8 @@ def sum_pairs(
 
 @jit
 def activate_all(
-    up, gate, mask, num_experts, S: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
+    up, gate, mask, cutoff, num_experts,
+    S: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """What the activation gives, in the place of ``up (N, WIDTH)``: of one token, ``BLOCK`` neurons; 0 off the mask."""
     token = tl.program_id(0).to(tl.int64)
@@ -218,5 +228,6 @@ def activate_all(
         value = _activate(tl.load(gate + at, inside, 0.0).to(tl.float32), ACTIVATION) * value
     else:
         value = _activate(value, ACTIVATION)
+    value = _cut(value, cutoff)
     value = tl.where(tl.load(mask + token * num_experts + neuron // S, inside, 0) != 0, value, 0.0)
     tl.store(up + at, value.to(up.dtype.element_ty), inside)

@@ -48,7 +48,9 @@ def can_run_whole(
     )
 
 
-def run_whole(experts: Experts, router: Any, gate: Any, stand_in: Any, x: Tensor, real: Tensor | None) -> Tensor:
+def run_whole(
+    experts: Experts, router: Any, gate: Any, stand_in: Any, cutoffs: Any, x: Tensor, real: Tensor | None
+) -> Tensor:
     """What the experts that the gate admits by the router's scores give, and what stands in for the others.
 
     Args:
@@ -56,6 +58,7 @@ def run_whole(experts: Experts, router: Any, gate: Any, stand_in: Any, x: Tensor
         router: The same; a ``RegressionRouter``.
         gate: The same.
         stand_in: The same; None for nothing.
+        cutoffs: The same.
         x: ``P`` positions, ``(..., d_model)``.
         real: Which of them hold tokens, ``(P,)`` boolean; None if all do.
 
@@ -73,6 +76,8 @@ def run_whole(experts: Experts, router: Any, gate: Any, stand_in: Any, x: Tensor
         [] if stand_in is None else own_tensors(stand_in, STAND_IN),
         weights_to_pack(experts),
         experts.activation_kind,
+        None if cutoffs is None else cutoffs.values,
+        1.0 if cutoffs is None else cutoffs.config.full_tau,
     )
 
 

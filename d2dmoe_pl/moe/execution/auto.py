@@ -17,9 +17,9 @@ from d2dmoe_pl.moe.experts.experts import Experts
 _CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def auto(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+def auto(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; differentiable."""
-    return choose(experts, tokens)(experts, tokens, mask)
+    return choose(experts, tokens)(experts, tokens, mask, cutoff)
 
 
 def choose(experts: Experts, tokens: Tensor) -> Backend:

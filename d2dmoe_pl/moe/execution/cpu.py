@@ -53,8 +53,8 @@ def _load() -> str | None:
     register_optimizer_step_post_hook(_count_changes)
 
     def shape(tokens: Tensor, *arguments: Any) -> Tensor:
-        down_weight = arguments[-2][4]  # the last but one are the weights
-        return tokens.new_empty(*tokens.shape[:-1], down_weight.shape[2])
+        weights = next(each for each in reversed(arguments) if isinstance(each, list | tuple) and len(each) > 4)
+        return tokens.new_empty(*tokens.shape[:-1], weights[4].shape[2])
 
     def shape_of_linear(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])
@@ -92,7 +92,7 @@ def _count_changes(optimizer: Optimizer, *_: Any) -> None:
     torch.autograd.graph.increment_version([parameter for parameter in changed if not parameter.is_inference()])
 
 
-def cpu(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+def cpu(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; for inference.
 
     Raises:
@@ -105,7 +105,7 @@ def cpu(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     if why_not is not None:
         raise ConfigError(f"backend='cpu': {why_not}")
     weights, tokens = weights_to_pack(experts), tokens.to(run_type(experts, tokens))
-    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, weights, experts.activation_kind)
+    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, weights, experts.activation_kind, cutoff)
 
 
 BACKEND = cpu

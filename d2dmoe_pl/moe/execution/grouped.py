@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2dmoe_pl.moe.cutoffs.cutoffs import cut
 from d2dmoe_pl.moe.execution._eligibility import obstacle
 from d2dmoe_pl.moe.execution.reference import reference
 from d2dmoe_pl.moe.experts.activation_kinds import KNOWN
@@ -13,7 +14,7 @@ from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.experts.ffn_math import hidden_activations, output_of_no_expert
 
 
-def grouped(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+def grouped(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; differentiable, runs anywhere.
 
     How many tokens an expert gets is not known when ``torch.compile`` traces, so that there the whole is one operator,
@@ -21,10 +22,11 @@ def grouped(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     ``torch.jit`` traces or that are exported to ONNX.
     """
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
-        return _run(experts.activation, experts.hidden_dropout, tokens, mask, *experts.weights_in(tokens.dtype))
+        weights = experts.weights_in(tokens.dtype)
+        return _run(experts.activation, experts.hidden_dropout, tokens, mask, cutoff, *weights)
     if torch.is_autocast_enabled(tokens.device.type) or obstacle(experts, tokens, [tokens.dtype]) is not None:
-        return reference(experts, tokens, mask)
-    return moe_grouped(tokens, mask, *experts.weights_in(tokens.dtype), experts.activation_kind)
+        return reference(experts, tokens, mask, cutoff)
+    return moe_grouped(tokens, mask, *experts.weights_in(tokens.dtype), experts.activation_kind, cutoff)
 
 
 def _run(
@@ -32,6 +34,7 @@ def _run(
     dropout: Callable[[Tensor], Tensor],
     tokens: Tensor,
     mask: Tensor,
+    cutoff: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
@@ -53,6 +56,7 @@ def _run(
             up_bias_e, gate_weight_e, gate_bias_e = (part(rows, expert) for rows in (up_bias, gate_weight, gate_bias))
             inputs = tokens.index_select(0, index)  # (n_e, d)
             hidden = hidden_activations(activation, inputs, up_weight[expert], up_bias_e, gate_weight_e, gate_bias_e)
+            hidden = hidden if cutoff is None else cut(hidden, cutoff)
             output.index_add_(0, index, (dropout(hidden) @ down_weight[expert]).to(output.dtype))
     device = tokens.device.type
     return output.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else start.dtype)
@@ -69,10 +73,11 @@ def moe_grouped(
     down_weight: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    cutoff: Tensor | None = None,
 ) -> Tensor:
     """The operator under :func:`grouped`; shapes as in ``Experts``, ``activation`` a key of ``KNOWN``."""
     weights = (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    return _run(KNOWN[activation], nn.Identity(), tokens, mask, *weights)
+    return _run(KNOWN[activation], nn.Identity(), tokens, mask, cutoff, *weights)
 
 
 @moe_grouped.register_fake

@@ -2,12 +2,15 @@
 
 from torch import Tensor
 
+from d2dmoe_pl.moe.cutoffs.cutoffs import cut
 from d2dmoe_pl.moe.experts.experts import Experts
 
 
-def reference(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+def reference(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; gradients reach executed experts only."""
-    return experts.combine(experts.hidden(tokens) * mask.unsqueeze(-1))  # (N, E, s) -> (N, d_out)
+    hidden = experts.hidden(tokens)  # (N, E, s)
+    kept = hidden if cutoff is None else cut(hidden, cutoff)
+    return experts.combine(kept * mask.unsqueeze(-1))
 
 
 BACKEND = reference

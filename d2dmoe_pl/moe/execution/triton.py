@@ -83,6 +83,7 @@ def moe_triton(
     down_bias: Tensor | None,
     activation: str,
     way: str,
+    cutoff: Tensor | None = None,
 ) -> Tensor:
     """The operator under :func:`triton`; all tensors of one type, shapes as in ``Experts``; ``way`` "" goes by rule."""
     num_tokens = tokens.shape[0]
@@ -96,16 +97,16 @@ def moe_triton(
     weights = (up_weight, up_bias, gate_weight, gate_bias)
     with torch.cuda.device_of(tokens):
         if way == "listed":
-            return _listed(tokens, mask, weights, down_weight, down_bias, activation)
+            return _listed(tokens, mask, weights, down_weight, down_bias, activation, cutoff)
         if way == "listed_up":
             hidden = tokens.new_zeros((num_tokens, num_experts * expert_dim))
-            _up_listed(tokens, _lists(mask, None), weights, hidden, activation)
+            _up_listed(tokens, _lists(mask, None), weights, hidden, activation, cutoff)
         else:
             hidden = _all_neurons(tokens, up_weight, up_bias)
             gate = None if gate_weight is None else _all_neurons(tokens, gate_weight, gate_bias)
             width, block = hidden.shape[1], _block(hidden.shape[1], 1024)
             grid = (num_tokens, cdiv(width, block))
-            activate_all[grid](hidden, gate, mask, num_experts, expert_dim, width, activation, block)
+            activate_all[grid](hidden, gate, mask, cutoff, num_experts, expert_dim, width, activation, block)
     dense = down_weight.flatten(0, 1)  # (E * s, d_out)
     return hidden @ dense if down_bias is None else torch.addmm(down_bias, hidden, dense)
 
@@ -123,7 +124,12 @@ def _lists(mask: Tensor, slots: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _up_listed(
-    tokens: Tensor, lists: tuple[Tensor, Tensor], weights: Sequence[Tensor | None], hidden: Tensor, activation: str
+    tokens: Tensor,
+    lists: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor | None],
+    hidden: Tensor,
+    activation: str,
+    cutoff: Tensor | None,
 ) -> None:
     (num_tokens, d_model), (rows, counts), up_weight = tokens.shape, lists, weights[0]
     assert up_weight is not None
@@ -132,7 +138,7 @@ def _up_listed(
     widest = 32 if is_few else 64 if is_float or (is_gated and not _has_much_shared_memory(tokens)) else 128
     block_s = _block(expert_dim, widest)
     up_listed[num_experts * cdiv(expert_dim, block_s), len(rows)](
-        tokens, rows, counts, *weights, hidden, num_experts, d_model, expert_dim, activation, rows.shape[2],
+        tokens, rows, counts, *weights, cutoff, hidden, num_experts, d_model, expert_dim, activation, rows.shape[2],
         BLOCK_M=_block(num_tokens, 64 if is_float else 128),
         BLOCK_N=block_s,
         BLOCK_K=_block(d_model, 32 if is_float else 64),
@@ -148,6 +154,7 @@ def _listed(
     down_weight: Tensor,
     down_bias: Tensor | None,
     activation: str,
+    cutoff: Tensor | None,
 ) -> Tensor:
     num_tokens, d_model = tokens.shape
     num_experts, expert_dim, d_out = down_weight.shape
@@ -159,7 +166,7 @@ def _listed(
     is_one_kernel = num_tokens > FEW_TOKENS and expert_dim <= 128 and _has_much_shared_memory(tokens)
     hidden = None if is_one_kernel else tokens.new_empty((num_tokens, num_experts * expert_dim))
     if hidden is not None:
-        _up_listed(tokens, (rows, counts), weights, hidden, activation)
+        _up_listed(tokens, (rows, counts), weights, hidden, activation, cutoff)
     output = tokens.new_empty((num_tokens, d_out))
     at_a_time = max(1, PAIRS_SPACE // (chunk * num_experts * d_out * tokens.element_size()))  # chunks
     pairs = tokens.new_empty((min(at_a_time, num_chunks), num_experts, chunk, d_out))
@@ -167,7 +174,7 @@ def _listed(
         chunks = min(at_a_time, num_chunks - first)
         if hidden is None:
             both_listed[num_experts, chunks](
-                tokens, rows, counts, *weights, down_weight, pairs, first, num_experts,
+                tokens, rows, counts, *weights, cutoff, down_weight, pairs, first, num_experts,
                 d_model, expert_dim, d_out, activation, chunk,
                 BLOCK_S=_block(expert_dim, 128), BLOCK_K=_block(d_model, 32 if is_float else 64),
                 **_both_blocks(num_tokens, d_out, is_float, weights[2] is not None),
@@ -224,7 +231,7 @@ def _(tokens: Tensor, mask: Tensor, *rest: Any) -> Tensor:
     return tokens.new_empty(tokens.shape[0], down_weight.shape[2])
 
 
-def triton(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
+def triton(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; for inference on a CUDA device, or on any under ``TRITON_INTERPRET=1``.
 
     Of the ways the fastest is taken, by a measurement on first use; see :func:`fastest`. Under autocast tokens
@@ -240,9 +247,12 @@ def triton(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     check(why_not is None, f"backend='triton': {why_not}")
     dtype = run_type(experts, tokens)
     cast = [None if tensor is None else tensor.to(dtype) for tensor in experts.weights_in(dtype)]
-    run = partial(moe_triton, tokens.to(dtype), mask, *cast, experts.activation_kind)
-    way = "" if INTERPRETED.value else fastest(WAYS, run, experts, tokens, milliseconds_on_gpu)
-    return run(way)
+    operator = partial(moe_triton, tokens.to(dtype), mask, *cast, experts.activation_kind)
+
+    def run(way: str) -> Tensor:
+        return operator(way, cutoff)
+
+    return run("" if INTERPRETED.value else fastest(WAYS, run, experts, tokens, milliseconds_on_gpu))
 
 
 BACKEND = triton

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN
 from d2dmoe_pl.errors import check, said_of
-from d2dmoe_pl.moe.execution import BACKENDS
+from d2dmoe_pl.moe.execution import BACKENDS, takes_cutoff
 from d2dmoe_pl.moe.experts.activation_kinds import activation_kind
 from d2dmoe_pl.moe.experts.ffn_math import hidden_activations
 
@@ -182,6 +182,7 @@ class Experts(nn.Module):
         self.backend = backend
         self.measured: dict[Hashable, Any] = {}  # what ``auto`` found fastest
         self._run = BACKENDS.find(backend, "backend")
+        self._takes_cutoff = takes_cutoff(self._run)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the activation (times the gated product) gives, before dropout: ``(N, E, s)``."""
@@ -199,19 +200,30 @@ class Experts(nn.Module):
         output = kept @ down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
         return output if down_bias is None else output + down_bias.to(output.dtype)  # autocast's, if it is on
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cutoff: Tensor | None = None) -> Tensor:
         """Run the experts that ``mask`` selects, all of them if there is none.
 
         Args:
             tokens: ``(N, d_model)``.
             mask: Boolean ``(N, E)``.
+            cutoff: Magnitude below which an activation is left out, without dimensions; None for nothing.
 
         Returns:
             ``(N, d_out)``.
+
+        Raises:
+            ConfigError: If there is a cutoff, and the backend, which is from outside of the package, takes none.
         """
         if mask is None:
             return self.combine(self.hidden(tokens))
-        return self._run(self, tokens, mask)
+        if cutoff is None:
+            return self._run(self, tokens, mask)
+        check(
+            self._takes_cutoff,
+            f"backend={self.backend!r}: takes no cutoff, and the layer has one; must have a further argument, cutoff, "
+            "or fit shares of 1 by CutoffFitting, which takes them away",
+        )
+        return self._run(self, tokens, mask, cutoff)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, expert_dim={self.expert_dim}, d_model={self.d_model}"

@@ -157,9 +157,8 @@ def _fit_and_run_(layer: MoELayer, config: FittingConfig, reduce: Callable[[Tens
         for chunk in at_tau.split(CHUNK):
             scores = layer.get_router()(chunk)
             mask = each(scores)  # (n, E)
-            hidden = experts.hidden(chunk)  # (n, E, s)
-            output = experts.combine(hidden * mask.unsqueeze(-1))
-            sums.add(chunk, skipped_share(scores, mask), experts.combine(hidden) - output)
+            output = experts.combine(layer.hidden_at(each, chunk)[0] * mask.unsqueeze(-1))  # (n, E, s) -> (n, d_out)
+            sums.add(chunk, skipped_share(scores, mask), experts(chunk) - output)
             ran.append(output)
             chosen.append((chunk, scores, mask))
     sums.sums = reduce(sums.sums)

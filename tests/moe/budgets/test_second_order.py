@@ -2,13 +2,17 @@
 
 from functools import partial
 
+import pytest
 import tiny
 import torch
 
 from d2dmoe_pl.moe.budgets.second_order import SecondOrder
 from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
+from d2dmoe_pl.moe.cutoffs.fitting import fit_cutoffs_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.stand_ins.fitting import FittingConfig, fit_stand_ins_
 
 GRID = [1.0, 0.8, 0.4, 0.0]
 
@@ -31,16 +35,21 @@ def by_hand(model, layer, batch, tau):
     return 0.5 * (gradient * (seen[1][1] - seen[0][1])).sum(-1).square().sum()
 
 
-def test_sums_are_those_by_hand_padding_out():
+@pytest.mark.parametrize("around", [None, "stand_ins", "cutoffs"])
+def test_sums_are_those_by_hand_padding_out(around):
     model = tiny.routed("bert").eval()
     set_gate_(model, GateConfig("dynk_cumulative"))
     layers, batch = moe_layers(model), tiny.batch("bert")
     batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
+    if around == "stand_ins":
+        fit_stand_ins_(model, FittingConfig(rank=4), run=partial(tiny.logits, model), batch=batch)
+    if around == "cutoffs":
+        fit_cutoffs_(model, CutoffConfig(full_tau=0.7), run=partial(tiny.logits, model, batch))
     found = SecondOrder(model, [GRID] * len(layers))
     found.add(partial(tiny.logits, model, batch), partial(loss_of, model, batch))
     assert found.tokens.tolist() == [int(batch["attention_mask"].sum())] * len(layers)
     assert (found.divergences[:, 0] == 0).all()
-    assert (found.pairs.diff(dim=1) < 0).all()
+    assert (found.work.diff(dim=1) < 0).all()
     for index, layer in enumerate(layers.values()):
         for step, tau in enumerate(GRID):
             torch.testing.assert_close(
@@ -64,7 +73,7 @@ def test_what_a_step_changes_does_not_drown_in_the_rounding_of_mixed_precision()
     exact, narrowed = found
     assert (exact.divergences[0, 1:] > 0).all()
     assert narrowed.divergences.equal(exact.divergences)
-    assert narrowed.pairs.equal(exact.pairs)
+    assert narrowed.work.equal(exact.work)
 
 
 def test_only_what_is_needed_has_gradients():

@@ -1,8 +1,10 @@
 """The contract of every kernel: the function of the plain twin, and gradients where it has any."""
 
+import copy
+
 import pytest
 import torch
-from ffns import ACTIVATIONS, TOLERANCE, assert_close, cases, experts_of, ffn_of, make_ffn
+from ffns import ACTIVATIONS, TOLERANCE, assert_close, cases, experts_of, ffn_of, in_a_gap, make_ffn
 from hypothesis import given, settings
 from torch import nn
 
@@ -69,6 +71,26 @@ def test_equals_reference_in_inference(backend, dtype, case):
     # where terms cancel, what is rounded off them is as large as ever: the terms are the measure
     hidden = experts.hidden(tokens.double()).abs() * mask.unsqueeze(-1)  # (N, E, s)
     terms = hidden.flatten(1) @ experts.down_weight.abs().flatten(0, 1)  # (N, d)
+    scale = (expected.abs() + terms).max().clamp(min=1e-3).item() if expected.numel() else 1.0
+    assert_close(got.double() / scale, expected / scale, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("backend", ON_CPU)
+@given(cases(150, 9, 70, 150))
+@settings(deadline=None, max_examples=60)
+@torch.no_grad()
+def test_leaves_small_activations_out(backend, dtype, case):
+    torch.manual_seed(case["seed"])
+    experts, tokens, mask = experts_of(case, backend)
+    experts, tokens = experts.to(dtype), tokens.to(dtype)
+    twin = copy.deepcopy(experts).double()
+    hidden = twin.hidden(tokens.double())  # (N, E, s)
+    cutoff = in_a_gap(hidden)
+    got = experts(tokens, mask, torch.tensor(cutoff))
+    kept = hidden * (hidden.abs() >= cutoff) * mask.unsqueeze(-1)
+    expected = twin.combine(kept)
+    terms = kept.abs().flatten(1) @ twin.down_weight.abs().flatten(0, 1)  # (N, d)
     scale = (expected.abs() + terms).max().clamp(min=1e-3).item() if expected.numel() else 1.0
     assert_close(got.double() / scale, expected / scale, TOLERANCE[dtype])
 

@@ -1,5 +1,6 @@
 """The Triton kernel against its plain twin: in Triton's interpreter, or on the GPU where there is one."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ffns import in_a_gap
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -27,8 +29,7 @@ ACTIVATIONS = {
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
 }
-NARROW, WIDE = 5, 140
-"""Expert widths: less than a block, and more than one kernel holds."""
+NARROW, WIDE = 5, 140  # neurons: less than a block, and more than one kernel holds
 
 
 @pytest.fixture(autouse=True)
@@ -57,18 +58,18 @@ def make_experts(d_model, num_experts, expert_dim, gated=False, bias=True, activ
     return Experts(ffn, num_experts, None, "triton").to(DEVICE)
 
 
-def twin(experts, tokens, mask):
+def twin(experts, tokens, mask, cutoff=None):
     """The plain twin, in float64."""
     experts.set_backend("reference")
-    output = experts.double()(tokens.double(), mask)
+    output = experts.double()(tokens.double(), mask, cutoff)
     experts.set_backend("triton")
     return output
 
 
-def assert_equals_twin(experts, tokens, mask, relative=1e-5):
+def assert_equals_twin(experts, tokens, mask, relative=1e-5, cutoff=None):
     """The largest error, relative to the largest output."""
-    got = experts(tokens, mask)
-    expected = twin(experts, tokens, mask)
+    got = experts(tokens, mask, cutoff)
+    expected = twin(experts, tokens, mask, cutoff)
     assert got.shape == expected.shape
     assert got.dtype == tokens.dtype
     scale = expected.abs().max().item() if expected.numel() else 0.0
@@ -101,6 +102,16 @@ def test_equals_the_plain_twin_at_any_shape(case):
     experts = make_experts(**case)
     mask = torch.rand(tokens, case["num_experts"], device=DEVICE) < density
     assert_equals_twin(experts, torch.randn(tokens, case["d_model"], device=DEVICE), mask)
+
+
+@pytest.mark.usefixtures("_way")
+@pytest.mark.parametrize("expert_dim", [NARROW, WIDE])
+@pytest.mark.parametrize("gated", [False, True])
+def test_leaves_small_activations_out(expert_dim, gated):
+    experts = make_experts(40, 3, expert_dim, gated, activation="gelu")
+    tokens = torch.randn(50, 40, device=DEVICE)
+    cutoff = torch.tensor(in_a_gap(copy.deepcopy(experts).double().hidden(tokens.double())), device=DEVICE)
+    assert_equals_twin(experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, cutoff=cutoff)
 
 
 @pytest.mark.usefixtures("_way")
@@ -259,12 +270,13 @@ def shared_memory(function, constants, stages=3, **types):
 
 lists = dict(rows="*i16", counts="*i32", num_experts="i32")
 weights = {name: "*bf16" for name in ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "hidden")}
+weights["cutoff"] = "*fp32"
 blocks = dict(D=768, CHUNK=512, BLOCK_M=128, BLOCK_K=64)
 of_mask = dict(mask="*u8", slots="*i16", num_experts="i32")
 print(shared_memory(kernel.list_tokens, dict(CHUNK=512, BLOCK_E=4), num_tokens="i32", **(lists | of_mask)))
 up = dict(S=24, BLOCK_N=32, **blocks)
 print(shared_memory(kernel.up_listed, up | dict(ACTIVATION="gelu"), tokens="*bf16", **lists, **weights))
-whole = dict(mask="*u8", num_experts="i32", up="*bf16", gate="*bf16")
+whole = dict(mask="*u8", num_experts="i32", up="*bf16", gate="*bf16", cutoff="*fp32")
 print(shared_memory(kernel.activate_all, dict(S=24, WIDTH=3072, ACTIVATION="gelu", BLOCK=1024), **whole))
 both = dict(S=128, D_OUT=768, ACTIVATION="gelu", BLOCK_S=128, BLOCK_N=64, **blocks)
 given = dict(tokens="*bf16", pairs="*bf16", first_chunk="i32", **lists, **weights)

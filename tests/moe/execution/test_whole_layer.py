@@ -1,14 +1,17 @@
 """A layer in one operator decides and computes what router, gate and experts do one after the other."""
 
+import copy
+
 import pytest
 import tiny
 import torch
-from ffns import ACTIVATIONS, ffn_of
+from ffns import ACTIVATIONS, ffn_of, in_a_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from d2dmoe_pl import set_tau_
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, Cutoffs, cut
 from d2dmoe_pl.moe.execution import cpu
 from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
@@ -42,6 +45,7 @@ CASES = st.fixed_dictionaries(
         "tau": st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
         "real": st.sampled_from([None, 0.0, 0.5, 1.0]),
         "rank": st.sampled_from([0, 0, 1, 5]),
+        "inputs": st.sampled_from([None, None, 0.5, 1.5]),
         "seed": st.integers(0, 2**31),
     }
 )
@@ -62,7 +66,14 @@ def layer_of(case, dtype=torch.float32):
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
     positions = torch.randint(-1, 2, (case["positions"], case["d_model"])).to(dtype)
     real = None if case["real"] is None else torch.rand(case["positions"]) < case["real"]
-    return layer.to(dtype), positions, real
+    layer = layer.to(dtype)
+    if case.get("inputs") is not None:
+        layer.cutoffs = Cutoffs(CutoffConfig(full_tau=0.4)).to(dtype)
+        layer.cutoffs.values[0] = case["inputs"]
+        inputs, _ = layer.cutoffs(layer.gate, case["num_experts"])
+        hidden = copy.deepcopy(layer.experts).double().hidden(cut(positions, inputs).double())
+        layer.cutoffs.values[1] = in_a_gap(hidden) / max(0.01, float(layer.cutoffs.strength(layer.gate, 1)))
+    return layer, positions, real
 
 
 def can_run(layer, positions):
@@ -70,7 +81,7 @@ def can_run(layer, positions):
 
 
 def whole(layer, positions, real):
-    return run_whole(layer.experts, layer.router, layer.gate, layer.stand_in, positions, real)
+    return run_whole(layer.experts, layer.router, layer.gate, layer.stand_in, layer.cutoffs, positions, real)
 
 
 def one_after_the_other(layer, positions, real):
@@ -80,7 +91,11 @@ def one_after_the_other(layer, positions, real):
     scores = layer.router(positions[real])
     mask = layer.gate(scores)
     layer.experts.double().set_backend("reference")
-    output[real] = layer.experts(positions[real].double(), mask)
+    if layer.cutoffs is None:
+        output[real] = layer.experts(positions[real].double(), mask)
+    else:
+        inputs, hidden = layer.cutoffs(layer.gate, layer.experts.num_experts)
+        output[real] = layer.experts(cut(positions[real], inputs).double(), mask, hidden)
     if layer.stand_in is not None:
         output[real] += layer.stand_in.double()(positions[real].double(), scores.double(), mask)
     return output

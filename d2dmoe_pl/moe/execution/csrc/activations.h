@@ -61,11 +61,11 @@ inline Vec tanh(Vec x) {
 }
 
 // hidden (rows, neurons) becomes act(hidden + bias), or act(gate + gate_bias) * (hidden + bias) if there is a gate.
-// Biases may be null; both matrices have rows `ld` apart.
+// Biases may be null; both matrices have rows `ld` apart. What is smaller than `cutoff` becomes 0; NaN stays NaN.
 template <Vec (*act)(Vec)>
 void activate(
     float* hidden, const float* bias, const float* gate, const float* gate_bias, int64_t rows, int64_t neurons,
-    int64_t ld) {
+    int64_t ld, float cutoff) {
   const auto biased = [](const float* values, const float* bias, int64_t n, int64_t count) {
     const Vec value = Vec::loadu(values + n, count);
     return bias == nullptr ? value : value + Vec::loadu(bias + n, count);
@@ -76,25 +76,25 @@ void activate(
       const int64_t count = std::min(kWidth, neurons - n);
       const Vec up = biased(row, bias, n, count);
       const Vec value = gate == nullptr ? act(up) : act(biased(gate + m * ld, gate_bias, n, count)) * up;
-      value.store(row + n, count);
+      (cutoff > 0.f ? Vec::blendv(value, Vec(0.f), value.abs() < Vec(cutoff)) : value).store(row + n, count);
     }
   }
 }
 
 inline void activate(
     Activation kind, float* hidden, const float* bias, const float* gate, const float* gate_bias, int64_t rows,
-    int64_t neurons, int64_t ld) {
+    int64_t neurons, int64_t ld, float cutoff = 0.f) {
   switch (kind) {
     case Activation::relu:
-      return activate<relu>(hidden, bias, gate, gate_bias, rows, neurons, ld);
+      return activate<relu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
     case Activation::gelu:
-      return activate<gelu>(hidden, bias, gate, gate_bias, rows, neurons, ld);
+      return activate<gelu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
     case Activation::gelu_tanh:
-      return activate<gelu_tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld);
+      return activate<gelu_tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
     case Activation::silu:
-      return activate<silu>(hidden, bias, gate, gate_bias, rows, neurons, ld);
+      return activate<silu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
     case Activation::tanh:
-      return activate<tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld);
+      return activate<tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
   }
 }
 

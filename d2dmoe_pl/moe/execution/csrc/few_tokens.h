@@ -95,20 +95,31 @@ void dot_rows(
   }
 }
 
-// y[n] += scale[n] sum_j a[j] w[j][n], of w (rows, width); scale may be null.
+// y[n] += scale[n] sum_j a[j] w[j][n], of w (rows, width), whose rows are not read where a is 0; scale may be null.
 template <typename T>
 void add_rows(const float* a, int64_t rows, const T* w, const float* scale, int64_t width, float* y) {
   constexpr int64_t kRows = 4; // at once, each read from its begin to its end
-  for (int64_t j = 0; j < rows; j += kRows) {
-    const int64_t here = std::min(kRows, rows - j);
+  int64_t seen = 0;
+  const auto next = [&](int64_t* to) { // the rows that come after those seen, and how many they are
+    int64_t found = 0;
+    for (; seen < rows && found < kRows; ++seen) {
+      to[found] = seen;
+      found += a[seen] != 0.f;
+    }
+    return found;
+  };
+  int64_t row[kRows + 1], later[kRows + 1];
+  int64_t here = next(row);
+  while (here > 0) {
+    const int64_t behind = next(later);
     for (int64_t n = 0; n < width; n += kPair) {
       const int64_t count = std::min(kPair, width - n);
-      ask_ahead(w + j * width + n * kRows, kPair * kRows, w + rows * width);
+      for (int64_t i = 0; i < behind; ++i) ask_for(w + later[i] * width + n, kPair, w + rows * width);
       const Pair before = load_pair(y + n, count);
       Pair sum = scale == nullptr ? before : Pair{Vec(0.f), Vec(0.f)};
       for (int64_t i = 0; i < here; ++i) {
-        const Pair ws = load_pair(w + (j + i) * width + n, count);
-        for (int half = 0; half < 2; ++half) sum[half] = at::vec::fmadd(Vec(a[j + i]), ws[half], sum[half]);
+        const Pair ws = load_pair(w + row[i] * width + n, count);
+        for (int half = 0; half < 2; ++half) sum[half] = at::vec::fmadd(Vec(a[row[i]]), ws[half], sum[half]);
       }
       if (scale != nullptr) {
         const Pair scales = load_pair(scale + n, count);
@@ -116,6 +127,8 @@ void add_rows(const float* a, int64_t rows, const T* w, const float* scale, int6
       }
       store_pair(sum, y + n, count);
     }
+    here = behind;
+    std::copy_n(later, behind, row);
   }
 }
 
@@ -162,7 +175,7 @@ class FewTokensExperts {
       if (w.gate != nullptr) dot_rows(x, d, w.gate + n * d, at(w.gate_scale, n), s, gated_.data());
       activate(
           problem_.activation, hidden_.data(), at(problem_.up_bias, n), w.gate == nullptr ? nullptr : gated_.data(),
-          at(problem_.gate_bias, n), 1, s, s);
+          at(problem_.gate_bias, n), 1, s, s, problem_.cutoff);
       add_rows(hidden_.data(), s, w.down + n * d_out, at(w.down_scale, expert * d_out), d_out, y + rows[i] * d_out);
     }
   }

@@ -129,7 +129,8 @@ class Int8Experts {
         if (gate_.weight != nullptr) product(gate_, gate_quads_, n, neurons, gated_.data());
         activate(
             problem_.activation, hidden_.data(), at(problem_.up_bias, row),
-            gate_.weight == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, row), tokens, neurons, step);
+            gate_.weight == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, row), tokens, neurons, step,
+            problem_.cutoff);
         uint8_t* narrow = narrow_.add(expert, n / kChunk, rows, tokens, ld);
         grow(scales_, narrow_.filled());
         float* scales = scales_.data() + narrow_.filled() - tokens;

@@ -79,7 +79,8 @@ void activate_masked(const Problem& problem, const bool* mask, int64_t count, co
       at::vec::convert(row, up.data(), size);
       if (gate != nullptr) at::vec::convert(gate + t * size, gated.data(), size);
       activate(
-          problem.activation, up.data(), nullptr, gate == nullptr ? nullptr : gated.data(), nullptr, 1, size, size);
+          problem.activation, up.data(), nullptr, gate == nullptr ? nullptr : gated.data(), nullptr, 1, size, size,
+          problem.cutoff);
       const bool* chosen = mask + t * experts;
       for (int64_t e = 0; e < experts; ++e) { // by bits, since a product would let NaN through; no branch to mispredict
         const uint32_t kept = chosen[e] ? ~uint32_t(0) : 0;

@@ -14,6 +14,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <vector>
@@ -77,8 +79,9 @@ void execute(const Problem& problem, const Experts& experts, T* out) {
 }
 
 // What experts give for tokens by a mask (N, E): (N, d_out) in `dtype`.
-at::Tensor run_experts(const Operands& operands, const Inputs& inputs, const at::Tensor& mask, at::ScalarType dtype) {
-  const Problem problem = operands.problem(mask.size(0), mask.const_data_ptr<bool>());
+at::Tensor run_experts(
+    const Operands& operands, const Inputs& inputs, const at::Tensor& mask, float cutoff, at::ScalarType dtype) {
+  const Problem problem = operands.problem(mask.size(0), mask.const_data_ptr<bool>(), cutoff);
   const at::Tensor out = at::empty({problem.tokens, problem.outputs}, dtype);
   if (problem.tokens == 0) return out;
   if (operands.prefers_dense(problem, inputs)) return operands.dense(problem, inputs).to(dtype);
@@ -93,12 +96,15 @@ at::Tensor run_experts(const Operands& operands, const Inputs& inputs, const at:
 }
 
 at::Tensor moe_cpu(
-    const at::Tensor& tokens, const at::Tensor& mask, const Optionals& weights, const std::string& activation) {
+    const at::Tensor& tokens, const at::Tensor& mask, const Optionals& weights, const std::string& activation,
+    const Optional& cutoff) {
   const Operands operands(tokens, weights, activation);
+  TORCH_CHECK_VALUE(!cutoff || cutoff->numel() == 1, "cutoff must be one number");
   TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, "mask is ", mask.scalar_type(), ", not bool");
   const bool fits = mask.dim() == 2 && mask.size(0) == tokens.size(0) && mask.size(1) == operands.experts();
   TORCH_CHECK_VALUE(fits, "mask must be (N, E)");
-  return run_experts(operands, operands.inputs(tokens), mask.contiguous(), tokens.scalar_type());
+  const float least = cutoff ? cutoff->item<float>() : 0.f;
+  return run_experts(operands, operands.inputs(tokens), mask.contiguous(), least, tokens.scalar_type());
 }
 
 // The rows that are no padding, by plain copies: tensors' own operations take longer than a small layer.
@@ -170,10 +176,37 @@ void add_stand_in(
   out.addmm_(at::cat({at::linear(x, down).mul_(shares), shares}, 1), up);
 }
 
+// What of tokens' values, and of activations, is too small to be multiplied with, at a gate's setting: nothing where
+// every expert runs, `values` in full up to `full_tau`.
+std::array<float, 2> cutoffs_at(const Gate& gate, int64_t experts, const Optional& values, double full_tau) {
+  if (!values) return {0.f, 0.f};
+  TORCH_CHECK_VALUE(values->numel() == 2, "cutoffs must be two numbers");
+  const double strength = gate.k > 0 ? double(gate.k < experts) : std::min(1.0, (1.0 - gate.tau) / (1.0 - full_tau));
+  const at::Tensor plain = values->to(at::kFloat).contiguous();
+  const float* full = plain.const_data_ptr<float>();
+  return {full[0] * float(strength), full[1] * float(strength)};
+}
+
+// x with zeros in the place of what is smaller than `cutoff`, which is rounded to the type of x; NaN stays.
+at::Tensor cut(const at::Tensor& x, float cutoff) {
+  const at::Tensor from = x.contiguous(), to = at::empty_like(from);
+  const auto copy = [&]<typename T>(const T* in) {
+    T* out = to.mutable_data_ptr<T>();
+    const float least = static_cast<float>(static_cast<T>(cutoff));
+    for (int64_t i = 0; i < from.numel(); ++i) out[i] = std::abs(static_cast<float>(in[i])) < least ? T(0.f) : in[i];
+  };
+  if (from.scalar_type() == at::kBFloat16) {
+    copy(from.const_data_ptr<at::BFloat16>());
+  } else {
+    copy(from.const_data_ptr<float>());
+  }
+  return to;
+}
+
 at::Tensor moe_layer_cpu(
     const at::Tensor& x, const Optional& real, const Optionals& router, const std::string& rule,
     const at::Tensor& tau, int64_t k, at::TensorList stand_in, const Optionals& weights,
-    const std::string& activation) {
+    const std::string& activation, const Optional& cutoffs, double full_tau) {
   const at::AutoDispatchBelowADInplaceOrView below; // there are no gradients, and a view takes a microsecond to say so
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., d)");
   const at::Tensor positions = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); // (P, d)
@@ -190,7 +223,9 @@ at::Tensor moe_layer_cpu(
   const at::Tensor skipped = stands_in ? at::empty({tokens.size(0), 1}, at::kFloat) : at::Tensor();
   operands.choose(
       inputs, router, gate, mask.mutable_data_ptr<bool>(), stands_in ? skipped.mutable_data_ptr<float>() : nullptr);
-  const at::Tensor out = run_experts(operands, inputs, mask, positions.scalar_type()); // (N, d_out)
+  const auto [of_inputs, of_hidden] = cutoffs_at(gate, operands.experts(), cutoffs, full_tau);
+  const Inputs kept = of_inputs > 0.f ? operands.inputs(cut(tokens, of_inputs)) : inputs;
+  const at::Tensor out = run_experts(operands, kept, mask, of_hidden, positions.scalar_type()); // (N, d_out)
   if (stands_in) add_stand_in(out, tokens, skipped, stand_in[0], stand_in[1]);
   const at::Tensor placed = rows.placed(out); // (P, d_out)
   if (x.dim() == 2) return placed;
@@ -202,10 +237,10 @@ at::Tensor moe_layer_cpu(
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
-  library.def("moe_cpu(Tensor tokens, Tensor mask, Tensor?[] weights, str activation) -> Tensor");
+  library.def("moe_cpu(Tensor tokens, Tensor mask, Tensor?[] weights, str activation, Tensor? cutoff=None) -> Tensor");
   library.def(
       "moe_layer_cpu(Tensor x, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
-      "Tensor[] stand_in, Tensor?[] weights, str activation) -> Tensor");
+      "Tensor[] stand_in, Tensor?[] weights, str activation, Tensor? cutoffs=None, float full_tau=1.) -> Tensor");
   library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("int8_linears_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor[]");
   library.def("attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale) -> Tensor");
