@@ -16,7 +16,8 @@ from d2dmoe_pl.moe.gating._gate import GATING_RULES
 
 # one for all layers, to be no worse than that
 UNIFORM_TAUS = (0.98, 0.95, 0.92, *(i / 20 for i in range(18, 5, -1)), 0.2, 0.1)
-# where shares are looked at, to find a grid of each layer's own
+ENOUGH_TOKENS = 256  # of a batch, whose shares are looked at
+# where they are, to find a grid of each layer's own
 FINE_TAUS = (*(i / 100 for i in range(100)), 0.995, 0.999, 1.0)
 
 
@@ -39,14 +40,15 @@ def shares_at(scores: Tensor, rule: str) -> Tensor:
     """The share of experts that run at each of ``FINE_TAUS``.
 
     Args:
-        scores: ``(N, E)``.
+        scores: ``(N, E)``; of many tokens, some are looked at, evenly spaced.
         rule: Gating rule.
 
     Returns:
         ``(len(FINE_TAUS),)`` float64.
     """
     choose = GATING_RULES.find(rule, "rule")
-    return torch.stack([choose(scores, tau).double().mean() for tau in FINE_TAUS])
+    some = scores[:: max(1, len(scores) // ENOUGH_TOKENS)]  # rules sort them anew for every tau
+    return torch.stack([choose(some, tau).double().mean() for tau in FINE_TAUS])
 
 
 def tau_grid(shares: Sequence[float], keep: float) -> list[float]:
