@@ -93,6 +93,16 @@ def test_the_shares_are_those_asked_for():
         assert shares == pytest.approx([0.6, 0.3], abs=0.02)
 
 
+@pytest.mark.parametrize("times", [0, 1])
+@torch.no_grad()
+def test_a_layer_that_no_token_comes_to_leaves_nothing_out(times):
+    model, padding = tiny.routed("bert"), tiny.batch("bert")
+    padding["attention_mask"].zero_()
+    fit_cutoffs_(model, CutoffConfig(), run=lambda: [tiny.logits(model, padding) for _ in range(times)])
+    for layer in moe_layers(model).values():
+        assert layer.cutoffs.values.tolist() == [0.0, 0.0]
+
+
 @torch.no_grad()
 def test_work_is_what_products_are_left_and_padding_is_not_counted():
     model, batch = fitted("bert"), tiny.batch("bert")
