@@ -24,8 +24,8 @@ def grouped_mm(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
         size = width * tokens.element_size()
         check(
             size % 16 == 0,
-            f"compare='grouped_mm': rows of {width} numbers in {tokens.dtype} are {size} bytes; must be a multiple of 16, "
-            "by another number of experts; or leave it out",
+            f"compare='grouped_mm': rows of {width} numbers in {tokens.dtype} are {size} bytes; must be a multiple of "
+            "16, by another number of experts; or leave it out",
         )
     expert, token = mask.t().nonzero().unbind(1)  # (P,) each, sorted by expert
     ends = mask.sum(dim=0).cumsum(0).to(torch.int32)  # (E,): where each expert's rows end
