@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.moe.conversion import add_cutoffs_, select_moe_layers
+from d2dmoe_pl.moe.conversion import add_cutoffs_, check_chosen, select_moe_layers
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, Cutoffs
 from d2dmoe_pl.moe.find_layers import LayerFilterFn
 from d2dmoe_pl.moe.layer import observed
@@ -37,7 +37,7 @@ class Magnitudes:
         self.counts += torch.bincount(bits, minlength=BINS)
 
     def exceeded_by(self, share: float) -> float:
-        """A magnitude that ``share`` of the values reach, or some more that are about the same; 0 for all, or of none."""
+        """A magnitude that ``share`` of the values reach, or some more that are about the same; 0 for all or none."""
         wanted = share * float(self.counts.sum())
         reached = self.counts.flip(0).cumsum(0).flip(0)  # (BINS,): how many are in a bin or above
         bits = int((reached >= wanted).nonzero().amax()) << 16 if share < 1 and wanted > 0 else 0
@@ -66,6 +66,8 @@ def fit_cutoffs_(
         ConfigError: If there is no MoE layer, or one without a router or a gate.
     """
     layers = select_moe_layers(model, filter_fn)
+    if not config.leaves_out_nothing:
+        check_chosen(layers)
     add_cutoffs_(model, config, filter_fn)
     if config.leaves_out_nothing:
         return
