@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._structural import StructuralAdapter
 from d2dmoe_pl.data.head import Head
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, said_of
 
 EXAMPLE = "_d2dmoe_example"  # attribute of a model
 
@@ -28,7 +28,8 @@ def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
         example: What it is called with: a batch of two or more, without padding.
 
     Raises:
-        ConfigError: If the model cannot be traced, or no FFN is found. The model is then as it was.
+        ConfigError: If the model cannot be traced, gives something else than a tensor, or no FFN is found. The model
+            is then as it was.
 
     Example:
         >>> import torch
@@ -55,7 +56,7 @@ def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
     model.__dict__[EXAMPLE] = {name: tensor.detach().clone() for name, tensor in example.items()}
     try:
         ADAPTER.ffns(model)
-    except ConfigError:
+    except Exception:  # the model's own too, of an example that it cannot be called with
         del model.__dict__[EXAMPLE]
         raise
 
@@ -88,7 +89,12 @@ class AnyModuleAdapter(StructuralAdapter):
 
     def logits(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         taken = inspect.signature(model.forward).parameters
-        output: Tensor = model(**{key: value for key, value in batch.items() if key in taken})
+        output: Any = model(**{key: value for key, value in batch.items() if key in taken})
+        if not isinstance(output, Tensor):
+            raise ConfigError(
+                f"it gives {said_of(output)}; must give one tensor to be adopted, as a module around it can (models of "
+                "transformers and timm need no adopt_)"
+            )
         return output
 
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:

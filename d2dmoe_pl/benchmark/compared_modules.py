@@ -123,9 +123,10 @@ def way(
         call()
     masks = {key: torch.cat(some) for key, some in seen.items()}
     pairs = {key: int(mask.sum()) for key, mask in masks.items()}
+    # what runs experts in the layer's place leaves nothing out of them
+    done = {key: float(torch.cat(some).sum()) if some else pairs[key] for key, some in work.items()}
     flops = sum(
-        float(torch.cat(work[key]).sum()) * pair_flops(layer.experts)
-        + (layer.flops_beside_experts(len(masks[key]), 1) if choice.router else 0)
+        done[key] * pair_flops(layer.experts) + (layer.flops_beside_experts(len(masks[key]), 1) if choice.router else 0)
         for key, layer in layers.items()
     )
     dense_flops = sum(positions[key] * dense_ffn_flops(layer.experts) for key, layer in layers.items())

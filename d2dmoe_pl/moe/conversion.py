@@ -148,13 +148,11 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
     """Give every MoE layer a stand-in for skipped experts that is zero until it is fitted; with rank 0, take it away.
 
     Raises:
-        ConfigError: If there is no MoE layer, one without a router or a gate, or one narrower than the rank.
+        ConfigError: If there is no MoE layer, or one narrower than the rank.
     """
     check_not_quantized(model)
     check_weights_are_here(model)
     layers = select_moe_layers(model, filter_fn)
-    if config.rank > 0:
-        _check_chosen(layers)
     for name, layer in layers.items():
         config.check_fits(layer.experts, name)
     for layer in layers.values():
@@ -165,17 +163,15 @@ def add_cutoffs_(model: nn.Module, config: CutoffConfig, filter_fn: LayerFilterF
     """Give every MoE layer cutoffs, which leave out nothing until they are fitted; with shares of 1, take them away.
 
     Raises:
-        ConfigError: If there is no MoE layer, or one without a router or a gate.
+        ConfigError: If there is no MoE layer.
     """
-    layers = select_moe_layers(model, filter_fn)
-    if not config.leaves_out_nothing:
-        _check_chosen(layers)
-    for layer in layers.values():
+    for layer in select_moe_layers(model, filter_fn).values():
         device = layer.own_experts.down_weight.device
         layer.cutoffs = None if config.leaves_out_nothing else Cutoffs(config).to(device)
 
 
-def _check_chosen(layers: Mapping[str, MoELayer]) -> None:
+def check_chosen(layers: Mapping[str, MoELayer]) -> None:
+    """Raise ``ConfigError`` if a layer has nothing to choose experts by, as what is fitted to choices needs."""
     for name, layer in layers.items():
         check(
             layer.router is not None and layer.gate is not None,

@@ -204,6 +204,22 @@ def test_an_example_that_does_not_fit():
         convert_to_moe_(model, ExpertsConfig(8))
 
 
+class Named(Plain):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+def test_what_gives_no_tensor_or_cannot_be_called_is_left_as_it_was():
+    for model, example, error, said in [
+        (Named(), torch.randn(2, 3, 8), ConfigError, r"cannot be traced: it gives dict; must give one tensor to be "),
+        (Plain(), torch.randn(2, 3, 9), (ConfigError, RuntimeError), None),
+    ]:
+        with pytest.raises(error, match=said):
+            adopt_(model.eval(), {"x": example})
+        with pytest.raises(ConfigError, match="is no model of transformers or timm; call adopt_ first"):
+            convert_to_moe_(model, ExpertsConfig(8))
+
+
 def test_what_no_file_can_build_again(tmp_path):
     model = nn.Sequential(Plain()).eval()
     adopt_(model, {"input": torch.randn(2, 3, 8)})

@@ -68,6 +68,14 @@ def test_a_torch_without_grouped_mm(monkeypatch):
         find_way("grouped_mm")(Experts(make_ffn(False, True), 4), torch.randn(5, 16), torch.ones(5, 4).bool())
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_rows_that_grouped_mm_does_not_take():
+    experts = Experts(make_ffn(False, True), 16)
+    said = r"^compare='grouped_mm': rows of 2 numbers in torch.float32 are 8 bytes; must be a multiple of 16, by "
+    with pytest.raises(ConfigError, match=said):
+        find_way("grouped_mm")(experts, torch.randn(5, 16), torch.ones(5, 16).bool())
+
+
 @pytest.mark.parametrize(("share", "pairs"), [(0.0001, 1), (0.25, 10), (0.5, 20), (1.0, 40)])
 def test_a_random_mask_has_exactly_its_share(share, pairs):
     mask = random_mask(5, 8, share, CPU)

@@ -1,5 +1,7 @@
 """A converted model against its dense twin, on real inputs and on noise."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
@@ -15,6 +17,8 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_path_
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_, set_gate_, set_tau_
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
+from d2dmoe_pl.moe.cutoffs.fitting import fit_cutoffs_
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.moe.find_layers import moe_layers
 
@@ -116,6 +120,18 @@ def test_the_models_own_rule_is_used_and_its_gates_are_put_back(tmp_path):
         ("loop", 0.5),
     ]
     assert whole.dense.call().dtype is torch.bfloat16
+
+
+def test_what_a_layer_leaves_out_costs_nothing_and_is_computed_by_what_runs_in_its_place(tmp_path):
+    model = tiny.routed()
+    fit_cutoffs_(model, CutoffConfig(0.5, 0.5), run=partial(tiny.logits, model, tiny.batch()))
+    compare = settings(scope=["layer"], compare=["loop", "reference"])
+    layer = next(iter(moe_layers(model).values()))
+    router = layer.flops_beside_experts(1, 1) / dense_ffn_flops(layer.experts)
+    for comparison in artifact_comparisons(saved(model, tmp_path), [0.5], Digits(), 6, compare):
+        own, *others = comparison.ways
+        assert own.cost < 0.8 * own.share + router
+        assert [way.cost for way in others] == pytest.approx([own.share + router] * 2)
 
 
 def test_more_samples_than_there_are():

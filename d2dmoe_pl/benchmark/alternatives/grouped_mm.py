@@ -13,12 +13,20 @@ def grouped_mm(experts: Experts, tokens: Tensor, mask: Tensor) -> Tensor:
     """All experts in one call a product; as :mod:`d2dmoe_pl.moe.execution`.
 
     Raises:
-        ConfigError: If this version of PyTorch has no ``torch.nn.functional.grouped_mm``.
+        ConfigError: If this version of PyTorch has no ``torch.nn.functional.grouped_mm``, or rows are of a width that
+            it does not take.
     """
     check(
         hasattr(F, "grouped_mm"),
         f"compare='grouped_mm': torch {torch.__version__} has no torch.nn.functional.grouped_mm",
     )
+    for width in (experts.d_model, experts.expert_dim, experts.d_out):
+        size = width * tokens.element_size()
+        check(
+            size % 16 == 0,
+            f"compare='grouped_mm': rows of {width} numbers in {tokens.dtype} are {size} bytes; must be a multiple of "
+            "16, by another number of experts; or leave it out",
+        )
     expert, token = mask.t().nonzero().unbind(1)  # (P,) each, sorted by expert
     ends = mask.sum(dim=0).cumsum(0).to(torch.int32)  # (E,): where each expert's rows end
     rows = tokens.index_select(0, token)  # (P, d)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.moe.conversion import add_cutoffs_, select_moe_layers
+from d2dmoe_pl.moe.conversion import add_cutoffs_, check_chosen, select_moe_layers
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, Cutoffs
 from d2dmoe_pl.moe.find_layers import LayerFilterFn
 from d2dmoe_pl.moe.layer import observed
@@ -37,10 +37,10 @@ class Magnitudes:
         self.counts += torch.bincount(bits, minlength=BINS)
 
     def exceeded_by(self, share: float) -> float:
-        """A magnitude that ``share`` of the values reach, or as many more as are about the same; 0 for all."""
+        """A magnitude that ``share`` of the values reach, or some more that are about the same; 0 for all or none."""
         wanted = share * float(self.counts.sum())
         reached = self.counts.flip(0).cumsum(0).flip(0)  # (BINS,): how many are in a bin or above
-        bits = int((reached >= wanted).nonzero().amax()) << 16 if share < 1 else 0
+        bits = int((reached >= wanted).nonzero().amax()) << 16 if share < 1 and wanted > 0 else 0
         return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
 
@@ -56,7 +56,7 @@ def fit_cutoffs_(
     """Give every MoE layer cutoffs that leave ``config``'s shares of what it is given with every expert on.
 
     Args:
-        model: With routers and gates; in evaluation mode.
+        model: With routers and gates; in evaluation mode. A layer that no token comes to leaves nothing out.
         config: The shares.
         filter_fn: ``(layer, name) -> bool``; which layers to fit, all if not given.
         run: Calls the model on calibration samples; a few thousand tokens are enough.
@@ -66,14 +66,15 @@ def fit_cutoffs_(
         ConfigError: If there is no MoE layer, or one without a router or a gate.
     """
     layers = select_moe_layers(model, filter_fn)
+    if not config.leaves_out_nothing:
+        check_chosen(layers)
     add_cutoffs_(model, config, filter_fn)
     if config.leaves_out_nothing:
         return
-    seen: dict[str, tuple[Magnitudes, Magnitudes]] = {}
+    devices = {name: layer.own_experts.down_weight.device for name, layer in layers.items()}
+    seen = {name: (Magnitudes(device), Magnitudes(device)) for name, device in devices.items()}
 
     def see(name: str, tokens: Tensor, hidden: Tensor) -> None:
-        if name not in seen:
-            seen[name] = Magnitudes(tokens.device), Magnitudes(tokens.device)
         for magnitudes, values in zip(seen[name], (tokens, hidden), strict=True):
             magnitudes.add(values)
 

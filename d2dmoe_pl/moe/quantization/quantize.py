@@ -95,14 +95,16 @@ def quantize_(
 
 
 def _put_in_int8_(model: nn.Module, found: Mapping[str, nn.Module], adapter: Adapter) -> None:
-    made: dict[int, Int8Module] = {}  # by what they are made of
+    made: dict[int, Int8Module] = {}  # by the module, and by the parameter that is its weight
     for name, module in found.items():
-        weight = id(getattr(module, "weight", module))
-        int8 = made.get(id(module)) or _in_int8(module, adapter)
-        if weight in made:  # tied weights stay so
-            int8.weight, int8.scale = made[weight].weight, made[weight].scale
-        made[id(module)] = made[weight] = int8
-        model.set_submodule(name, int8.train(module.training))
+        if id(module) not in made:
+            int8 = made[id(module)] = _in_int8(module, adapter).train(module.training)
+            weight = module._parameters.get("weight")  # a parametrization's is new at each look, and no other's
+            if id(weight) in made:  # tied weights stay so
+                int8.weight, int8.scale = made[id(weight)].weight, made[id(weight)].scale
+            elif weight is not None:
+                made[id(weight)] = int8
+        model.set_submodule(name, made[id(module)])
 
 
 def quantize_layer_(layer: MoELayer) -> None:

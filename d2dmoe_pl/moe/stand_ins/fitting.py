@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe.conversion import add_stand_ins_, select_moe_layers
+from d2dmoe_pl.moe.conversion import add_stand_ins_, check_chosen, select_moe_layers
 from d2dmoe_pl.moe.find_layers import LayerFilterFn
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.gating._gate import check_tau
@@ -116,6 +116,8 @@ def fit_stand_ins_(
         ConfigError: If there is no MoE layer, one without a router or a gate, or one narrower than the rank.
     """
     layers = select_moe_layers(model, filter_fn)
+    if config.rank > 0:
+        check_chosen(layers)
     add_stand_ins_(model, StandInConfig(config.rank), filter_fn)
     if config.rank == 0:
         return

@@ -93,6 +93,16 @@ def test_the_shares_are_those_asked_for():
         assert shares == pytest.approx([0.6, 0.3], abs=0.02)
 
 
+@pytest.mark.parametrize("times", [0, 1])
+@torch.no_grad()
+def test_a_layer_that_no_token_comes_to_leaves_nothing_out(times):
+    model, padding = tiny.routed("bert"), tiny.batch("bert")
+    padding["attention_mask"].zero_()
+    fit_cutoffs_(model, CutoffConfig(), run=lambda: [tiny.logits(model, padding) for _ in range(times)])
+    for layer in moe_layers(model).values():
+        assert layer.cutoffs.values.tolist() == [0.0, 0.0]
+
+
 @torch.no_grad()
 def test_work_is_what_products_are_left_and_padding_is_not_counted():
     model, batch = fitted("bert"), tiny.batch("bert")
@@ -180,6 +190,18 @@ def test_gradients_reach_what_is_kept():
 
 
 @torch.no_grad()
+def test_without_gates_every_expert_runs_and_it_is_saved_so(tmp_path):
+    model, batch = fitted("bert"), tiny.batch("bert")
+    set_gate_(model, None)
+    save_artifact(model, tmp_path / "artifact")
+    loaded = load_model(tmp_path / "artifact")
+    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
+    for each in (model, loaded):
+        set_gate_(each, GateConfig(tau=0.3))
+    assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
+
+
+@torch.no_grad()
 def test_merged_to_dense_they_are_gone():
     model, batch = fitted("llama"), tiny.batch("llama")
     set_tau_(model, 1.0)
@@ -207,7 +229,8 @@ class TestRefusals:
             add_cutoffs_(model, CutoffConfig())
         convert_to_moe_(model, ExpertsConfig(4))
         with pytest.raises(ConfigError, match="has no router or no gate yet"):
-            add_cutoffs_(model, CutoffConfig())
+            fit_cutoffs_(model, CutoffConfig(), run=lambda: None)
+        assert all(layer.cutoffs is None for layer in moe_layers(model).values())
 
     @torch.no_grad()
     def test_a_backend_of_ones_own_that_takes_none(self):

@@ -78,6 +78,32 @@ def test_tied_weights_stay_tied(tmp_path):
         assert each.lm_head.scale is each.transformer.wte.scale
 
 
+class Larger(nn.Module):
+    def forward(self, weight):
+        return weight * 1.3
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+@torch.no_grad()
+def test_weights_that_are_computed_are_each_their_own(kind):
+    model, inputs = tiny.dense(kind), tiny.batch(kind)
+    for module in [module for module in model.modules() if type(module) is nn.Linear]:
+        nn.utils.parametrize.register_parametrization(module, "weight", Larger())
+    before = tiny.logits(model, inputs)
+    quantize_(model)
+    assert (tiny.logits(model, inputs) - before).norm() < 0.1 * before.norm()
+
+
+@torch.no_grad()
+def test_experts_in_two_places_stay_the_same():
+    model, inputs = tiny.routed("timm_vit", tau=1.0), tiny.batch("timm_vit")
+    model.blocks[1].mlp = model.blocks[0].mlp
+    before = tiny.logits(model, inputs)
+    quantize_(model)
+    assert model.blocks[1].mlp.experts is model.blocks[0].mlp.experts
+    assert (tiny.logits(model, inputs) - before).norm() < 0.1 * before.norm()
+
+
 @torch.no_grad()
 def test_a_filter_and_a_dense_model(tmp_path):
     model, inputs = tiny.dense("bert").eval(), tiny.batch("bert")

@@ -217,9 +217,22 @@ def test_wrong_settings(make, message):
     assert str(error.value) == message
 
 
+@torch.no_grad()
+def test_without_gates_every_expert_runs_and_it_is_saved_so(tmp_path):
+    model, inputs = fitted(), tiny.batch()
+    set_gate_(model, None)
+    save_artifact(model, tmp_path / "artifact")
+    loaded = load_model(tmp_path / "artifact")
+    assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+    for each in (model, loaded):
+        set_gate_(each, GateConfig(tau=0.3))
+    assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+
+
 def test_a_model_without_a_gate_is_refused():
     model = tiny.routed()
     set_gate_(model, None)
     with pytest.raises(ConfigError, match=r"blocks.0.mlp: has no router or no gate yet; run RouterRegression"):
-        add_stand_ins_(model, StandInConfig(4))
+        fit_stand_ins_(model, FittingConfig(4), run=lambda each: None, batch=tiny.batch())
+    assert all(layer.stand_in is None for layer in moe_layers(model).values())
     set_gate_(model, GateConfig())
