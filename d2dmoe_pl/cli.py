@@ -41,9 +41,7 @@ EVALUATIONS = {
     "test": "Evaluate a model on the test split.",
     "predict": "Write what the model says of each sample, and what that cost.",
 }
-RUN_SAID = (
-    "--run FOLDER, of a finished phase or a chain, stands for its settings and the model that it left."
-)
+RUN_SAID = "--run FOLDER, of a finished phase or a chain, stands for its settings and the model that it left."
 
 
 class D2DMoECLI(PhaseCLI):
