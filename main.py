@@ -1,4 +1,4 @@
-"""Entry point: ``python main.py {fit,validate,test,predict,chain,benchmark} --help``."""
+"""Entry point: ``python main.py {chain,compress,fit,validate,test,predict,benchmark} --help``."""
 
 from d2dmoe_pl.entry import main
 

@@ -89,7 +89,9 @@ def benchmark_arguments(data: type | None = None) -> ArgumentParser:
     parser.add_argument("--rounds", type=int, default=11, help="Samples of each time, whose median is shown.")
 
     artifact = parser.add_argument_group("a converted model")
-    artifact.add_argument("--artifact", type=str | None, default=None, help="Folder that RouterRegression wrote.")
+    artifact.add_argument(
+        "--artifact", type=str | None, default=None, help="Folder artifact of a phase that leaves routers and a gate."
+    )
     artifact.add_argument("--tau", type=shares, default=[0.5, 0.7, 0.8, 0.9, 1.0], help="In [0, 1]; 1 is dense.")
     artifact.add_argument(
         "--budget", type=shares, default=[], help="Of a calibrated model, shares of the dense FFNs' FLOPs, not taus."

@@ -35,6 +35,13 @@ OWN = {
     "compress": (compress_parser, run_compress),
     "benchmark": (benchmark_parser, run_benchmark),
 }
+# Lightning has the first lines of its own docstrings there, which end in the middle of a sentence
+EVALUATIONS = {
+    "validate": "Evaluate a model on the validation split.",
+    "test": "Evaluate a model on the test split.",
+    "predict": "Write what the model says of each sample, and what that cost.",
+}
+RUN_SAID = "--run FOLDER, of a finished phase or a chain, stands for its settings and the model that it left."
 
 
 class D2DMoECLI(PhaseCLI):
@@ -46,6 +53,8 @@ class D2DMoECLI(PhaseCLI):
             self._subcommand_parsers[name].set_defaults(weights_only=True)
         for name in ("validate", "test"):
             self._subcommand_parsers[name].set_defaults(verbose=False)
+        for name, what in EVALUATIONS.items():
+            self._subcommand_parsers[name].description = f"{what} {RUN_SAID}"
         predict = self._subcommand_parsers["predict"]
         predict.set_defaults(return_predictions=False)
         predict.add_argument("--output", type=str, default="predictions.csv", help="Gets a row a sample; or .parquet.")

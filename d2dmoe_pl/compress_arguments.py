@@ -31,14 +31,14 @@ def compress_parser() -> ArgumentParser:
         type=str | None,
         default=None,
         help="text-classification, text-regression, multi-label-classification, token-classification, text-to-text, "
-        "embeddings, image-classification or causal-language-modeling; if not given, the data's columns tell whether "
-        "it is the first or one of the last two.",
+        "embeddings, image-classification or causal-language-modeling; if not given, the data's columns tell, and what "
+        "labels are, but for embeddings, which have to be named.",
     )
     parser.add_argument(
         "--target",
         type=str,
         default="ffn_flops=25%",
-        help="ffn_flops=10%% or flops=45%% of the dense model's; speed=2x on this machine, by measurement; drop=0.5 "
+        help="ffn_flops=10% or flops=45% of the dense model's; speed=2x on this machine, by measurement; drop=0.5 "
         "points of the task's metric.",
     )
     parser.add_argument(

@@ -10,7 +10,7 @@ import yaml
 from recipe import arguments, write_recipe
 
 from d2dmoe_pl.artifact import read_artifact
-from d2dmoe_pl.cli import main
+from d2dmoe_pl.cli import EVALUATIONS, main
 from d2dmoe_pl.recipe import SHAPE
 
 
@@ -48,6 +48,18 @@ def test_help_of_a_phase_shows_its_docstring(capsys):
     )
     code, said, _ = out(capsys, "chain", "--help")
     assert "Redo from this phase on" in said
+
+
+@pytest.mark.parametrize("subcommand", EVALUATIONS)
+def test_help_of_an_evaluation_says_what_it_does_and_that_a_run_is_enough(capsys, subcommand):
+    code, said, _ = out(capsys, subcommand, "--help")
+    assert code == 0
+    assert f"{EVALUATIONS[subcommand]} --run FOLDER, of a finished phase or a chain" in " ".join(said.split())
+
+
+def test_help_of_numbers_to_be_learnt_says_that_the_column_holds_any(capsys):
+    _, said, _ = out(capsys, "fit", "--data.help=TextRegression")
+    assert "of ``TextRegression``, any numbers" in " ".join(said.split())
 
 
 def test_print_config_can_be_run(capsys, recipe, tmp_path):

@@ -48,6 +48,12 @@ def test_help_at_once_has_the_options_of_the_whole_command_line(capsys, command)
     assert options - {word.strip("[]") for word in at_once.split()} <= {"--data.help"}
 
 
+@pytest.mark.parametrize("command", list(OWN))
+def test_a_percentage_in_help_can_be_typed_as_it_stands(capsys, command):
+    main([command, "--help"])
+    assert "%%" not in capsys.readouterr().out
+
+
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
     read, write = os.pipe()
     os.close(read)

@@ -275,7 +275,8 @@ def as_markdown(rows: Sequence[SweepRow]) -> str:
 def _range(rows: Sequence[SweepRow]) -> str:
     """What is swept from where to where, for the legend; nothing for a routing that has no setting."""
     settings = [row.setting for row in rows if row.setting is not None]
-    return f", {rows[0].swept} from {min(settings):g} to {max(settings):g}" if settings else ""
+    ends = " to ".join(f"{end:g}" for end in sorted({min(settings), max(settings)})) if settings else ""
+    return f", {rows[0].swept} {ends}" if ends else ""
 
 
 def score_name(row: SweepRow) -> str:

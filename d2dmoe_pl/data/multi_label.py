@@ -79,7 +79,7 @@ def _labels(batch: Any) -> Tensor:
 
 
 class TextMultiLabel(TextClassification):
-    """As :class:`TextClassification`, but each sample has any number of the labels, none of them included.
+    """As ``TextClassification``, but each sample has any number of the labels, none of them included.
 
     It goes with ``HuggingFaceModel`` of the task ``multi-label-classification``.
 

@@ -21,7 +21,7 @@ class TextClassification(TokenizedData):
         source: Where the splits are.
         tokenizer: Hub name or folder of a Hugging Face tokenizer.
         text_columns: One column, or two for sentence pairs.
-        label_column: Column of the labels, strings or whole numbers.
+        label_column: Column of the labels, strings or whole numbers; of ``TextRegression``, any numbers.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.

@@ -11,7 +11,7 @@ from d2dmoe_pl.data.text_classification import TextClassification
 
 
 class TextRegression(TextClassification):
-    """As :class:`TextClassification`, but ``label_column`` holds numbers, which are learnt as they are.
+    """As ``TextClassification``, but ``label_column`` holds numbers, which are learnt as they are.
 
     It goes with ``HuggingFaceModel`` of the task ``text-regression``.
 

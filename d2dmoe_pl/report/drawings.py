@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from math import ceil
 from typing import Any
 
@@ -48,7 +49,7 @@ def curve(
     """
     figure, axes = _figure(4.0)
     axis = axes[0, 0]
-    for colour, stage in zip(COLOURS, dict.fromkeys(row.stage for row in rows), strict=False):
+    for colour, stage in zip(cycle(COLOURS), dict.fromkeys(row.stage for row in rows), strict=False):
         of_stage = sorted((row for row in rows if row.stage == stage), key=lambda row: row.ffn_flops_percent)
         axis.errorbar(
             [row.ffn_flops_percent for row in of_stage],
@@ -90,7 +91,8 @@ def layers(rows: Sequence[SweepRow]) -> Figure:
     shares = np.array([[max(row.layers[name], 1e-3) for row in rows] for name in names])  # (layers, settings)
     figure, axes = _figure(1.2 + 0.28 * len(names))
     axis = axes[0, 0]
-    image = axis.imshow(shares, aspect="auto", cmap="viridis", norm=LogNorm(vmin=max(shares.min(), 0.1), vmax=100))
+    least = min(max(shares.min(), 0.1), 10)  # a range of colours, also where every layer runs all its experts
+    image = axis.imshow(shares, aspect="auto", cmap="viridis", norm=LogNorm(vmin=least, vmax=100))
     for (i, j), share in np.ndenumerate(shares):
         axis.text(
             j,

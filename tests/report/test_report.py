@@ -95,13 +95,17 @@ def test_a_chain_that_ends_in_budgets_says_what_it_is_set_to(run):
     assert f'model = load_model("{run.parent / "budgets" / "budgets" / "artifact"}")' in text
 
 
-@pytest.mark.parametrize(("spread", "said"), [(0.0005, "0.50x"), (0.004, "too noisy to tell")])
-def test_a_speed_is_not_told_where_something_else_ran(tmp_path, spread, said):
+@pytest.mark.parametrize(
+    ("spread", "said", "of"),
+    [(0.0005, "0.50x", "as fast as dense"), (0.004, "too noisy to tell", "how fast beside dense")],
+    [(0.0005, "0.50x", "as fast as dense"), (0.004, "too noisy to tell", "how fast beside dense")],
+)
+def test_a_speed_is_not_told_where_something_else_ran(tmp_path, spread, said, of):
     point = BudgetPoint((0.5,), 0.2, 0.5, 0.1, 90.0)
     times = {None: Timing(0.01, spread), 0.2: Timing(0.02, 0.001)}
     phases = [PhaseFinding("budget_calibration", "BudgetCalibration", 1.0, {})]
     text = as_markdown(Findings(tmp_path, "speed=2x", "accuracy", phases, (), promised=point, times=times, timed="1"))
-    assert f"- **{said}** as fast as dense, 1" in text
+    assert f"- **{said}** {of}, 1" in text
     assert re.search(rf"20%.*{said}", text)
 
 
