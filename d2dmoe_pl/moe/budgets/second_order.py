@@ -11,6 +11,7 @@ from d2dmoe_pl.hooks import first_given, hooked
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.stand_ins.stand_in import skipped_share
 from d2dmoe_pl.moe.token_context import real_tokens
 
 CHUNK = 2048  # tokens whose activations of all experts are held at once
@@ -96,6 +97,10 @@ class SecondOrder:
         experts, scores = layer.own_experts, layer.get_router()(tokens)
         down: Tensor = experts.weights_in(tokens.dtype)[4].float()  # (E, s, d_out)
         along = (slopes @ down.flatten(0, 1).t()).unflatten(1, (experts.num_experts, -1))  # (N, E, s)
+        in_full: Tensor | None = None  # what stands in for all experts, along the gradient
+        if layer.stand_in is not None:
+            none = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+            in_full = (layer.stand_in(tokens, scores, none).float() * slopes).sum(dim=1)  # (N,)
         of_strength: dict[float, tuple[Tensor, Tensor | None]] = {}  # by how much of the cutoffs counts
         dense: Tensor | None = None
         for step, tau in enumerate(self.grids[index]):
@@ -106,8 +111,8 @@ class SecondOrder:
                 of_strength[strength] = (hidden.float() * along).sum(dim=2), work  # (N, E)
             (worth, work), mask = of_strength[strength], gate(scores)
             output = (worth * mask).sum(dim=1)  # along the gradient
-            if layer.stand_in is not None:
-                output = output + (layer.stand_in(tokens, scores, mask).float() * slopes).sum(dim=1)
+            if in_full is not None:
+                output = output + in_full * skipped_share(scores, mask).squeeze(1)
             dense = output if dense is None else dense
             self.divergences[index, step] += 0.5 * (output - dense).double().square().sum().cpu()
             self.work[index, step] += float((mask if work is None else work * mask).sum(dtype=torch.float64))
