@@ -1,6 +1,7 @@
 """The data of a recipe, from a file, a folder or the name of a dataset: which splits there are, and which columns."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ TEXTS = (
 )
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b"))
 IMAGES = ("image", "img", "picture", "file_name", "path")
+WRITTEN = re.compile(r"\[\s*(['\"\d].*)?\]", re.DOTALL)  # a list as Python and JSON write it
 SAMPLED = 1000  # texts whose lengths are looked at
 LONGEST = 512
 BLOCK = 256  # tokens of a language model's samples
@@ -153,14 +155,14 @@ def _task_of(train: Dataset, texts: Sequence[str] | None, label: str | None, mod
     text = _text_columns(train, texts, [label])[0]
     some = train.select(range(min(SAMPLED, len(train))))
     labels = [each for each in some[label] if each is not None]
-    if any(isinstance(each, list) for each in labels):
-        of_words = any(isinstance(each, list) for each in some[text])
-        return "token-classification" if of_words else "multi-label-classification"
+    if _are_lists(labels):
+        return "token-classification" if _are_lists(some[text]) else "multi-label-classification"
     numbers = [_number(each) for each in labels]
-    if all(map(math.isfinite, numbers)) and not all(number.is_integer() for number in numbers):
+    if all(map(math.isfinite, numbers)) and (any(number % 1 for number in numbers) or _gives_numbers(model)):
         return "text-regression"
-    are_answers = _has_words(labels) and len(set(labels)) > len(labels) / 2
-    return "text-to-text" if are_answers else "text-classification"
+    if not (_has_words(labels) and len(set(labels)) > len(labels) / 2):
+        return "text-classification"
+    return "token-classification" if _are_tags(some[text], some[label]) else "text-to-text"
 
 
 def _number(value: Any) -> float:
@@ -169,6 +171,26 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def _are_lists(values: Sequence[Any]) -> bool:
+    """Whether values are lists, or texts that all stand for one."""
+    given = [value for value in values if value not in (None, "")]
+    are_written = bool(given) and all(isinstance(value, str) and WRITTEN.fullmatch(value.strip()) for value in given)
+    return are_written or any(isinstance(value, list) for value in given)
+
+
+def _are_tags(texts: Sequence[Any], labels: Sequence[Any]) -> bool:
+    """Whether each text has a label for each word, of few different ones."""
+    parts = [str(label).split() for label in labels]
+    tags = [tag for sample in parts for tag in sample]
+    as_many = all(len(sample) == len(str(text).split()) for text, sample in zip(texts, parts, strict=True))
+    return as_many and len(set(tags)) <= len(tags) / 2
+
+
+def _gives_numbers(model: str | None) -> bool:
+    """Whether a model has a single output, which is a number's."""
+    return model is not None and getattr(load_pretrained(AutoConfig, model, "model"), "num_labels", None) == 1
 
 
 def _writes_text(model: str | None) -> bool:
@@ -226,7 +248,9 @@ def _max_length(train: Dataset, texts: Sequence[str], tokenizer: str) -> int:
     """Tokens that all but a hundredth of the texts have, rounded up to eights."""
     made: Any = load_pretrained(AutoTokenizer, tokenizer, "tokenizer")
     some = train.select(range(min(SAMPLED, len(train))))
-    lengths = sorted(map(len, made(*(list(map(_as_text, some[name])) for name in texts))["input_ids"]))
+    # verbose warns of texts that are longer than the model takes, which are cut
+    encoded = made(*(list(map(_as_text, some[name])) for name in texts), verbose=False)
+    lengths = sorted(map(len, encoded["input_ids"]))
     longest = lengths[int(0.99 * (len(lengths) - 1))]
     return min(LONGEST, int(made.model_max_length), -(-longest // 8) * 8)
 

@@ -2,7 +2,7 @@
 
 import json
 from argparse import ArgumentError
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from d2dmoe_pl.chain import default_recipe
 from d2dmoe_pl.compression.chosen_recipe import Sizes, chosen_phases, sizes_of
 from d2dmoe_pl.compression.own_data import data_config
 from d2dmoe_pl.compression.target import Target
-from d2dmoe_pl.data.head import LABELLED_HEADS
+from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS, Head
 from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check, some_of
@@ -45,10 +45,12 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
     else:
         structure = source.build_structure(loaded.class_names)
         outputs = source.output_names() if loaded.head in LABELLED_HEADS else None
-    needs_head = outputs is not None and places(loaded.class_names, outputs) is None
-    if given.effort == "minutes" and outputs is not None and needs_head:
-        unknown = [name for name in loaded.class_names if places([name], outputs) is None] or loaded.class_names
-        has = "" if are_placeholders(outputs) else f" (but for {some_of(outputs, 5)})"
+    known = () if outputs is None else outputs
+    is_other = outputs is not None and places(loaded.class_names, outputs) is None
+    needs_head = is_other or _lacks_head(source, loaded.head, outputs or loaded.class_names)
+    if given.effort == "minutes" and needs_head:
+        unknown = [name for name in loaded.class_names if places([name], known) is None] or loaded.class_names
+        has = "" if not is_other or are_placeholders(known) else f" (but for {some_of(known, 5)})"
         raise ConfigError(
             f"effort='minutes': {given.model} has no head for {some_of(unknown, 5)}{has}, and minutes trains none; "
             "must be hours, or a model that has been trained on these labels"
@@ -95,6 +97,14 @@ def _start(model: str, task: str, is_timm: bool) -> tuple[ModelSource | None, di
         return None, {"init_from": model}
     named: dict[str, Any] = {"task": task, "name": model}
     return HuggingFaceModel(**named), {"source": {"class_path": "HuggingFaceModel", "init_args": named}}
+
+
+def _lacks_head(source: ModelSource | None, head: Head, label_names: Sequence[str]) -> bool:
+    """Whether a model's file has no weights for the head that the data needs, which is known once it is loaded."""
+    if source is None or head in (*VOCABULARY_HEADS, "embedding"):  # an artifact has its own
+        return False
+    source.build(label_names)
+    return source.new_head is not None
 
 
 def _loaded(config: Mapping[str, Any]) -> TaskData:

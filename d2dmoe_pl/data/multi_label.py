@@ -15,11 +15,13 @@ from d2dmoe_pl.data.class_labels import with_column
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.listed_values import listed
-from d2dmoe_pl.data.output_names import named_label
+from d2dmoe_pl.data.output_names import named_label, plain_name
 from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.text_classification import TextClassification
 from d2dmoe_pl.errors import check, some_of
+
+FLAGS = {"0": 0.0, "1": 1.0, "False": 0.0, "True": 1.0}  # whether a sample has a label, as files say it
 
 
 class MultiLabel(Task):
@@ -90,7 +92,7 @@ class TextMultiLabel(TextClassification):
         source: Where the splits are.
         tokenizer: Hub name or folder of a Hugging Face tokenizer.
         label_columns: One column a label, of 0 and 1; or a single one that holds a sample's labels, as a list or as a
-            text in which commas part them.
+            text in which commas part them. Lists of 0 and 1 alone have a place for each label, which its number is.
         text_columns: One column, or two for sentence pairs.
         max_length: Tokens kept of a sample; at most what the model has positions for.
         batch_size: Samples a batch and process.
@@ -131,12 +133,21 @@ class TextMultiLabel(TextClassification):
             names = self.label_columns
             rows = {name: self._from_columns(split, name) for name, split in splits.items()}
         else:
-            given = {name: self._from_lists(split, name) for name, split in splits.items()}
-            names = sorted({label for sample in given["train"] for label in sample})
-            check(len(names) > 1, f"label_columns={self.label_columns}: has fewer than two labels in the train split")
-            rows = {name: [self._flags(sample, names, name) for sample in each] for name, each in given.items()}
+            names, rows = self._from_lists(splits)
         encoded = {name: with_column(split, self.label_columns[0], rows[name]) for name, split in splits.items()}
         return encoded, MultiLabel(names)
+
+    def _from_lists(self, splits: Mapping[str, Dataset]) -> tuple[list[str], dict[str, list[list[float]]]]:
+        """The names of labels that are in one column, and which of them each sample of a split has."""
+        lists = {name: self._lists(split, name) for name, split in splits.items()}
+        if _are_flags([parts for _, parts in lists["train"]]):
+            width = max(len(parts) for _, parts in lists["train"])
+            rows = {name: self._from_flags(each, width) for name, each in lists.items()}
+            return [str(place) for place in range(width)], rows
+        given = {name: self._named(split, lists[name]) for name, split in splits.items()}
+        names = sorted({label for sample in given["train"] for label in sample})
+        check(len(names) > 1, f"label_columns={self.label_columns}: has fewer than two labels in the train split")
+        return names, {name: [self._flags(sample, names, name) for sample in each] for name, each in given.items()}
 
     def _flags(self, sample: Sequence[str], names: Sequence[str], split: str) -> list[float]:
         unseen = sorted(set(sample) - set(names))
@@ -151,16 +162,12 @@ class TextMultiLabel(TextClassification):
         columns, samples = [split[column] for column in self.label_columns], sample_names(split, split_name)
         for column, values in zip(self.label_columns, columns, strict=True):
             for sample, value in zip(samples, values, strict=True):
-                check(
-                    value in (0, 1, "0", "1"),
-                    f"label_columns={column!r}: {sample} has {value!r}; must be 0 or 1",
-                )
-        return [[float(value) for value in row] for row in zip(*columns, strict=True)]
+                check(_flag(value) is not None, f"label_columns={column!r}: {sample} has {value!r}; must be 0 or 1")
+        return [[_flag(value) or 0.0 for value in row] for row in zip(*columns, strict=True)]
 
-    def _from_lists(self, split: Dataset, split_name: str) -> list[list[str]]:
+    def _lists(self, split: Dataset, split_name: str) -> list[tuple[str, list[Any]]]:
+        """Where each sample is, and the parts of its labels as they are."""
         (column,) = self.label_columns
-        feature = getattr(split.features[column], "feature", None)
-        names = getattr(feature, "names", None)
         found = []
         for sample, value in zip(sample_names(split, split_name), split[column], strict=True):
             check(
@@ -169,6 +176,32 @@ class TextMultiLabel(TextClassification):
                 "commas part them",
             )
             where = f"label_columns={column!r}: {sample}"
-            named = [named_label(part, names, where) for part in listed(value, ",", where)]
-            found.append([name for name in named if name])
+            found.append((where, listed(value, ",", where)))
         return found
+
+    def _from_flags(self, lists: Sequence[tuple[str, list[Any]]], width: int) -> list[list[float]]:
+        for where, parts in lists:
+            check(
+                len(parts) in (0, width) and None not in map(_flag, parts),
+                f"{where} has {str(parts)[:60]}; must be {width} numbers of 0 and 1, one a label",
+            )
+        return [[_flag(part) or 0.0 for part in parts] or [0.0] * width for _, parts in lists]
+
+    def _named(self, split: Dataset, lists: Sequence[tuple[str, list[Any]]]) -> list[list[str]]:
+        (column,) = self.label_columns
+        names = getattr(getattr(split.features[column], "feature", None), "names", None)
+        named = [[named_label(part, names, where) for part in parts] for where, parts in lists]
+        return [[name for name in sample if name] for sample in named]
+
+
+def _flag(value: Any) -> float | None:
+    """Whether a value says that a label is there; None if it says neither."""
+    return FLAGS.get(plain_name(value).capitalize())
+
+
+def _are_flags(lists: Sequence[Sequence[Any]]) -> bool:
+    """Whether lists have a 0 or a 1 for each label, rather than the labels: one of two names is in no list twice."""
+    given = [parts for parts in lists if parts]
+    is_twice = any(len(parts) > len(set(map(plain_name, parts))) for parts in given)
+    are_whole = bool(given) and all(len(parts) > 1 for parts in given)
+    return (is_twice or are_whole) and None not in {_flag(part) for parts in given for part in parts}

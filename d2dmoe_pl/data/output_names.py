@@ -74,11 +74,14 @@ def named_label(label: Any, names: Sequence[str] | None, where: str) -> str:
         where: The column and sample, for errors.
 
     Raises:
-        ConfigError: For a label that is missing, or a number that stands for none: below 0, or without a name.
+        ConfigError: For a label that is missing, or a number that stands for none: below 0, or without a name; and for
+            what is neither a name nor a whole number.
     """
     known = names is None or (isinstance(label, int) and 0 <= label < len(names))
     is_missing = label is None or (isinstance(label, int | float) and not label >= 0)  # NaN is one of these
     check(known and not is_missing, f"{where} has the label {label!r}, which is none; must be there for each")
+    is_one = isinstance(label, str | int) or (isinstance(label, float) and label.is_integer())
+    check(is_one, f"{where} has the label {label!r}; must be one name or whole number")
     return plain_name(label if names is None else names[label])
 
 

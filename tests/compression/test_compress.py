@@ -176,6 +176,20 @@ def refused(*arguments):
     return str(error.value)
 
 
+def test_a_missing_head_is_seen_in_the_file(place, capsys):
+    """Names do not tell: of numbers there are none, and a model without a head may be said to have two outputs."""
+    transformers.BertModel(tiny.bert_config(hidden_act="relu")).save_pretrained(place / "bare")
+    tiny.tokenizer(place / "bare", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+    for name, label in (("score", lambda n: n / 7), ("label", lambda n: n % 2)):
+        rows = [{"text": stand_ins.phrase(n, 5), name: label(n)} for n in range(120)]
+        stand_ins.write(place, name, rows)
+        said = "score" if name == "score" else "0, 1"
+        assert refused("bare", f"{name}.jsonl").startswith(f"effort='minutes': bare has no head for {said}, and min")
+        arguments = f"compress --model bare --data {name}.jsonl --effort hours --target drop=1 --print_config"
+        main(arguments.split())
+        assert next(iter(yaml.safe_load(capsys.readouterr().out)["phases"])) == "fine_tuning"
+
+
 def test_refused_before_anything_is_trained(place):
     stand_ins.write_bert(place / "bare")
     assert refused("bare", "texts").startswith(

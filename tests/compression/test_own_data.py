@@ -117,6 +117,11 @@ def test_other_tasks_of_texts(tmp_path, tokenizer, task, columns, made, settings
     [
         ("token-classification", lambda n: {"tokens": ["a", "cat"], "ner_tags": ["O", "PET"]}),
         ("multi-label-classification", lambda n: {"text": "a cat", "labels": ["pet", "cat"][: n % 3]}),
+        ("token-classification", lambda n: {"tokens": "['a', 'cat']", "ner_tags": "['O', 'PET']"}),
+        ("token-classification", lambda n: {"text": "a cat " * (n + 1), "tags": "O PET " * (n + 1)}),
+        ("multi-label-classification", lambda n: {"text": "a cat", "labels": str(["pet", "cat"][: n % 3])}),
+        ("multi-label-classification", lambda n: {"text": "a cat", "labels": "[0, 1]"}),
+        ("text-classification", lambda n: {"text": "a cat", "label": ["[some]", "no"][n % 2]}),
         ("text-regression", lambda n: {"text": "a cat", "label": n / 7}),
         ("text-regression", lambda n: {"text": "a cat", "score": str(n / 7)}),
         ("text-to-text", lambda n: {"article": "a cat", "summary": f"cat number {n}"}),
@@ -132,6 +137,22 @@ def test_the_task_is_told_by_the_labels(tmp_path, tokenizer, task, row):
     file.write_text("".join(json.dumps(row(n)) + "\n" for n in range(30)))
     assert config(str(file), tokenizer)[1] == task
     assert config(str(file), tokenizer, "text-classification")[1] == "text-classification"
+
+
+def test_whole_numbers_are_learnt_as_such_by_a_model_with_one_output(tmp_path, tokenizer):
+    file = write(tmp_path / "own.csv", [{"text": "a cat", "score": n % 5} for n in range(30)])
+    for outputs, task in ((1, "text-regression"), (5, "text-classification")):
+        transformers.BertConfig(num_labels=outputs).save_pretrained(tmp_path / "model")
+        assert config(file, tokenizer, model=str(tmp_path / "model"))[1] == task
+
+
+def test_long_texts_are_no_warning(tmp_path, caplog, capfd):
+    made = transformers.AutoTokenizer.from_pretrained(tiny.tokenizer(tmp_path / "short", stand_ins.WORDS))
+    made.model_max_length = 16
+    made.save_pretrained(tmp_path / "short")
+    file = write(tmp_path / "own.csv", [{"text": "cat " * 40, "label": f"{n % 2}"} for n in range(30)])
+    assert config(file, str(tmp_path / "short"))[0]["init_args"]["max_length"] == 16
+    assert "longer than" not in caplog.text + capfd.readouterr().err
 
 
 def test_long_answers_are_not_cut(tmp_path, tokenizer):

@@ -21,6 +21,17 @@ COLUMNS = {
     "lists of pandas": {"labels": ["['rude']", "['loud']", "['loud', 'rude']", "[]"]},
     "lists of JSON": {"labels": ['["rude"]', '["loud"]', '["loud", "rude"]', "[]"]},
 }
+SINGLE = {"label_columns": ["loud", "rude"]}
+PLACES = [[0, 1], [1, 0], [1, 1], [0, 0]]
+OTHER_FLAGS = {
+    "truth values": {name: list(map(bool, values)) for name, values in FLAGS.items()},
+    "written by pandas": {name: [f"{value:.1f}" for value in values] for name, values in FLAGS.items()},
+    "written by a spreadsheet": {name: [f" {value == 1}".upper() for value in each] for name, each in FLAGS.items()},
+    "places": {"labels": PLACES},
+    "places as fractions": {"labels": [list(map(float, each)) for each in PLACES]},
+    "places as truth values": {"labels": [list(map(bool, each)) for each in PLACES]},
+    "places as texts": {"labels": [str(each) for each in PLACES[:3]] + [None]},
+}
 
 
 def data_of(folder, columns, **kwargs):
@@ -38,6 +49,28 @@ def test_several_ways_to_say_the_same(kind, tmp_path):
     labels = next(iter(data.test_dataloader()))["labels"]
     assert labels.tolist() == [[0, 1], [1, 0], [1, 1], [0, 0]]
     assert labels.is_floating_point()
+
+
+@pytest.mark.parametrize("kind", list(OTHER_FLAGS))
+def test_flags_are_no_names(kind, tmp_path):
+    data = data_of(tmp_path, OTHER_FLAGS[kind], **(SINGLE if "loud" in OTHER_FLAGS[kind] else {}))
+    data.setup()
+    assert data.task.label_names == (["0", "1"] if "labels" in OTHER_FLAGS[kind] else ["loud", "rude"])
+    assert next(iter(data.test_dataloader()))["labels"].tolist() == PLACES
+
+
+def test_places_are_the_outputs_of_a_model(tmp_path):
+    data = data_of(tmp_path, {"labels": [[0, 1], [0, 0], [0, 1], [0, 0]]})
+    data.setup()
+    data.number_labels_as(["mild", "rude"])
+    assert data.task.label_names == ["mild", "rude"]
+    assert next(iter(data.test_dataloader()))["labels"].tolist() == [[0, 1], [0, 0], [0, 1], [0, 0]]
+
+
+def test_names_may_be_0_and_1(tmp_path):
+    data = data_of(tmp_path, {"labels": [[0], [1], [0, 1], []]})
+    data.setup()
+    assert next(iter(data.test_dataloader()))["labels"].tolist() == [[1, 0], [0, 1], [1, 1], [0, 0]]
 
 
 def test_learnt_saved_and_written(tmp_path, trainer):
@@ -73,6 +106,13 @@ def test_loss_and_divergence():
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
+        (
+            {"labels": [[0, 1], [1, 0], [1, 1, 0], [0, 0]]},
+            {},
+            r"sample 1 of the train split has \[0, 1\]; must be 3 numbers of 0 and 1, one a label",
+        ),
+        ({"labels": [[["rude"]], [["loud"]], [], []]}, {}, r"has the label \['rude'\]; must be one name"),
+        ({"labels": [[0.2, 0.8], [0.5], [], []]}, {}, r"has the label 0.2; must be one name or whole number"),
         (
             {"loud": [0, 1, 2, 0], "rude": [0] * 4},
             {"label_columns": ["loud", "rude"]},
