@@ -98,7 +98,6 @@ def test_a_chain_that_ends_in_budgets_says_what_it_is_set_to(run):
 @pytest.mark.parametrize(
     ("spread", "said", "of"),
     [(0.0005, "0.50x", "as fast as dense"), (0.004, "too noisy to tell", "how fast beside dense")],
-    [(0.0005, "0.50x", "as fast as dense"), (0.004, "too noisy to tell", "how fast beside dense")],
 )
 def test_a_speed_is_not_told_where_something_else_ran(tmp_path, spread, said, of):
     point = BudgetPoint((0.5,), 0.2, 0.5, 0.1, 90.0)
