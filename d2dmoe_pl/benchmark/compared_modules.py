@@ -118,9 +118,11 @@ def way(
     layers = moe_layers(module)
     seen: dict[str, list[Tensor]] = {key: [] for key in layers}
     work: dict[str, list[Tensor]] = {key: [] for key in layers}
-    watching = [layer.watch(seen[key].append) for key, layer in layers.items()]
-    with choice.context(), hooked([*watching, *(layer.watch_work(work[key].append) for key, layer in layers.items())]):
-        call()
+    with choice.context():  # which may put other gates there
+        watching = [layer.watch(seen[key].append) for key, layer in layers.items()]
+        working = [layer.watch_work(work[key].append) for key, layer in layers.items()]
+        with hooked([*watching, *working]):
+            call()
     masks = {key: torch.cat(some) for key, some in seen.items()}
     pairs = {key: int(mask.sum()) for key, mask in masks.items()}
     # what runs experts in the layer's place leaves nothing out of them

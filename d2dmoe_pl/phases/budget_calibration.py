@@ -198,7 +198,7 @@ class BudgetCalibration(Calibration):
         with hooked(handles):
             for batch in batches:
                 self.run_layers(moved(self, batch))
-        totals = {name: summed(self, each.to(self.device)) for name, each in sums.items()}
+        totals = {name: summed(self, each.to(self.device)).cpu() for name, each in sums.items()}
         left = {name: torch.tensor([layer.work_share(tau) for tau in FINE_TAUS]) for name, layer in layers.items()}
         return [(totals[name][:-1] / totals[name][-1] * left[name]).tolist() for name in layers]
 

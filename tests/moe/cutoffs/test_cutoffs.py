@@ -24,7 +24,7 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.conversion import add_cutoffs_
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, cut
 from d2dmoe_pl.moe.cutoffs.fitting import Magnitudes, fit_cutoffs_
-from d2dmoe_pl.moe.execution import register_backend
+from d2dmoe_pl.moe.execution import BACKENDS
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 
@@ -233,11 +233,11 @@ class TestRefusals:
         assert all(layer.cutoffs is None for layer in moe_layers(model).values())
 
     @torch.no_grad()
-    def test_a_backend_of_ones_own_that_takes_none(self):
+    def test_a_backend_of_ones_own_that_takes_none(self, monkeypatch):
         def own(experts, tokens, mask):
             return experts.combine(experts.hidden(tokens) * mask.unsqueeze(-1))
 
-        register_backend("without_cutoff", own)
+        monkeypatch.setitem(BACKENDS._registered, "without_cutoff", own)
         model = fitted("bert")
         set_backend_(model, "without_cutoff")
         with pytest.raises(ConfigError, match=r"^backend='without_cutoff': takes no cutoff, and the layer has one; "):
