@@ -20,6 +20,7 @@ from d2dmoe_pl.phases import (
     AttentionDistillation,
     BudgetCalibration,
     BudgetDistillation,
+    CutoffFitting,
     ExpertClustering,
     ExpertSelection,
     FineTuning,
@@ -36,7 +37,8 @@ from d2dmoe_pl.phases._preflight import preflight
 PAGE = Path(__file__).parents[1] / "docs" / "own_data_and_models.md"
 BEGIN = "<!-- the table of models: python tests/models_table.py writes it -->"
 END = "<!-- end of the table of models -->"
-CALIBRATED = [StandInFitting(4), RecoveryTuning(), BudgetCalibration(), BudgetDistillation(), BudgetCalibration()]
+FITTED = [CutoffFitting(), StandInFitting(4)]
+CALIBRATED = [*FITTED, RecoveryTuning(), BudgetCalibration(), BudgetDistillation(), BudgetCalibration()]
 # by method, its phases in order; all start with FineTuning
 METHODS = {
     "D2DMoE": [SparsityEnforcement(), ExpertClustering(8), RouterRegression(8), *CALIBRATED],

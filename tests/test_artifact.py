@@ -140,7 +140,7 @@ def test_it_says_its_format_and_a_newer_one_is_refused_in_one_line(saved):
     config["d2dmoe"]["format"] = 7
     file.write_text(json.dumps(config))
     with pytest.raises(
-        ConfigError, match=r"^path='.*': has format 6, that of a newer d2dmoe_pl; this one reads formats up to 5$"
+        ConfigError, match=r"^path='.*': has format 7, that of a newer d2dmoe_pl; this one reads formats up to 6$"
     ):
         load_model(saved)
 

@@ -75,7 +75,7 @@ def test_table_csv_curve_and_tensorboard_name_k(trainer, routed, tmp_path, capsy
     assert "tau" not in records[0]
     table = as_table(rows, "")
     assert (table.columns[0].header, list(table.columns[0].cells)) == ("k", ["1", "3", "8"])
-    assert draw_curve(rows, {}).axes[0].get_legend().texts[0].get_text() == "test, k from 1 to 8"
+    assert draw_curve(rows, {}).axes[0].get_legend().texts[0].get_text() == "test, k 1 to 8"
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     table = events.Tensors("tau_sweep/test_table/text_summary")[0].tensor_proto.string_val[0].decode()
