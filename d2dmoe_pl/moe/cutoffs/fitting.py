@@ -66,11 +66,11 @@ def fit_cutoffs_(
         ConfigError: If there is no MoE layer, or one without a router or a gate.
     """
     layers = select_moe_layers(model, filter_fn)
-    if not config.leaves_out_nothing:
-        check_chosen(layers)
-    add_cutoffs_(model, config, filter_fn)
     if config.leaves_out_nothing:
+        add_cutoffs_(model, config, filter_fn)
         return
+    check_chosen(layers)
+    add_cutoffs_(model, config, filter_fn)
     devices = {name: layer.own_experts.down_weight.device for name, layer in layers.items()}
     seen = {name: (Magnitudes(device), Magnitudes(device)) for name, device in devices.items()}
 
