@@ -15,6 +15,7 @@ from torchmetrics.wrappers import LambdaInputTransformer
 
 from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
 from d2dmoe_pl.data.output_names import places
+from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.errors import check
 
 Batch = Mapping[str, Tensor]
@@ -243,21 +244,6 @@ class Regression(Task):
             {**({"label": float(known[i])} if known else {}), "prediction": prediction}
             for i, prediction in enumerate(outputs["predictions"].tolist())
         ]
-
-
-def symmetric_kl(first_logits: Tensor, second_logits: Tensor) -> Tensor:
-    """``(KL(p || q) + KL(q || p)) / 2`` of the softmaxes over the last dimension: MoEBERT (arXiv 2204.07675).
-
-    Args:
-        first_logits: ``(..., C)``.
-        second_logits: ``(..., C)``.
-
-    Returns:
-        ``(...)``.
-    """
-    log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (first_logits, second_logits))
-    # p (log p - log q) + q (log q - log p)
-    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
 
 
 def _of_classes(metric: Metric) -> Metric:

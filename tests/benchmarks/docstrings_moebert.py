@@ -17,7 +17,7 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model, read_artifact
 from d2dmoe_pl.cli import main as run
 from d2dmoe_pl.data import Docstrings
-from d2dmoe_pl.data.task import symmetric_kl
+from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.moebert.conversion import convert_to_moebert_
 from d2dmoe_pl.moebert.layer import MoEBERTConfig
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
-from d2dmoe_pl.data.task import symmetric_kl
+from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.token_context import token_index

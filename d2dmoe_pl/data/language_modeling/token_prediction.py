@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from d2dmoe_pl.data.head import Head
-from d2dmoe_pl.data.task import Batch, MeanLoss, Task, symmetric_kl
+from d2dmoe_pl.data.symmetric_kl import symmetric_kl
+from d2dmoe_pl.data.task import Batch, MeanLoss, Task
 
 NOT_PREDICTED = -100  # the label of a position where nothing is to be told
 

@@ -11,7 +11,8 @@ from torchmetrics import Metric
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.data.squad.answer_spans import best_spans, null_scores
 from d2dmoe_pl.data.squad.squad_score import SQuADScore
-from d2dmoe_pl.data.task import Batch, Task, symmetric_kl
+from d2dmoe_pl.data.symmetric_kl import symmetric_kl
+from d2dmoe_pl.data.task import Batch, Task
 
 
 class QuestionAnswering(Task):

@@ -15,7 +15,7 @@ from d2dmoe_pl.data import DatasetSource, DocstringText, LanguageModeling
 from d2dmoe_pl.data.language_modeling.packing import Packer
 from d2dmoe_pl.data.language_modeling.token_labels import generator_of, masked_tokens, next_tokens
 from d2dmoe_pl.data.language_modeling.token_prediction import TokenPrediction
-from d2dmoe_pl.data.task import symmetric_kl
+from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.errors import ConfigError
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"

@@ -14,7 +14,7 @@ from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import DatasetSource, QuestionAnswering, SQuAD
 from d2dmoe_pl.data.squad.squad_score import SQuADScore
-from d2dmoe_pl.data.task import symmetric_kl
+from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression
 
