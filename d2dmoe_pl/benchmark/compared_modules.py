@@ -123,14 +123,13 @@ def way(
         working = [layer.watch_work(work[key].append) for key, layer in layers.items()]
         with hooked([*watching, *working]):
             call()
-    masks = {key: torch.cat(some) for key, some in seen.items()}
+        masks = {key: torch.cat(some) for key, some in seen.items()}
+        routed = layers if choice.router else {}
+        beside = sum(layer.flops_beside_experts(len(masks[key]), 1) for key, layer in routed.items())
     pairs = {key: int(mask.sum()) for key, mask in masks.items()}
     # what runs experts in the layer's place leaves nothing out of them
     done = {key: float(torch.cat(some).sum()) if some else pairs[key] for key, some in work.items()}
-    flops = sum(
-        done[key] * pair_flops(layer.experts) + (layer.flops_beside_experts(len(masks[key]), 1) if choice.router else 0)
-        for key, layer in layers.items()
-    )
+    flops = sum(done[key] * pair_flops(layer.experts) for key, layer in layers.items()) + beside
     dense_flops = sum(positions[key] * dense_ffn_flops(layer.experts) for key, layer in layers.items())
     return Way(
         name=name,
@@ -159,7 +158,7 @@ def layer_comparison(
     positions = {"": len(tokens)}
 
     def other(function: Backend) -> Callable[[], Tensor]:
-        return lambda: function(layer.experts, tokens, layer.get_gate()(layer.get_router()(tokens)))
+        return lambda: function(layer.experts, tokens, layer.choose(layer.get_router()(tokens)))
 
     own = [way(layer.experts.backend, choice, layer, lambda: layer(tokens), positions) for choice in choices]
     others = [

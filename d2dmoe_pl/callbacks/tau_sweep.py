@@ -175,8 +175,7 @@ class TauSweep(L.Callback):
     @torch.no_grad()
     def _sweep_batch(self, phase: Phase, batch: Batch, split: _SplitMetrics) -> None:
         for setting, metrics, load in zip(self._settings, split.metrics, split.loads, strict=True):
-            set_so = nullcontext() if setting is None else setting.on(phase.model)
-            with set_so:
+            with _set(setting, phase):
                 with self._watched(load):
                     logits = phase.logits(batch)
                 metrics.update(logits, phase.with_written(batch))
@@ -200,20 +199,12 @@ class TauSweep(L.Callback):
         samples, flops_outside = measured.cost.compute()  # every process takes part in the sums
         loads = [load.compute() for load in measured.loads]
         values = [metrics.compute() for metrics in measured.metrics]
-        self.rows[split] = [
-            sweep_row(
-                split,
-                setting,
-                float(value["loss"]),
-                phase.task,
-                float(value[metric]),
-                self._layers,
-                load,
-                samples,
-                flops_outside,
-            )
-            for setting, value, load in zip(self._settings, values, loads, strict=True)
-        ]
+        self.rows[split] = []
+        for setting, value, load in zip(self._settings, values, loads, strict=True):
+            scores = float(value["loss"]), phase.task, float(value[metric])
+            with _set(setting, phase):  # which says whether routers run
+                row = sweep_row(split, setting, *scores, self._layers, load, samples, flops_outside)
+            self.rows[split].append(row)
         folder = trainer.log_dir
         if not trainer.is_global_zero:
             return
@@ -249,3 +240,8 @@ class TauSweep(L.Callback):
                 logger.experiment.add_image(f"tau_sweep/{split}", curve, step, dataformats="HWC")
                 logger.experiment.add_figure(f"tau_sweep/{split}_layers", draw_layers(rows), step)
                 logger.experiment.add_text(f"tau_sweep/{split}_table", as_markdown(rows), step)
+
+
+def _set(setting: SweepSetting | None, phase: Phase) -> AbstractContextManager[None]:
+    """Have the model at a setting in the body; one whose routing has none is as it is."""
+    return nullcontext() if setting is None else setting.on(phase.model)

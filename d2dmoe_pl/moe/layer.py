@@ -1,7 +1,7 @@
 """The layer that stands where a dense FFN stood."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from d2dmoe_pl.errors import ConfigError, said_of
 from d2dmoe_pl.moe.cutoffs.cutoffs import Cutoffs, cut, work_of_pairs
+from d2dmoe_pl.moe.execution._eligibility import is_watched_by_itself
 from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.experts.experts import Experts
@@ -127,9 +128,27 @@ class MoELayer(ExpertLayer):
         hidden = self.experts.hidden(cut(tokens, least[0]))
         return cut(hidden, least[1]), work_of_pairs(self.own_experts, tokens, hidden, least)
 
-    def work_share(self, tau: float) -> float:
-        """About what share of an executed pair's FLOPs is not left out."""
-        return 1.0 if self.cutoffs is None else self.cutoffs.work_share(tau, self.own_experts.is_gated)
+    def work_shares(self, taus: Sequence[float], chosen: Tensor) -> list[float]:
+        """About what share of all experts' FLOPs is left at each of ``taus``, at which a rule chooses these shares."""
+        if self.cutoffs is None:
+            return chosen.tolist()
+        left = [self.cutoffs.work_share(tau, self.own_experts.is_gated) for tau in taus]
+        return [
+            share * (1.0 if tau > self.all_above else run)
+            for tau, share, run in zip(taus, left, chosen.tolist(), strict=True)
+        ]
+
+    @property
+    def all_above(self) -> float:
+        """The gate's ``tau`` above which every expert runs: with cutoffs, where these do not count in full yet."""
+        return 1.0 if self.cutoffs is None else self.cutoffs.config.full_tau
+
+    def choose(self, scores: Tensor, gate: nn.Module | None = None) -> Tensor:
+        """The experts of each token, boolean ``(N, E)``, by their scores, at the gate's setting or another's."""
+        gate = self.gate if gate is None else gate
+        assert gate is not None
+        is_own = isinstance(gate, Gate)  # nothing stands in its place, which decides by itself
+        return gate(scores, self.all_above) if is_own and self.cutoffs is not None else gate(scores)
 
     def at_tokens(self, rows: Tensor) -> Tensor:
         """What a gate was given, or gave, of a call that runs, without the rows of padding that there may be."""
@@ -137,6 +156,9 @@ class MoELayer(ExpertLayer):
         return rows if real is None or len(rows) < len(real) else rows[real]
 
     def flops_beside_experts(self, tokens: int, samples: int) -> int:
+        """FLOPs of the router and the stand-in: none at a setting at which every expert runs, where both are idle."""
+        if self._admits_all():
+            return 0
         return tokens * sum(part.flops() for part in (self.router, self.stand_in) if part is not None)
 
     def describe(self) -> dict[str, Any]:
@@ -170,12 +192,12 @@ class MoELayer(ExpertLayer):
 
     def _run_tokens(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """Tokens ``(N, d_model)``, of which those not ``real`` run no expert, to ``(N, d_out)``."""
-        if self.router is None or self.gate is None:
+        if self.router is None or self.gate is None or self._needs_no_scores(self.router, self.gate):
             return self._run_experts(tokens, None)
         scores = self.router(tokens)
         if isinstance(self.router, Router):  # where masks are given, nothing is scored
             self._check_scores(scores, tokens)
-        mask = self.gate(scores)  # (N, E)
+        mask = self.choose(scores)  # (N, E)
         if real is not None:
             mask = mask & real.unsqueeze(1)
         output = self._run_experts(tokens, mask, None if self.softness is None else self._learned(scores, mask))
@@ -190,13 +212,25 @@ class MoELayer(ExpertLayer):
                 f"{tokens.device}, of each token and each expert"
             )
 
+    def _admits_all(self) -> bool:
+        return isinstance(self.gate, Gate) and self.gate.admits_all(self.own_experts.num_experts, self.all_above)
+
+    def _needs_no_scores(self, router: nn.Module, gate: nn.Module) -> bool:
+        """Whether nothing is to be chosen in this call, nor learnt or seen by anybody, nor recorded for other settings.
+
+        What is trained has every router take part in every step, which DDP insists on.
+        """
+        if torch.is_grad_enabled() or is_recorded() or self._is_observed() or not self._admits_all():
+            return False
+        return not any(map(is_watched_by_itself, filter(None, (router, gate, self.stand_in))))
+
     def _is_observed(self) -> bool:
         return self.observer is not None or bool(self._work_observers)
 
     def _run_experts(self, tokens: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
         """Tokens ``(N, d_model)``, with a mask and, where they differ, weights of it, ``(N, E)``, to ``(N, d_out)``."""
         least = None  # of what is not left out
-        if self.cutoffs is not None and mask is not None:
+        if self.cutoffs is not None and self.router is not None and self.gate is not None:
             least = self.cutoffs(self.get_gate(), self.own_experts.num_experts)
         given = tokens if least is None else cut(tokens, least[0])
         if weights is None and not self._is_observed():

@@ -41,6 +41,7 @@ from d2dmoe_pl.moe.budgets.budget_path import (
     set_budget_path_,
 )
 from d2dmoe_pl.moe.budgets.second_order import SecondOrder
+from d2dmoe_pl.moe.budgets.setting_costs import setting_costs
 from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.notices import notice
@@ -159,7 +160,8 @@ class BudgetCalibration(Calibration):
             uniform = [self._measure(samples, [tau] * len(layers)) for tau in UNIFORM_TAUS]
             # the dense end stays, whatever noise makes of its divergence
             path = [greedy[0], *lower_envelope([*greedy[1:], *uniform])]
-        self._keep(self._scored(filled(path, shares), rule))
+        dense = [dense_ffn_flops(layer.sizes) for layer in layers.values()]
+        self._keep(self._scored(filled(path, [*map(setting_costs, layers.values(), shares, dense)]), rule))
 
     def prepare_evaluation_(self, model: nn.Module) -> None:
         """Go to the budget that is asked for; where that is not the one the model was saved with, it is said."""
@@ -193,14 +195,12 @@ class BudgetCalibration(Calibration):
             shares = torch.cat([shares_at(scores.float(), rule).cpu(), torch.ones(1)]) * len(scores)
             sums[name] = sums.get(name, torch.zeros_like(shares)) + shares
 
-        handles = (layer.get_gate().register_forward_pre_hook(partial(see, name)) for name, layer in layers.items())
         set_tau_(self.model, 1.0)
-        with hooked(handles):
+        with hooked(layer.get_gate().register_forward_pre_hook(partial(see, name)) for name, layer in layers.items()):
             for batch in batches:
                 self.run_layers(moved(self, batch))
         totals = {name: summed(self, each.to(self.device)).cpu() for name, each in sums.items()}
-        left = {name: torch.tensor([layer.work_share(tau) for tau in FINE_TAUS]) for name, layer in layers.items()}
-        return [(totals[name][:-1] / totals[name][-1] * left[name]).tolist() for name in layers]
+        return [layer.work_shares(FINE_TAUS, totals[name][:-1] / totals[name][-1]) for name, layer in layers.items()]
 
     def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:
         """The way down by gradients; divergences are sums over predictions."""
@@ -212,12 +212,12 @@ class BudgetCalibration(Calibration):
                 partial(self.run_layers, on_device),
                 partial(lambda given, times: times * self.task_loss(self.logits(given), given), on_device, weight),
             )
-        parts = (sums.divergences, sums.work, sums.tokens)
-        divergences, work, tokens = (summed(self, part.to(self.device)).tolist() for part in parts)
+        parts = (sums.divergences, sums.work, sums.beside, sums.tokens)
+        divergences, work, beside, tokens = (summed(self, part.to(self.device)).tolist() for part in parts)
         dense = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, layers.values(), strict=True))
         costs = [
-            [(n * pair_flops(layer.sizes) + layer.flops_beside_experts(seen, 1)) / dense for n in steps]
-            for steps, seen, layer in zip(work, tokens, layers.values(), strict=True)
+            [(n * pair_flops(layer.sizes) + others) / dense for n, others in zip(*of_layer, strict=True)]
+            for *of_layer, layer in zip(work, beside, layers.values(), strict=True)
         ]
         return additive_path(grids, [[each / predictions for each in steps] for steps in divergences], costs)
 
@@ -243,7 +243,7 @@ class BudgetCalibration(Calibration):
         scores: dict[int, float] = {}
         later = self.num_scored_points // 5
         for number in (self.num_scored_points - 3 * later, *[later] * 3):
-            if steps := next_places(scores, len(path), number):
+            if steps := next_places(scores, len(path), number, self.task.higher_is_better):
                 self._measure_points(path, steps, batches, sums, scores)
         outside = sum(self._outside(moved(self, batch)) for batch in batches)  # FLOPs that are not the FFNs'
         beside = float(summed(self, torch.tensor(float(outside), dtype=torch.float64, device=self.device)))

@@ -16,7 +16,7 @@ class CutoffFitting(TrainingTokens):
 
     Of a token, its small values are not read by the first products; of an expert's activations, small ones do not reach
     the second. What is small is a magnitude a layer, that of training samples with every expert on. Up to ``full_tau``
-    cutoffs count in full; above they fade, and with every expert on the model stays the dense one.
+    experts are chosen and cutoffs count in full; above, every expert runs and they fade, down to the dense model at 1.
 
     Fewer FLOPs are not less time in all places: on the CPU, and for up to four tokens in bf16 or int8, as when text is
     written, weights of activations that are left out are not read; else they are multiplied with zeros.

@@ -12,6 +12,7 @@ from d2dmoe_pl.callbacks.sweep_settings import SweepSetting
 from d2dmoe_pl.callbacks.sweep_table import sweep_row
 from d2dmoe_pl.data import Classification
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics import flops
 from d2dmoe_pl.metrics.expert_load import LayerLoad, experts_histogram
 from d2dmoe_pl.metrics.flops import (
@@ -33,10 +34,12 @@ def counted(function):
 
 
 def test_formulas_by_hand():
-    layer = next(iter(moe_layers(tiny.routed()).values()))  # d_model 16, d_ff 48, E 8, router width 8
+    layer = next(iter(moe_layers(tiny.routed(tau=0.5)).values()))  # d_model 16, d_ff 48, E 8, router width 8
     assert pair_flops(layer.experts) == 2 * 2 * 16 * 6
     assert dense_ffn_flops(layer.experts) == 2 * 2 * 16 * 48
     assert layer.flops_beside_experts(1, 1) == 2 * (16 * 8 + 8 * 8)
+    layer.gate.set_tau(1.0)  # where there is nothing to choose
+    assert layer.flops_beside_experts(1, 1) == 0
 
 
 @pytest.mark.parametrize(
@@ -82,13 +85,13 @@ def layer_load(mask):
 @pytest.mark.parametrize("kind", ["bert", "timm_vit", "gpt2", "llama-causal-language-modeling"])
 @pytest.mark.parametrize("tau", [0.2, 0.6, 1.0])
 def test_executed_flops_equal_the_products_really_run(kind, tau):
-    """Padding and unexecuted experts left out, routers in: the sweep's arithmetic against torch's counter."""
+    """Padding and unexecuted experts left out, routers in where they choose: a sweep's sums against torch's counter."""
     model = tiny.routed(kind, tau=tau)
     set_backend_(model, "grouped")
     inputs = tiny.batch(kind, size=4)
     layers, masks = moe_layers(model), []
-    for layer in layers.values():
-        layer.gate.register_forward_hook(lambda module, args, mask: masks.append(mask))
+    with hooked(layer.watch(masks.append) for layer in layers.values()), torch.no_grad():
+        tiny.logits(model, inputs)
     inside = 0
 
     def count_layer(layer, args, output):
@@ -99,7 +102,7 @@ def test_executed_flops_equal_the_products_really_run(kind, tau):
         layer.register_forward_hook(count_layer)
     with torch.no_grad():
         tiny.logits(model, inputs)
-    loads = [layer_load(mask) for mask in masks[::2]]  # every layer ran twice, once to be counted
+    loads = [layer_load(mask) for mask in masks]
     row = sweep_row(
         "test",
         SweepSetting("tau", tau),
@@ -117,7 +120,7 @@ def test_executed_flops_equal_the_products_really_run(kind, tau):
         for load, layer in zip(loads, layers.values(), strict=True)
     )
     assert row.ffn_flops_percent == pytest.approx(100 * inside / dense)
-    assert row.experts_percent == pytest.approx(100 * torch.cat(masks[::2]).float().mean().item())
+    assert row.experts_percent == pytest.approx(100 * torch.cat(masks).float().mean().item())
 
 
 @pytest.mark.parametrize("routing", ["gate_token", "gate_sentence", "hash_random"])

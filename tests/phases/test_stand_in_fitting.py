@@ -9,6 +9,7 @@ from d2dmoe_pl import load_model, set_tau_
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.metrics.flops import dense_ffn_flops
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases import RecoveryTuning, StandInFitting
 from d2dmoe_pl.phases._preflight import preflight
@@ -47,9 +48,11 @@ def test_the_model_is_nearer_to_dense_and_the_sweep_sees_it(trainer, routed):
     assert divergence(fitted, batches, 0.2) < divergence(before, batches, 0.2)
     assert read_artifact(f"{run.log_dir}/artifact").stage == "routed"
     low, full = sweep.rows["validation"]
-    stand_in = next(iter(moe_layers(fitted).values())).stand_in.flops()
-    assert stand_in > 0
-    assert full.ffn_flops_percent > 100
+    layer = next(iter(moe_layers(fitted).values()))
+    assert layer.stand_in.flops() > 0
+    beside = 100 * (layer.router.flops() + layer.stand_in.flops()) / dense_ffn_flops(layer.sizes)
+    assert low.ffn_flops_percent == pytest.approx(low.experts_percent + beside)
+    assert full.ffn_flops_percent == 100
     set_tau_(fitted, 0.0)
     metrics = data.task.metrics()
     for batch in batches[:2]:  # as many as the trainer takes

@@ -182,16 +182,15 @@ def lower_envelope(settings: Iterable[Measured]) -> list[Measured]:
     return found[::-1]
 
 
-def filled(path: Sequence[Measured], shares: Sequence[Sequence[float]], gap: float = 0.01) -> list[Measured]:
+def filled(path: Sequence[Measured], costs: Sequence[Sequence[float]], gap: float = 0.01) -> list[Measured]:
     """A way down with points in between, where costs are further apart than a share ``gap`` of the lower one.
 
-    What a layer runs does not fall evenly with its tau, so that half-way between two settings the cost is not. Points
-    are put where the layers that change run as much less as the cost is to fall, by the shares that they run at each
-    setting.
+    What a layer costs does not fall evenly with its tau, so that half-way between two settings the cost is not. Points
+    are put where the layers that change cost as much less as the whole is to.
 
     Args:
         path: Each cheaper than the one before.
-        shares: Of each layer, what it runs at each of ``FINE_TAUS``, rising.
+        costs: Of each layer, at each of ``FINE_TAUS``, rising, in whatever unit.
         gap: In (0, 1).
 
     Example:
@@ -209,7 +208,7 @@ def filled(path: Sequence[Measured], shares: Sequence[Sequence[float]], gap: flo
             way = (1 - ratio ** (part / parts)) / (1 - ratio)
             taus = tuple(
                 a if a == b else _tau_between(a, b, way, of_layer)
-                for a, b, of_layer in zip(above.taus, below.taus, shares, strict=True)
+                for a, b, of_layer in zip(above.taus, below.taus, costs, strict=True)
             )
             divergence = above.divergence + way * (below.divergence - above.divergence)
             points.append(Measured(taus, divergence, above.cost + way * (below.cost - above.cost)))
@@ -217,22 +216,24 @@ def filled(path: Sequence[Measured], shares: Sequence[Sequence[float]], gap: flo
     return points
 
 
-def _tau_between(above: float, below: float, way: float, shares: Sequence[float]) -> float:
-    """The setting that runs as much less than ``above`` as is ``way`` of the difference to ``below``."""
-    first, last = np.interp((above, below), FINE_TAUS, shares)
+def _tau_between(above: float, below: float, way: float, costs: Sequence[float]) -> float:
+    """The setting that costs as much less than ``above`` as is ``way`` of the difference to ``below``."""
+    first, last = np.interp((above, below), FINE_TAUS, costs)
     if first == last:
         return above + way * (below - above)
-    tau = float(np.interp(first + way * (last - first), shares, FINE_TAUS))
+    tau = float(np.interp(first + way * (last - first), costs, FINE_TAUS))
     return min(max(tau, min(above, below)), max(above, below))
 
 
-def next_places(measured: Mapping[int, float], length: int, number: int) -> list[int]:
+def next_places(measured: Mapping[int, float], length: int, number: int, higher_is_better: bool = True) -> list[int]:
     """Where to measure next on a way of ``length`` points: evenly at first, then where values change the most.
 
     Args:
         measured: Values by where they are; none at first.
         length: How many places there are.
         number: How many to take; at first at least both ends, later fewer where no gap is left to halve.
+        higher_is_better: Otherwise values have no upper end, as perplexities: they count as shares, of the first over
+            each, or what nobody would go to would take all places.
 
     Example:
         >>> from d2dmoe_pl.moe.budgets.allocation import next_places
@@ -240,7 +241,11 @@ def next_places(measured: Mapping[int, float], length: int, number: int) -> list
         [0, 4, 8]
         >>> next_places({0: 90.0, 4: 89.0, 8: 60.0}, 9, 1)
         [6]
+        >>> next_places({0: 30.0, 4: 60.0, 8: 9000.0}, 9, 1, higher_is_better=False)
+        [2]
     """
+    if measured and not higher_is_better:
+        measured = {place: measured[min(measured)] / value for place, value in measured.items()}
     if not measured:
         return sorted({round(i * (length - 1) / max(1, number - 1)) for i in range(number)})
     gaps = [(low, high) for low, high in pairwise(sorted(measured)) if high - low > 1]

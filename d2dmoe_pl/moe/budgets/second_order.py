@@ -32,6 +32,7 @@ class SecondOrder:
     Attributes:
         divergences: By layer and setting, ``(layers, steps)`` float64, not yet over the number of predictions.
         work: What experts do, in executed pairs, likewise.
+        beside: FLOPs of choosing experts and standing in for others, likewise.
         tokens: That each layer saw, ``(layers,)``.
     """
 
@@ -42,6 +43,7 @@ class SecondOrder:
         steps = max(map(len, grids))
         self.divergences = torch.zeros(len(grids), steps, dtype=torch.float64)
         self.work = torch.zeros(len(grids), steps, dtype=torch.float64)
+        self.beside = torch.zeros(len(grids), steps, dtype=torch.float64)
         self.tokens = torch.zeros(len(grids), dtype=torch.float64)
 
     def add(self, run: Callable[[], object], loss: Callable[[], Tensor]) -> None:
@@ -105,11 +107,12 @@ class SecondOrder:
         dense: Tensor | None = None
         for step, tau in enumerate(self.grids[index]):
             gate.set_tau(tau)
+            self.beside[index, step] += layer.flops_beside_experts(len(tokens), 1)
             strength = 0.0 if layer.cutoffs is None else float(layer.cutoffs.strength(gate, experts.num_experts))
             if strength not in of_strength:
                 hidden, work = layer.hidden_at(gate, tokens)
                 of_strength[strength] = (hidden.float() * along).sum(dim=2), work  # (N, E)
-            (worth, work), mask = of_strength[strength], gate(scores)
+            (worth, work), mask = of_strength[strength], layer.choose(scores)
             output = (worth * mask).sum(dim=1)  # along the gradient
             if in_full is not None:
                 output = output + in_full * skipped_share(scores, mask).squeeze(1)

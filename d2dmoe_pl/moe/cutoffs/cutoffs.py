@@ -17,8 +17,8 @@ class CutoffConfig:
     Attributes:
         inputs: Share of tokens' values that experts read, the largest, in (0, 1]; 1 for all.
         hidden: Share of neurons' activations that reach the second product, the largest, in (0, 1]; 1 for all.
-        full_tau: The ``tau`` up to which so much is left out, in [0, 1). Above it is less, and nothing at 1, where the
-            layer stays the dense one.
+        full_tau: The ``tau`` up to which so much is left out, in [0, 1). Above, every expert runs and leaves out less,
+            and nothing at 1, where the layer stays the dense one.
 
     Raises:
         ConfigError: If one of them lies outside its range.

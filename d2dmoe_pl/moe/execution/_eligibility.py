@@ -27,13 +27,13 @@ def is_watched(module: nn.Module) -> bool:
 
     The latter is how accelerate brings weights that it keeps elsewhere, for the call alone.
     """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in module.__dict__
-        or _everywhere._global_forward_hooks
-        or _everywhere._global_forward_pre_hooks
-    )
+    everywhere = _everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks
+    return bool(everywhere) or is_watched_by_itself(module)
+
+
+def is_watched_by_itself(module: nn.Module) -> bool:
+    """The same, but for hooks on all modules there are, which see nothing of one that is not needed."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def is_traced() -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN
 from d2dmoe_pl.errors import check, said_of
+from d2dmoe_pl.moe.cutoffs.cutoffs import cut
 from d2dmoe_pl.moe.execution import BACKENDS, takes_cutoff
 from d2dmoe_pl.moe.experts.activation_kinds import activation_kind
 from d2dmoe_pl.moe.experts.ffn_math import hidden_activations
@@ -215,7 +216,8 @@ class Experts(nn.Module):
             ConfigError: If there is a cutoff, and the backend, which is from outside of the package, takes none.
         """
         if mask is None:
-            return self.combine(self.hidden(tokens))
+            hidden = self.hidden(tokens)
+            return self.combine(hidden if cutoff is None else cut(hidden, cutoff))
         if cutoff is None:
             return self._run(self, tokens, mask)
         check(

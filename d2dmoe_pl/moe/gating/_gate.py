@@ -164,14 +164,25 @@ class Gate(nn.Module):
         self._count = {} if config.k is None else {"k": config.k}
         self.tau.fill_(config.tau)
 
-    def forward(self, scores: Tensor) -> Tensor:
+    def admits_all(self, num_experts: int, all_above: float = 1.0) -> bool:
+        """Whether every one of ``num_experts`` runs, whatever the scores are; ``all_above`` as in :meth:`forward`."""
+        if self.config.k is not None:
+            return self.config.k >= num_experts
+        return self.config.tau >= 1 or self.config.tau > all_above
+
+    def forward(self, scores: Tensor, all_above: float = 1.0) -> Tensor:
         """Scores ``(N, E)`` to the mask ``(N, E)``.
+
+        Args:
+            scores: Not negative, ``(N, E)``.
+            all_above: The ``tau`` above which every expert runs, in the place of 1.
 
         Raises:
             ConfigError: If the rule gives anything but a boolean mask of that shape.
         """
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # whatever the type of the weights
-        mask: Any = self._rule(scores, self.tau, **self._count)
+        tau = self.tau if all_above >= 1 else torch.where(self.tau > all_above, 1.0, self.tau)
+        mask: Any = self._rule(scores, tau, **self._count)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != scores.shape:
             raise ConfigError(  # it would weigh experts, or spread over tokens
                 f"rule={self.config.rule!r}: gave {said_of(mask)}; must be torch.bool of shape "

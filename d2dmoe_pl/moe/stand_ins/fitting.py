@@ -158,7 +158,7 @@ def _fit_and_run_(layer: MoELayer, config: FittingConfig, reduce: Callable[[Tens
     for each, at_tau in zip(gates, tokens.chunk(len(gates)), strict=True):
         for chunk in at_tau.split(CHUNK):
             scores = layer.get_router()(chunk)
-            mask = each(scores)  # (n, E)
+            mask = layer.choose(scores, each)  # (n, E)
             output = experts.combine(layer.hidden_at(each, chunk)[0] * mask.unsqueeze(-1))  # (n, E, s) -> (n, d_out)
             sums.add(chunk, skipped_share(scores, mask), experts(chunk) - output)
             ran.append(output)

@@ -1,6 +1,7 @@
 """Greedy allocation: cheap steps first, whole ways down, as few measurements as are needed."""
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -125,6 +126,20 @@ def test_a_fall_at_the_end_is_found_by_as_many_measurements():
         found |= {place: values[place] for place in next_places(found, 360, number)}
     assert len(found) == len(evenly) == 20
     assert furthest_off(found) < 0.7 * furthest_off(evenly)
+
+
+def test_what_nobody_would_go_to_takes_no_places_from_the_rest():
+    perplexities = [30 * math.exp(9 * (place / 359) ** 3) for place in range(360)]  # up to 243,092
+
+    def furthest_off(higher_is_better):
+        measured = {}
+        for number in (4, 2, 2, 2):
+            places = next_places(measured, 360, number, higher_is_better)
+            measured |= {place: perplexities[place] for place in places}
+        useful = [place for place, value in enumerate(perplexities) if value < 90]
+        return max(abs(interpolated(measured, place) / perplexities[place] - 1) for place in useful)
+
+    assert furthest_off(higher_is_better=False) < 0.5 * furthest_off(higher_is_better=True)
 
 
 def test_interpolation():

@@ -89,7 +89,7 @@ def one_after_the_other(layer, positions, real):
     output = torch.zeros(len(positions), layer.experts.d_out, dtype=torch.float64)
     real = torch.ones(len(positions), dtype=torch.bool) if real is None else real
     scores = layer.router(positions[real])
-    mask = layer.gate(scores)
+    mask = layer.choose(scores)
     layer.experts.double().set_backend("reference")
     if layer.cutoffs is None:
         output[real] = layer.experts(positions[real].double(), mask)

@@ -178,10 +178,10 @@ void add_stand_in(
 
 // What of tokens' values, and of activations, is too small to be multiplied with, at a gate's setting: nothing where
 // every expert runs, `values` in full up to `full_tau`.
-std::array<float, 2> cutoffs_at(const Gate& gate, int64_t experts, const Optional& values, double full_tau) {
+std::array<float, 2> cutoffs_at(double tau, int64_t k, int64_t experts, const Optional& values, double full_tau) {
   if (!values) return {0.f, 0.f};
   TORCH_CHECK_VALUE(values->numel() == 2, "cutoffs must be two numbers");
-  const double strength = gate.k > 0 ? double(gate.k < experts) : std::min(1.0, (1.0 - gate.tau) / (1.0 - full_tau));
+  const double strength = k > 0 ? double(k < experts) : std::min(1.0, (1.0 - tau) / (1.0 - full_tau));
   const at::Tensor plain = values->to(at::kFloat).contiguous();
   const float* full = plain.const_data_ptr<float>();
   return {full[0] * float(strength), full[1] * float(strength)};
@@ -212,18 +212,24 @@ at::Tensor moe_layer_cpu(
   const at::Tensor positions = x.dim() == 2 ? x : x.reshape({-1, x.size(-1)}); // (P, d)
   const Operands operands(positions, weights, activation);
   TORCH_CHECK_VALUE(tau.scalar_type() == at::kDouble && tau.numel() == 1, "tau must be one number in float64");
-  const Gate gate(rule, *tau.const_data_ptr<double>(), k);
+  const double setting = *tau.const_data_ptr<double>();
+  const Gate gate(rule, cutoffs && setting > full_tau ? 1.0 : setting, k); // there, all that differs are the cutoffs
   TORCH_CHECK_VALUE(k <= operands.experts(), "k=", k, ": must be at most ", operands.experts(), ", the experts");
   const RealRows rows(real, positions.size(0));
   const at::Tensor tokens = rows.picked(positions); // (N, d)
   const Inputs inputs = operands.inputs(tokens);
   const at::Tensor mask = at::empty({tokens.size(0), operands.experts()}, at::kBool);
   TORCH_CHECK_VALUE(stand_in.empty() || stand_in.size() == 2, "stand_in must be 2 tensors, or none");
-  const bool stands_in = !stand_in.empty() && tokens.size(0) > 0;
+  const bool is_chosen = !gate.admits_all(operands.experts()); // else there is nothing to score, nor to stand in for
+  const bool stands_in = is_chosen && !stand_in.empty() && tokens.size(0) > 0;
   const at::Tensor skipped = stands_in ? at::empty({tokens.size(0), 1}, at::kFloat) : at::Tensor();
-  operands.choose(
-      inputs, router, gate, mask.mutable_data_ptr<bool>(), stands_in ? skipped.mutable_data_ptr<float>() : nullptr);
-  const auto [of_inputs, of_hidden] = cutoffs_at(gate, operands.experts(), cutoffs, full_tau);
+  bool* chosen = mask.mutable_data_ptr<bool>();
+  if (is_chosen) {
+    operands.choose(inputs, router, gate, chosen, stands_in ? skipped.mutable_data_ptr<float>() : nullptr);
+  } else {
+    std::fill_n(chosen, mask.numel(), true);
+  }
+  const auto [of_inputs, of_hidden] = cutoffs_at(setting, k, operands.experts(), cutoffs, full_tau);
   const Inputs kept = of_inputs > 0.f ? operands.inputs(cut(tokens, of_inputs)) : inputs;
   const at::Tensor out = run_experts(operands, kept, mask, of_hidden, positions.scalar_type()); // (N, d_out)
   if (stands_in) add_stand_in(out, tokens, skipped, stand_in[0], stand_in[1]);

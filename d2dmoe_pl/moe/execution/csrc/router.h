@@ -209,6 +209,9 @@ struct Gate {
     TORCH_CHECK_VALUE(false, "rule='", name, "': allowed are dynk_max, dynk_cumulative, topk");
   }
 
+  // Whether every expert runs, whatever its score.
+  bool admits_all(int64_t experts) const { return k > 0 ? k >= experts : tau >= 1.0; }
+
   // scores, not negative, and mask: (E,) of one token; order: work space
   void choose(const float* scores, bool* mask, int64_t experts, std::vector<uint64_t>& order) const {
     if (rule == Rule::dynk_max) {
@@ -220,7 +223,7 @@ struct Gate {
       for (int64_t e = 0; e < experts; ++e) mask[e] = !(scores[e] < least); // a NaN runs and shows in the output
       return;
     }
-    if (tau >= 1.0 && k <= 0) {
+    if (admits_all(experts)) {
       std::fill_n(mask, experts, true);
       return;
     }
