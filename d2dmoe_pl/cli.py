@@ -3,7 +3,7 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from d2dmoe_pl.chain_arguments import chain_parser
 from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.compression.command import run_compress
 from d2dmoe_pl.data.file_rows import lines_of
+from d2dmoe_pl.data.local_folders import MEDIA
+from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
 from d2dmoe_pl.phase_cli import EVALUATING, PhaseCLI, without_needless_warnings
@@ -41,6 +43,8 @@ EVALUATIONS = {
     "test": "Evaluate a model on the test split.",
     "predict": "Write what the model says of each sample, and what that cost.",
 }
+# what predict is given in the place of the test split, and what that is
+INPUTS = {"text": "texts", "text_file": "texts", "images": "pictures", "recordings": "recordings"}
 RUN_SAID = "--run FOLDER, of a finished phase or a chain, stands for its settings and the model that it left."
 
 
@@ -60,7 +64,8 @@ class D2DMoECLI(PhaseCLI):
         predict.add_argument("--output", type=str, default="predictions.csv", help="Gets a row a sample; or .parquet.")
         predict.add_argument("--text", type=str, nargs="+", default=None, help="Texts in the place of the test split.")
         predict.add_argument("--text_file", type=str, default=None, help="The same, a line each; - is standard input.")
-        predict.add_argument("--images", type=str, default=None, help="A folder of pictures in its place.")
+        predict.add_argument("--images", type=str, default=None, help="A picture, or a folder of them, in its place.")
+        predict.add_argument("--recordings", type=str, default=None, help="The same of recordings.")
         for name, (make_parser, _) in OWN.items():
             own: Any = make_parser()
             self._subcommand_parsers[name] = own
@@ -75,8 +80,10 @@ class D2DMoECLI(PhaseCLI):
     def before_predict(self) -> None:
         """Write predictions; for what is given on the command line, if anything is."""
         config = self.config[self.subcommand]
-        inputs = given_inputs(config.text, config.text_file, config.images)
+        given = {name: config[name] for name in INPUTS}
+        inputs = given_inputs(**given)
         if inputs is not None:
+            _check_kind(given, self.datamodule)
             self.datamodule.predict_for(inputs)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it
         callbacks.append(PredictionFile(config.output, inputs))
@@ -110,23 +117,30 @@ class D2DMoECLI(PhaseCLI):
             super()._run_subcommand(subcommand)
 
 
-def given_inputs(text: Sequence[str] | None, text_file: str | None, images: str | None) -> list[str] | None:
-    """What to predict for: texts, the lines of a file or of standard input, or the pictures below a folder.
+def given_inputs(
+    text: Sequence[str] | None = None,
+    text_file: str | None = None,
+    images: str | None = None,
+    recordings: str | None = None,
+) -> list[str] | None:
+    """What to predict for: texts, the lines of a file or of standard input, or the files below a folder.
 
     Args:
         text: Texts.
         text_file: A file of texts, ``-`` for standard input.
-        images: A folder.
+        images: A picture, or a folder of them.
+        recordings: A recording, or a folder of them.
 
     Returns:
         Texts or paths; None if nothing is given.
 
     Raises:
-        ConfigError: For more than one of the three, or if there is nothing there.
+        ConfigError: For more than one of the four, or if there is nothing there.
     """
-    given = [value is not None for value in (text, text_file, images)]
-    check(sum(given) <= 1, "text, text_file, images: at most one of these can be given")
-    if not any(given):
+    given_as = {"text": text, "text_file": text_file, "images": images, "recordings": recordings}
+    given = [f"{name}={value!r}" for name, value in given_as.items() if value is not None]
+    check(len(given) <= 1, f"{', '.join(given_as)}: at most one of these can be given")
+    if not given:
         return None
     if text is not None:
         found = list(text)
@@ -134,19 +148,33 @@ def given_inputs(text: Sequence[str] | None, text_file: str | None, images: str 
         check(text_file == "-" or Path(text_file).is_file(), f"text_file={text_file!r}: no such file")
         lines = sys.stdin if text_file == "-" else lines_of(text_file)
         found = [line.rstrip("\r\n") for line in lines if line.strip()]
+    elif images is not None:
+        endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+        found = files_in(Path(images), endings)
     else:
-        found = pictures_in(Path(str(images)))
-    given_as = {"text": text, "text_file": text_file, "images": images}
-    said = next(f"{name}={value!r}" for name, value in given_as.items() if value is not None)
-    check(bool(found), f"{said}: there is nothing to predict for")
+        found = files_in(Path(str(recordings)), MEDIA["audiofolder"][2])
+    check(bool(found), f"{given[0]}: there is nothing to predict for")
     return found
 
 
-def pictures_in(folder: Path) -> list[str]:
-    """The pictures below a folder, in order; what is hidden, such as what macOS leaves beside files, is none."""
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    below = [file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file()]
-    return sorted(str(file) for file in below if not any(part[0] == "." for part in file.relative_to(folder).parts))
+def files_in(place: Path, endings: Collection[str]) -> list[str]:
+    """The file at ``place``, or those below it, in order, that end so.
+
+    What is hidden, such as what macOS leaves beside files, is none.
+    """
+    below = [place] if place.is_file() else place.rglob("*")
+    found = [file for file in below if file.suffix.lower() in endings and file.is_file()]
+    return sorted(str(file) for file in found if not any(part[0] == "." for part in file.relative_to(place).parts))
+
+
+def _check_kind(given: Mapping[str, Any], data: TaskData) -> None:
+    """Raise ``ConfigError`` if data takes other inputs than what is given, such as texts for paths of pictures."""
+    for name, value in given.items():
+        check(
+            value is None or data.raw_inputs in (None, INPUTS[name]),
+            f"{name}={value!r}: {type(data).__name__} predicts for {data.raw_inputs}; must be "
+            f"{' or '.join(each for each in given if INPUTS[each] == data.raw_inputs)}",
+        )
 
 
 def _print_metrics(trainer: Trainer) -> None:

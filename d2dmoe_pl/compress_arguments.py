@@ -23,16 +23,16 @@ def compress_parser() -> ArgumentParser:
         "--data",
         type=str | dict | None,
         default=None,
-        help="A file or a folder of files (CSV, TSV, JSON lines, Parquet, pictures in a folder a class), a dataset on "
-        "the hub, or what a recipe's data says.",
+        help="A file or a folder of files (CSV, TSV, JSON lines, Parquet, pictures or recordings in a folder a class), "
+        "a dataset on the hub, or what a recipe's data says.",
     )
     parser.add_argument(
         "--task",
         type=str | None,
         default=None,
         help="text-classification, text-regression, multi-label-classification, token-classification, text-to-text, "
-        "embeddings, image-classification or causal-language-modeling; if not given, the data's columns tell, and what "
-        "labels are, but for embeddings, which have to be named.",
+        "embeddings, image-classification, audio-classification or causal-language-modeling; if not given, the data's "
+        "columns tell, and what labels are, but for embeddings, which have to be named.",
     )
     parser.add_argument(
         "--target",
@@ -52,6 +52,7 @@ def compress_parser() -> ArgumentParser:
     )
     parser.add_argument("--label_column", type=str | None, default=None, help="If its name does not tell it.")
     parser.add_argument("--image_column", type=str | None, default=None, help="If its name does not tell it.")
+    parser.add_argument("--audio_column", type=str | None, default=None, help="If its name does not tell it.")
     parser.add_argument(
         "--tokenizer", type=str | None, default=None, help="Folder or hub name, if not the model's own."
     )

@@ -98,7 +98,8 @@ class HuggingFaceModel(ModelSource):
             model, found = load_pretrained(self._auto, self.name, "name", self.gguf_file, **loading)
         absent = set(found["missing_keys"]) | {name for name, *_ in found["mismatched_keys"]}
         fresh = self._new_outputs(model, label_names)
-        backbone = [name for name in sorted(absent) if _is_needed(model, name)]
+        needed = [name for name in _backbone(model) if "pooler." not in name]  # which heads have, where there are any
+        backbone = sorted(absent.intersection(needed))
         if backbone:
             raise ConfigError(
                 f"name={self.name!r}: its file has no weights that fit for {len(backbone)} of the "
@@ -117,8 +118,8 @@ class HuggingFaceModel(ModelSource):
             return set()
         if are_placeholders(outputs) and len(outputs) == len(label_names):
             return set()
-        is_output = {name: parameter.shape[0] == len(label_names) for name, parameter in model.named_parameters()}
-        return {name for name, found in is_output.items() if found and not _is_backbone(model, name)}
+        is_output = {name for name, parameter in model.named_parameters() if parameter.shape[0] == len(label_names)}
+        return is_output - _backbone(model)
 
     def build_structure(self, label_names: Sequence[str]) -> nn.Module:
         return self._structure(self._config(label_names))
@@ -191,13 +192,18 @@ def _without_report() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _is_backbone(model: Any, name: str) -> bool:
-    return model.base_model is model or name.startswith(f"{model.base_model_prefix}.")
-
-
-def _is_needed(model: Any, name: str) -> bool:
-    """Whether a pretrained model without the tensor ``name`` is none; poolers belong to heads, where they are not."""
-    return _is_backbone(model, name) and "pooler." not in name
+def _backbone(model: Any) -> set[str]:
+    """The names of the tensors that a pretrained model has without its head."""
+    names = set(model.state_dict())
+    if model.base_model is not model:
+        return {name for name in names if name.startswith(f"{model.base_model_prefix}.")}
+    without: Any = transformers.AutoModel  # its parts stand beside the head's, as those of CLIP and Whisper do
+    if type(model.config) not in without._model_mapping:
+        return names
+    with torch.device("meta"):
+        parts = dict(without.from_config(copy.deepcopy(model.config)).named_children())
+    heads = tuple(f"{name}." for name, _ in model.named_children() if name not in parts)
+    return {name for name in names if not name.startswith(heads)}
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, load_dataset_builder
+from datasets import Dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, local_splits
 from d2dmoe_pl.data.gguf_files import ENDING
 from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.local_folders import MEDIA
 from d2dmoe_pl.errors import ConfigError, check
 
 # of texts with a label each; what reads them
@@ -23,7 +24,18 @@ LABELLED = {
     "token-classification": "TokenClassification",
     "text-to-text": "TextToText",
 }
-TASKS = (*LABELLED, "image-classification", "causal-language-modeling", "embeddings")
+# of files with a label each: what reads them, what they are, the setting of their column, and how this is called
+FILES = {
+    "image-classification": (
+        *("ImageClassification", "imagefolder", "image_column"),
+        ("image", "img", "picture", "file_name", "path"),
+    ),
+    "audio-classification": (
+        *("AudioClassification", "audiofolder", "audio_column"),
+        ("audio", "recording", "sound", "speech"),
+    ),
+}
+TASKS = (*LABELLED, *FILES, "causal-language-modeling", "embeddings")
 LABELS = (
     *("label", "labels", "class", "target", "category", "emotion", "sentiment", "fine_label", "coarse_label"),
     *("ner_tags", "tags", "pos_tags", "summary", "answer", "score", "rating", "stars"),
@@ -33,7 +45,6 @@ TEXTS = (
     *("tokens", "words", "article"),
 )
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b"))
-IMAGES = ("image", "img", "picture", "file_name", "path")
 WRITTEN = re.compile(r"\[\s*(['\"\d].*)?\]", re.DOTALL)  # a list as Python and JSON write it
 SAMPLED = 1000  # texts whose lengths are looked at
 LONGEST = 512
@@ -81,9 +92,9 @@ def data_config(
     Args:
         data: A file, a folder, or the name of a dataset on the hub.
         task: One of ``TASKS``; None to go by the columns, and by what labels are.
-        model: Folder or hub name that a tokenizer or an image processor comes from; None if it has none.
+        model: Folder or hub name that a tokenizer or another processor comes from; None if it has none.
         tokenizer: The same for the tokenizer, instead.
-        columns: ``text_columns``, ``label_column`` and ``image_column``, each None to go by the names.
+        columns: ``text_columns``, ``label_column``, ``image_column``, ``audio_column``; each None to go by names.
         picture: What is known of a model's pictures, for a model that has no image processor.
         batch_size: Samples a batch.
 
@@ -98,19 +109,21 @@ def data_config(
         for name in [names] if isinstance(names, str) else names or []:
             there = ", ".join(train.column_names)
             check(name in train.column_names, f"{argument}={name!r}: no such column in {data}; there are {there}")
-    image = columns["image_column"] or next((name for name in train.column_names if _is_image(train, name)), None)
     if task is None:
-        task = "image-classification" if image else _task_of(train, given_texts, columns["label_column"], model)
-    if task == "image-classification":
-        check(
-            image is not None,
-            f"image_column=None: none of {', '.join(train.column_names)} is one of pictures; say which",
-        )
-        assert image is not None
-        label = _label_column(train, columns["label_column"], [image])
-        own = {"processor": model} if model is not None and not picture else {**picture}
-        arguments = {"source": source, "image_column": image, "label_column": label, "batch_size": batch_size, **own}
-        return {"class_path": "ImageClassification", "init_args": arguments}, task
+        are_files = (each for each in FILES if _column_of_files(train, each, columns))
+        task = next(are_files, None) or _task_of(train, given_texts, columns["label_column"], model)
+    if task in FILES:
+        reader, _, argument, _ = FILES[task]
+        column = _column_of_files(train, task, columns)
+        there = ", ".join(train.column_names)
+        check(column is not None, f"{argument}=None: none of {there} is one of files for {task}; say which")
+        assert column is not None
+        label = _label_column(train, columns["label_column"], [column])
+        is_image = task == "image-classification"
+        check(is_image or model is not None, f"task={task!r}: timm's models are for pictures; must be of Hugging Face")
+        own = {**picture} if picture and is_image else {"processor": model}
+        arguments = {"source": source, argument: column, "label_column": label, "batch_size": batch_size, **own}
+        return {"class_path": reader, "init_args": arguments}, task
     tokenizer = tokenizer or model
     check(tokenizer is not None, "tokenizer=None: must be the folder or hub name of the model's tokenizer")
     assert tokenizer is not None
@@ -208,9 +221,27 @@ def _named(names: Sequence[str], columns: Sequence[str]) -> list[str]:
     return [column for name in names for column in columns if column.strip().lower() == name]
 
 
-def _is_image(train: Dataset, name: str) -> bool:
-    is_called_so = bool(_named(IMAGES, [name])) and not _named(["text"], train.column_names)
-    return isinstance(train.features[name], Image) or is_called_so
+def _column_of_files(train: Dataset, task: str, given: Mapping[str, Any]) -> str | None:
+    """The column of files that a task is of: the one that is given, by what is in it, or by its name."""
+    _, _, argument, names = FILES[task]
+    if given[argument] is not None:
+        return str(given[argument])
+    columns = train.column_names
+    by_name = [] if _named(["text"], columns) else _named(names, columns)
+    of_others = {name for name in by_name for other in FILES if other != task and _holds_files(train, name, other)}
+    by_value = [name for name in columns if _holds_files(train, name, task)]
+    return next((name for name in (*by_value, *by_name) if name not in of_others), None)
+
+
+def _holds_files(train: Dataset, name: str, task: str) -> bool:
+    """Whether a column is one of files of a kind, or of paths that end as such do."""
+    _, feature, endings = MEDIA[FILES[task][1]]
+    if isinstance(train.features[name], feature):
+        return True
+    if getattr(train.features[name], "dtype", None) not in ("string", "large_string"):
+        return False
+    paths = [path for path in train.select(range(min(SAMPLED, len(train))))[name] if path is not None]
+    return bool(paths) and all(Path(path).suffix.lower() in endings for path in paths)
 
 
 def _label_column(train: Dataset, given: str | None, others: Sequence[str]) -> str:

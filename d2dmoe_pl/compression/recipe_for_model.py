@@ -74,7 +74,7 @@ def _data(given: Namespace, place: str | None) -> tuple[dict[str, Any], str]:
         check("class_path" in given.data, f"data={given.data!r}: must say its class_path, as a recipe does")
         check(given.task in HEADS, f"task={given.task!r}: allowed are {', '.join(HEADS)}")
         return dict(given.data), given.task
-    columns = {name: given[name] for name in ("text_columns", "label_column", "image_column")}
+    columns = {name: given[name] for name in ("text_columns", "label_column", "image_column", "audio_column")}
     picture: dict[str, Any] = {}
     if place is None:
         described: Any = timm.models.get_pretrained_cfg(given.model.removeprefix("timm/"))

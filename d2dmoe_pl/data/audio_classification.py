@@ -13,7 +13,7 @@ from transformers import AutoFeatureExtractor
 from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.load_pretrained import load_pretrained
-from d2dmoe_pl.data.local_folders import check_reads_recordings
+from d2dmoe_pl.data.local_folders import check_reads_recordings, with_found_files
 from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
@@ -30,8 +30,8 @@ class AudioClassification(TaskData):
     Args:
         source: Where the splits are.
         processor: Hub name or folder of the feature extractor, which is most often the model's.
-        audio_column: Column of the recordings: ``datasets.Audio``, read with the package ``torchcodec``; or their
-            numbers from -1 to 1, at the feature extractor's rate.
+        audio_column: Column of the recordings: ``datasets.Audio`` or paths of files, read with the package
+            ``torchcodec``; or their numbers from -1 to 1, at the feature extractor's rate.
         label_column: Column of the labels, strings or whole numbers.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
@@ -40,6 +40,8 @@ class AudioClassification(TaskData):
         ConfigError: To load, for a ``processor`` that is not there or makes no ``input_features``, and for a recording
             that cannot be read.
     """
+
+    raw_inputs = "recordings"
 
     def __init__(
         self,
@@ -80,14 +82,17 @@ class AudioClassification(TaskData):
         """The split with recordings at the rate that is wanted, and what each sample is called."""
         split = split.select_columns([self.audio_column, self.label_column])
         feature = split.features[self.audio_column]
+        are_paths = getattr(feature, "dtype", None) in ("string", "large_string")
         kind = str(getattr(getattr(feature, "feature", None), "dtype", ""))
         check(
-            isinstance(feature, Audio) or kind.startswith("float"),
-            f"audio_column={self.audio_column!r}: has {feature} in the {name} split; must be recordings, or lists of "
-            "their numbers, from -1 to 1",
+            isinstance(feature, Audio) or are_paths or kind.startswith("float"),
+            f"audio_column={self.audio_column!r}: has {feature} in the {name} split; must be recordings, their paths, "
+            "or lists of their numbers, from -1 to 1",
         )
         names = sample_names(split, name)
-        return self._encoded(split, isinstance(feature, Audio)).add_column(SAMPLE, list(names))
+        if are_paths:
+            split = with_found_files(split, self.audio_column, self.source.folder_of(name), "recordings")
+        return self._encoded(split, not kind).add_column(SAMPLE, list(names))
 
     def _encoded(self, split: Dataset, are_files: bool) -> Dataset:
         """The split with files as they are, which are read one by one, where a broken one can be told by its name."""

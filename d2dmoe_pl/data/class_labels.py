@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Number
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset
 
 from d2dmoe_pl.data.output_names import plain_name
@@ -65,9 +66,10 @@ def encode_numbers(splits: Mapping[str, Dataset], column: str) -> dict[str, Data
     """Replace a column of numbers by ``labels``, floating-point.
 
     Raises:
-        ConfigError: If a value is no finite number.
+        ConfigError: If a value is no finite number, or one that float32 has not; or if all are the same in training.
     """
     encoded = {}
+    largest = torch.finfo(torch.float32).max
     for name, split in splits.items():
         numbers = []
         for sample, value in zip(sample_names(split, name), split[column], strict=True):
@@ -79,8 +81,15 @@ def encode_numbers(splits: Mapping[str, Dataset], column: str) -> dict[str, Data
                 math.isfinite(number),
                 f"label_column={column!r}: {value!r} in {sample} is no number; must be finite",
             )
+            check(
+                abs(number) <= largest,
+                f"label_column={column!r}: {value!r} in {sample} is too large; must be at most {largest:g}",
+            )
             numbers.append(number)
         encoded[name] = with_column(split, column, numbers)
+    learnt = set(encoded["train"]["labels"])
+    only = ", ".join(f"{number:g}" for number in learnt)
+    check(len(learnt) != 1, f"label_column={column!r}: all numbers of the train split are {only}; must differ")
     return encoded
 
 

@@ -1,7 +1,6 @@
 """Images with labels, from any Hugging Face dataset."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from d2dmoe_pl.data.image_preprocessing import (
     preprocessing_of,
 )
 from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.local_folders import with_found_files
 from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
@@ -62,6 +62,8 @@ class ImageClassification(TaskData):
         ConfigError: For a number out of range or an unknown interpolation; to load, for a ``processor`` that is not
             there; for an image that cannot be read.
     """
+
+    raw_inputs = "pictures"
 
     def __init__(
         self,
@@ -148,9 +150,7 @@ class ImageClassification(TaskData):
         )
         names = sample_names(split, name)
         if kind in ("string", "large_string"):
-            folder = self.source.folder_of(name)
-            find = partial(_with_path, column=self.image_column, folder=folder)
-            split = split.map(find, desc="Finding pictures", load_from_cache_file=False)  # some may have come since
+            split = with_found_files(split, self.image_column, self.source.folder_of(name), "pictures")
         split = split.cast_column(self.image_column, Image(decode=False))
         return split.add_column(SAMPLE, list(names))
 
@@ -193,10 +193,3 @@ class ImageClassification(TaskData):
 def _in_order(picture: Picture, order: Sequence[int]) -> Picture:
     """A picture with its channels where a model takes them to be."""
     return picture if list(order) == [0, 1, 2] else merge("RGB", [picture.getchannel(index) for index in order])
-
-
-def _with_path(sample: dict[str, Any], column: str, folder: Path | None) -> dict[str, Any]:
-    """A path as it is, or relative to the file that has it, whichever leads to a file."""
-    path = sample[column]
-    beside = None if folder is None or path is None else folder / path
-    return {column: str(beside) if beside is not None and not Path(path).exists() and beside.exists() else path}

@@ -4,9 +4,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from datasets import Audio, ClassLabel, Dataset, Image, IterableDataset, load_dataset
 from datasets.packaged_modules.audiofolder.audiofolder import AUDIO_EXTENSIONS
@@ -29,6 +31,25 @@ def visible(path: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(each for each in folders if each[0] not in "._")
         yield from (Path(place) / each for each in sorted(files) if each[0] not in "._")
+
+
+def with_found_files(split: Dataset, column: str, folder: Path | None, what: str) -> Dataset:
+    """``split`` with the paths in a column, as they are or relative to a folder, whichever leads to a file.
+
+    Args:
+        split: A dataset with the column.
+        column: Of paths.
+        folder: Where the file is that has the rows; None for what is on the hub.
+        what: What the files are, for the progress bar.
+    """
+    find = partial(_with_path, column=column, folder=folder)
+    return split.map(find, desc=f"Finding {what}", load_from_cache_file=False)  # some may have come since
+
+
+def _with_path(sample: dict[str, Any], column: str, folder: Path | None) -> dict[str, Any]:
+    path = sample[column]
+    beside = None if folder is None or path is None else folder / path
+    return {column: str(beside) if beside is not None and not Path(path).exists() and beside.exists() else path}
 
 
 def media_in(folder: Path) -> str | None:

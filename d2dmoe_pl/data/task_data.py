@@ -52,6 +52,7 @@ class TaskData(L.LightningDataModule):
     answer_start: int | None = None
     answer_end: int | None = None
     loaded: ClassVar[Sequence[str]] = SPLITS  # what load must give
+    raw_inputs: ClassVar[str | None] = None  # what raw_samples takes: texts, pictures or recordings
 
     def __init__(self, batch_size: int = 32, num_workers: int = 0) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ class TaskData(L.LightningDataModule):
         self._outputs = torch.tensor([*found, *others], device="cpu")  # as batches are; models may be made elsewhere
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
-        """Samples to predict for, of inputs as they are: texts, or paths of pictures.
+        """Samples to predict for, of inputs as they are: texts, or paths of files.
 
         Raises:
             ConfigError: If this data has no such inputs.

@@ -43,6 +43,7 @@ class TokenizedData(TaskData):
 
     tokenizer: PreTrainedTokenizerBase
     tokenizer_options: Mapping[str, Any] = {}
+    raw_inputs = "texts"
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
 """What models there are, and what is said of those there are not."""
 
+import copy
+
 import pytest
 import timm
 import tiny
@@ -9,6 +11,7 @@ from torch import nn
 
 from d2dmoe_pl.adapters import HuggingFaceModel, TimmModel, adapter_for
 from d2dmoe_pl.artifact import load_model, save_artifact
+from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import SparsityEnforcement
 from d2dmoe_pl.phases._preflight import preflight
@@ -45,6 +48,31 @@ def test_a_pretrained_language_model_is_loaded_in_full_precision(tmp_path):
     assert model.dtype == torch.float32
     assert model.generation_config.eos_token_id == [2, 9]
     assert adapter_for(model).num_outputs(model) == 40
+
+
+OF_LABELS = [kind for kind in tiny.SOURCES if isinstance(tiny.SOURCES[kind](), HuggingFaceModel)]
+OF_LABELS = [kind for kind in OF_LABELS if tiny.SOURCES[kind]().head in LABELLED_HEADS]
+
+
+@pytest.mark.parametrize("kind", OF_LABELS)
+def test_a_pretrained_model_without_a_head_gets_one(kind, tmp_path):
+    """Whatever it is called, and whether it stands beside the model or around it."""
+    made = tiny.SOURCES[kind]()
+    without = transformers.AutoModel.from_config(copy.deepcopy(made.config))
+    without.save_pretrained(tmp_path)
+    source = HuggingFaceModel(made.task, str(tmp_path))
+    labels = tiny.labels_of(kind)
+    model = source.build(labels)
+    pretrained = {id_of(value) for value in without.state_dict().values()}
+    fresh = {name for name, value in model.named_parameters() if id_of(value) not in pretrained}
+    assert fresh
+    assert fresh <= set(source.new_head.split(", "))
+    assert adapter_for(model).num_outputs(model) == len(labels)
+
+
+def id_of(value):
+    """What tells a tensor of random weights from another; those of norms and biases are alike."""
+    return (tuple(value.shape), *value.flatten().tolist())
 
 
 def test_a_head_that_transformers_has_not():

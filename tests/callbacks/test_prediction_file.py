@@ -124,32 +124,36 @@ def test_what_cannot_be_written():
 class TestCommand:
     def test_inputs(self, tmp_path, monkeypatch):
         (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+        (tmp_path / "c.wav").write_bytes(b"")
         Image.new("RGB", (2, 2)).save(tmp_path / "b.png")
-        assert given_inputs(None, None, None) is None
-        assert given_inputs(["a"], None, None) == ["a"]
-        assert given_inputs(None, str(tmp_path / "a.txt"), None) == ["one", "two"]
-        assert given_inputs(None, None, str(tmp_path)) == [str(tmp_path / "b.png")]
+        assert given_inputs() is None
+        assert given_inputs(text=["a"]) == ["a"]
+        assert given_inputs(text_file=str(tmp_path / "a.txt")) == ["one", "two"]
+        for place in (tmp_path, tmp_path / "b.png"):
+            assert given_inputs(images=str(place)) == [str(tmp_path / "b.png")]
+        assert given_inputs(recordings=str(tmp_path)) == [str(tmp_path / "c.wav")]
         monkeypatch.setattr("sys.stdin", io.StringIO("three\n"))
-        assert given_inputs(None, "-", None) == ["three"]
-        with pytest.raises(ConfigError, match="text, text_file, images: at most one of these can be given"):
-            given_inputs(["a"], "b", None)
+        assert given_inputs(text_file="-") == ["three"]
+        with pytest.raises(ConfigError, match="text, text_file, images, recordings: at most one of these can be given"):
+            given_inputs(["a"], "b")
         with pytest.raises(ConfigError, match="text_file='/nowhere': no such file"):
-            given_inputs(None, "/nowhere", None)
-        with pytest.raises(ConfigError, match=r"images='.*none': there is nothing to predict for"):
-            given_inputs(None, None, str(tmp_path / "none"))
+            given_inputs(text_file="/nowhere")
+        for name in ("images", "recordings"):
+            with pytest.raises(ConfigError, match=rf"{name}='.*none': there is nothing to predict for"):
+                given_inputs(**{name: str(tmp_path / "none")})
 
     def test_a_line_is_a_text_and_what_is_hidden_no_picture(self, tmp_path):
         file = tmp_path / "a.txt"
         file.write_bytes("\ufeffone\x0ctwo\r\nthree\u2028four\n".encode())
-        assert given_inputs(None, str(file), None) == ["one\x0ctwo", "three\u2028four"]
+        assert given_inputs(text_file=str(file)) == ["one\x0ctwo", "three\u2028four"]
         file.write_bytes("gr\u00fcn\n".encode("latin-1"))
         with pytest.raises(ConfigError, match=r"a.txt: line 1: not UTF-8; save it as UTF-8"):
-            given_inputs(None, str(file), None)
+            given_inputs(text_file=str(file))
         (tmp_path / ".thumbnails").mkdir()
         for name in ("b.png", "._b.png", ".thumbnails/b.png", "c.pdf"):
             (tmp_path / name).write_bytes(b"")
         (tmp_path / "d.png").mkdir()
-        assert given_inputs(None, None, str(tmp_path)) == [str(tmp_path / "b.png")]
+        assert given_inputs(images=str(tmp_path)) == [str(tmp_path / "b.png")]
 
     def test_from_the_command_line(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
@@ -162,3 +166,16 @@ class TestCommand:
         with pytest.raises(SystemExit):
             main(["predict", *start, *quiet, "--text", "a b"])
         assert "error: Digits: predicts for the samples of its own splits only" in capsys.readouterr().err
+
+    def test_paths_are_no_texts(self, texts, tmp_path, monkeypatch, capsys):
+        """A model of texts would predict for the paths of pictures as if they were some."""
+        artifact, _ = texts
+        monkeypatch.chdir(tmp_path)
+        Image.new("RGB", (2, 2)).save("a.png")
+        start = [f"--model.init_args.init_from={artifact}", "--data", "TextClassification"]
+        reads = [f"--data.init_args.tokenizer={tmp_path / 'tok'}", "--data.init_args.source.train=texts/train.csv"]
+        with pytest.raises(SystemExit):
+            main(["predict", "--model", "RecoveryTuning", *start, *reads, "--trainer.logger=false", "--images=a.png"])
+        assert capsys.readouterr().err == (
+            "error: images='a.png': TextClassification predicts for texts; must be text or text_file\n"
+        )

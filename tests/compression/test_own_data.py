@@ -7,18 +7,13 @@ from pathlib import Path
 
 import pytest
 import stand_ins
-import timm
 import tiny
 import transformers
-from PIL import Image
 
-from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.compression.own_data import data_config, source_of
-from d2dmoe_pl.compression.recipe_for_model import _data
-from d2dmoe_pl.data import DatasetSource, ImageClassification
 from d2dmoe_pl.errors import ConfigError
 
-NONE = {"text_columns": None, "label_column": None, "image_column": None}
+NONE = {"text_columns": None, "label_column": None, "image_column": None, "audio_column": None}
 
 
 @pytest.fixture(autouse=True)
@@ -207,16 +202,6 @@ def test_text_alone_is_not_for_a_model_that_writes_none(tmp_path, tokenizer):
         )
 
 
-def test_pictures(tmp_path):
-    stand_ins.write_images(tmp_path / "pictures", {"train": 12, "validation": 6})
-    made, task = config(str(tmp_path / "pictures"), model="vit")
-    assert (task, made["class_path"]) == ("image-classification", "ImageClassification")
-    assert made["init_args"]["processor"] == "vit"
-    made, _ = config(str(tmp_path / "pictures"), picture={"image_size": 8})
-    assert made["init_args"]["image_size"] == 8
-    assert made["init_args"]["source"]["test"] is None
-
-
 def test_numbers(tmp_path, tokenizer):
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps({"text": "cat", "label": i / 7}) + "\n" for i in range(20)))
@@ -245,37 +230,3 @@ def test_an_unknown_task(tmp_path, tokenizer):
         config(file, tokenizer, "translation")
     with pytest.raises(ConfigError, match="tokenizer=None: must be the folder or hub name"):
         config(file)
-
-
-@pytest.mark.parametrize("classes", [("cat", "dog"), ("bus", "train"), ("cat", "test")])
-def test_pictures_and_classes_may_be_called_as_splits_are(tmp_path, classes):
-    for i in range(24):
-        folder = tmp_path / "pictures" / classes[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(folder / f"{('train', 'test', 'some')[i % 3]}_{i}.png")
-    made, task = config("pictures", model="vit")
-    assert (task, made["init_args"]["label_column"]) == ("image-classification", "label")
-    splits = DatasetSource(**made["init_args"]["source"]).load()
-    assert sum(map(len, splits.values())) == 24
-    assert splits["train"].features["label"].names == sorted(classes)
-
-
-def test_a_timm_model_sees_pictures_as_it_was_trained_to(tmp_path):
-    stand_ins.write_images(tmp_path / "pictures", {"train": 12})
-    given = compress_parser().get_defaults()
-    given.data = "pictures"
-    for model in (
-        "vit_base_patch16_clip_384.openai_ft_in12k_in1k",
-        "vit_base_patch32_224.sam_in1k",
-        "mixer_b16_224.miil_in21k_ft_in1k",
-    ):
-        given.model = model
-        arguments = _data(given, None)[0]["init_args"]
-        arguments["source"] = DatasetSource(**arguments["source"])
-        data = ImageClassification(**arguments)
-        data.load_processor()
-        expected = timm.data.resolve_data_config({}, pretrained_cfg=timm.models.get_pretrained_cfg(model).to_dict())
-        found = timm.data.resolve_data_config({}, pretrained_cfg=data.preprocessing.pretrained_cfg())
-        assert {k: str(v).strip("()[]") for k, v in found.items()} == {
-            k: str(v).strip("()[]") for k, v in expected.items()
-        }

@@ -1,5 +1,7 @@
 """Recordings: what is read, how they are prepared, what is refused; and a whole chain on them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -129,10 +131,32 @@ def test_a_file_that_cannot_be_read_is_told_by_its_sample(tmp_path, processor, m
         next(batches)
 
 
+def test_paths_lead_from_where_they_stand(tmp_path, processor, monkeypatch):
+    def decode_example(self, value):
+        return {"array": np.full(48, float(Path(value["path"]).read_text()), dtype=np.float32)}
+
+    monkeypatch.setattr(Audio, "decode_example", decode_example)
+    monkeypatch.setattr("d2dmoe_pl.data.local_folders.find_spec", lambda name: name)
+    (tmp_path / "sounds").mkdir()
+    for row in range(12):
+        (tmp_path / "sounds" / f"{row}.wav").write_text(f"{row / 12}")
+    data = AudioClassification(source(tmp_path, audio=[f"sounds/{row}.wav" for row in range(12)]), processor)
+    data.setup()
+    features = first(data.test_dataloader())["input_features"]
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(processor)
+    flat = [np.full(48, row / 12, dtype=np.float32) for row in range(12)]
+    assert torch.equal(features, extractor(flat, sampling_rate=RATE, return_tensors="pt")["input_features"])
+    (given,) = data._loader_of(data.raw_samples([str(tmp_path / "sounds" / "3.wav")]), False, None)
+    assert torch.equal(given["input_features"], features[3:4])
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"audio": ["a.wav"] * 12}, "audio_column='audio': has .* in the .* split; must be recordings, or lists of"),
+        (
+            {"audio": [3] * 12},
+            "audio_column='audio': has .* in the .* split; must be recordings, their paths",
+        ),
         (
             {"audio": [[]] * 3 + [[0.5]] * 9},
             r"audio_column='audio': sample 1 of the validation split has the shape \(0,\)",

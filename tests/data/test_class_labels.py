@@ -233,3 +233,16 @@ class TestNumbers:
             ConfigError, match=f"label_column='label': '{value}' in sample 5 of the test split is no num"
         ):
             data.setup()
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            ("1e39", r"label_column='label': '1e39' in sample 1 of the train split is too large; must be at most 3.40"),
+            ("1.5", "label_column='label': all numbers of the train split are 1.5; must differ"),
+        ],
+    )
+    def test_what_cannot_be_learnt_is_refused(self, tmp_path, value, message):
+        tables = {name: table(label=lambda _: value) for name in ("train", "validation", "test")}
+        data = TextRegression(source(tmp_path, **tables), tiny.tokenizer(tmp_path / "tok", "abcxyz"))
+        with pytest.raises(ConfigError, match=message):
+            data.setup()

@@ -99,6 +99,8 @@ class TokenClassification(TokenizedData):
                 )
             numbers = [[index[label] for label in sample] for sample in labels[split]]
             tokenised[split] = self._in_tokens(Dataset.from_dict({"words": words, "labels": numbers}))
+        only = ", ".join(names)
+        check(len(names) != 1, f"labels_column={self.labels_column!r}: has one label only, {only}; must have two")
         return tokenised, TokenTagging(names)
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:

@@ -112,6 +112,7 @@ def test_learnt_and_numbered_as_the_model_has_learnt_it(tmp_path, trainer):
     [
         ([*SENTENCES, (["anna"], ["B-PER", "O"])], "sample 3 of the .* split has 2 labels for 1 words; must have one"),
         ([*SENTENCES, ([], [])], "words_column='tokens': sample 3 of the .* split has no words"),
+        ([(["anna"], ["O"])] * 2, "labels_column='ner_tags': has one label only, O; must have two$"),
         ([*SENTENCES, (["anna"], [None])], "sample 3 of the .* split has the label None, which is none; must be there"),
         ([*SENTENCES, ([None], ["O"])], "words_column='tokens': sample 3 of the .* split has a word that is missing"),
     ],
