@@ -31,8 +31,9 @@ def compress_parser() -> ArgumentParser:
         type=str | None,
         default=None,
         help="text-classification, text-regression, multi-label-classification, token-classification, text-to-text, "
-        "embeddings, image-classification, audio-classification or causal-language-modeling; if not given, the data's "
-        "columns tell, and what labels are, but for embeddings, which have to be named.",
+        "question-answering, causal-language-modeling, masked-language-modeling, embeddings, image-classification or "
+        "audio-classification; if not given, the data's columns tell, and what labels are, but for embeddings and "
+        "masked-language-modeling, which have to be named.",
     )
     parser.add_argument(
         "--target",

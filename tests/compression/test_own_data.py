@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import squad_files
 import stand_ins
 import tiny
 import transformers
 
 from d2dmoe_pl.compression.own_data import data_config, source_of
+from d2dmoe_pl.data import DatasetSource, SQuAD
 from d2dmoe_pl.errors import ConfigError
 
 NONE = {"text_columns": None, "label_column": None, "image_column": None, "audio_column": None}
@@ -200,6 +202,29 @@ def test_text_alone_is_not_for_a_model_that_writes_none(tmp_path, tokenizer):
         assert str(error.value).startswith(
             "label_column=None: none of a cat, pet has a name that tells; say which, or set task (causal-language"
         )
+
+
+def test_text_alone_may_be_masked(tmp_path, tokenizer):
+    made, task = config(write(tmp_path / "all.csv", rows_of("text")), tokenizer, "masked-language-modeling")
+    assert (task, made["class_path"], made["init_args"]["objective"]) == (
+        "masked-language-modeling",
+        "LanguageModeling",
+        "masked",
+    )
+
+
+@pytest.mark.parametrize("answerless", [False, True])
+def test_questions_with_texts_that_answer_them(tmp_path, answerless):
+    file = squad_files.write(tmp_path / "asked", lambda i: answerless and i % 4 == 1).train
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer", squad_files.WORDS, squad_files.SPECIAL)
+    made, task = config(file, tokenizer)
+    assert (task, made["class_path"], made["init_args"]["version"]) == ("question-answering", "SQuAD", 1 + answerless)
+    arguments = {**made["init_args"], "source": DatasetSource(**made["init_args"]["source"])}
+    data = SQuAD(**arguments)
+    data.setup()
+    assert data.num_training_samples == 24  # of 30, and three held out for each split
+    with pytest.raises(ConfigError, match="task='question-answering': context, question, answers must be col"):
+        config(write(tmp_path / "all.csv", rows_of("text", "label")), tokenizer, "question-answering")
 
 
 def test_numbers(tmp_path, tokenizer):

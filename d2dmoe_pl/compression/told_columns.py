@@ -1,0 +1,187 @@
+"""What the columns of a table tell: which hold texts, labels or files, and what task that is."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from d2dmoe_pl.data.gguf_files import ENDING
+from d2dmoe_pl.data.load_pretrained import load_pretrained
+from d2dmoe_pl.data.local_folders import MEDIA
+from d2dmoe_pl.errors import check
+
+# of texts with a label each; what reads them
+LABELLED = {
+    "text-classification": "TextClassification",
+    "text-regression": "TextRegression",
+    "multi-label-classification": "TextMultiLabel",
+    "token-classification": "TokenClassification",
+    "text-to-text": "TextToText",
+}
+# of files with a label each: what reads them, what they are, the setting of their column, and how this is called
+FILES = {
+    "image-classification": (
+        *("ImageClassification", "imagefolder", "image_column"),
+        ("image", "img", "picture", "file_name", "path"),
+    ),
+    "audio-classification": (
+        *("AudioClassification", "audiofolder", "audio_column"),
+        ("audio", "recording", "sound", "speech"),
+    ),
+}
+# of texts alone, and what is learnt of them
+LANGUAGE = {"causal-language-modeling": "causal", "masked-language-modeling": "masked"}
+ANSWERED = ("context", "question", "answers")  # the columns of SQuAD
+TASKS = (*LABELLED, *FILES, *LANGUAGE, "question-answering", "embeddings")
+LABELS = (
+    *("label", "labels", "class", "target", "category", "emotion", "sentiment", "fine_label", "coarse_label"),
+    *("ner_tags", "tags", "pos_tags", "summary", "answer", "score", "rating", "stars"),
+)
+TEXTS = (
+    *("text", "sentence", "content", "review", "tweet", "document", "question", "query", "title", "comment"),
+    *("tokens", "words", "article"),
+)
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b"))
+WRITTEN = re.compile(r"\[\s*(['\"\d].*)?\]", re.DOTALL)  # a list as Python and JSON write it
+SAMPLED = 1000  # texts whose lengths are looked at
+
+
+def task_of(train: Dataset, columns: Mapping[str, Any], model: str | None) -> str:
+    """The task that data is for, as its columns tell, and what labels are.
+
+    Args:
+        train: The training split.
+        columns: ``text_columns``, ``label_column``, ``image_column``, ``audio_column``; each None to go by names.
+        model: Folder or hub name of the model; None if it is known by another name alone.
+
+    Raises:
+        ConfigError: If nothing tells.
+    """
+    files = next((task for task in FILES if column_of_files(train, task, columns)), None)
+    if files is not None:
+        return files
+    texts, label = columns["text_columns"], columns["label_column"]
+    if label is None and set(ANSWERED) <= set(train.column_names):
+        return "question-answering"
+    if label is None and not _named(LABELS, train.column_names):
+        check(
+            _writes_text(model),
+            f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which, or set task "
+            f"({', '.join(LANGUAGE)} and embeddings need no labels)",
+        )
+        return "causal-language-modeling"
+    label = label_column_of(train, label, texts or [])
+    text = text_columns_of(train, texts, [label])[0]
+    some = train.select(range(min(SAMPLED, len(train))))
+    labels = [each for each in some[label] if each is not None]
+    if _are_lists(labels):
+        return "token-classification" if _are_lists(some[text]) else "multi-label-classification"
+    numbers = [_number(each) for each in labels]
+    if all(map(math.isfinite, numbers)) and (any(number % 1 for number in numbers) or _gives_numbers(model)):
+        return "text-regression"
+    if not (_has_words(labels) and len(set(labels)) > len(labels) / 2):
+        return "text-classification"
+    return "token-classification" if _are_tags(some[text], some[label]) else "text-to-text"
+
+
+def column_of_files(train: Dataset, task: str, given: Mapping[str, Any]) -> str | None:
+    """The column of files that a task is of: the one that is given, by what is in it, or by its name."""
+    _, _, argument, names = FILES[task]
+    if given[argument] is not None:
+        return str(given[argument])
+    columns = train.column_names
+    by_name = [] if _named(["text"], columns) else _named(names, columns)
+    of_others = {name for name in by_name for other in FILES if other != task and _holds_files(train, name, other)}
+    by_value = [name for name in columns if _holds_files(train, name, task)]
+    return next((name for name in (*by_value, *by_name) if name not in of_others), None)
+
+
+def label_column_of(train: Dataset, given: str | None, others: Sequence[str]) -> str:
+    """The column of labels: the one that is given, the first by name, or what is left beside ``others``."""
+    if given is not None:
+        return given
+    found = _named(LABELS, train.column_names)
+    left = [name for name in train.column_names if name not in others]
+    if not found and len(left) == 1 and others:
+        return left[0]
+    check(bool(found), f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which")
+    return found[0]
+
+
+def text_columns_of(train: Dataset, given: Sequence[str] | None, others: Sequence[str]) -> list[str]:
+    """The columns of texts: those that are given, a pair or the first by name, or the only one with words."""
+    if given is not None:
+        return list(given)
+    names = [name for name in train.column_names if name not in others]
+    for pair in PAIRS:
+        if len(both := _named(pair, names)) == len(pair):
+            return both
+    found = _named(TEXTS, names) or (names if len(names) == 1 else [])
+    if not found:
+        worded = [name for name in names if _has_words(train.select(range(min(SAMPLED, len(train))))[name])]
+        found = worded if len(worded) == 1 else []
+    check(bool(found), f"text_columns=None: none of {', '.join(names)} has a name that tells; say which")
+    return found[:1]
+
+
+def _named(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Those of ``columns`` that are called one of ``names``, in the order of these, in whatever case."""
+    return [column for name in names for column in columns if column.strip().lower() == name]
+
+
+def _holds_files(train: Dataset, name: str, task: str) -> bool:
+    """Whether a column is one of files of a kind, or of paths that end as such do."""
+    _, feature, endings = MEDIA[FILES[task][1]]
+    if isinstance(train.features[name], feature):
+        return True
+    if getattr(train.features[name], "dtype", None) not in ("string", "large_string"):
+        return False
+    paths = [path for path in train.select(range(min(SAMPLED, len(train))))[name] if path is not None]
+    return bool(paths) and all(Path(path).suffix.lower() in endings for path in paths)
+
+
+def _writes_text(model: str | None) -> bool:
+    """Whether a model is one of language; not known of one without a config."""
+    if model is None:
+        return False
+    config = load_pretrained(AutoConfig, model, "model")
+    if model.endswith(ENDING):  # which has a head for language, and no name of an architecture
+        return type(config) in AutoModelForCausalLM._model_mapping
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+
+
+def _gives_numbers(model: str | None) -> bool:
+    """Whether a model has a single output, which is a number's."""
+    return model is not None and getattr(load_pretrained(AutoConfig, model, "model"), "num_labels", None) == 1
+
+
+def _are_lists(values: Sequence[Any]) -> bool:
+    """Whether values are lists, or texts that all stand for one."""
+    given = [value for value in values if value not in (None, "")]
+    are_written = bool(given) and all(isinstance(value, str) and WRITTEN.fullmatch(value.strip()) for value in given)
+    return are_written or any(isinstance(value, list) for value in given)
+
+
+def _are_tags(texts: Sequence[Any], labels: Sequence[Any]) -> bool:
+    """Whether each text has a label for each word, of few different ones."""
+    parts = [str(label).split() for label in labels]
+    tags = [tag for sample in parts for tag in sample]
+    as_many = all(len(sample) == len(str(text).split()) for text, sample in zip(texts, parts, strict=True))
+    return as_many and len(set(tags)) <= len(tags) / 2
+
+
+def _has_words(values: Sequence[Any]) -> bool:
+    """Whether most of them are of several words."""
+    return sum(len(value.split()) > 1 for value in values if isinstance(value, str)) > len(values) / 2
+
+
+def _number(value: Any) -> float:
+    """The number that a value is, or says; not a number if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
