@@ -67,6 +67,12 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
             f"{said}: has its words in a file of sentencepiece, which cannot be read; must have a tokenizer.json, or "
             "pip install sentencepiece protobuf",
         )
+        is_adapter = (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file()
+        check(
+            not is_adapter,
+            f"{said}: is an adapter of PEFT without its model; must be the model with it merged in, by "
+            "merge_and_unload() and save_pretrained",
+        )
         raise ConfigError(f"{said}: not what transformers can make ({one_line(str(error))})") from error
 
 

@@ -42,6 +42,10 @@ FAULTS = {
     "a pointer": (lambda folder: (folder / "model.safetensors").write_bytes(POINTER), NOT_WHOLE),
     "an empty pickle": (lambda folder: as_pickle(folder, 0), rf"{NOT_WHOLE}EOFError\)$"),
     "half of the config": (lambda folder: halved(folder / "config.json"), MISSING),
+    "an adapter": (
+        lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
+        r"is an adapter of PEFT without its model; must be the model with it merged in, by merge_and_unload\(\) and",
+    ),
     "sizes of no model": (
         lambda folder: tiny.bert_config(num_attention_heads=5).save_pretrained(folder),
         r"not what transformers can make \(The hidden size \(24\) is not a multiple",
