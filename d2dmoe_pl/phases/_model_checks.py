@@ -1,6 +1,6 @@
 """Whether a model and the data that it is to work on fit together."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -11,6 +11,16 @@ from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check, some_of
+
+
+def change_in_place(change: Callable[[nn.Module], object], model: nn.Module) -> None:
+    """Have a phase's method change a model; raises ``ConfigError`` for one that gives another, which would be lost."""
+    given = change(model)
+    name = getattr(change, "__qualname__", type(change).__name__)
+    check(
+        given is None or given is model,
+        f"{name}: gives a {type(given).__name__}; must change the model that it is given, in place, and give nothing",
+    )
 
 
 def check_fits(model: nn.Module, data: TaskData) -> None:

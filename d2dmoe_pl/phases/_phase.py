@@ -21,7 +21,7 @@ from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
 from d2dmoe_pl.phases._exact_types import ExactTypes
 from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
-from d2dmoe_pl.phases._model_checks import check_fits, check_head
+from d2dmoe_pl.phases._model_checks import change_in_place, check_fits, check_head
 from d2dmoe_pl.phases._seeded_course import SeededCourse
 from d2dmoe_pl.phases._sharding import shard_, shares_model
 
@@ -192,7 +192,7 @@ class Phase(ExactTypes):
                 adapter_for(self.model).set_preprocessing_(self.model, data.preprocessing)
             self.model.train()
             set_budget_path_(self.model, None)  # of the model as it was
-            self.transform_(self.model)
+            change_in_place(self.transform_, self.model)
         else:
             self.prepare_evaluation_(self.model)
         splits = [split for stage in ("validation", "test") for split in data.split_names(stage)]
@@ -217,7 +217,7 @@ class Phase(ExactTypes):
         self._keep_measured()
         self.best = restore_best_(self)
         self.conclude()
-        self.finish_(self.model)
+        change_in_place(self.finish_, self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._keep_measured()

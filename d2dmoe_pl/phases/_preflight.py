@@ -9,7 +9,13 @@ from torch import nn
 from d2dmoe_pl.artifact import build_structure
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.free_memory import check_fits
-from d2dmoe_pl.phases._model_checks import check_head, check_length, check_pictures, check_token_ids
+from d2dmoe_pl.phases._model_checks import (
+    change_in_place,
+    check_head,
+    check_length,
+    check_pictures,
+    check_token_ids,
+)
 from d2dmoe_pl.phases._phase import Phase
 from d2dmoe_pl.phases._sharding import parts_models
 from d2dmoe_pl.structure import describe, stage_of
@@ -57,8 +63,8 @@ def preflight(
         check_pictures(model, each.preprocessing)
     for phase, own in zip(phases, callbacks or [()] * len(phases), strict=True):
         phase.check_start(stage_of(describe(model)), came_from, beside)
-        phase.transform_(model)
-        phase.finish_(model)
+        change_in_place(phase.transform_, model)
+        change_in_place(phase.finish_, model)
         for callback in own:
             if isinstance(callback, ChecksModel):
                 callback.check_model(phase, model)

@@ -5,6 +5,7 @@ import torch
 
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import FineTuning
+from d2dmoe_pl.phases._preflight import preflight
 
 
 class OwnValidation(FineTuning):
@@ -46,3 +47,25 @@ def test_a_step_without_a_loss(trainer, digits, artifact):
     with pytest.raises(ConfigError, match=r"^WithoutReturn: nothing was trained; training_step must return the loss$"):
         trainer().fit(WithoutReturn(init_from=artifact("dense")), datamodule=digits)
     trainer().fit(EverySecond(init_from=artifact("dense")), datamodule=digits)
+
+
+class Another(FineTuning):
+    def transform_(self, model):
+        return torch.nn.Sequential(model)
+
+
+class TheSame(FineTuning):
+    def transform_(self, model):
+        super().transform_(model)
+        return model
+
+
+def test_a_change_that_gives_another_model_is_told(trainer, digits, artifact):
+    said = (
+        r"^Another.transform_: gives a Sequential; must change the model that it is given, in place, and give"
+    )
+    with pytest.raises(ConfigError, match=said):
+        trainer().fit(Another(init_from=artifact("dense")), datamodule=digits)
+    with pytest.raises(ConfigError, match=said):
+        preflight([Another(init_from=artifact("dense"))])
+    preflight([TheSame(init_from=artifact("dense"))])
