@@ -137,6 +137,10 @@ def _of_files(
     there = ", ".join(train.column_names)
     check(column is not None, f"{argument}=None: none of {there} is one of files for {task}; say which")
     assert column is not None
+    check(
+        len(train.column_names) > 1,
+        f"{argument}={column!r}: is all that the data has; must have labels too, by a folder a class or in a column",
+    )
     label = label_column_of(train, columns["label_column"], [column])
     is_image = task == "image-classification"
     check(is_image or model is not None, f"task={task!r}: timm's models are for pictures; must be of Hugging Face")

@@ -72,6 +72,19 @@ def test_recordings(tmp_path, monkeypatch):
         config("sounds", "vit", "vit", task="image-classification")
 
 
+def test_pictures_without_labels_are_told(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(24):
+        Image.new("RGB", (8, 8)).save(tmp_path / "flat" / f"{i}.png")
+    with pytest.raises(ConfigError, match="image_column='image': is all that the data has; must have labels too, by a"):
+        config("flat", "vit", "vit")
+    (tmp_path / "flat" / "metadata.csv").write_text(
+        "file_name,label\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(24))
+    )
+    made, _ = config("flat", "vit", "vit")
+    assert (made["init_args"]["image_column"], made["init_args"]["label_column"]) == ("image", "label")
+
+
 @pytest.mark.parametrize("classes", [("cat", "dog"), ("bus", "train"), ("cat", "test")])
 def test_pictures_and_classes_may_be_called_as_splits_are(tmp_path, classes):
     for i in range(24):

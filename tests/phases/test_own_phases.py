@@ -61,9 +61,7 @@ class TheSame(FineTuning):
 
 
 def test_a_change_that_gives_another_model_is_told(trainer, digits, artifact):
-    said = (
-        r"^Another.transform_: gives a Sequential; must change the model that it is given, in place, and give"
-    )
+    said = r"^Another.transform_: gives a Sequential; must change the model that it is given, in place, and give"
     with pytest.raises(ConfigError, match=said):
         trainer().fit(Another(init_from=artifact("dense")), datamodule=digits)
     with pytest.raises(ConfigError, match=said):
