@@ -61,9 +61,9 @@ def task_of(train: Dataset, columns: Mapping[str, Any], model: str | None) -> st
     Raises:
         ConfigError: If nothing tells.
     """
-    files = next((task for task in FILES if column_of_files(train, task, columns)), None)
-    if files is not None:
-        return files
+    of_files = [task for task in FILES if column_of_files(train, task, columns)]
+    if of_files:
+        return next((task for task in of_files if columns[FILES[task][2]] is not None), of_files[0])
     texts, label = columns["text_columns"], columns["label_column"]
     if label is None and set(ANSWERED) <= set(train.column_names):
         return "question-answering"
@@ -94,10 +94,9 @@ def column_of_files(train: Dataset, task: str, given: Mapping[str, Any]) -> str 
     if given[argument] is not None:
         return str(given[argument])
     columns = train.column_names
-    by_name = [] if _named(["text"], columns) else _named(names, columns)
-    of_others = {name for name in by_name for other in FILES if other != task and _holds_files(train, name, other)}
-    by_value = [name for name in columns if _holds_files(train, name, task)]
-    return next((name for name in (*by_value, *by_name) if name not in of_others), None)
+    by_value = {each: [name for name in columns if _holds_files(train, name, each)] for each in FILES}
+    is_told = any(by_value.values()) or _named(["text"], columns)
+    return next(iter(by_value[task] if is_told else _named(names, columns)), None)
 
 
 def label_column_of(train: Dataset, given: str | None, others: Sequence[str]) -> str:

@@ -72,6 +72,17 @@ def test_recordings(tmp_path, monkeypatch):
         config("sounds", "vit", "vit", task="image-classification")
 
 
+def test_what_is_in_a_column_goes_before_names(tmp_path):
+    rows = [{"path": str(n), "clip": f"{n}.wav", "label": n % 2} for n in range(30)]
+    made, task = config(write(datasets.Dataset.from_list(rows), tmp_path / "all.csv"), "some/model", "some/model")
+    assert (task, made["init_args"]["audio_column"]) == ("audio-classification", "clip")
+    numbers = tmp_path / "numbers.jsonl"
+    rows = [{"image": str(n), "heard": [0.0, n / 7], "label": n % 2} for n in range(20)]
+    numbers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert config(str(numbers), "some/model", "some/model")[1] == "image-classification"
+    assert config(str(numbers), "some/model", "some/model", audio_column="heard")[1] == "audio-classification"
+
+
 def test_pictures_without_labels_are_told(tmp_path):
     (tmp_path / "flat").mkdir()
     for i in range(24):
