@@ -26,10 +26,11 @@ from d2dmoe_pl.chain_status import (
     data_of,
     discard_phase,
     end_redo,
+    noted,
     plan_of,
     redo_goes_on,
     say,
-    write_status,
+    seconds_of,
 )
 from d2dmoe_pl.checkpoints import FOLDER as CHECKPOINTS
 from d2dmoe_pl.checkpoints import remove_preempted
@@ -162,7 +163,8 @@ def _run_what_is_left(
 
 
 def _say_report(output_dir: Path, names: Sequence[str], last: PhaseCLI) -> None:
-    say(f"Report: {write_report(output_dir, names, last.model)}", style="bold")
+    seconds = {name: seconds_of(output_dir / name) for name in names}
+    say(f"Report: {write_report(output_dir, seconds, last.model)}", style="bold")
 
 
 def _reopened(folder: Path) -> PhaseCLI:
@@ -263,13 +265,12 @@ def _run_phase(
     opening = PhaseCLI(args=arguments, run=False, folder=folder)  # anew: a Trainer runs once, and the seed is set here
     trainer: Any = opening.trainer
     trainer.callbacks.append(CheckLaterPhases(later))
-    write_status(folder, computed, finished=False)
-    opening.trainer.fit(opening.model, datamodule=opening.datamodule, ckpt_path=resume_from, weights_only=True)
-    metrics = opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
-    if opening.trainer.is_global_zero:
-        record_metrics(folder / FOLDER, {key: value for each in metrics for key, value in each.items()})
-        remove_preempted(folder)
-    write_status(folder, computed, finished=True)
+    with noted(folder, computed, goes_on=todo is Todo.RESUME):
+        opening.trainer.fit(opening.model, datamodule=opening.datamodule, ckpt_path=resume_from, weights_only=True)
+        metrics = opening.trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
+        if opening.trainer.is_global_zero:
+            record_metrics(folder / FOLDER, {key: value for each in metrics for key, value in each.items()})
+            remove_preempted(folder)
     opening.trainer.strategy.barrier()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,7 +1,10 @@
 """What a chain has done so far, phase by phase, and what is left to do."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -135,7 +138,9 @@ def _read_status(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         status = json.loads(file.read_text())
-        return {"finished": bool(status["finished"]), "config": dict(status["config"])}
+        took = status.get("seconds")  # which earlier versions did not note
+        seconds = math.nan if took is None else float(took)
+        return {"finished": bool(status["finished"]), "config": dict(status["config"]), "seconds": seconds}
     except (ValueError, KeyError, TypeError) as error:
         say(f"{folder.name}: {STATUS} cannot be read ({type(error).__name__}); it starts over.", "yellow")
         return None
@@ -194,11 +199,37 @@ def checkpoint_of(folder: Path) -> Path | None:
     return None
 
 
+@contextmanager
+def noted(folder: Path, config: dict[str, Any], goes_on: bool) -> Iterator[None]:
+    """Note what a phase computes, whether it has, and the seconds that it took.
+
+    Args:
+        folder: The phase's.
+        config: What decides what it computes.
+        goes_on: Whether it was begun before, by a run whose time counts too, unless it was killed.
+    """
+    before = seconds_of(folder) if goes_on else 0.0
+    begun, finished = time.monotonic(), False
+    _write_status(folder, config, finished, before)
+    try:
+        yield
+        finished = True
+    finally:
+        _write_status(folder, config, finished, before + time.monotonic() - begun)
+
+
+def seconds_of(folder: Path) -> float:
+    """What a phase took so far, its test included; NaN where nothing says."""
+    status = _read_status(folder)
+    return math.nan if status is None else status["seconds"]
+
+
 @rank_zero_only
-def write_status(folder: Path, config: dict[str, Any], finished: bool) -> None:
-    """Note what a phase computes, and whether it has."""
+def _write_status(folder: Path, config: dict[str, Any], finished: bool, seconds: float) -> None:
+    took = None if math.isnan(seconds) else round(seconds, 3)
+    status = {"finished": finished, "config": config, "seconds": took}
     with replaced_file(folder / STATUS) as aside:
-        aside.write_text(json.dumps({"finished": finished, "config": config}, indent=2, sort_keys=True) + "\n")
+        aside.write_text(json.dumps(status, indent=2, sort_keys=True) + "\n")
 
 
 @rank_zero_only

@@ -180,8 +180,14 @@ def contents(output, names):
         folder = output / name
         for file in [*folder.glob("artifact/**/*"), *folder.glob("*.csv"), folder / "phase.json"]:
             if file.is_file():
-                files[str(file.relative_to(output))] = file.read_bytes()
+                is_status = file.name == "phase.json"
+                files[str(file.relative_to(output))] = _computed(file) if is_status else file.read_bytes()
     return files
+
+
+def _computed(file):
+    """A phase's status, but for the time that it took."""
+    return {key: value for key, value in json.loads(file.read_text()).items() if key != "seconds"}
 
 
 def litter(output):

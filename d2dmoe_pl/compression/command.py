@@ -20,7 +20,7 @@ from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
 from d2dmoe_pl.chain import check_writable, quiet_lightning, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
-from d2dmoe_pl.chain_status import say
+from d2dmoe_pl.chain_status import say, seconds_of
 from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
 from d2dmoe_pl.compression.recipe_for_model import recipe_for
 from d2dmoe_pl.compression.target import Target, parse_target
@@ -205,8 +205,8 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     with quiet_lightning():
         trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
     rows = sweep.rows["test"]
-    names = list(read_recipe(folder / RECIPE)["phases"])
-    page = write_report(folder, names, opening.model, str(target), point, rows)
+    seconds = {name: seconds_of(folder / name) for name in read_recipe(folder / RECIPE)["phases"]}
+    page = write_report(folder, seconds, opening.model, str(target), point, rows)
     say(f"{headline_of(target, point, rows)} The model: {folder / WISHED}. Report: {page}", "bold")
     return Compressed(folder, target, point, rows[0], rows[-1])
 

@@ -23,7 +23,7 @@ class PhaseFinding:
     Attributes:
         name: In the recipe.
         kind: Its class.
-        seconds: That it took, by what it logged.
+        seconds: That it took, its test included; NaN if that is not known.
         metrics: On validation and test, by name.
         loss: Training loss over steps.
         validation: The main metric on the validation split over steps, where it was followed.
@@ -74,28 +74,23 @@ class Findings:
     loads: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
-def phase_findings(folder: Path, names: Sequence[str], metric: str) -> list[PhaseFinding]:
+def phase_findings(folder: Path, seconds: Mapping[str, float], metric: str) -> list[PhaseFinding]:
     """What the phases of a chain left in its folder.
 
     Args:
         folder: Of the chain.
-        names: Of its phases.
+        seconds: What its phases took, by name, first to last.
         metric: Name of the task's main metric.
     """
-    return [_phase_finding(folder / name, metric) for name in names]
+    return [_phase_finding(folder / name, took, metric) for name, took in seconds.items()]
 
 
-def _phase_finding(folder: Path, metric: str) -> PhaseFinding:
+def _phase_finding(folder: Path, seconds: float, metric: str) -> PhaseFinding:
     history = read_artifact(folder / FOLDER).history
-    seconds, curves = 0.0, {"train/loss": {}, f"validation/{metric}": {}}  # type: ignore[var-annotated]
+    curves: dict[str, dict[int, float]] = {"train/loss": {}, f"validation/{metric}": {}}
     for file in sorted(folder.glob("events.out.tfevents.*")):
         events = EventAccumulator(str(file), size_guidance={"scalars": 500}).Reload()
-        times = []
-        for tag in events.Tags()["scalars"]:
-            scalars = events.Scalars(tag)
-            times += [scalar.wall_time for scalar in scalars]
-            if tag in curves:
-                curves[tag] |= {scalar.step: scalar.value for scalar in scalars}
-        seconds += max(times, default=0.0) - (events.FirstEventTimestamp() if times else 0.0)
+        for tag in curves.keys() & set(events.Tags()["scalars"]):
+            curves[tag] |= {scalar.step: scalar.value for scalar in events.Scalars(tag)}
     loss, validation = (sorted(curve.items()) for curve in curves.values())
     return PhaseFinding(folder.name, history[-1].phase, seconds, history[-1].metrics, loss, validation)

@@ -111,7 +111,12 @@ def phase_table(found: Findings) -> Table:
         return "" if value is None else f"{factor * value:.2f}"
 
     rows = [
-        (phase.name, f"{phase.seconds / 60:.1f}", score(phase.metrics, "validation"), score(phase.metrics, "test"))
+        (
+            phase.name,
+            "" if math.isnan(phase.seconds) else f"{phase.seconds / 60:.1f}",
+            score(phase.metrics, "validation"),
+            score(phase.metrics, "test"),
+        )
         for phase in found.phases
     ]
     return header, rows

@@ -26,7 +26,7 @@ TIMED_SAMPLES = 8  # of a batch that is timed
 
 def write_report(
     folder: Path,
-    names: Sequence[str],
+    seconds: Mapping[str, float],
     phase: Phase,
     asked: str | None = None,
     promised: BudgetPoint | None = None,
@@ -36,7 +36,7 @@ def write_report(
 
     Args:
         folder: Of the chain.
-        names: Of its phases, all finished.
+        seconds: What its phases took, by name, first to last, all finished; NaN where that is not known.
         phase: The last one, with its model and data, which is set up.
         asked: What was asked for, in words; the budget of ``BudgetCalibration`` if that is last, and nothing is given.
         promised: The budget that does that.
@@ -45,7 +45,7 @@ def write_report(
     Returns:
         The page.
     """
-    sweep = folder / names[-1] / "tau_sweep.csv"
+    sweep = folder / list(seconds)[-1] / "tau_sweep.csv"
     rows = read_csv(sweep, phase.task) if sweep.is_file() else []
     test, dense_test = (measured[0], measured[-1]) if measured else (None, None)
     path = budget_path(phase.model)
@@ -59,7 +59,7 @@ def write_report(
         folder,
         asked,
         phase.task.main_metric,
-        phase_findings(folder, names, phase.task.main_metric),
+        phase_findings(folder, seconds, phase.task.main_metric),
         rows,
         path,
         promised,

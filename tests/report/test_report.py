@@ -1,6 +1,7 @@
 """A report holds what the run's own files say, in one file that needs nothing else."""
 
 import csv
+import json
 import re
 import shlex
 import shutil
@@ -69,7 +70,9 @@ def test_a_chain_ends_in_a_page_of_its_own_figures(run):
     assert f"{100 * metrics['test/accuracy']:.2f}" in text
     for phase in ("fine_tuning", "sparsity_enforcement", "expert_clustering", "router_regression"):
         assert phase in page
-        assert phase in text
+        minutes = json.loads((run / phase / "phase.json").read_text())["seconds"] / 60
+        assert minutes > 0
+        assert f"| {phase} | {minutes:.1f} |" in text
     assert page.count("<svg") == 4  # curve, layers, loads, pictures; nothing was logged often enough for courses
     assert "Where compute goes" in page
 
