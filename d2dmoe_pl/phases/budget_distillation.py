@@ -37,14 +37,12 @@ class BudgetDistillation(OptimizedPhase):
         ffn_flops_max: Upper end.
         softness: How far from the threshold of its gate a score learns, as a share of the threshold, or of the token's
             mean score where that is larger.
-        router_lr: Learning rate of routers and stand-ins, if the whole model is trained; the optimizer's own if not
-            given. They are small, and take larger steps than pretrained weights do.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
-        ConfigError: For a range that is none or leaves (0, 1], a negative weight, a ``softness`` or ``router_lr`` that
-            is not positive, or a ``router_lr`` where nothing else is trained; if hidden states count that cannot be
-            told; to fit, unless it starts from the work of ``BudgetCalibration``.
+        ConfigError: For a range that is none or leaves (0, 1], a negative weight, or a ``softness`` that is not
+            positive; if hidden states count that cannot be told; to fit, unless it starts from the work of
+            ``BudgetCalibration``.
     """
 
     starts_from = "routed"
@@ -58,7 +56,6 @@ class BudgetDistillation(OptimizedPhase):
         ffn_flops_min: float = 0.2,
         ffn_flops_max: float = 0.9,
         softness: float = 0.1,
-        router_lr: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -70,18 +67,12 @@ class BudgetDistillation(OptimizedPhase):
         for name, weight in {"task_weight": task_weight, "hidden_weight": hidden_weight}.items():
             check(weight >= 0, f"{name}={weight}: must not be negative")
         check(softness > 0, f"softness={softness}: must be positive")
-        check(router_lr is None or router_lr > 0, f"router_lr={router_lr}: must be positive")
-        check(
-            router_lr is None or trains == "model",
-            f"router_lr={router_lr}: allowed only with trains='model'; else all that learns has the optimizer's own",
-        )
         self.trains = trains
         self.task_weight = task_weight
         self.hidden_weight = hidden_weight
         self.ffn_flops_min = ffn_flops_min
         self.ffn_flops_max = ffn_flops_max
         self.softness = softness
-        self.router_lr = router_lr
         self._path: BudgetPath | None = None
         self._teacher: Teacher | None = None
 
@@ -119,9 +110,6 @@ class BudgetDistillation(OptimizedPhase):
     def on_fit_start(self) -> None:
         if self._teacher is not None:
             self._teacher.to(self.device)
-
-    def learning_rate(self, name: str) -> float | None:
-        return self.router_lr if ".router." in name or ".stand_in." in name else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self._path is not None
