@@ -23,6 +23,7 @@ from d2dmoe_pl.compression.told_columns import (
 from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, local_splits
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.squad.given_answers import with_answers
+from d2dmoe_pl.data.text_classification import check_texts
 from d2dmoe_pl.errors import ConfigError, check
 
 LONGEST = 512
@@ -153,10 +154,11 @@ def _of_questions(train: Dataset, common: Mapping[str, Any], tokenizer: str) -> 
     missing = [column for column in ANSWERED if column not in train.column_names]
     there = ", ".join(train.column_names)
     check(not missing, f"task='question-answering': {', '.join(missing)} must be columns too; there are {there}")
-    some = with_answers(train.select_columns(list(ANSWERED)), "train")["answers"]
+    check_texts(train, "context", "train", "column", may_be_blank=True)
+    found = with_answers(train.select_columns(list(ANSWERED)), "train")["answers"]
     window = min(WINDOW, _positions(tokenizer))
     sizes = {"max_length": window, "doc_stride": window // 3, "max_question_length": window // 6}
-    version = 1 if all(answers["text"] for answers in some) else 2
+    version = 1 if all(answers["text"] for answers in found) else 2
     return {"class_path": "SQuAD", "init_args": {**common, "version": version, **sizes}}
 
 

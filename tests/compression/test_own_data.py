@@ -227,6 +227,14 @@ def test_questions_with_texts_that_answer_them(tmp_path, answerless):
         config(write(tmp_path / "all.csv", rows_of("text", "label")), tokenizer, "question-answering")
 
 
+def test_questions_without_a_text_are_told(tmp_path, tokenizer):
+    rows = [{**squad_files.question(i), "context": None if i == 4 else "a red cat"} for i in range(30)]
+    rows = [{**row, "answers": squad_files.no_answer()} for row in rows]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match="column='context': sample 5 of the train split"):
+        config(str(tmp_path / "asked.jsonl"), tokenizer)
+
+
 def test_numbers(tmp_path, tokenizer):
     file = tmp_path / "all.jsonl"
     file.write_text("".join(json.dumps({"text": "cat", "label": i / 7}) + "\n" for i in range(20)))
