@@ -138,9 +138,9 @@ def _read_status(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         status = json.loads(file.read_text())
+        read = {"finished": bool(status["finished"]), "config": dict(status["config"])}
         took = status.get("seconds")  # which earlier versions did not note
-        seconds = math.nan if took is None else float(took)
-        return {"finished": bool(status["finished"]), "config": dict(status["config"]), "seconds": seconds}
+        return {**read, "seconds": math.nan if took is None else float(took)}
     except (ValueError, KeyError, TypeError) as error:
         say(f"{folder.name}: {STATUS} cannot be read ({type(error).__name__}); it starts over.", "yellow")
         return None
