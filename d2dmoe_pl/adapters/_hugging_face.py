@@ -23,6 +23,7 @@ from d2dmoe_pl.adapters._padding import padded_behind
 from d2dmoe_pl.adapters._saved_as_artifact import SavesArtifact
 from d2dmoe_pl.data.embeddings.pooling import pooled
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS, Head
+from d2dmoe_pl.data.token_positions import num_token_positions
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 
@@ -209,11 +210,7 @@ class HuggingFaceAdapter(Adapter):
         return getattr(text_config(model.config), "vocab_size", None)
 
     def num_positions(self, model: Any) -> int | None:
-        for name, module in model.named_modules():
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-                return module.num_embeddings - module.padding_idx - 1  # they begin after padding's, as RoBERTa's do
-        positions = getattr(model.config, "max_position_embeddings", None)
-        return None if positions is None or positions < 0 else positions  # some say so that there is no limit
+        return num_token_positions(model)
 
     def input_shape(self, model: Any) -> tuple[int, int, int] | None:
         if model.main_input_name != "pixel_values":

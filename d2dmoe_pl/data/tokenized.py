@@ -38,7 +38,7 @@ class TokenizedData(TaskData):
 
     Raises:
         ConfigError: For a ``max_length`` that is not positive; to load, for a tokenizer that is not there or cannot
-            pad.
+            pad, and a ``max_length`` that leaves nothing of a text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -82,15 +82,32 @@ class TokenizedData(TaskData):
     def num_token_ids(self) -> int | None:
         return None if self.tokenizer is None else len(self.tokenizer)
 
-    def tokenized(self, split: Dataset, columns: Sequence[str]) -> Dataset:
-        """The split with one text column, or two as pairs, tokenised; of its own columns ``labels`` alone is kept."""
-        tokenizer, columns, max_length = self.tokenizer, list(columns), self.max_length
+    def tokenized(self, split: Dataset, columns: Sequence[str], before: str = "") -> Dataset:
+        """The split with one text column, or two as pairs, tokenised; of its own columns ``labels`` alone is kept.
+
+        Args:
+            split: Of texts.
+            columns: Their names.
+            before: What is put before each text of the first.
+        """
+        self.check_room(len(columns), before)
+        tokenizer, (first, *others), max_length = self.tokenizer, columns, self.max_length
 
         def tokenize(batch: Mapping[str, list]) -> Mapping[str, list]:
-            return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
+            texts = [before + text for text in batch[first]]
+            return tokenizer(texts, *(batch[column] for column in others), truncation=True, max_length=max_length)
 
         unused = [column for column in split.column_names if column != "labels"]
         return split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
+
+    def check_room(self, num_texts: int = 1, before: str = "") -> None:
+        """Raise ``ConfigError`` unless ``max_length`` leaves a token of each text, the first behind ``before``."""
+        taken = len(self.tokenizer(before, *[""] * (num_texts - 1))["input_ids"])
+        put = f"{before!r} and the tokenizer's own tokens" if before else "the tokenizer's own tokens"
+        check(
+            self.max_length >= taken + num_texts,
+            f"max_length={self.max_length}: must be at least {taken + num_texts}, since {put} take {taken}",
+        )
 
     def ends_of_texts(self, end: int) -> dict[str, list[int]]:
         """How often each text of every split, once set up, holds the token ``end``."""
@@ -101,15 +118,29 @@ class TokenizedData(TaskData):
 
     def longest_of(self, column: str, argument: str, title: str) -> dict[tuple[str, str], int]:
         """What :meth:`longest_samples` says of a column of token ids, whose length ``argument`` limits."""
-        columns = {
-            name: split.data[column]
-            for name, split in self._splits.items()
-            if isinstance(split, Dataset) and column in split.column_names
-        }
-        lengths = {name: pyarrow.compute.list_value_length(ids) for name, ids in columns.items()}
         return {
             (argument, f"{title} of the {name} split"): pyarrow.compute.max(each).as_py()
-            for name, each in lengths.items()
+            for name, each in self._lengths_of(column).items()
+        }
+
+    def filled_shares(self) -> dict[tuple[str, str], float]:
+        """Share of training samples, once set up, of as many tokens as are kept; by the setting and what they are."""
+        return self.filled_share_of("input_ids", "max_length", "texts")
+
+    def filled_share_of(self, column: str, argument: str, title: str) -> dict[tuple[str, str], float]:
+        """What :meth:`filled_shares` says of a column of token ids, whose length ``argument`` limits."""
+        lengths = self._lengths_of(column).get("train")
+        if not lengths:
+            return {}
+        is_full = pyarrow.compute.greater_equal(lengths, getattr(self, argument))
+        return {(argument, title): pyarrow.compute.mean(is_full).as_py()}
+
+    def _lengths_of(self, column: str) -> dict[str, Any]:
+        """Arrow arrays of the numbers of tokens, of every split that has the column."""
+        return {
+            name: pyarrow.compute.list_value_length(split.data[column])
+            for name, split in self._splits.items()
+            if isinstance(split, Dataset) and column in split.column_names
         }
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:

@@ -8,8 +8,11 @@ from d2dmoe_pl.adapters import ModelSource, adapter_for
 from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.data.output_names import are_placeholders, places, plain_name
 from d2dmoe_pl.data.task_data import TaskData
+from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check, some_of
 from d2dmoe_pl.notices import notice
+
+OFTEN_CUT = 0.1  # share of samples, from which on it is said
 
 
 def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Module:
@@ -39,8 +42,19 @@ def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Modul
             f"source: the model's file has no weights for its head ({source.new_head}); FineTuning trains one",
         )
         notice(f"{type(model).__name__} gets a new head{labels}: {source.new_head} begin anew.")
+    if isinstance(data, TokenizedData):
+        _tell_what_is_cut(data)
     answer_as_model(data, model)
     return model
+
+
+def _tell_what_is_cut(data: TokenizedData) -> None:
+    for (argument, title), share in data.filled_shares().items():
+        if share > OFTEN_CUT:
+            notice(
+                f"{argument}={getattr(data, argument)}: {100 * share:.0f}% of the training {title} have as many tokens "
+                "or more, and what is behind them is left out."
+            )
 
 
 def number_as_model(data: TaskData, model: nn.Module) -> None:

@@ -102,6 +102,22 @@ def test_other_labels_are_told_unless_a_new_head_is_made(trainer, texts, tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("max_length", "said"),
+    [
+        (5, ["100% of the training texts have as many tokens or more, and what is behind them is left out."]),
+        (64, []),
+    ],
+)
+def test_what_is_cut_of_most_texts_is_said_once(trainer, texts, tmp_path, caplog, max_length, said):
+    source = HuggingFaceModel("text-classification", classifier(tmp_path / "model", NAMES))
+    trainer(callbacks=[SaveArtifact()]).fit(FineTuning(source=source), datamodule=data(texts, max_length=max_length))
+    clustering = ExpertClustering(8, split="parameter", init_from=str(tmp_path / "run" / "artifact"))
+    trainer().fit(clustering, datamodule=data(texts, max_length=max_length))
+    found = [record.message for record in caplog.records if "left out" in record.message]
+    assert found == [f"max_length={max_length}: {each}" for each in said]
+
+
+@pytest.mark.parametrize(
     ("own", "unknown"),
     [
         (["0", "1", "2", "3", "4"], "3, 4"),

@@ -25,7 +25,9 @@ from d2dmoe_pl.data.embeddings.pooling import (
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.text_classification import check_texts
+from d2dmoe_pl.data.token_positions import num_token_positions
 from d2dmoe_pl.data.tokenized import TokenizedData
+from d2dmoe_pl.errors import check
 
 
 class TextEmbeddings(TokenizedData):
@@ -48,7 +50,7 @@ class TextEmbeddings(TokenizedData):
 
     Raises:
         ConfigError: To load, for a model that is not there or has more layers behind its pooling, and samples without a
-            text.
+            text, or with more tokens than that model has positions for.
     """
 
     head = "embedding"
@@ -109,10 +111,7 @@ class TextEmbeddings(TokenizedData):
         return {**batch, "labels": torch.tensor([sample["labels"] for sample in samples])}  # (B, d)
 
     def _in_tokens(self, split: Dataset) -> Dataset:
-        prompt, column = default_prompt(self.model), self.text_column
-        if prompt:
-            split = split.map(lambda rows: {column: [prompt + text for text in rows[column]]}, batched=True)
-        return self.tokenized(split, [column])
+        return self.tokenized(split, [self.text_column], before=default_prompt(self.model))
 
     def _with_vectors(self, split: Dataset) -> Dataset:
         tokens = self._in_tokens(split)
@@ -121,10 +120,21 @@ class TextEmbeddings(TokenizedData):
         place = sorted(range(len(order)), key=order.__getitem__)
         settings = {"model": self.model, "stamp": _stamp(self.model), "pooling": self.pooling}
         pad = self.tokenizer.pad_token_id or 0
+        self._check_positions(tokens)
         mapped = tokens.select(order).map(
             add_vectors, batched=True, batch_size=64, fn_kwargs={**settings, "pad": pad}, desc="Computing vectors"
         )
         return mapped.select(place)
+
+    def _check_positions(self, tokens: Dataset) -> None:
+        """As phases do for the model that is trained; this one runs before there is another."""
+        has = num_token_positions(_dense(self.model, _stamp(self.model)))
+        longest = max(map(len, tokens["input_ids"]))
+        check(
+            has is None or longest <= has,
+            f"max_length={self.max_length}: the longest text has {longest} tokens; must be at most {has}, which "
+            f"model={self.model!r} has positions for",
+        )
 
 
 @torch.no_grad()

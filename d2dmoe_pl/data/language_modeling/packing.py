@@ -67,6 +67,7 @@ class Packer:
                 yield beginning + tokens[block * size : (block + 1) * size]
             made += whole
             del tokens[: whole * size]
+        check(made > 0 or name is None or len(tokens) > 0, f"the {name} split: has no texts; must have one at least")
         check(
             made > 0 or name is None,
             f"length={self.length}: the {name} split has {len(tokens)} tokens; must be at most "

@@ -42,7 +42,8 @@ class TextToText(TokenizedData):
 
     Raises:
         ConfigError: For a length that is not positive, or an unknown metric; to load, for a tokenizer that is not there
-            or has no token that ends a text, and samples without a text or an answer.
+            or has no token that ends a text, samples without a text or an answer, and a ``max_length`` that leaves
+            nothing of a text behind ``prefix``.
     """
 
     head = "text-to-text"
@@ -95,6 +96,9 @@ class TextToText(TokenizedData):
     def longest_samples(self) -> dict[tuple[str, str], int]:
         return super().longest_samples() | self.longest_of("labels", "max_target_length", "answer")
 
+    def filled_shares(self) -> dict[tuple[str, str], float]:
+        return super().filled_shares() | self.filled_share_of("labels", "max_target_length", "answers")
+
     def decode(self, ids: list[int]) -> str:
         """The text that token ids are."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -103,6 +107,7 @@ class TextToText(TokenizedData):
         return self._in_tokens(Dataset.from_dict({self.source_column: list(inputs)}))
 
     def _in_tokens(self, split: Dataset) -> Dataset:
+        self.check_room(before=self.prefix)
         tokenizer, prefix, end = self.tokenizer, self.prefix, self.answer_end
         source, target = self.source_column, self.target_column
         most, most_of_target = self.max_length, self.max_target_length

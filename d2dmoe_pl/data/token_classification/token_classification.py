@@ -129,6 +129,7 @@ class TokenClassification(TokenizedData):
         return found
 
     def _in_tokens(self, split: Dataset) -> Dataset:
+        self.check_room()
         tokenizer, max_length = self.tokenizer, self.max_length
 
         def tokenize(batch: Mapping[str, list]) -> Mapping[str, Any]:

@@ -256,3 +256,14 @@ def test_losses():
     wanted = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     assert task.loss(wanted, {"labels": wanted}) == 0
     assert float(task.loss(torch.zeros(2, 2), {"labels": wanted})) == pytest.approx(1.0)
+
+
+def test_texts_longer_than_the_model_has_positions(folder, tmp_path):
+    limit = tiny.bert_config().max_position_embeddings
+    long = datasets.Dataset.from_dict({"text": [*TEXTS, "red " * (limit - 1)]})
+    splits = {"train": long, "validation": long, "test": long}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    data = TextEmbeddings(DatasetSource(str(tmp_path / "data")), str(folder / "model"), max_length=10 * limit)
+    message = f"^max_length={10 * limit}: the longest text has {limit + 1} tokens; must be at most {limit}, which"
+    with pytest.raises(ConfigError, match=message):
+        data.setup("fit")

@@ -206,6 +206,14 @@ class TestLanguageModeling:
         with pytest.raises(ConfigError, match=message):
             data_of(source, tokenizers)
 
+    def test_a_corpus_of_empty_texts(self, tmp_path, tokenizers):
+        empty = tmp_path / "v.jsonl"
+        empty.write_text('{"text": ""}\n{"text": null}\n')
+        source = DatasetSource(train=write(tmp_path, [letters(3, 5)] * 30), validation=str(empty))
+        source.test = source.train
+        with pytest.raises(ConfigError, match=r"^the validation split: has no texts; must have one at least$"):
+            data_of(source, tokenizers)
+
     def test_tokenizers_that_lack_a_token(self, source, tokenizers, tmp_path):
         with pytest.raises(ConfigError, match="has no mask token; allowed with objective='causal' only"):
             LanguageModeling(source, tokenizers["causal"], "masked").load_processor()

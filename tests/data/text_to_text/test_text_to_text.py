@@ -198,3 +198,32 @@ def test_texts_and_answers_longer_than_the_model_has_positions(trainer, folder, 
     data = TextToText(DatasetSource(str(tmp_path)), str(folder / "tokenizer"), **short)
     with pytest.raises(ConfigError, match=f"^{message}"):
         trainer().fit(FineTuning(source=HuggingFaceModel("text-to-text", config=config)), datamodule=data)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "max_length", "message"),
+    [
+        (
+            "the colour ",
+            2,
+            r"^max_length=2: must be at least 3, since 'the colour ' and the tokenizer's own .* take 2$",
+        ),
+        ("the colour ", 3, None),
+    ],
+)
+def test_a_prefix_leaves_something_of_each_text(folder, prefix, max_length, message):
+    data = data_of(folder, prefix=prefix, max_length=max_length)
+    if message is None:
+        data.setup("fit")
+        assert len({tuple(ids) for ids in data._splits["train"]["input_ids"]}) > 1
+        return
+    with pytest.raises(ConfigError, match=message):
+        data.setup("fit")
+
+
+def test_how_many_texts_and_answers_are_as_long_as_is_kept(folder):
+    data = set_up(folder, max_length=3, max_target_length=3)
+    ids = data._splits["train"]["input_ids"]
+    expected = sum(len(each) == 3 for each in ids) / len(ids)
+    assert 0 < expected < 1
+    assert data.filled_shares() == {("max_length", "texts"): expected, ("max_target_length", "answers"): 1.0}
