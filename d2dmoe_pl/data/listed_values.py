@@ -1,11 +1,11 @@
-"""Values that are lists, and texts that stand for them."""
+"""Values that are lists or the like, and texts that stand for them."""
 
 import ast
 import json
 import re
 from typing import Any
 
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import check
 
 UNPARTED = re.compile(r"""['"]\s+['"]""")  # as NumPy writes texts, which Python would read as a single one
 
@@ -31,13 +31,36 @@ def listed(value: Any, separator: str | None, where: str) -> list[Any]:
     text = value.strip()
     if not (text.startswith("[") and text.endswith("]")):
         return text.split(separator)
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(text)
-        except (ValueError, SyntaxError):
-            continue
-        if isinstance(found, list) and not UNPARTED.search(text):
-            return found
-    raise ConfigError(
-        f"{where} has {text[:60]!r}; must be a list as Python or JSON writes it, or its parts without brackets"
+    found = written(text)
+    check(
+        isinstance(found, list) and not UNPARTED.search(text),
+        f"{where} has {text[:60]!r}; must be a list as Python or JSON writes it, or its parts without brackets",
     )
+    assert isinstance(found, list)
+    return found
+
+
+def written(text: str) -> Any:
+    """The value that JSON or Python wrote as ``text``, with lists for the arrays in it; None if there is none.
+
+    Example:
+        >>> from d2dmoe_pl.data.listed_values import written
+        >>> written("{'text': array(['a'], dtype=object)}"), written('{"text": ["a"]}'), written("a]")
+        ({'text': ['a']}, {'text': ['a']}, None)
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(_ArraysAsLists().visit(ast.parse(text.strip(), mode="eval")))
+    except (ValueError, SyntaxError):
+        return None
+
+
+class _ArraysAsLists(ast.NodeTransformer):
+    """NumPy's arrays inside of something are written with what makes them: ``array([1, 2])``."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        is_array = isinstance(node.func, ast.Name) and node.func.id == "array" and bool(node.args)
+        return self.visit(node.args[0]) if is_array else node

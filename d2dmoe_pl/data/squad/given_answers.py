@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from d2dmoe_pl.data.listed_values import written
 from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.errors import check
 
@@ -15,8 +16,8 @@ def with_answers(split: Dataset, split_name: str) -> Dataset:
     """A split whose ``answers`` are lists of texts and of where they start, as they are on the hub.
 
     Args:
-        split: With ``answers`` so, or as in the files of SQuAD's authors, a list of an answer each; None for no answer,
-            as is an answer of blanks.
+        split: With ``answers`` so, or as in the files of SQuAD's authors, a list of an answer each, or texts that Python
+            or JSON wrote of either; None for no answer, as is an answer of blanks.
         split_name: For errors.
 
     Raises:
@@ -46,6 +47,10 @@ def with_answers(split: Dataset, split_name: str) -> Dataset:
 
 def _in_lists(value: Any) -> dict[str, list] | None:
     """Answers as lists; None if they are of no known form."""
+    if isinstance(value, str):  # as in a CSV file
+        value = written(value) if value.strip() else []
+        if value is None:
+            return None
     if value is None:
         value = []
     if isinstance(value, list) and all(isinstance(answer, Mapping) for answer in value):

@@ -30,6 +30,12 @@ def split_of(*answers):
         ([], NONE),
         ({"text": [""], "answer_start": [-1]}, NONE),
         ({"text": [" ", "Cat"], "answer_start": [0, 4]}, LISTS),
+        (json.dumps(LISTS), LISTS),  # as in CSV files
+        (str(LISTS), LISTS),
+        (str([{"text": "Cat", "answer_start": 4}]), LISTS),
+        ("{'text': array(['Cat'], dtype=object), 'answer_start': array([4], dtype=int32)}", LISTS),  # by pandas
+        ("{'text': array([], dtype=object), 'answer_start': array([], dtype=int32)}", NONE),
+        ("  ", NONE),
     ],
 )
 def test_layouts(given, read):
@@ -40,6 +46,8 @@ def test_layouts(given, read):
     "given",
     [
         "cat",
+        "4",
+        "{'text': ['Cat'], 'answer_start': open('x')}",
         {"text": "cat", "answer_start": 4},
         {"text": ["cat"]},
         {"text": ["cat"], "answer_start": []},
