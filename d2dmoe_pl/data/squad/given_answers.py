@@ -16,8 +16,8 @@ def with_answers(split: Dataset, split_name: str) -> Dataset:
     """A split whose ``answers`` are lists of texts and of where they start, as they are on the hub.
 
     Args:
-        split: With ``answers`` so, or as in the files of SQuAD's authors, a list of an answer each, or texts that Python
-            or JSON wrote of either; None for no answer, as is an answer of blanks.
+        split: With ``answers`` so, or as in the files of SQuAD's authors, a list of an answer each, or a text that
+            Python or JSON wrote of either; None for no answer, as is an answer of blanks.
         split_name: For errors.
 
     Raises:
