@@ -91,6 +91,20 @@ class Task(ABC):
         task.label_names = list(label_names)
         return task
 
+    def curvature_loss(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
+        """A loss whose squared gradients, halved, tell what a small change of predictions adds to the divergence.
+
+        A task's own loss does, where it is a likelihood's (the Fisher information). The gradient of a squared error is
+        zero where predictions are right, whatever the curvature: there it is a sum of outputs with random signs, whose
+        squared gradients are the squared change, on average over the signs (Hutchinson, 1990).
+
+        Args:
+            logits: Of the batch.
+            batch: With ``labels``.
+            seed: Of what is drawn.
+        """
+        return self.loss(logits, batch)
+
     def weight(self, batch: Batch) -> int:
         """How much the loss of a batch counts in a mean over batches: its number of samples."""
         return len(batch["labels"])
@@ -229,6 +243,10 @@ class Regression(Task):
     def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
         return F.mse_loss(student_logits.float(), teacher_logits.float())
 
+    def curvature_loss(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
+        numbers = _number(logits)  # (B,)
+        return 2**0.5 * (random_signs(numbers, seed) * numbers).mean()
+
     def scores(self) -> dict[str, Metric]:
         known = {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
         return {name: LambdaInputTransformer(metric, _number, _label_number) for name, metric in known.items()}
@@ -244,6 +262,12 @@ class Regression(Task):
             {**({"label": float(known[i])} if known else {}), "prediction": prediction}
             for i, prediction in enumerate(outputs["predictions"].tolist())
         ]
+
+
+def random_signs(values: Tensor, seed: int) -> Tensor:
+    """1 or -1 for each value."""
+    drawn = torch.randint(2, values.shape, generator=torch.Generator().manual_seed(seed))
+    return (2 * drawn - 1).to(values)
 
 
 def _of_classes(metric: Metric) -> Metric:

@@ -1,6 +1,6 @@
 """A phase of ours: a tau for every layer, for every budget. Trains nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
-from d2dmoe_pl.metrics.flops import (
-    SampleSize,
-    dense_ffn_flops,
-    flops_outside_ffns,
-    pair_flops,
-    sample_inputs,
-    sample_sizes,
-)
+from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
 from d2dmoe_pl.moe.budgets.allocation import (
     FINE_TAUS,
     UNIFORM_TAUS,
@@ -25,21 +18,18 @@ from d2dmoe_pl.moe.budgets.allocation import (
     additive_path,
     filled,
     greedy_path,
-    interpolated,
     lower_envelope,
-    next_places,
     shares_at,
     tau_grid,
 )
 from d2dmoe_pl.moe.budgets.budget_path import (
     BudgetPath,
-    BudgetPoint,
     budget_path,
-    falling,
     path_from_json,
     set_budget_,
     set_budget_path_,
 )
+from d2dmoe_pl.moe.budgets.kept_way import TRAINED, way_from_tensors
 from d2dmoe_pl.moe.budgets.second_order import SecondOrder
 from d2dmoe_pl.moe.budgets.setting_costs import setting_costs
 from d2dmoe_pl.moe.conversion import set_tau_
@@ -49,6 +39,7 @@ from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._calibration import Calibration
 from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._phase import Phase
+from d2dmoe_pl.phases._scored_path import scored_path
 
 PATH = "budget_path"  # key in checkpoints
 PREDICTIONS_A_LAYER = 4  # at least
@@ -75,12 +66,14 @@ class BudgetCalibration(Calibration):
             and as much again for every further layer, and looks at one tau for all layers too; meanwhile the device
             holds ``tokens * d_model * (blocks + 1)`` values of ``num_samples``. Gradients are for deep models and for
             large vocabularies; what they find is not held against one tau for all layers, and all that they and scores
-            need at once is a batch.
+            need at once is a batch. Or ``kept``: the way down is the one at whose settings ``BudgetDistillation`` has
+            trained before, and costs and scores alone are measured. If not given: ``kept`` where there is such a way,
+            else ``measured``.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
 
     Raises:
         ConfigError: For shares outside (0, 1), numbers that are not positive, or, to fit, fewer samples than layers
-            need.
+            need, or no way down to be kept.
     """
 
     finds_budgets = True
@@ -92,7 +85,7 @@ class BudgetCalibration(Calibration):
         num_scored_samples: int = 2000,
         num_scored_points: int = 20,
         keep: float = 0.75,
-        estimate: Literal["measured", "gradients"] = "measured",
+        estimate: Literal["measured", "gradients", "kept"] | None = None,
         init_from: str | None = None,
     ) -> None:
         super().__init__(init_from)
@@ -110,7 +103,25 @@ class BudgetCalibration(Calibration):
         self.estimate = estimate
         self._num_layers = 0  # until there is a model
         self._path: BudgetPath | None = None
-        self._flops_outside: dict[SampleSize, int] = {}
+        self._trained: Mapping[str, Tensor] | None = None  # the way that is kept
+
+    def check_start(self, stage: str, came_from: str, beside: Collection[str]) -> None:
+        super().check_start(stage, came_from, beside)
+        check(
+            self.estimate != "kept" or TRAINED in beside,
+            f"estimate='kept': init_from={self.init_from!r} is the work of {came_from}, and keeps no budgets; must be "
+            "that of BudgetDistillation",
+        )
+
+    def configure_model(self) -> None:
+        artifact = None if self.is_made else self.read_start()
+        if self.is_fitting and artifact is not None and TRAINED in artifact.tensors and self._keeps_way:
+            self._trained = artifact.read_tensors(TRAINED)
+        super().configure_model()
+
+    @property
+    def _keeps_way(self) -> bool:
+        return self.estimate in (None, "kept")
 
     def transform_(self, model: nn.Module) -> None:
         super().transform_(model)
@@ -146,10 +157,15 @@ class BudgetCalibration(Calibration):
         return found
 
     def calibrate_(self) -> None:
+        rule = next(iter(moe_layers(self.model).values())).get_gate().config.rule
+        path = self._found(rule) if self._trained is None else way_from_tensors(self._trained)
+        self._keep(scored_path(self, path, rule, self.num_scored_samples, self.num_scored_points))
+
+    def _found(self, rule: str) -> list[Measured]:
+        """The way down from the dense model, with costs and divergences of the samples that it was found on."""
         layers = moe_layers(self.model)
         batches = held_out(self, self.num_samples)
         found = self._check_enough(self, batches)
-        rule = next(iter(layers.values())).get_gate().config.rule
         shares = self._shares(batches, rule)
         grids = [tau_grid(of_layer, self.keep) for of_layer in shares]
         if self.estimate == "gradients":
@@ -161,7 +177,7 @@ class BudgetCalibration(Calibration):
             # the dense end stays, whatever noise makes of its divergence
             path = [greedy[0], *lower_envelope([*greedy[1:], *uniform])]
         dense = [dense_ffn_flops(layer.sizes) for layer in layers.values()]
-        self._keep(self._scored(filled(path, [*map(setting_costs, layers.values(), shares, dense)]), rule))
+        return filled(path, [*map(setting_costs, layers.values(), shares, dense)])
 
     def prepare_evaluation_(self, model: nn.Module) -> None:
         """Go to the budget that is asked for; where that is not the one the model was saved with, it is said."""
@@ -206,12 +222,9 @@ class BudgetCalibration(Calibration):
         """The way down by gradients; divergences are sums over predictions."""
         layers = moe_layers(self.model)
         sums = SecondOrder(self.model, grids)
-        for batch in batches:
-            on_device, weight = moved(self, batch), self.task.weight(batch)
-            sums.add(
-                partial(self.run_layers, on_device),
-                partial(lambda given, times: times * self.task_loss(self.logits(given), given), on_device, weight),
-            )
+        for number, batch in enumerate(batches):
+            on_device = moved(self, batch)
+            sums.add(partial(self.run_layers, on_device), partial(self._curvature_loss, on_device, number))
         parts = (sums.divergences, sums.work, sums.beside, sums.tokens)
         divergences, work, beside, tokens = (summed(self, part.to(self.device)).tolist() for part in parts)
         dense = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, layers.values(), strict=True))
@@ -221,6 +234,10 @@ class BudgetCalibration(Calibration):
         ]
         return additive_path(grids, [[each / predictions for each in steps] for steps in divergences], costs)
 
+    def _curvature_loss(self, batch: Batch, number: int) -> Tensor:
+        """Of the batch of a number, summed over predictions."""
+        return self.task.weight(batch) * self.task.curvature_loss(self.logits(batch), batch, number)
+
     def _measure(self, samples: BesideDense, taus: Sequence[float]) -> Measured:
         """Divergence and FFN FLOPs, share of the dense ones', with a tau for each layer."""
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)
@@ -228,67 +245,6 @@ class BudgetCalibration(Calibration):
             sums += samples.run(number, taus)[1]
         divergence, flops, dense, weight = summed(self, sums).tolist()
         return Measured(tuple(taus), divergence / weight, flops / dense)
-
-    def _outside(self, batch: Batch) -> int:
-        """FLOPs outside the FFNs of all samples of a batch."""
-        sizes = sample_sizes(batch)
-        for size in set(sizes) - self._flops_outside.keys():
-            self._flops_outside[size] = flops_outside_ffns(self.model, sample_inputs(batch, size))
-        return sum(self._flops_outside[size] for size in sizes)
-
-    def _scored(self, path: Sequence[Measured], rule: str) -> BudgetPath:
-        """The path with costs and scores of more samples: measured at some points, those between interpolated."""
-        batches = held_out(self, self.num_scored_samples)
-        sums: dict[int, list[float]] = {}
-        scores: dict[int, float] = {}
-        later = self.num_scored_points // 5
-        for number in (self.num_scored_points - 3 * later, *[later] * 3):
-            if steps := next_places(scores, len(path), number, self.task.higher_is_better):
-                self._measure_points(path, steps, batches, sums, scores)
-        outside = sum(self._outside(moved(self, batch)) for batch in batches)  # FLOPs that are not the FFNs'
-        beside = float(summed(self, torch.tensor(float(outside), dtype=torch.float64, device=self.device)))
-        share_outside = beside / (beside + sums[0][2])  # of the dense model's
-        # costs on few samples are off by a factor that hardly changes from one point to the next
-        factors = {step: flops / dense / path[step].cost for step, (_, flops, dense, _) in sums.items()}
-        divergences = {step: divergence / weight for step, (divergence, _, _, weight) in sums.items()}
-        points = []
-        for step, each in enumerate(path):
-            cost = each.cost * interpolated(factors, step)
-            whole = share_outside + (1 - share_outside) * cost
-            at_step = (interpolated(divergences, step), interpolated(scores, step))
-            points.append(BudgetPoint(each.taus, cost, whole, *at_step))
-        task = self.task
-        return BudgetPath(
-            tuple(moe_layers(self.model)),
-            rule,
-            task.main_metric,
-            task.in_percent,
-            task.higher_is_better,
-            int(summed(self, torch.tensor(sum(len(batch["labels"]) for batch in batches), device=self.device))),
-            falling(points),
-            task.is_share_of_samples,
-        )
-
-    def _measure_points(
-        self,
-        path: Sequence[Measured],
-        steps: Sequence[int],
-        batches: Sequence[Batch],
-        sums: dict[int, list[float]],
-        scores: dict[int, float],
-    ) -> None:
-        """Measure the points ``steps`` of ``path``: what :class:`BesideDense` sums up into ``sums``, and ``scores``."""
-        totals = torch.zeros(len(steps), 4, dtype=torch.float64, device=self.device)
-        metrics = [self.task.metrics().to(self.device) for _ in steps]
-        for batch in batches:
-            samples, on_device = BesideDense(self, [batch], keeps_vocabulary=True), moved(self, batch)
-            for place, step in enumerate(steps):  # all of a batch together: what one needs is held, not what all do
-                logits, added = samples.run(0, path[step].taus)
-                totals[place] += added
-                metrics[place].update(logits, self.with_written(on_device))
-        for step, total, metric in zip(steps, summed(self, totals).tolist(), metrics, strict=True):
-            score = float(metric.compute()[self.task.main_metric])
-            sums[step], scores[step] = total, 100 * score if self.task.in_percent else score
 
 
 def check_enough(samples: int, num_layers: int, argument: str) -> None:

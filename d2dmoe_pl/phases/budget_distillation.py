@@ -1,6 +1,6 @@
 """A phase of ours: routers and stand-ins, or the whole model, learn from the predictions that they are for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, set_taus_
+from d2dmoe_pl.moe.budgets.kept_way import TRAINED, way_tensors
 from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import learned_choices
@@ -25,7 +26,7 @@ class BudgetDistillation(OptimizedPhase):
     Norms say how much of an output an expert is, not what it is worth to the prediction. Here each step draws a budget
     from those of the phase ``BudgetCalibration`` before, and routers get a gradient through the gate: what a chosen or
     skipped expert would change in the loss. Shares of experts that run move a little, so that another
-    ``BudgetCalibration`` must follow, which finds each budget's ``tau`` anew.
+    ``BudgetCalibration`` must follow, which keeps the settings that were trained, and measures their costs anew.
 
     Args:
         trains: ``routers``, and stand-ins: all other weights are frozen, so that the model with every expert on stays
@@ -47,6 +48,7 @@ class BudgetDistillation(OptimizedPhase):
 
     starts_from = "routed"
     ends_at = "routed"
+    leaves = (TRAINED,)
 
     def __init__(
         self,
@@ -143,6 +145,10 @@ class BudgetDistillation(OptimizedPhase):
     def finish_(self, model: nn.Module) -> None:
         if self._path is not None:
             self.on_validation_epoch_start()
+
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        assert self._path is not None
+        return {TRAINED: way_tensors(self._path)}
 
     def _set_budget_(self, path: BudgetPath, ffn_flops: float) -> None:
         """Set the gates to a budget, or to the least that the model can do, if that is more."""

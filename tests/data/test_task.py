@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch.nn import functional as F
 
-from d2dmoe_pl.data import Classification, Regression
+from d2dmoe_pl.data import Classification, KeepingVectors, Regression
 from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.errors import ConfigError
 
@@ -72,3 +72,26 @@ class TestRegression:
         assert float(self.task.prediction_loss(student, teacher, batch)) == 2.5
         assert self.task.predictions(student, batch)["predictions"].tolist() == [1, 2]
         assert self.task.num_outputs == 1
+
+
+@pytest.mark.parametrize("task", [Regression("score"), KeepingVectors(6)])
+def test_of_a_squared_error_the_curvature_is_told_where_predictions_are_right_too(task):
+    """Squared gradients along a change, halved, are on average what the change adds to the divergence."""
+    width = task.num_outputs
+    logits, change = torch.randn(4, width, dtype=torch.float64), 1e-3 * torch.randn(4, width, dtype=torch.float64)
+    batch = {"labels": logits.squeeze(-1)}
+    told = torch.zeros(4, dtype=torch.float64)  # (B,)
+    for seed in range(2000):
+        given = logits.clone().requires_grad_()
+        loss = task.weight(batch) * task.curvature_loss(given, batch, seed)
+        (slopes,) = torch.autograd.grad(loss, given)
+        told += 0.5 * (slopes * change).sum(dim=1).square() / 2000
+    for row in range(4):
+        one = slice(row, row + 1)
+        expected = float(task.prediction_loss((logits + change)[one], logits[one], {"labels": batch["labels"][one]}))
+        assert float(told[row]) == pytest.approx(expected, rel=0.2)
+
+
+def test_of_a_likelihood_the_curvature_is_its_own():
+    task, logits, batch = Classification(["no", "yes"]), torch.randn(3, 2), {"labels": torch.tensor([1, 0, 1])}
+    assert task.curvature_loss(logits, batch, 0) == task.loss(logits, batch)

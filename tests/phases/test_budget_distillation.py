@@ -10,7 +10,7 @@ from digits_models import DIGIT_LABELS, digits_source
 
 from d2dmoe_pl import load_model
 from d2dmoe_pl.artifact import PhaseRecord, save_artifact
-from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_taus_
@@ -69,6 +69,33 @@ def test_predictions_come_nearer_and_the_model_stays_the_same_to_the_bit(trainer
     assert moved
     assert all(".router." in name or ".stand_in." in name for name in moved)
     assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
+
+
+@pytest.mark.parametrize("trains", ["routers", "model"])
+def test_a_calibration_behind_it_keeps_the_settings_and_measures_them_anew(trainer, calibrated, tmp_path, trains):
+    calibrated = str(shutil.copytree(calibrated, tmp_path / "calibrated"))  # the run's folder is used again
+    before = budget_path(load_model(calibrated))
+    _, folder = distilled(trainer, calibrated, {"trains": trains}, max_epochs=3)
+    folder = str(shutil.copytree(folder, tmp_path / "distilled"))
+    phase = BudgetCalibration(num_scored_points=100, init_from=folder)
+    sweep = TauSweep(budgets=[0.7, 0.5])
+    trainer(limit_val_batches=1.0, callbacks=[sweep]).fit(phase, datamodule=Digits(50))
+    after = budget_path(phase.model)
+    of_before = {point.taus: point for point in before.points}
+    assert len(after.points) > 0.9 * len(before.points)  # but for those that are no cheaper than the one before
+    assert all(point.taus in of_before for point in after.points)
+    assert any(point.ffn_flops != of_before[point.taus].ffn_flops for point in after.points)
+    costs = [row.ffn_flops_percent for row in sweep.rows["validation"]]
+    assert costs == pytest.approx([70, 50], rel=0.03)
+    other = BudgetCalibration(num_samples=100, num_scored_points=5, estimate="gradients", init_from=folder)
+    trainer(limit_val_batches=1.0).fit(other, datamodule=Digits(50))
+    assert not all(point.taus in of_before for point in budget_path(other.model).points)
+
+
+def test_settings_that_nothing_was_trained_at_cannot_be_kept(trainer, calibrated):
+    message = "^estimate='kept': init_from='.*' is the work of BudgetCalibration, and keeps no budgets; must be that of Bu"
+    with pytest.raises(ConfigError, match=message):
+        trainer().fit(BudgetCalibration(estimate="kept", init_from=calibrated), datamodule=Digits(50))
 
 
 def test_budgets_that_the_model_cannot_reach_are_its_least(trainer, calibrated):

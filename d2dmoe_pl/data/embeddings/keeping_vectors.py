@@ -10,7 +10,7 @@ from torchmetrics.functional import spearman_corrcoef
 from torchmetrics.utilities import dim_zero_cat
 
 from d2dmoe_pl.data.head import Head
-from d2dmoe_pl.data.task import Batch, Task
+from d2dmoe_pl.data.task import Batch, Task, random_signs
 
 COMPARED = 1000  # texts that are compared with one another
 
@@ -38,6 +38,11 @@ class KeepingVectors(Task):
 
     def prediction_loss(self, student_logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
         return relative_squared_error(student_logits, teacher_logits)
+
+    def curvature_loss(self, logits: Tensor, batch: Batch, seed: int) -> Tensor:
+        vectors = logits.float()
+        scaled = vectors / vectors.detach().norm(dim=1, keepdim=True).clamp(min=1e-6)  # (B, d)
+        return 2**0.5 * (random_signs(scaled, seed) * scaled).sum(dim=1).mean()
 
     def scores(self) -> dict[str, Metric]:
         return {"cosine": MeanCosine(), "kept": KeptNeighbourhoods()}

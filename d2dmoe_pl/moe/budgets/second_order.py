@@ -23,7 +23,7 @@ class SecondOrder:
     A divergence is zero and flat where nothing is skipped, so that to the second order it is half of the change's
     square under the Fisher information, ``E[(g . change)^2] / 2`` with ``g`` the gradient of a log-likelihood with
     respect to a token's output (as in Optimal Brain Damage, LeCun et al., 1990). The labels' likelihood stands for the
-    model's own, and tokens count as independent.
+    model's own, and tokens count as independent. Of a squared error, ``g`` is that of a sum with random signs.
 
     Args:
         model: Whose MoE layers have gates.
@@ -51,7 +51,8 @@ class SecondOrder:
 
         Args:
             run: Calls the model on the batch.
-            loss: The same, and gives the negative log-likelihood of the labels, summed over predictions.
+            loss: The same, and gives the negative log-likelihood of the labels, summed over predictions, or what else
+                has gradients for ``g``.
         """
         for layer in self.layers:
             layer.get_gate().set_tau(1.0)

@@ -1,0 +1,88 @@
+"""Costs and scores of a way down, on many samples: measured at some of its points, those between interpolated."""
+
+from collections.abc import Sequence
+
+import torch
+
+from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, sample_inputs, sample_sizes
+from d2dmoe_pl.moe.budgets.allocation import Measured, interpolated, next_places
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, falling
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.phases._beside_dense import BesideDense
+from d2dmoe_pl.phases._held_out import held_out, moved, summed
+from d2dmoe_pl.phases._phase import Phase
+
+
+def scored_path(phase: Phase, way: Sequence[Measured], rule: str, num_samples: int, num_points: int) -> BudgetPath:
+    """The budgets that a way down answers, of samples of the validation split.
+
+    Args:
+        phase: In its trainer; its model has gates.
+        way: From every expert on to the fewest, with costs of other samples.
+        rule: Gating rule of all layers.
+        num_samples: To measure on.
+        num_points: How many points are measured, more of them where the score changes fast.
+    """
+    task, batches = phase.task, held_out(phase, num_samples)
+    sums: dict[int, list[float]] = {}
+    scores: dict[int, float] = {}
+    later = num_points // 5
+    for number in (num_points - 3 * later, *[later] * 3):
+        if steps := next_places(scores, len(way), number, task.higher_is_better):
+            _measure(phase, way, steps, batches, sums, scores)
+    beside = _flops_outside(phase, batches)
+    share_outside = beside / (beside + sums[0][2])  # of the dense model's
+    # costs on few samples are off by a factor that hardly changes from one point to the next
+    factors = {step: flops / dense / way[step].cost for step, (_, flops, dense, _) in sums.items()}
+    divergences = {step: divergence / weight for step, (divergence, _, _, weight) in sums.items()}
+    points = []
+    for step, each in enumerate(way):
+        cost = each.cost * interpolated(factors, step)
+        whole = share_outside + (1 - share_outside) * cost
+        points.append(BudgetPoint(each.taus, cost, whole, interpolated(divergences, step), interpolated(scores, step)))
+    return BudgetPath(
+        tuple(moe_layers(phase.model)),
+        rule,
+        task.main_metric,
+        task.in_percent,
+        task.higher_is_better,
+        int(summed(phase, torch.tensor(sum(len(batch["labels"]) for batch in batches), device=phase.device))),
+        falling(points),
+        task.is_share_of_samples,
+    )
+
+
+def _measure(
+    phase: Phase,
+    way: Sequence[Measured],
+    steps: Sequence[int],
+    batches: Sequence[Batch],
+    sums: dict[int, list[float]],
+    scores: dict[int, float],
+) -> None:
+    """Measure the points ``steps`` of ``way``: what :class:`BesideDense` sums up into ``sums``, and ``scores``."""
+    task = phase.task
+    totals = torch.zeros(len(steps), 4, dtype=torch.float64, device=phase.device)
+    metrics = [task.metrics().to(phase.device) for _ in steps]
+    for batch in batches:
+        samples, on_device = BesideDense(phase, [batch], keeps_vocabulary=True), moved(phase, batch)
+        for place, step in enumerate(steps):  # all of a batch together: what one needs is held, not what all do
+            logits, added = samples.run(0, way[step].taus)
+            totals[place] += added
+            metrics[place].update(logits, phase.with_written(on_device))
+    for step, total, metric in zip(steps, summed(phase, totals).tolist(), metrics, strict=True):
+        score = float(metric.compute()[task.main_metric])
+        sums[step], scores[step] = total, 100 * score if task.in_percent else score
+
+
+def _flops_outside(phase: Phase, batches: Sequence[Batch]) -> float:
+    """FLOPs outside the FFNs of all samples, over all processes."""
+    known: dict[SampleSize, int] = {}
+    total = 0.0
+    for batch in batches:
+        on_device, sizes = moved(phase, batch), sample_sizes(batch)
+        for size in set(sizes) - known.keys():
+            known[size] = flops_outside_ffns(phase.model, sample_inputs(on_device, size))
+        total += sum(known[size] for size in sizes)
+    return float(summed(phase, torch.tensor(total, dtype=torch.float64, device=phase.device)))
