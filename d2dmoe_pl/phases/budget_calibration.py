@@ -9,17 +9,14 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
 from d2dmoe_pl.moe.budgets.allocation import (
-    FINE_TAUS,
     UNIFORM_TAUS,
     Measured,
     additive_path,
     filled,
     greedy_path,
     lower_envelope,
-    shares_at,
     tau_grid,
 )
 from d2dmoe_pl.moe.budgets.budget_path import (
@@ -32,7 +29,6 @@ from d2dmoe_pl.moe.budgets.budget_path import (
 from d2dmoe_pl.moe.budgets.kept_way import TRAINED, way_from_tensors
 from d2dmoe_pl.moe.budgets.second_order import SecondOrder
 from d2dmoe_pl.moe.budgets.setting_costs import setting_costs
-from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._beside_dense import BesideDense
@@ -40,6 +36,7 @@ from d2dmoe_pl.phases._calibration import Calibration
 from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._phase import Phase
 from d2dmoe_pl.phases._scored_path import scored_path
+from d2dmoe_pl.phases._work_shares import work_shares
 
 PATH = "budget_path"  # key in checkpoints
 PREDICTIONS_A_LAYER = 4  # at least
@@ -166,7 +163,7 @@ class BudgetCalibration(Calibration):
         layers = moe_layers(self.model)
         batches = held_out(self, self.num_samples)
         found = self._check_enough(self, batches)
-        shares = self._shares(batches, rule)
+        shares = work_shares(self, batches, rule)
         grids = [tau_grid(of_layer, self.keep) for of_layer in shares]
         if self.estimate == "gradients":
             path = self._estimated(batches, grids, found)
@@ -200,23 +197,6 @@ class BudgetCalibration(Calibration):
         if self.ffn_flops < least:
             notice(f"ffn_flops={self.ffn_flops:g} cannot be reached: {least:.4f} is the least here, and is taken.")
         set_budget_(model, ffn_flops=max(self.ffn_flops, least))
-
-    def _shares(self, batches: Sequence[Batch], rule: str) -> list[list[float]]:
-        """About what experts do at each of ``FINE_TAUS``, by the scores that routers give with every expert on."""
-        layers = moe_layers(self.model)
-        sums: dict[str, Tensor] = {}
-
-        def see(name: str, gate: nn.Module, args: tuple[Tensor]) -> None:
-            scores = layers[name].at_tokens(args[0])  # (N, E)
-            shares = torch.cat([shares_at(scores.float(), rule).cpu(), torch.ones(1)]) * len(scores)
-            sums[name] = sums.get(name, torch.zeros_like(shares)) + shares
-
-        set_tau_(self.model, 1.0)
-        with hooked(layer.get_gate().register_forward_pre_hook(partial(see, name)) for name, layer in layers.items()):
-            for batch in batches:
-                self.run_layers(moved(self, batch))
-        totals = {name: summed(self, each.to(self.device)).cpu() for name, each in sums.items()}
-        return [layer.work_shares(FINE_TAUS, totals[name][:-1] / totals[name][-1]) for name, layer in layers.items()]
 
     def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:
         """The way down by gradients; divergences are sums over predictions."""

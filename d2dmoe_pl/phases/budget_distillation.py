@@ -1,6 +1,7 @@
 """A phase of ours: routers and stand-ins, or the whole model, learn from the predictions that they are for."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,13 +12,19 @@ from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, set_taus_
+from d2dmoe_pl.moe.budgets.held_work import HeldWork
 from d2dmoe_pl.moe.budgets.kept_way import TRAINED, way_tensors
 from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import learned_choices
+from d2dmoe_pl.phases._held_out import held_out
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
 from d2dmoe_pl.phases._teacher import Teacher
+from d2dmoe_pl.phases._work_shares import work_shares
+
+HELD = "held_work"  # key in checkpoints
+LOOKED_AT_EVERY = 20  # steps, in which scores change little
 
 
 class BudgetDistillation(OptimizedPhase):
@@ -25,7 +32,8 @@ class BudgetDistillation(OptimizedPhase):
 
     Norms say how much of an output an expert is, not what it is worth to the prediction. Here each step draws a budget
     from those of the phase ``BudgetCalibration`` before, and routers get a gradient through the gate: what a chosen or
-    skipped expert would change in the loss. Shares of experts that run move a little, so that another
+    skipped expert would change in the loss. Scores change by that, most often so that more experts have a part in
+    them: each layer's ``tau`` goes with them, so that it does the work that it did at first. Another
     ``BudgetCalibration`` must follow, which keeps the settings that were trained, and measures their costs anew.
 
     Args:
@@ -77,6 +85,8 @@ class BudgetDistillation(OptimizedPhase):
         self.softness = softness
         self._path: BudgetPath | None = None
         self._teacher: Teacher | None = None
+        self._held: HeldWork | None = None  # once it trains
+        self._looked_at = 0  # the step
 
     def check_start(self, stage: str, came_from: str, beside: Any) -> None:
         super().check_start(stage, came_from, beside)
@@ -113,6 +123,30 @@ class BudgetDistillation(OptimizedPhase):
         if self._teacher is not None:
             self._teacher.to(self.device)
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._held is None:  # not resumed
+            found = self._work_shares()
+            self._held = HeldWork(found, found)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.global_step >= self._looked_at + LOOKED_AT_EVERY:
+            self._look()
+
+    def conclude(self) -> None:
+        super().conclude()
+        self._look()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[HELD] = None if self._held is None else (self._held.first, self._held.now, self._looked_at)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint.get(HELD) is not None:
+            first, now, self._looked_at = checkpoint[HELD]
+            self._held = HeldWork(first, now)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self._path is not None
         dense, dense_states = self._dense(batch)
@@ -148,12 +182,33 @@ class BudgetDistillation(OptimizedPhase):
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         assert self._path is not None
-        return {TRAINED: way_tensors(self._path)}
+        points = tuple(replace(point, taus=self._moved(point.taus)) for point in self._path.points)
+        return {TRAINED: way_tensors(replace(self._path, points=points))}
+
+    def _look(self) -> None:
+        assert self._held is not None
+        self._held.now = self._work_shares()
+        self._looked_at = self.global_step
+
+    def _work_shares(self) -> list[list[float]]:
+        """What layers do on a batch of validation samples, the same each time."""
+        assert self._path is not None
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        batches = held_out(self, self.data.batch_size * self.trainer.world_size)
+        with self.trainer.precision_plugin.forward_context():
+            found = work_shares(self, batches, self._path.rule)
+        for module, is_training in modes.items():
+            module.training = is_training
+        return found
+
+    def _moved(self, taus: Sequence[float]) -> tuple[float, ...]:
+        return tuple(taus) if self._held is None else self._held.taus(taus)
 
     def _set_budget_(self, path: BudgetPath, ffn_flops: float) -> None:
         """Set the gates to a budget, or to the least that the model can do, if that is more."""
         point = path.at_cost("ffn_flops", max(ffn_flops, path.points[-1].ffn_flops))
-        set_taus_(self.model, path, point.taus)
+        set_taus_(self.model, path, self._moved(point.taus))
 
     def _budget(self, batch_idx: int) -> float:
         """What is drawn for a step, the same on all processes."""

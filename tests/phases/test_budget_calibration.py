@@ -19,7 +19,7 @@ from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.layer import MoELayer
-from d2dmoe_pl.phases import BudgetCalibration, RecoveryTuning, StandInFitting
+from d2dmoe_pl.phases import BudgetCalibration, RecoveryTuning, StandInFitting, budget_calibration
 from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._held_out import held_out
 
@@ -59,7 +59,7 @@ def test_costs_and_scores_are_those_of_a_sweep(trainer, routed):
 def test_padding_that_a_gate_is_given_counts_for_nothing(trainer, tmp_path, monkeypatch):
     """Off the CPU a layer's parts are given all positions."""
     save_artifact(tiny.routed("bert"), tmp_path / "routed", [PhaseRecord("RouterRegression")])
-    seen, shares = [], BudgetCalibration._shares
+    seen, shares = [], budget_calibration.work_shares
 
     def kept(phase, batches, rule):
         lengths = []
@@ -76,7 +76,7 @@ def test_padding_that_a_gate_is_given_counts_for_nothing(trainer, tmp_path, monk
         output = layer._run_tokens(positions, real)
         return output if real is None else torch.where(real.unsqueeze(1), output, 0)
 
-    monkeypatch.setattr(BudgetCalibration, "_shares", kept)
+    monkeypatch.setattr(budget_calibration, "work_shares", kept)
     for parts in (MoELayer._run_parts, all_positions):
         monkeypatch.setattr(MoELayer, "_run_parts", parts)
         phase = BudgetCalibration(num_samples=30, num_scored_points=5, init_from=str(tmp_path / "routed"))

@@ -9,11 +9,13 @@ import torch
 from digits_models import DIGIT_LABELS, digits_source
 
 from d2dmoe_pl import load_model
-from d2dmoe_pl.artifact import PhaseRecord, save_artifact
+from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_taus_
+from d2dmoe_pl.moe.budgets.held_work import HeldWork
+from d2dmoe_pl.moe.budgets.kept_way import TRAINED, way_from_tensors, way_tensors
 from d2dmoe_pl.moe.conversion import add_stand_ins_, set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
@@ -35,8 +37,8 @@ def calibrated(trainer, tmp_path):
     return f"{run.log_dir}/artifact"
 
 
-def distilled(trainer, calibrated, settings=MappingProxyType({}), **kwargs):
-    optimizer = lambda parameters: torch.optim.Adam(parameters, lr=3e-3)  # noqa: E731
+def distilled(trainer, calibrated, settings=MappingProxyType({}), lr=3e-3, **kwargs):
+    optimizer = lambda parameters: torch.optim.Adam(parameters, lr=lr)  # noqa: E731
     budgets = {"ffn_flops_min": 0.4, "ffn_flops_max": 0.8}
     phase = BudgetDistillation(init_from=calibrated, optimizer=optimizer, **{**budgets, **settings})
     run = trainer(limit_train_batches=1.0, callbacks=[SaveArtifact()], **kwargs)
@@ -81,19 +83,38 @@ def test_a_calibration_behind_it_keeps_the_settings_and_measures_them_anew(train
     sweep = TauSweep(budgets=[0.7, 0.5])
     trainer(limit_val_batches=1.0, callbacks=[sweep]).fit(phase, datamodule=Digits(50))
     after = budget_path(phase.model)
-    of_before = {point.taus: point for point in before.points}
     assert len(after.points) > 0.9 * len(before.points)  # but for those that are no cheaper than the one before
-    assert all(point.taus in of_before for point in after.points)
-    assert any(point.ffn_flops != of_before[point.taus].ffn_flops for point in after.points)
     costs = [row.ffn_flops_percent for row in sweep.rows["validation"]]
     assert costs == pytest.approx([70, 50], rel=0.03)
+    kept = read_artifact(folder).read_tensors(TRAINED)["taus"]
+    assert {point.taus for point in after.points} <= {tuple(taus) for taus in kept.tolist()}
     other = BudgetCalibration(num_samples=100, num_scored_points=5, estimate="gradients", init_from=folder)
     trainer(limit_val_batches=1.0).fit(other, datamodule=Digits(50))
-    assert not all(point.taus in of_before for point in budget_path(other.model).points)
+    assert not {point.taus for point in budget_path(other.model).points} <= {point.taus for point in after.points}
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_layers_do_the_work_that_they_did_at_first(trainer, calibrated, monkeypatch, is_held):
+    """Scores change as they learn: settings that stayed would have more experts run."""
+    if not is_held:
+        monkeypatch.setattr(HeldWork, "taus", lambda held, taus: tuple(taus))
+    before = way_tensors(budget_path(load_model(calibrated)))
+    _, folder = distilled(trainer, calibrated, {"trains": "model"}, lr=0.01, max_epochs=6)
+    way = way_from_tensors(read_artifact(folder).read_tensors(TRAINED))
+    phase = BudgetCalibration(num_scored_points=100, init_from=folder)
+    trainer(limit_val_batches=1.0).fit(phase, datamodule=Digits(50))
+    costs = {point.taus: point.ffn_flops for point in budget_path(phase.model).points}
+    moved = [
+        abs(costs[point.taus] / cost - 1)
+        for point, cost in zip(way, before["ffn_flops"].tolist(), strict=True)
+        if 0.4 < cost < 0.8 and point.taus in costs
+    ]
+    assert len(moved) > 5
+    assert (max(moved) < 0.07) == is_held
 
 
 def test_settings_that_nothing_was_trained_at_cannot_be_kept(trainer, calibrated):
-    message = "^estimate='kept': init_from='.*' is the work of BudgetCalibration, and keeps no budgets; must be that of Bu"
+    message = "^estimate='kept': init_from='.*' is the work of BudgetCalibration, and keeps no budgets; must be that of"
     with pytest.raises(ConfigError, match=message):
         trainer().fit(BudgetCalibration(estimate="kept", init_from=calibrated), datamodule=Digits(50))
 

@@ -12,6 +12,7 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import (
     AttentionDistillation,
     BudgetCalibration,
+    BudgetDistillation,
     ExpertClustering,
     FineTuning,
     ImportanceScoring,
@@ -19,6 +20,7 @@ from d2dmoe_pl.phases import (
     RouterRegression,
     SparsityEnforcement,
     StandInFitting,
+    budget_distillation,
 )
 
 BATCHES = 4
@@ -32,7 +34,13 @@ PHASES = {
     "recovery": ("routed", lambda start: RecoveryTuning(init_from=start)),
     "stand-ins": ("routed", lambda start: StandInFitting(rank=4, num_tokens=500, init_from=start)),
     "budgets": ("routed", lambda start: BudgetCalibration(num_samples=40, num_scored_points=3, init_from=start)),
+    "predictions": ("calibrated", lambda start: BudgetDistillation("model", init_from=start)),
 }
+
+
+@pytest.fixture(autouse=True)
+def looked_at_often(monkeypatch):
+    monkeypatch.setattr(budget_distillation, "LOOKED_AT_EVERY", 3)
 
 
 class SaveAll(L.Callback):
