@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow.compute
 import torch
@@ -25,6 +25,7 @@ class TokenizedData(TaskData):
     Attributes:
         tokenizer: The tokenizer, once loaded.
         tokenizer_options: With which it is loaded.
+        cuts_texts: Whether what is behind ``max_length`` tokens of a text is left out, and goes in no other sample.
 
     Args:
         tokenizer: Hub name or folder of a Hugging Face tokenizer, or a GGUF file in one of these
@@ -44,6 +45,7 @@ class TokenizedData(TaskData):
     tokenizer: PreTrainedTokenizerBase
     tokenizer_options: Mapping[str, Any] = {}
     raw_inputs = "texts"
+    cuts_texts: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class TokenizedData(TaskData):
 
     def filled_shares(self) -> dict[tuple[str, str], float]:
         """Share of training samples, once set up, of as many tokens as are kept; by the setting and what they are."""
-        return self.filled_share_of("input_ids", "max_length", "texts")
+        return self.filled_share_of("input_ids", "max_length", "texts") if self.cuts_texts else {}
 
     def filled_share_of(self, column: str, argument: str, title: str) -> dict[tuple[str, str], float]:
         """What :meth:`filled_shares` says of a column of token ids, whose length ``argument`` limits."""

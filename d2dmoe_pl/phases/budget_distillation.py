@@ -135,7 +135,8 @@ class BudgetDistillation(OptimizedPhase):
 
     def conclude(self) -> None:
         super().conclude()
-        self._look()
+        if self._held is not None:  # it has been trained
+            self._look()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

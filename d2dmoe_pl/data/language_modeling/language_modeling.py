@@ -47,6 +47,8 @@ class LanguageModeling(TokenizedData):
             there or lacks a token that is needed, or a split shorter than a block.
     """
 
+    cuts_texts = False  # they are packed
+
     def __init__(
         self,
         source: DatasetSource,

@@ -51,6 +51,7 @@ class SQuAD(TokenizedData):
     """
 
     head = "question-answering"
+    cuts_texts = False  # there is a window behind it
 
     def __init__(
         self,

@@ -88,6 +88,9 @@ class TestLabels:
     def test_next_tokens(self):
         assert next_tokens(torch.tensor([[5, 6, 7], [8, 9, 5]])).tolist() == [[6, 7, -100], [9, 5, -100]]
 
+    def test_nothing_is_cut(self, source, tokenizers):
+        assert data_of(source, tokenizers).filled_shares() == {}
+
     def test_masked_shares(self):
         blocks = torch.randint(5, 40, (200, 100))
         maskable = blocks != 7

@@ -30,6 +30,7 @@ class TestData:
         data = squad(tmp_path, tokenizer_path)
         assert data.head == "question-answering"
         data.setup()
+        assert data.filled_shares() == {}  # what is behind a window is in the next one
         batches = list(data.val_dataloader())
         assert len(torch.cat([batch["question"] for batch in batches])) > 9
         for batch in batches:
