@@ -130,7 +130,8 @@ class BudgetCalibration(Calibration):
     def check_data(self, running: Phase) -> None:
         check_held_out(running, num_samples=self.num_samples, num_scored_samples=self.num_scored_samples)
         number = min(self.num_samples, running.data.num_validation_samples)
-        if number < PREDICTIONS_A_LAYER * self._num_layers:  # they may be of several tokens each
+        is_kept = self.estimate == "kept" or self._trained is not None
+        if not is_kept and number < PREDICTIONS_A_LAYER * self._num_layers:  # they may be of several tokens each
             self._check_enough(running, held_out(running, number))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
