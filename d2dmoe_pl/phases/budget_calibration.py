@@ -112,13 +112,10 @@ class BudgetCalibration(Calibration):
 
     def configure_model(self) -> None:
         artifact = None if self.is_made else self.read_start()
-        if self.is_fitting and artifact is not None and TRAINED in artifact.tensors and self._keeps_way:
+        keeps_way = self.estimate in (None, "kept")
+        if self.is_fitting and keeps_way and artifact is not None and TRAINED in artifact.tensors:
             self._trained = artifact.read_tensors(TRAINED)
         super().configure_model()
-
-    @property
-    def _keeps_way(self) -> bool:
-        return self.estimate in (None, "kept")
 
     def transform_(self, model: nn.Module) -> None:
         super().transform_(model)
