@@ -46,11 +46,13 @@ class BudgetDistillation(OptimizedPhase):
         ffn_flops_max: Upper end.
         softness: How far from the threshold of its gate a score learns, as a share of the threshold, or of the token's
             mean score where that is larger.
+        router_lr: Learning rate of the routers; the optimizer's own if not given. Beside ``trains: model`` a tenth of
+            that is better: experts cannot settle while others are chosen.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
-        ConfigError: For a range that is none or leaves (0, 1], a negative weight, or a ``softness`` that is not
-            positive; if hidden states count that cannot be told; to fit, unless it starts from the work of
+        ConfigError: For a range that is none or leaves (0, 1], a negative weight, or a ``softness`` or a ``router_lr``
+            that is not positive; if hidden states count that cannot be told; to fit, unless it starts from the work of
             ``BudgetCalibration``.
     """
 
@@ -66,6 +68,7 @@ class BudgetDistillation(OptimizedPhase):
         ffn_flops_min: float = 0.2,
         ffn_flops_max: float = 0.9,
         softness: float = 0.1,
+        router_lr: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -77,12 +80,14 @@ class BudgetDistillation(OptimizedPhase):
         for name, weight in {"task_weight": task_weight, "hidden_weight": hidden_weight}.items():
             check(weight >= 0, f"{name}={weight}: must not be negative")
         check(softness > 0, f"softness={softness}: must be positive")
+        check(router_lr is None or router_lr > 0, f"router_lr={router_lr}: must be positive")
         self.trains = trains
         self.task_weight = task_weight
         self.hidden_weight = hidden_weight
         self.ffn_flops_min = ffn_flops_min
         self.ffn_flops_max = ffn_flops_max
         self.softness = softness
+        self.router_lr = router_lr
         self._path: BudgetPath | None = None
         self._teacher: Teacher | None = None
         self._held: HeldWork | None = None  # once it trains
@@ -106,6 +111,9 @@ class BudgetDistillation(OptimizedPhase):
         check_hidden_states(model, self.hidden_weight)
         if self.trains == "routers":
             freeze_(model, trained=parts)
+
+    def learning_rate(self, name: str) -> float | None:
+        return self.router_lr if ".router." in name else None
 
     def configure_model(self) -> None:
         was_made = self.is_made

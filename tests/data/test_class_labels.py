@@ -246,3 +246,13 @@ class TestNumbers:
         data = TextRegression(source(tmp_path, **tables), tiny.tokenizer(tmp_path / "tok", "abcxyz"))
         with pytest.raises(ConfigError, match=message):
             data.setup()
+
+    @pytest.mark.parametrize("split", ["validation", "test"])
+    def test_numbers_with_which_nothing_correlates_are_refused(self, tmp_path, split):
+        tables = {
+            name: table(label={"joy": 0.5, "fear": -3, "anger": 2}.get) for name in ("train", "validation", "test")
+        }
+        tables[split] = table(label=lambda _: "2")
+        data = TextRegression(source(tmp_path, **tables), tiny.tokenizer(tmp_path / "tok", "abcxyz"))
+        with pytest.raises(ConfigError, match=f"label_column='label': all numbers of the {split} split are 2; must di"):
+            data.setup()

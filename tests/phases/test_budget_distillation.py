@@ -145,6 +145,14 @@ def test_the_whole_model_learns_from_what_it_was(trainer, calibrated):
     assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
 
 
+def test_routers_learn_at_a_rate_of_their_own(trainer, calibrated):
+    before = load_model(calibrated).state_dict()
+    _, folder = distilled(trainer, calibrated, {"trains": "model", "router_lr": 3e-3}, lr=0.0, max_epochs=1)
+    after = load_model(folder).state_dict()
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved == {name for name in before if ".router." in name}
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("trains", ["routers", "model"])
 def test_hidden_states_come_nearer_where_they_count(trainer, calibrated, trains, tmp_path):
@@ -181,6 +189,7 @@ def test_a_model_without_budgets_is_refused(trainer, tmp_path):
     [
         ({"ffn_flops_min": 0.9, "ffn_flops_max": 0.5}, "ffn_flops_min=0.9: must be positive and at most"),
         ({"softness": 0.0}, "softness=0.0: must be positive"),
+        ({"router_lr": 0.0}, "router_lr=0.0: must be positive"),
         ({"task_weight": -1.0}, "task_weight=-1.0: must not be negative"),
         ({"hidden_weight": -1.0}, "hidden_weight=-1.0: must not be negative"),
     ],
