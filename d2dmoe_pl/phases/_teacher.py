@@ -7,9 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.data.task import Batch
+from d2dmoe_pl.moe.conversion import set_gate_
+from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import freeze_
-from d2dmoe_pl.phases._sharding import shard_
+from d2dmoe_pl.phases._sharding import shard_, shares_model
 
 if TYPE_CHECKING:
     from d2dmoe_pl.phases._phase import Phase
@@ -52,6 +56,21 @@ class Teacher:
     def logits_and_hidden_states(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As :meth:`d2dmoe_pl.adapters.Adapter.logits_and_hidden_states`."""
         return adapter_for(self.model).logits_and_hidden_states(self.model, batch)
+
+
+def read_teacher(phase: "Phase", path: str) -> Teacher:
+    """The model of an artifact with every expert on, for ``phase`` to learn from.
+
+    Raises:
+        ConfigError: If its outputs are not those of the model of ``phase``.
+    """
+    model = load_model(path, mapped=shares_model(phase))
+    check_same_outputs(model, phase.model, f"teacher={path!r}")
+    if moe_layers(model):
+        set_gate_(model, None)
+    teacher = Teacher(model)
+    teacher.prepare(phase)
+    return teacher
 
 
 def on_same_memory(model: nn.Module) -> nn.Module:

@@ -7,20 +7,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.artifact import load_model, read_artifact
+from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, set_taus_
 from d2dmoe_pl.moe.budgets.held_work import HeldWork
 from d2dmoe_pl.moe.budgets.kept_way import TRAINED, way_tensors
-from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
+from d2dmoe_pl.moe.conversion import temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import learned_choices
 from d2dmoe_pl.phases._held_out import held_out
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
-from d2dmoe_pl.phases._teacher import Teacher
+from d2dmoe_pl.phases._teacher import Teacher, read_teacher
 from d2dmoe_pl.phases._work_shares import work_shares
 
 HELD = "held_work"  # key in checkpoints
@@ -48,6 +48,8 @@ class BudgetDistillation(OptimizedPhase):
             mean score where that is larger.
         router_lr: Learning rate of the routers; the optimizer's own if not given. Beside ``trains: model`` a tenth of
             that is better: experts cannot settle while others are chosen.
+        teacher: Artifact folder of another model to learn from, run with every expert on; that of ``init_from`` if not
+            given, which is no longer the dense one where all its weights have learnt at budgets already.
         kwargs: As for :class:`d2dmoe_pl.phases.OptimizedPhase`.
 
     Raises:
@@ -69,6 +71,7 @@ class BudgetDistillation(OptimizedPhase):
         ffn_flops_max: float = 0.9,
         softness: float = 0.1,
         router_lr: float | None = None,
+        teacher: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -88,6 +91,7 @@ class BudgetDistillation(OptimizedPhase):
         self.ffn_flops_max = ffn_flops_max
         self.softness = softness
         self.router_lr = router_lr
+        self.teacher = teacher
         self._path: BudgetPath | None = None
         self._teacher: Teacher | None = None
         self._held: HeldWork | None = None  # once it trains
@@ -121,11 +125,9 @@ class BudgetDistillation(OptimizedPhase):
         if self.is_fitting and not was_made:
             assert self.init_from is not None  # only an artifact has budgets
             self._path = read_artifact(self.init_from).budgets
-            if self.trains == "model":
-                before = load_model(self.init_from)
-                set_gate_(before, None)
-                self._teacher = Teacher(before)
-                self._teacher.prepare(self)
+            if self.trains == "model" or self.teacher is not None:
+                self._teacher = read_teacher(self, self.teacher or self.init_from)
+                check_hidden_states(self._teacher.model, self.hidden_weight)
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:

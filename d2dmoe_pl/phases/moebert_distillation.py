@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.artifact import build_structure, load_model, read_artifact
+from d2dmoe_pl.artifact import build_structure, read_artifact
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
@@ -20,9 +20,8 @@ from d2dmoe_pl.moebert.distillation import hidden_state_loss, share_fixed_
 from d2dmoe_pl.moebert.layer import MoEBERTConfig, moebert_layers
 from d2dmoe_pl.moebert.published_files import read_hash_list, read_importance
 from d2dmoe_pl.moebert.routing import ROUTINGS, Decision, balanced_table
-from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
-from d2dmoe_pl.phases._teacher import Teacher
+from d2dmoe_pl.phases._teacher import Teacher, read_teacher
 from d2dmoe_pl.phases.importance_scoring import IMPORTANCE
 
 
@@ -108,10 +107,7 @@ class MoEBERTDistillation(OptimizedPhase):
         if self.is_fitting and self.beta > 0:
             path = self.teacher or self.init_from
             assert path is not None  # _check_teacher has seen to it
-            teacher = load_model(path)
-            check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
-            self._teacher = Teacher(teacher)
-            self._teacher.prepare(self)
+            self._teacher = read_teacher(self, path)
 
     def on_fit_start(self) -> None:
         if self._teacher is not None:

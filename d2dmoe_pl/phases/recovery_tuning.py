@@ -11,7 +11,7 @@ from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe.conversion import set_gate_, temporary_gate
+from d2dmoe_pl.moe.conversion import temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig, check_tau
 from d2dmoe_pl.moe.layer import observed
@@ -20,11 +20,9 @@ from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
-from d2dmoe_pl.phases._labels import check_same_outputs
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._phase import Phase
-from d2dmoe_pl.phases._sharding import shares_model
-from d2dmoe_pl.phases._teacher import Teacher
+from d2dmoe_pl.phases._teacher import Teacher, read_teacher
 from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_like, parameters_of, put_best_
 
 FULL_WEIGHT_SAMPLES = 100_000
@@ -145,13 +143,8 @@ class RecoveryTuning(OptimizedPhase):
         if self.is_fitting and self.beta + self.hidden_weight > 0:
             path = self.teacher or self.init_from
             assert path is not None  # only an artifact has routers
-            teacher = load_model(path, mapped=shares_model(self))
-            check_same_outputs(teacher, self.model, f"teacher={str(path)!r}")
-            if moe_layers(teacher):
-                set_gate_(teacher, None)
-            check_hidden_states(teacher, self.hidden_weight)
-            self._teacher = Teacher(teacher)
-            self._teacher.prepare(self)
+            self._teacher = read_teacher(self, path)
+            check_hidden_states(self._teacher.model, self.hidden_weight)
 
     def check_data(self, running: Phase) -> None:
         if self.num_held_out > 0:

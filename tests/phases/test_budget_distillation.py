@@ -19,7 +19,7 @@ from d2dmoe_pl.moe.budgets.kept_way import TRAINED, way_from_tensors, way_tensor
 from d2dmoe_pl.moe.conversion import add_stand_ins_, set_gate_, temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
-from d2dmoe_pl.phases import BudgetCalibration, BudgetDistillation, budget_distillation
+from d2dmoe_pl.phases import BudgetCalibration, BudgetDistillation, _teacher
 from d2dmoe_pl.phases._hidden_states import hidden_state_error, logits_and_weighed_states
 
 
@@ -128,7 +128,7 @@ def test_budgets_that_the_model_cannot_reach_are_its_least(trainer, calibrated):
 @pytest.mark.parametrize(("trains", "models"), [("routers", 0), ("model", 1)])
 def test_a_second_model_is_read_only_to_train_the_whole(trainer, calibrated, monkeypatch, trains, models):
     read = []
-    monkeypatch.setattr(budget_distillation, "load_model", lambda path: read.append(path) or load_model(path))
+    monkeypatch.setattr(_teacher, "load_model", lambda path, mapped: read.append(path) or load_model(path))
     distilled(trainer, calibrated, {"trains": trains}, max_epochs=1)
     assert read == [calibrated] * models
 
@@ -143,6 +143,25 @@ def test_the_whole_model_learns_from_what_it_was(trainer, calibrated):
     for name, value in phase._teacher.model.state_dict().items():
         assert value.equal(before.state_dict()[name])
     assert divergence(after, path, phase, before) < 0.8 * divergence(before, path, phase, before)
+
+
+@pytest.mark.parametrize("trains", ["routers", "model"])
+def test_another_model_may_be_learnt_from(trainer, calibrated, tmp_path, trains):
+    before = load_model(calibrated)
+    path = budget_path(before)
+    torch.manual_seed(1)
+    other = digits_source().build(DIGIT_LABELS).eval()
+    save_artifact(other, tmp_path / "other", [PhaseRecord("FineTuning")])
+    settings = {"trains": trains, "teacher": str(tmp_path / "other")}
+    phase, folder = distilled(trainer, calibrated, settings, max_epochs=3)
+    batch = next(iter(phase.data.val_dataloader()))
+    with torch.no_grad():
+        wanted = tiny.logits(other, batch)
+        errors = []
+        for model in (before, load_model(folder)):
+            set_taus_(model, path, path.at_cost("ffn_flops", 0.6).taus)
+            errors.append(phase.task.prediction_loss(tiny.logits(model.eval(), batch), wanted, batch))
+    assert errors[1] < (0.5 if trains == "model" else 0.95) * errors[0]
 
 
 def test_routers_learn_at_a_rate_of_their_own(trainer, calibrated):
