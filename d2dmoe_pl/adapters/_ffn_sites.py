@@ -233,10 +233,10 @@ def _rows(node: Node) -> slice | None:
     given, _ = node.inputs
     whole = given[0].shape
     if node.packet is aten.slice:
-        rest: tuple[Any, ...] = (0, 0, None)
-        dim, start, end = (*given[1:4], *rest[len(given) - 1 :])[:3]
+        rest: tuple[Any, ...] = (0, 0, None, 1)
+        dim, start, end, step = (*given[1:5], *rest[len(given) - 1 :])[:4]
         is_last = dim in (-1, len(whole) - 1)
-        return slice(start or 0, min(end or whole[-1], whole[-1])) if is_last else None
+        return slice(start or 0, min(end or whole[-1], whole[-1]), step) if is_last else None
     _, sizes, *dims = given
     if not dims or dims[0] not in (-1, len(whole) - 1) or node.part is None:
         return None

@@ -16,7 +16,12 @@ from d2dmoe_pl.hooks import hooked
 
 @torch.no_grad()
 def reads_padding(
-    adapter: Any, model: Any, sites: Sequence[Site], texts: Mapping[str, Tensor], streams: Mapping[str, str]
+    adapter: Any,
+    model: Any,
+    sites: Sequence[Site],
+    texts: Mapping[str, Tensor],
+    whole: Tensor,
+    streams: Mapping[str, str],
 ) -> bool:
     """Whether anything of a text changes if FFNs give zeros for its padding: at its tokens, or what is said of it.
 
@@ -25,9 +30,10 @@ def reads_padding(
         model: A model of texts, none of whose FFNs has been replaced.
         sites: Its FFNs.
         texts: A batch of two without padding, of which about one half is taken for padding and then the other.
+        whole: Their mask, of ones, ``(2, L)``.
         streams: As of :meth:`Adapter.streams`.
     """
-    behind = torch.ones_like(texts["input_ids"])
+    behind = whole.clone()
     for row, half in zip(behind, (behind.shape[1] // 2, behind.shape[1] // 2 + 1), strict=True):
         row[half:] = 0  # where some pool pairs, one of the two ends within a pair
     for mask in (behind, behind.flip(1)):

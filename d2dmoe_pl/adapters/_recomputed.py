@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -38,6 +40,14 @@ class Recomputed(nn.Module):
             args = values[: len(values) - len(keys)]
             known.append(op(*args, **dict(zip(keys, values[len(values) - len(keys) :], strict=True))))
         return known[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With operators by name, since they cannot be pickled themselves."""
+        return {**self.__dict__, "steps": [(str(op), given, keys) for op, given, keys in self.steps]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        steps = [(attrgetter(op)(torch.ops), *rest) for op, *rest in state["steps"]]
+        super().__setstate__({**state, "steps": steps})
 
     def extra_repr(self) -> str:
         return ", ".join(str(op) for op, _, _ in self.steps)

@@ -3,24 +3,29 @@
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from d2dmoe_pl.adapters._adapter import MASK, NO_MASK
 from d2dmoe_pl.adapters._ffn import FFN
-from d2dmoe_pl.adapters._structural import StructuralAdapter
+from d2dmoe_pl.adapters._padding_read import reads_padding
+from d2dmoe_pl.adapters._structural import StructuralAdapter, fitting
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.errors import ConfigError, check, said_of
 
 EXAMPLE = "_d2dmoe_example"  # attribute of a model
+TELLS_PADDING = "_d2dmoe_tells_padding"  # attribute of one that takes a mask: whether that says what is never read
 
 
 def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
     """Find the FFNs of a model that is of no library, so that it can be converted.
 
     What is found is proved: with every FFN computed as what it is taken for, the model gives the same for ``example``.
+    An ``attention_mask`` that it takes is tried as well: what is zero there runs no expert, if nothing reads it.
     Everything that works on a model in place works then; to save it is left to you, as no file says how it is made.
 
     Args:
@@ -29,7 +34,7 @@ def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
 
     Raises:
         ConfigError: If the model cannot be traced, gives something else than a tensor, or no FFN is found. The model
-            is then as it was.
+            is then as it was; likewise for an example that holds anything but batches of tensors.
 
     Example:
         >>> import torch
@@ -49,13 +54,20 @@ def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
         >>> type(model[0].down).__name__, torch.allclose(model(x), before, atol=1e-5)
         ('MoELayer', True)
     """
+    check(isinstance(example, Mapping), f"example: is {said_of(example)}; must be tensors by name")
     check(bool(example), "example={}: must hold what the model is called with")
+    for name, tensor in example.items():
+        check(
+            isinstance(tensor, Tensor) and tensor.dim() > 0 and tensor.numel() > 0,
+            f"example: {name} is {said_of(tensor)}; must be a tensor of a batch, with something in it",
+        )
     known = set(inspect.signature(model.forward).parameters)
     unknown = sorted(set(example) - known)
     check(not unknown, f"example: {', '.join(unknown)} are no arguments of {type(model).__name__}; it takes {known}")
     model.__dict__[EXAMPLE] = {name: tensor.detach().clone() for name, tensor in example.items()}
     try:
         ADAPTER.ffns(model)
+        ADAPTER.try_mask(model)
     except Exception:  # the model's own too, of an example that it cannot be called with
         del model.__dict__[EXAMPLE]
         raise
@@ -81,6 +93,42 @@ class AnyModuleAdapter(StructuralAdapter):
             for name, tensor in other.items()
         }
         return [example, other, *([shorter] if length > 1 else [])]
+
+    def streams(self, model: Any) -> Mapping[str, str]:
+        """See :meth:`Adapter.streams`; none where a mask says something else than what is padding."""
+        return {"": MASK if model.__dict__.get(TELLS_PADDING, True) else NO_MASK}
+
+    def try_mask(self, model: Any) -> None:
+        """Find out, once, whether the model's mask, if it takes one, says what is padding, which nothing reads."""
+        is_here = not any(parameter.is_meta for parameter in model.parameters())
+        if MASK in inspect.signature(model.forward).parameters and is_here and TELLS_PADDING not in model.__dict__:
+            model.__dict__[TELLS_PADDING] = self._tells_padding(model)
+            if not model.__dict__[TELLS_PADDING]:
+                say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
+                say(
+                    f"{type(model).__name__}: what is zero in its attention_mask is not only padding, or is read all "
+                    "the same, so that every position is routed, run and counted."
+                )
+
+    def _tells_padding(self, model: Any) -> bool:
+        sites = self._sites(model)
+        texts = fitting(self.random_inputs(model, 2, 0), model)
+        whole = texts.get(MASK, torch.ones(2, *sites[0].shape[1:-1], dtype=torch.long))
+        if any(site.shape[1:-1] != whole.shape[1:] for site in sites) or not bool(whole.all()):
+            return False
+        try:
+            return not reads_padding(self, model, sites, texts, torch.ones_like(whole), self.streams(model))
+        except Exception:  # whatever a model raises that takes no such mask
+            return False
+
+    def masked(self, model: Any, texts: Mapping[str, Tensor], mask: Tensor) -> Mapping[str, Tensor]:
+        """What the model is called with, and a mask ``(B, L)``."""
+        return {**texts, MASK: mask}
+
+    @staticmethod
+    def token_dim(logits: Tensor) -> int:
+        """Which dimension of three is that of tokens."""
+        return 1
 
     def set_activation_(self, model: Any, ffns: Sequence[FFN], name: str, is_all: bool) -> None:
         check(name in ACT2FN, f"activation={name!r}: allowed are {', '.join(sorted(ACT2FN))}")

@@ -118,7 +118,8 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         has_mask = self.input_shape(model) is None and MASK in inspect.signature(model.forward).parameters
         if not has_mask or len(self.ffns(model)) < len(sites):
             return False
-        is_read = reads_padding(self, model, sites, fitting(self.examples(model)[0], model), self.masks(model))
+        texts = fitting(self.examples(model)[0], model)
+        is_read = reads_padding(self, model, sites, texts, torch.ones_like(texts["input_ids"]), self.masks(model))
         if is_read:
             say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
             say(

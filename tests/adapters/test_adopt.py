@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -76,7 +77,15 @@ class FusedFirst(Fused):
         super().__init__(gate_last=False)
 
 
-@pytest.mark.parametrize("block", [Plain, Written, Squared, Gated, Fused, FusedFirst])
+class Interleaved(Fused):
+    """Gate and up in one, each with every other output."""
+
+    def forward(self, x):
+        both = self.both(x)
+        return x + self.down(torch.tanh(both[..., ::2]) * both[..., 1::2])
+
+
+@pytest.mark.parametrize("block", [Plain, Written, Squared, Gated, Fused, FusedFirst, Interleaved])
 @torch.no_grad()
 def test_own_modules(block):
     model = nn.Sequential(block(), block()).eval()
@@ -85,6 +94,7 @@ def test_own_modules(block):
     converted = converts_exactly(model, {"input": x})
     assert len(moe_layers(converted)) == 2
     set_tau_(converted, 0.0)
+    assert torch.equal(pickle.loads(pickle.dumps(converted))(x), converted(x))
     other = copy.deepcopy(converted)  # with hooks of its own
     assert torch.equal(other(x), converted(x))
     for parameter in other.parameters():
@@ -200,6 +210,11 @@ def test_an_example_that_does_not_fit():
         adopt_(model, {"x": torch.randn(2, 3, 8)})
     with pytest.raises(ConfigError, match=r"example=\{\}: must hold what the model is called with"):
         adopt_(model, {})
+    for given, said in ((None, "NoneType"), (torch.ones(()), r".* of shape \(\)"), (torch.ones(0, 8), r".*\(0, 8\)")):
+        with pytest.raises(ConfigError, match=rf"example: input is {said}.*; must be a tensor of a batch, with"):
+            adopt_(model, {"input": given})
+    with pytest.raises(ConfigError, match=r"example: is torch.float32 of shape .*; must be tensors by name"):
+        adopt_(model, torch.ones(2, 3, 8))
     with pytest.raises(ConfigError, match="Sequential: is no model of transformers or timm; call adopt_ first"):
         convert_to_moe_(model, ExpertsConfig(8))
 
