@@ -80,10 +80,13 @@ def quantize_(
         )
     adapter = adapter_for(model)
     called = _called(model, adapter)
+    # what stands beside them for the same weight, as one that encoder and decoder share, would keep it as it is
+    tied = {id(weight) for module in called if (weight := module._parameters.get("weight")) is not None}
     found = {
         name: module
         for name, module in _candidates(model, adapter, config.embeddings)
-        if module in called and (filter_fn is None or filter_fn(module, name))
+        if (module in called or id(module._parameters.get("weight")) in tied)
+        and (filter_fn is None or filter_fn(module, name))
     }
     if not found:
         raise ConfigError(

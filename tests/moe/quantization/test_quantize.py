@@ -6,6 +6,7 @@ import os
 import pytest
 import tiny
 import torch
+import transformers
 from torch import nn
 
 from d2dmoe_pl import (
@@ -76,6 +77,18 @@ def test_tied_weights_stay_tied(tmp_path):
     for each in (model, load_model(tmp_path)):
         assert each.lm_head.weight is each.transformer.wte.weight
         assert each.lm_head.scale is each.transformer.wte.scale
+
+
+@torch.no_grad()
+def test_what_is_shared_with_what_is_called_is_in_int8_as_well(tmp_path):
+    config = transformers.T5Config(vocab_size=900, d_model=16, d_ff=16, num_layers=1, num_heads=1, d_kv=8)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    quantize_(model)  # encoder and decoder call embeddings of their own, which have the weight of a third
+    save_artifact(model, tmp_path)
+    for each in (model, load_model(tmp_path)):
+        assert each.shared.weight.dtype == torch.int8
+        assert each.shared.weight is each.encoder.embed_tokens.weight is each.decoder.embed_tokens.weight
+    assert os.path.getsize(tmp_path / "d2dmoe.safetensors") < 2 * 900 * 16  # a byte a number, and scales
 
 
 class Larger(nn.Module):
