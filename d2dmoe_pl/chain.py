@@ -26,6 +26,7 @@ from d2dmoe_pl.chain_status import (
     data_of,
     discard_phase,
     end_redo,
+    left_by,
     noted,
     plan_of,
     redo_goes_on,
@@ -113,10 +114,10 @@ def _run_what_is_left(
         computed_config(opening, after, output_dir)
         for opening, after in zip(openings, (None, *names[:-1]), strict=True)
     ]
-    if redo_goes_on(output_dir, names, computed, start_over):
+    goes_on = redo_goes_on(output_dir, names, computed, start_over)
+    if goes_on:
         say(f"What was begun to be redone from {start_over} on goes on.")
-        start_over = None
-    plan = plan_of(output_dir, names, computed, start_over)
+    plan = plan_of(output_dir, names, computed, start_over, goes_on)
     first = next((index for index, todo in enumerate(plan) if todo is not Todo.SKIP), None)
     for name, todo in zip(names, plan, strict=True):
         say(f"{name}: {todo.value}" + (f" ({output_dir / name})" if todo is Todo.SKIP else ""))
@@ -138,13 +139,15 @@ def _run_what_is_left(
     of_data = [data_of(each) for each in computed[first:]]
     later = [opening.model for opening, data in zip(openings, of_data, strict=True) if data == of_data[0]][1:]
     openings.clear()
-    if start_over is not None:
+    if start_over is not None and not goes_on:
         begin_redo(output_dir, start_over)
 
     for index in range(first, len(names)):
         say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
         try:
-            finished = _run_phase(output_dir / names[index], arguments[index], computed[index], plan[index], later)
+            after = None if index == 0 else names[index - 1]
+            noted_config = {**computed[index], **left_by(after, output_dir)}  # which may be there only by now
+            finished = _run_phase(output_dir / names[index], arguments[index], noted_config, plan[index], later)
         except (KeyboardInterrupt, SystemExit):
             say(f"Interrupted in {names[index]}. The same command goes on from there.", style="bold")
             raise

@@ -16,12 +16,13 @@ from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.checkpoints import checkpoints_of, remove_checkpoints, why_unreadable
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.given_files import CONTENT, contents
+from d2dmoe_pl.given_files import CONTENT, content, contents
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.whole_files import discard, replaced_file
 
 STATUS = "phase.json"
 START, AFTER = "model.init_args.init_from", "the phase before it"  # keys of a config
+LEFT = f"{CONTENT}what {AFTER} has left"  # one as well, once that is there
 REDO = ".redo.json"  # in the output folder: from which phase on a chain that is not finished was asked to be redone
 MOST_CHANGES, LONGEST_VALUE = 5, 60  # of what is said of a config that has changed
 # settings of where and how a phase runs rather than of what it computes
@@ -59,7 +60,18 @@ def computed_config(opening: PhaseCLI, after: str | None, output_dir: Path) -> d
     if after is not None:
         config["model"]["init_args"].pop("init_from", None)
     flat = _flat(config)
-    return {**flat, AFTER: after, **contents(flat, output_dir)}
+    return {**flat, AFTER: after, **contents(flat, output_dir), **left_by(after, output_dir)}
+
+
+def left_by(name: str | None, output_dir: Path) -> dict[str, str]:
+    """What tells the artifact of a phase from what another run of it leaves, as a part of the next one's config.
+
+    Args:
+        name: Of the phase; None where there is none.
+        output_dir: Of the chain.
+    """
+    word = None if name is None else content(str(output_dir / name / FOLDER))
+    return {} if word is None else {LEFT: word}
 
 
 def data_of(computed: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,24 +88,30 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def plan_of(output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None) -> list[Todo]:
+def plan_of(
+    output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None, goes_on: bool = False
+) -> list[Todo]:
     """What to do about each phase: nothing after the first unfinished one can count as finished.
 
     Args:
         output_dir: Of the chain.
         names: Of its phases.
         computed: The :func:`computed_config` of each.
-        start_over: The phase to redo from, unless that was begun before and is to go on.
+        start_over: The phase to redo from; None for none.
+        goes_on: Whether that was begun before, so that those are left which are not yet redone.
     """
     plan: list[Todo] = []
     for name, config in zip(names, computed, strict=True):
         folder = output_dir / name
         status = _read_status(folder)
-        redo = name == start_over or any(todo is not Todo.SKIP for todo in plan)
+        redo = (name == start_over and not goes_on) or any(todo is not Todo.SKIP for todo in plan)
         if redo or status is None:
             plan.append(Todo.RUN)
             continue
         changes = _changes(status["config"], config)
+        if status["finished"] and changes and goes_on and name in names[names.index(start_over) :]:
+            plan.append(Todo.RUN)  # left by the run that is redone
+            continue
         if status["finished"]:
             read_artifact(folder / FOLDER, f"finished phase {name}")
             check(
@@ -117,6 +135,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     before = {key: value for key, value in before.items() if key in now or not key.startswith(CONTENT)}
     if AFTER not in before:  # of an earlier version, which noted less
         now = {key: now[key] for key in now if not (key in (AFTER, START) or key.startswith(CONTENT))}
+    if LEFT not in before:  # the same, or it was begun before that was there
+        now = {key: now[key] for key in now if key != LEFT}
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     keys = [key for key in keys if key in before or not (now[key] is False or now[key] in ("", []))]
     told = [f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys[:MOST_CHANGES]]
@@ -147,7 +167,7 @@ def _read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def redo_goes_on(output_dir: Path, names: Sequence[str], computed: Sequence[dict], start_over: str | None) -> bool:
-    """Whether the phases from ``start_over`` on were begun to be redone before, as they are now, and are not finished.
+    """Whether the phases from ``start_over`` on were begun to be redone before, that one as it is now.
 
     Args:
         output_dir: Of the chain.
@@ -155,15 +175,17 @@ def redo_goes_on(output_dir: Path, names: Sequence[str], computed: Sequence[dict
         computed: The :func:`computed_config` of each.
         start_over: The phase to redo from; None for none.
     """
+    if start_over is None:
+        return False
     try:
-        begun = start_over is not None and bool(json.loads((output_dir / REDO).read_text())["from"] == start_over)
+        begun = bool(json.loads((output_dir / REDO).read_text())["from"] == start_over)
     except (OSError, ValueError, KeyError, TypeError):
-        begun = False
-    statuses = {name: _read_status(output_dir / name) for name in names} if begun else {}
-    return begun and not any(
-        status is not None and status["finished"] and _changes(status["config"], config)
-        for status, config in zip(statuses.values(), computed, strict=True)
+        return False
+    status = _read_status(output_dir / start_over) if begun else None
+    is_other = (
+        status is not None and status["finished"] and _changes(status["config"], computed[names.index(start_over)])
     )
+    return begun and not is_other
 
 
 @rank_zero_only

@@ -55,12 +55,12 @@ def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
     return found
 
 
-def content(path: str, besides: Path) -> str | None:
+def content(path: str, besides: Path | None = None) -> str | None:
     """A word for what is in the file, the folder, or the files of a pattern; None where there are none.
 
     Args:
         path: Of them.
-        besides: A folder whose files do not count.
+        besides: A folder whose files do not count, if any.
 
     Example:
         >>> import tempfile
@@ -68,15 +68,15 @@ def content(path: str, besides: Path) -> str | None:
         >>> from d2dmoe_pl.given_files import content
         >>> file = Path(tempfile.mkdtemp()) / "train.csv"
         >>> _ = file.write_text("text,label")
-        >>> before = content(str(file), Path("runs"))
+        >>> before = content(str(file))
         >>> _ = file.write_text("text;label")
-        >>> content(str(file), Path("runs")) == before
+        >>> content(str(file)) == before
         False
-        >>> content("nowhere", Path("runs")) is None
+        >>> content("nowhere") is None
         True
     """
     try:
-        files = sorted(_files(path, besides.resolve()))
+        files = sorted(_files(path, None if besides is None else besides.resolve()))
         said = hashlib.blake2b(digest_size=6)
         for file in files:
             size = file.stat().st_size
@@ -89,9 +89,9 @@ def content(path: str, besides: Path) -> str | None:
     return said.hexdigest() if files else None
 
 
-def _files(path: str, besides: Path) -> Iterator[Path]:
+def _files(path: str, besides: Path | None) -> Iterator[Path]:
     for place in [path] if os.path.exists(path) else glob.glob(path, recursive=True):
-        if Path(place).resolve().is_relative_to(besides):
+        if besides is not None and Path(place).resolve().is_relative_to(besides):
             continue
         if os.path.isfile(place):
             yield Path(place)

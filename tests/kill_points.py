@@ -53,6 +53,26 @@ def digits_recipe(folder):
     return data, phases, {"limit_train_batches": 4, "limit_val_batches": 1, "limit_test_batches": 1}
 
 
+def budgets_recipe(folder):
+    """What comes after routers: cutoffs, stand-ins, budgets, the model trained at them, and budgets again."""
+    source = {"class_path": "TimmModel", "init_args": {"architecture": "vit_tiny_patch16_224", **SIZES}}
+    samples = {"num_samples": 64, "num_scored_samples": 64, "num_scored_points": 3}
+    phases = {
+        "fine_tuning": phase("FineTuning", 1, source=source, activation="relu"),
+        "expert_clustering": phase("ExpertClustering", 1, num_experts=8, num_samples=200),
+        "router_regression": phase("RouterRegression", 1, width=4),
+        "cutoff_fitting": phase("CutoffFitting", 1, num_tokens=400),
+        "stand_in_fitting": phase("StandInFitting", 1, rank=2, num_tokens=400),
+        "first_calibration": phase("BudgetCalibration", 1, keep=0.4, **samples),
+        "budget_distillation": phase("BudgetDistillation", 7, trains="model", task_weight=0.5),
+        "budget_calibration": phase("BudgetCalibration", 1, **samples),
+    }
+    sweep = {"class_path": "TauSweep", "init_args": {"budgets": [0.5, 1.0]}}
+    phases["budget_calibration"]["trainer"]["callbacks"] = [sweep]
+    data = {"class_path": "Digits", "init_args": {"batch_size": 64}}
+    return data, phases, {"limit_train_batches": 4, "limit_val_batches": 1, "limit_test_batches": 1}
+
+
 def texts_recipe(folder):
     """MoEBERT: importance and distillation, with dropout."""
     tiny.tokenizer(folder / "tokenizer", "abcxyz")
@@ -84,7 +104,7 @@ def texts_recipe(folder):
     return data, phases, {}
 
 
-RECIPES = {"digits": digits_recipe, "texts": texts_recipe}
+RECIPES = {"digits": digits_recipe, "budgets": budgets_recipe, "texts": texts_recipe}
 
 
 class Points:
