@@ -17,7 +17,7 @@ from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
-from d2dmoe_pl.phases._best_checkpoint import BestEpoch, restore_best_
+from d2dmoe_pl.phases._best_checkpoint import BestEpoch, find_moved_, restore_best_
 from d2dmoe_pl.phases._exact_types import ExactTypes
 from d2dmoe_pl.phases._labels import build_for, number_as_model
 from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
@@ -225,6 +225,7 @@ class Phase(ExactTypes):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.measured = dict(checkpoint.get(COURSE, {}).get("measured", {}))
+        find_moved_(self.trainer, checkpoint)
 
     def _keep_measured(self) -> None:
         metrics = self.trainer.callback_metrics

@@ -1,6 +1,8 @@
 """Where a metric is monitored, the best epoch is what goes on, and is what the artifact says."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,9 +74,10 @@ def test_with_early_stopping(trainer, tmp_path):
     assert same(load_model(tmp_path / "run" / "artifact"), keep.epochs[1])
 
 
-def test_after_a_resumption(trainer, tmp_path):
+@pytest.mark.parametrize("place", ["", "copied", "renamed"])
+def test_after_a_resumption(trainer, tmp_path, place):
     keep = Keep()
-    callbacks = [monitored(tmp_path), ModelCheckpoint(tmp_path / "last", filename="last", save_on_train_epoch_end=True)]
+    last = ModelCheckpoint(tmp_path / "begun" / "last", filename="last", save_on_train_epoch_end=True)
     broken = Worse(source=digits_source())
     step = broken.training_step
 
@@ -85,11 +88,19 @@ def test_after_a_resumption(trainer, tmp_path):
 
     broken.training_step = breaks
     with pytest.raises(RuntimeError, match="broken off"):
-        fitted(trainer, broken, keep, *callbacks)
+        fitted(trainer, broken, keep, monitored(tmp_path / "begun"), last)
+    folder = tmp_path / (place or "begun")
+    if place:
+        shutil.copytree(tmp_path / "begun", folder)
+    if place == "renamed":
+        shutil.rmtree(tmp_path / "begun")
     phase = Worse(source=digits_source())
-    runner = trainer(callbacks=[SaveArtifact(), monitored(tmp_path)], max_epochs=4, enable_checkpointing=True)
-    runner.fit(phase, datamodule=Digits(16), ckpt_path=str(tmp_path / "last" / "last.ckpt"), weights_only=False)
+    runner = trainer(callbacks=[SaveArtifact(), monitored(folder)], max_epochs=4, enable_checkpointing=True)
+    runner.fit(phase, datamodule=Digits(16), ckpt_path=str(folder / "last" / "last.ckpt"), weights_only=False)
     assert same(load_model(tmp_path / "run" / "artifact"), keep.epochs[1])
+    [best] = runner.checkpoint_callback.best_k_models
+    assert best == runner.checkpoint_callback.best_model_path
+    assert Path(best).parent == folder / "best"
 
 
 def test_without_a_metric_the_last_goes_on(trainer, tmp_path, caplog):
