@@ -23,6 +23,7 @@ SETTINGS = {
     "train",
     "validation",
 }
+FURTHER = ".more."  # before further splits, whose names are free
 CONTENT = "content of "  # before a path, what keys of words begin with
 BLOCK, BLOCKS = 1 << 16, 16  # bytes of a file that are read at once, and how often at most
 MOST_READ, MOST_SEEN = 500, 50_000  # files of a folder
@@ -47,7 +48,7 @@ def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
 
     found = {}
     for setting, value in config.items():
-        if setting.rpartition(".")[2] in SETTINGS:
+        if setting.rpartition(".")[2] in SETTINGS or FURTHER in setting:
             for path in value if isinstance(value, list) else [value]:
                 word = known(path) if isinstance(path, str) and path else None
                 if word is not None:

@@ -76,8 +76,8 @@ def test_of_many_files_names_and_sizes_are_told(folder, tmp_path, monkeypatch):
 
 def test_settings_that_name_files(folder, tmp_path):
     file, other = str(folder / "train.csv"), str(folder / "test.csv")
+    more = str(folder / "a" / "picture.png")
     config = {"data.init_args.source.train": [file, other], "data.init_args.label_column": file, "a.name": "nowhere"}
-    found = contents(
-        {**config, "model.init_args.teacher": None, "seed": 3, "b.dataset": str(folder)}, tmp_path / "runs"
-    )
-    assert list(found) == [f"content of {path}" for path in (file, other, str(folder))]
+    config |= {"model.init_args.teacher": None, "seed": 3, "b.dataset": str(folder)}
+    found = contents({**config, "data.init_args.source.more.test_hard": more}, tmp_path / "runs")
+    assert list(found) == [f"content of {path}" for path in (file, other, str(folder), more)]
