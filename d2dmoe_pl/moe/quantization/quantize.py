@@ -10,8 +10,9 @@ from torch import nn
 from d2dmoe_pl.adapters import Adapter, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
+from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.experts.experts import Experts
-from d2dmoe_pl.moe.find_layers import check_weights_are_here, expert_layers
+from d2dmoe_pl.moe.find_layers import check_weights_are_here, expert_layers, moe_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, Int8Module, check_not_quantized
@@ -130,7 +131,7 @@ def restore_quantized_(model: nn.Module, names: Collection[str]) -> None:
 def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
     """The modules that run when ``model`` does; those whose weights others read, instead of calling them, do not.
 
-    Those of layers with experts all are: which of them run depends on the tokens.
+    Those of layers with experts all are, since which of them run depends on the tokens, but for what routers only read.
     """
     of_experts = {part for layer in expert_layers(model).values() for part in layer.modules()}
     fused = {
@@ -147,11 +148,27 @@ def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
     }
     try:
         adapter.logits(model.eval(), inputs)
+        for layer in moe_layers(model).values():
+            if layer.router is not None:
+                of_experts -= _only_read(layer, layer.router)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
     return called - fused | of_experts  # torch has a kernel for all of such a layer, but not where there are hooks
+
+
+def _only_read(layer: MoELayer, router: nn.Module) -> set[nn.Module]:
+    """The parts of a layer's router that it does not call, but takes weights from."""
+    called: set[nn.Module] = set()
+    tokens = torch.rand(1, layer.sizes.d_model, generator=torch.Generator().manual_seed(0), device="cpu")
+    handles = [part.register_forward_pre_hook(lambda module, args: called.add(module)) for part in router.modules()]
+    with hooked(handles), torch.random.fork_rng(devices=[]):
+        try:
+            router(tokens.to(layer.experts.up_weight))
+        except Exception:  # whatever it raises: it may need more tokens, or a kernel that is for another device
+            return set()
+    return set(router.modules()) - called
 
 
 def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:

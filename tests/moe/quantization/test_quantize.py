@@ -12,6 +12,7 @@ from torch import nn
 from d2dmoe_pl import (
     ConfigError,
     ExpertsConfig,
+    GateConfig,
     QuantizationConfig,
     RouterConfig,
     add_routers_,
@@ -22,6 +23,7 @@ from d2dmoe_pl import (
     quantize_,
     replace_projections_,
     save_artifact,
+    set_gate_,
     set_tau_,
 )
 from d2dmoe_pl.errors import NonFiniteWeightsError
@@ -29,6 +31,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.projections import ProjectionConfig
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Linear, quantized_names
+from d2dmoe_pl.moe.routers import ROUTERS, Router
 from d2dmoe_pl.phases import RecoveryTuning
 
 KINDS = [kind for kind in tiny.CONFIGS if "distilled" not in kind and kind in tiny.SOURCES] + ["timm_vit"]
@@ -136,6 +139,38 @@ def test_a_router_in_part(tmp_path):
     layer = next(iter(moe_layers(model).values()))
     assert layer.router.is_quantized is None
     tiny.logits(model, tiny.batch("bert"))
+
+
+class OwnRouter(Router):
+    """Calls a linear layer, and reads the weights of another."""
+
+    def __init__(self, experts, config):
+        super().__init__(experts, config)
+        self.inner = nn.Linear(experts.d_model, experts.d_model)
+        self.prototypes = nn.Linear(experts.d_model, experts.num_experts, bias=False)
+
+    def forward(self, tokens):
+        return self.inner(tokens) @ nn.functional.normalize(self.prototypes.weight).T + 9
+
+    def flops(self):
+        return 2 * (self.inner.weight.numel() + self.prototypes.weight.numel())
+
+
+@torch.no_grad()
+def test_what_a_router_of_ones_own_only_reads_is_left_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(ROUTERS, "_registered", {"own": OwnRouter})
+    model, pixels = tiny.routed("timm_vit"), tiny.batch("timm_vit")["pixel_values"]
+    set_gate_(model, None)
+    add_routers_(model, RouterConfig(kind="own"))
+    set_gate_(model, GateConfig("topk", k=3))
+    expected = model(pixels)
+    quantize_(model)
+    (router, *_) = (layer.get_router() for layer in moe_layers(model).values())
+    assert isinstance(router.inner, Int8Linear)
+    assert router.prototypes.weight.dtype == torch.float32
+    torch.testing.assert_close(model(pixels), expected, rtol=0.1, atol=0.1)
+    save_artifact(model, tmp_path / "artifact")
+    torch.testing.assert_close(load_model(tmp_path / "artifact")(pixels), model(pixels))
 
 
 def test_refusals(tmp_path):
