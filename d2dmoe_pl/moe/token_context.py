@@ -224,7 +224,7 @@ def run_on_real_tokens(run: Callable[[Tensor], Tensor], x: Tensor, index: Tensor
     positions = x.reshape(-1, x.shape[-1])  # (B * L, d)
     output = run(real_tokens(positions, index))  # (N, d_out)
     if index is not None:
-        output = scattered(output, index, len(positions))  # (B * L, d_out)
+        output = scattered(output, index, positions.shape[0])  # (B * L, d_out); len() would be fixed in an export
     return output.view(*x.shape[:-1], output.shape[1])
 
 
@@ -241,7 +241,10 @@ def sentence_numbers(shape: Sequence[int], index: Tensor | None, device: torch.d
     """
     batch, length = shape
     rows = real_tokens(torch.arange(batch * length, device=device) // length, index)
-    return rows if index is None else rows.unique_consecutive(return_inverse=True)[1]
+    if index is None:
+        return rows
+    has_any = torch.zeros(batch, dtype=torch.int64, device=device).index_fill(0, rows, 1)  # (B,)
+    return (has_any.cumsum(0) - 1)[rows]
 
 
 def token_index(attention_mask: Tensor | None, length: int | None = None) -> Tensor | None:

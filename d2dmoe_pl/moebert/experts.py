@@ -106,13 +106,18 @@ class ImportanceExperts(nn.Module):
         Returns:
             ``norm_e(x + dropout(scale * FFN_e(x)))`` of each token, ``(N, d_model)``.
         """
+        # unbound once, so that the backward pass puts each gradient together once
+        parameters = (self.up_weight, self.up_bias, self.down_weight, self.down_bias, self.norm_weight, self.norm_bias)
+        experts = list(zip(*(parameter.unbind() for parameter in parameters), strict=True))
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # where numbers of tokens would be the example's
+            output = self._run(tokens, scale, *experts[0])
+            for index, weights in enumerate(experts[1:], 1):
+                output = torch.where((expert == index).unsqueeze(1), self._run(tokens, scale, *weights), output)
+            return output
         order = expert.argsort(stable=True)  # (N,): tokens, expert by expert
         sizes = torch.bincount(expert, minlength=self.num_experts).tolist()
         rows = tokens.index_select(0, order).split(sizes)  # E tensors (n_e, d)
         scales = [None] * self.num_experts if scale is None else scale.index_select(0, order).split(sizes)
-        # unbound once, so that the backward pass puts each gradient together once
-        parameters = (self.up_weight, self.up_bias, self.down_weight, self.down_bias, self.norm_weight, self.norm_bias)
-        experts = zip(*(parameter.unbind() for parameter in parameters), strict=True)
         outputs = [self._run(*inputs, *expert) for *inputs, expert in zip(rows, scales, experts, strict=True)]
         return scattered(torch.cat(outputs), order, len(tokens))
 

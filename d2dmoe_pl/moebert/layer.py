@@ -83,14 +83,8 @@ class MoEBERTLayer(ExpertLayer):
         """``(..., d_model)`` to the same shape; rows of padding come out as zeros.
 
         Raises:
-            ConfigError: Where it is traced by ``torch.jit``, as by the older export to ONNX.
             ValueError: If the routing goes by token ids and the model was called without ``input_ids``.
         """
-        if torch.jit.is_tracing():
-            raise ConfigError(
-                f"{type(self).__name__}: torch.jit.trace would keep how many tokens the example sends to each "
-                "expert; must be run by PyTorch itself, or compiled by torch.compile"
-            )
         if self.routing.needs_ids and self.context.token_ids is None:
             raise ValueError(f"input_ids=None: the routing {self.config.routing} needs token ids")
         return run_on_real_tokens(self._run, x, self.context.token_index)
@@ -110,7 +104,7 @@ class MoEBERTLayer(ExpertLayer):
     def _run(self, tokens: Tensor) -> Tensor:
         """Tokens without padding, ``(N, d_model)`` to the same shape."""
         decision: Decision = self.routing(tokens, self.context)
-        self._check(decision, len(tokens))
+        self._check(decision, tokens.shape[0])  # len() would fix the number where it is exported
         return self.experts(tokens, decision.expert, decision.scale)
 
     def _check(self, decision: Any, count: int) -> None:

@@ -53,5 +53,6 @@ def load_balancing_loss(probabilities: Tensor, expert: Tensor) -> Tensor:
         tensor(2.)
     """
     num_experts = probabilities.shape[1]
-    share = torch.bincount(expert, minlength=num_experts) / max(1, len(expert))  # (E,)
+    counts = torch.bincount(expert, minlength=num_experts)  # (E,)
+    share = counts / counts.sum().clamp(min=1)
     return num_experts * (probabilities.mean(dim=0) * share).sum()

@@ -39,7 +39,7 @@ def sentence_means(tokens: Tensor, sentence: Tensor) -> Tensor:
     """
     lengths = torch.bincount(sentence)  # (S,)
     wide = tokens.float()
-    sums = wide.new_zeros(len(lengths), tokens.shape[1]).index_add(0, sentence, wide)
+    sums = wide.new_zeros(lengths.shape[0], tokens.shape[1]).index_add(0, sentence, wide)
     return (sums / lengths.unsqueeze(1)).to(tokens.dtype)
 
 
