@@ -1,7 +1,7 @@
 """The nine tasks of GLUE (arXiv 1804.07461)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -9,13 +9,15 @@ from datasets import ClassLabel, Dataset
 
 from d2dmoe_pl.data.class_labels import with_column
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
+from d2dmoe_pl.data.output_names import plain_name
 from d2dmoe_pl.data.task import Classification, Regression, Task
-from d2dmoe_pl.data.text_classification import check_texts
+from d2dmoe_pl.data.text_classification import check_texts, parted_texts
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.notices import notice
 
 HUB = "nyu-mll/glue"
-UNLABELLED = -1
+UNLABELLED = ("-1", "", "None", "nan")  # -1 on the hub
 Name = Literal["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 
 
@@ -56,8 +58,9 @@ GLUE_TASKS: dict[str, GLUETask] = {
 class GLUE(TokenizedData):
     """One of the nine GLUE tasks, with its official metrics.
 
-    A test split without labels (all -1, as on the hub) is replaced by the validation split. MNLI has two validation
-    sets: the matched one is ``validation``, the other ``validation_mismatched``; so for test.
+    A test split without labels (all -1, as on the hub, all missing, or without the column) is replaced by the
+    validation split. MNLI has two validation sets: the matched one is ``validation``, the other
+    ``validation_mismatched``; so for test.
 
     Batches: what the tokenizer gives (``input_ids``, ``attention_mask``, ... ``(B, L)``) and ``labels`` ``(B,)``.
 
@@ -90,20 +93,33 @@ class GLUE(TokenizedData):
         self.name = name
         self.source = hub_source(name) if source is None else source
         self.head = GLUE_TASKS[name].task().head
+        self._tests_are_validation = False
 
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         splits = self.source.load()
         made_of = GLUE_TASKS[str(self.name)]
-        check_columns(splits, {f"{self.name} column {i}": name for i, name in enumerate((*made_of.columns, "label"))})
+        check_columns(splits, {f"{self.name} column {i}": name for i, name in enumerate(made_of.columns)})
         for name, split in splits.items():
             for column in made_of.columns:
                 check_texts(split, column, name, "column", may_be_blank=True)
-        if all(str(label) == str(UNLABELLED) for label in splits["test"]["label"]):
+        self._tests_are_validation = is_unlabelled(splits["test"])
+        if self._tests_are_validation:
             validation = {name: split for name, split in splits.items() if name.startswith("validation")}
             splits = {name: split for name, split in splits.items() if not name.startswith("test")}
             splits |= {name.replace("validation", "test", 1): split for name, split in validation.items()}
+        check_columns(splits, {f"{self.name} column {len(made_of.columns)}": "label"})
         encoded = {name: with_labels(split, name, made_of.label_names) for name, split in splits.items()}
         return {name: self.tokenized(split, made_of.columns) for name, split in encoded.items()}, made_of.task()
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        if stage == "predict" and self._tests_are_validation and self._raw_inputs is None:
+            notice("The test split has no labels; predictions are for the validation split, in its place.")
+
+    def raw_samples(self, inputs: Sequence[str]) -> Dataset:
+        """Texts; of pairs, the two parted by a tab."""
+        columns = GLUE_TASKS[str(self.name)].columns
+        return self.tokenized(parted_texts(inputs, columns), columns)
 
 
 def hub_source(name: str) -> DatasetSource:
@@ -112,6 +128,13 @@ def hub_source(name: str) -> DatasetSource:
         more = {"validation_mismatched": "validation_mismatched"}
         return DatasetSource(HUB, name, validation="validation_matched", test="test_matched", more=more)
     return DatasetSource(HUB, name)
+
+
+def is_unlabelled(split: Dataset) -> bool:
+    """Whether a split has rows, and no label for any of them."""
+    if "label" not in split.column_names:
+        return True
+    return len(split) > 0 and all(plain_name(label) in UNLABELLED for label in split["label"])
 
 
 def with_labels(split: Dataset, name: str, label_names: tuple[str, ...]) -> Dataset:
@@ -128,11 +151,11 @@ def with_labels(split: Dataset, name: str, label_names: tuple[str, ...]) -> Data
     index = {value: i for i, label in enumerate(label_names) for value in (i, str(i), label)}
     feature, found = split.features["label"], split["label"]
     if label_names and isinstance(feature, ClassLabel):  # whose order may be another
-        found = [feature.names[label] if label >= 0 else label for label in found]
+        found = [label if label is None or label < 0 else feature.names[label] for label in found]
     labels = []
     for label in found:
         try:
-            key = label.strip() if isinstance(label, str) else label
+            key = plain_name(label) if isinstance(label, str) else label
             labels.append(index[key] if label_names else _finite(label))
         except (KeyError, TypeError, ValueError):
             allowed = f"0 to {len(label_names) - 1}, or {', '.join(label_names)}" if label_names else "numbers"

@@ -62,17 +62,24 @@ class TextClassification(TokenizedData):
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         """Texts; of pairs, the two parted by a tab."""
-        number = len(self.text_columns)
-        parts = [text.split("\t") for text in inputs]
-        for text, part in zip(inputs, parts, strict=True):
-            check(len(part) == number, f"text={text!r}: must be {number} texts, parted by a tab")
-        columns = dict(zip(self.text_columns, map(list, zip(*parts, strict=True)), strict=True))
-        return self.tokenized(Dataset.from_dict(columns), self.text_columns)
+        return self.tokenized(parted_texts(inputs, self.text_columns), self.text_columns)
 
     def encoded(self, splits: Mapping[str, Dataset]) -> tuple[Mapping[str, Dataset], Task]:
         """The splits with what is to be learnt in the column ``labels``, and the task."""
         encoded, names = encode_labels(splits, self.label_column)
         return encoded, Classification(names)
+
+
+def parted_texts(inputs: Sequence[str], columns: Sequence[str]) -> Dataset:
+    """Texts in columns, from one text for each row, in which tabs part them where there are several columns.
+
+    Raises:
+        ConfigError: If there are more texts in a row, or fewer.
+    """
+    parts = [text.split("\t") for text in inputs]
+    for text, part in zip(inputs, parts, strict=True):
+        check(len(part) == len(columns), f"text={text!r}: must be {len(columns)} texts, parted by a tab")
+    return Dataset.from_dict(dict(zip(columns, map(list, zip(*parts, strict=True)), strict=True)))
 
 
 def check_texts(

@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features
 
 from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.artifact import read_artifact
@@ -89,6 +89,39 @@ def test_a_labelled_test_split_is_used(tmp_path, tokenizer):
     assert len(data.test_dataloader().dataset) == 3
 
 
+@pytest.mark.parametrize("name", ["rte", "stsb"])
+@pytest.mark.parametrize("label", [-1, -1.0, "-1", "-1.0", None, ""])
+def test_a_test_split_without_labels_is_replaced(name, label, tmp_path, tokenizer, caplog):
+    unlabelled = [{**row, "label": label} for row in rows(name, 3)]
+    data = glue(tmp_path, tokenizer, name, test=unlabelled)
+    data.setup("test")
+    assert not caplog.messages
+    data.setup("predict")
+    assert caplog.messages == ["The test split has no labels; predictions are for the validation split, in its place."]
+    assert data._splits["test"]["labels"][:] == data._splits["validation"]["labels"][:]
+
+
+def test_a_test_split_without_a_column_of_labels(tmp_path, tokenizer):
+    source = write(tmp_path / "rte", "rte", test=[{"sentence1": "a", "sentence2": "b"}])
+    data = GLUE("rte", tokenizer, source, max_length=12)
+    data.setup()
+    assert len(data._splits["test"]) == 7
+    source = write(tmp_path / "rte", "rte", validation=[{"sentence1": "a", "sentence2": "b"}])
+    with pytest.raises(ConfigError, match=r"^rte column 2='label': not a column of the validation split, which has"):
+        GLUE("rte", tokenizer, source, max_length=12).setup()
+
+
+def test_pairs_of_texts_to_predict_for(tmp_path, tokenizer, caplog):
+    data = glue(tmp_path, tokenizer, "rte")
+    data.predict_for(["a b\tc", "d\t"])
+    data.setup("predict")
+    (batch,) = data.predict_dataloader()
+    assert batch["input_ids"].tolist() == [[2, 4, 5, 3, 6, 3], [2, 7, 3, 3, 0, 0]]
+    assert not caplog.messages
+    with pytest.raises(ConfigError, match=r"^text='a b': must be 2 texts, parted by a tab$"):
+        data.raw_samples(["a b"])
+
+
 def test_the_hub_has_two_validation_sets_of_mnli():
     source = hub_source("mnli")
     assert (source.dataset, source.config, source.validation) == ("nyu-mll/glue", "mnli", "validation_matched")
@@ -96,7 +129,9 @@ def test_the_hub_has_two_validation_sets_of_mnli():
     assert hub_source("rte") == DatasetSource("nyu-mll/glue", "rte")
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 1], ["0", "1", "1"], ["not_equivalent", "equivalent", "equivalent"]])
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 1], ["0", "1", "1"], ["0.0", "1.0", " 1 "], ["not_equivalent", "equivalent", "equivalent"]]
+)
 def test_labels_by_index_or_name(labels):
     split = with_labels(Dataset.from_dict({"label": labels}), "train", GLUE_TASKS["mrpc"].label_names)
     assert split["labels"][:] == [0, 1, 1]
@@ -110,6 +145,13 @@ def test_an_unknown_label(tmp_path, tokenizer):
     data = glue(tmp_path / "stsb", tokenizer, "stsb", validation=[{**rows("stsb", 1)[0], "label": "close"}])
     with pytest.raises(ConfigError, match="label='close' in the validation split: allowed are numbers"):
         data.setup()
+
+
+def test_a_label_that_is_missing():
+    names = ["entailment", "not_entailment"]
+    split = Dataset.from_dict({"label": [1, None]}, features=Features({"label": ClassLabel(names=names)}))
+    with pytest.raises(ConfigError, match=r"^label=None in the train split: allowed are 0 to 1, or entailment, not_"):
+        with_labels(split, "train", GLUE_TASKS["rte"].label_names)
 
 
 def test_a_missing_column(tmp_path, tokenizer):
