@@ -28,9 +28,9 @@ class PredictionFile(L.Callback):
     """Write a row a sample, in the order of the test split, while ``predict`` runs.
 
     Columns: ``sample``, its number from 1; ``input``, where it was given on the command line; ``label``, where there is
-    one; ``prediction``; of classes, the probability of each by its name; of answers, where a sample is a window of a
-    text, the ``question`` and the ``margin`` over no answer; and where there are layers with experts,
-    ``experts_percent`` and ``flops`` (of the whole model for this sample; a multiply-add is 2).
+    one; ``prediction``; of classes, the probability of each by its name; of questions about a text, the ``question``,
+    and the ``margin`` of the best answer over none; and where there are layers with experts, ``experts_percent`` and
+    ``flops`` (of the whole model for this sample; a multiply-add is 2), of a text's windows the mean and the sum.
 
     Args:
         file: Its ending, ``.csv`` or ``.parquet``, decides the format.
@@ -83,9 +83,7 @@ class PredictionFile(L.Callback):
         if dataloader_idx > 0:
             return
         rows = phase.task.rows(outputs, None if self.inputs is not None else batch["labels"])
-        for row in rows:
-            row = {"sample": len(self.rows) + 1, **row}
-            self.rows.append(row if self.inputs is None else {"input": self.inputs[len(self.rows)], **row})
+        self.rows += rows
         if self._layers:
             masks = [self._masks[name] for name in self._layers]
             alike = [[len(mask) // len(rows)] * len(rows) for mask in masks]
@@ -98,12 +96,16 @@ class PredictionFile(L.Callback):
             outside = [self._flops_outside[size] for size in sizes]
             works = [self._works[name] for name in self._layers]
             cost = sample_cost(list(self._layers.values()), masks, works, tokens, outside)
-            for row, share, flops in zip(self.rows[-len(rows) :], cost.experts_percent, cost.flops, strict=True):
+            for row, share, flops in zip(rows, cost.experts_percent, cost.flops, strict=True):
                 row.update(experts_percent=share, flops=flops)
 
     def on_predict_end(self, trainer: L.Trainer, phase: Phase) -> None:
         """Write the file, whole or not at all."""
         self._watching.__exit__(None, None, None)
+        self.rows = [{"sample": number, **row} for number, row in enumerate(phase.task.joined(self.rows), 1)]
+        if self.inputs is not None:
+            named = zip(self.inputs, self.rows, strict=True)
+            self.rows = [{"input": given, **row} for given, row in named]
         with replaced_file(self.file) as aside:
             WRITERS[self.file.suffix](Dataset.from_list(self.rows), aside)
 

@@ -85,6 +85,10 @@ class Task(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} writes no rows")
 
+    def joined(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows to be written, of those of a whole split, costs in them: others where one is of a sample's part."""
+        return rows
+
     def with_label_names(self, label_names: Sequence[str]) -> "Task":
         """The same task for a model whose outputs are these, by index; the task's own names are among them."""
         task = copy(self)

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from d2dmoe_pl.data.head import Head
-from d2dmoe_pl.data.squad.answer_spans import best_spans, null_scores
+from d2dmoe_pl.data.squad.answer_spans import best_spans, merge_windows, null_scores
 from d2dmoe_pl.data.squad.squad_score import SQuADScore
 from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.data.task import Batch, Task
+
+WINDOW = ("questions", "scores", "spans", "null_scores")  # what is known of one, as merge_windows takes it
 
 
 class QuestionAnswering(Task):
@@ -70,15 +72,28 @@ class QuestionAnswering(Task):
         return {"questions": batch["question"], "spans": spans, "scores": scores, "null_scores": null_scores(logits)}
 
     def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
-        """One row a window of a text: its question, the best answer in it, and how far that beats no answer."""
-        columns = (outputs[key].tolist() for key in ("questions", "spans", "scores", "null_scores"))
-        rows = []
-        for question, spans, scores, null_score in zip(*columns, strict=True):
-            start, end = spans[0]
-            asked = self.examples[question]
-            answer = asked["context"][start:end]
-            rows.append({"question": asked["question"], "prediction": answer, "margin": scores[0] - null_score})
-        return rows
+        """One row a window of a text, to be :meth:`joined`."""
+        best = {"scores": outputs["scores"][:, 0], "spans": outputs["spans"][:, 0]}
+        columns = ({**outputs, **best}[key].tolist() for key in WINDOW)
+        return [dict(zip(WINDOW, window, strict=True)) for window in zip(*columns, strict=True)]
+
+    def joined(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One row a question: its answer, empty if that is none, how far it beats none, and what its windows cost."""
+        costs: dict[int, list[dict[str, Any]]] = {}
+        for row in rows:
+            cost = {key: value for key, value in row.items() if key not in WINDOW}
+            costs.setdefault(row["questions"], []).append(cost)
+        found = []
+        for question, answer in merge_windows(*([row[key] for row in rows] for key in WINDOW)).items():
+            asked, windows = self.examples[question], costs[question]
+            is_none = self.answerless and answer.null_margin > self.null_threshold
+            text = "" if is_none else answer.text(asked["context"])
+            row = {"question": asked["question"], "prediction": text, "margin": -answer.null_margin}
+            if windows[0]:
+                row["experts_percent"] = sum(cost["experts_percent"] for cost in windows) / len(windows)
+                row["flops"] = sum(cost["flops"] for cost in windows)
+            found.append(row)
+        return found
 
 
 def _unpadded(logits: Tensor, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from d2dmoe_pl.data.squad.given_answers import with_answers
 from d2dmoe_pl.data.squad.question_answering import QuestionAnswering
 from d2dmoe_pl.data.squad.question_windows import OUTSIDE, question_windows
 from d2dmoe_pl.data.task import Task
-from d2dmoe_pl.data.text_classification import check_texts
+from d2dmoe_pl.data.text_classification import check_texts, parted_texts
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check
 
@@ -136,6 +136,15 @@ class SQuAD(TokenizedData):
         length = batch["input_ids"].shape[1]
         padded = [F.pad(one, (0, 0, 0, length - len(one)), value=OUTSIDE[0]) for one in offsets]
         return {**batch, "offsets": torch.stack(padded)}
+
+    def raw_samples(self, inputs: Sequence[str]) -> Dataset:
+        """Questions, each with the text that may answer it, parted by a tab."""
+        task: Any = self.task
+        given = parted_texts(inputs, ("question", "context"))
+        asked = given.add_column("answers", [{"text": [], "answer_start": []}] * len(given))
+        first = len(task.examples)
+        task.examples = ConcatDataset([*task.examples.datasets, asked])
+        return self._windows(asked, first)
 
     def _windows(self, split: Dataset, first_question: int) -> Dataset:
         """The split's windows; ``first_question`` is the index of its first question among those of all splits."""

@@ -6,17 +6,20 @@ import random
 import pytest
 import tiny
 import torch
-from squad_files import LENGTHS, WORDS, no_answer, squad, write
+from squad_files import LENGTHS, WORDS, no_answer, question, squad, write
 from torch.nn import functional as F
 
 from d2dmoe_pl.adapters import HuggingFaceModel
-from d2dmoe_pl.artifact import load_model
+from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
+from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.data import DatasetSource, QuestionAnswering, SQuAD
-from d2dmoe_pl.data.squad.squad_score import SQuADScore
+from d2dmoe_pl.data.squad.squad_score import SQuADScore, against_all
 from d2dmoe_pl.data.symmetric_kl import symmetric_kl
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, MoEBERTDistillation, RouterRegression
+
+SIZES = {"num_experts": 4, "expert_dim": 12, "num_shared": 5}
 
 
 def ideal_logits(batch):
@@ -187,3 +190,39 @@ def test_fine_tuning_on_version_2(trainer, tokenizer_path, tmp_path):
     assert {"validation/exact_match", "validation/f1", "validation/best_f1", "validation/loss"} <= set(
         run.callback_metrics
     )
+
+
+@pytest.mark.parametrize("threshold", [-1000.0, 0.0, 1000.0])
+def test_predictions_are_a_row_a_question_and_are_what_is_scored(trainer, tokenizer_path, tmp_path, threshold):
+    data = squad(tmp_path, tokenizer_path, 2, null_threshold=threshold)
+    save_artifact(tiny.moebert("hash_random", kind="bert-question-answering"), tmp_path / "artifact")
+    phase = MoEBERTDistillation(**SIZES, init_from=str(tmp_path / "artifact"))
+    file = PredictionFile(str(tmp_path / "a.csv"))
+    trainer(callbacks=[file]).predict(phase, datamodule=data, return_predictions=False)
+    asked = [question(i, i % 4 == 1) for i in range(50, 57)]
+    assert [row["sample"] for row in file.rows] == list(range(1, 8))
+    windows = [batch["question"] for batch in data.test_dataloader()]
+    assert len(torch.cat(windows)) > 7
+    scores = [against_all(row["prediction"], one["answers"]["text"]) for row, one in zip(file.rows, asked, strict=True)]
+    run = trainer()
+    run.test(phase, datamodule=data, verbose=False)
+    assert run.callback_metrics["test/f1"] == pytest.approx(sum(score[1] for score in scores) / 7)
+    assert all((row["prediction"] == "") == (row["margin"] < -threshold) for row in file.rows)
+    assert all(row["experts_percent"] == pytest.approx(25) for row in file.rows)
+    assert {bool(row["prediction"]) for row in file.rows} <= {threshold > 0} or threshold == 0
+
+
+def test_questions_and_texts_to_predict_for(trainer, tokenizer_path, tmp_path):
+    data = squad(tmp_path, tokenizer_path)
+    save_artifact(tiny.moebert("hash_random", kind="bert-question-answering"), tmp_path / "artifact")
+    texts = ["red green blue red green blue cat red", "dog"]
+    inputs = [f"who is it ?\t{text}" for text in texts]
+    data.predict_for(inputs)
+    file = PredictionFile(str(tmp_path / "a.csv"), inputs)
+    phase = MoEBERTDistillation(**SIZES, init_from=str(tmp_path / "artifact"))
+    trainer(callbacks=[file]).predict(phase, datamodule=data, return_predictions=False)
+    assert [list(row)[:4] for row in file.rows] == [["input", "sample", "question", "prediction"]] * 2
+    assert [row["input"] for row in file.rows] == inputs
+    assert all(row["prediction"] and row["prediction"] in text for row, text in zip(file.rows, texts, strict=True))
+    with pytest.raises(ConfigError, match=r"^text='who': must be 2 texts, parted by a tab$"):
+        data.raw_samples(["who"])
