@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from tokenizers import normalizers
 from torch import Tensor
 from transformers import AutoModel
@@ -22,8 +22,6 @@ from d2dmoe_pl.data.embeddings.pooling import (
     pooling_of,
     write_modules,
 )
-from d2dmoe_pl.data.embeddings.text_variants import text_variants
-from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.text_classification import check_texts
@@ -49,12 +47,10 @@ class TextEmbeddings(TokenizedData):
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
         group_by_length: Put samples of like length into one batch, which leaves less to pad.
-        variants: Further training texts made of each: its beginning and another one's end, some words left out. Vectors
-            need no labels, and a model that has seen few texts often keeps those that it has seen.
 
     Raises:
-        ConfigError: For negative ``variants``. To load, for a model that is not there or has more layers behind its
-            pooling, and samples without a text, or with more tokens than that model has positions for.
+        ConfigError: To load, for a model that is not there or has more layers behind its pooling, and samples without a
+            text, or with more tokens than that model has positions for.
     """
 
     head = "embedding"
@@ -68,13 +64,10 @@ class TextEmbeddings(TokenizedData):
         batch_size: int = 32,
         num_workers: int = 0,
         group_by_length: bool = False,
-        variants: int = 0,
     ) -> None:
         super().__init__(model, max_length, batch_size, num_workers, group_by_length)
-        check(variants >= 0, f"variants={variants}: must not be negative")
         self.source = source
         self.model = model
-        self.variants = variants
         self.text_column = text_column
         self.width = 0  # once loaded
 
@@ -99,7 +92,6 @@ class TextEmbeddings(TokenizedData):
         for name, split in splits.items():
             check_texts(split, self.text_column, name, "text_column")
         found = {name: self._with_vectors(split) for name, split in splits.items()}
-        found["train"] = concatenate_datasets([found["train"], *self._variants_of(splits["train"])])
         self.width = len(found["train"][0]["labels"])
         return found, KeepingVectors(self.width)
 
@@ -117,11 +109,6 @@ class TextEmbeddings(TokenizedData):
         if "labels" not in samples[0]:
             return batch
         return {**batch, "labels": torch.tensor([sample["labels"] for sample in samples])}  # (B, d)
-
-    def _variants_of(self, split: Dataset) -> list[Dataset]:
-        texts = split[self.text_column]
-        made = (text_variants(texts, folded(self.seed, number)) for number in range(self.variants))
-        return [self._with_vectors(Dataset.from_dict({self.text_column: variants})) for variants in made]
 
     def _in_tokens(self, split: Dataset) -> Dataset:
         return self.tokenized(split, [self.text_column], before=default_prompt(self.model))

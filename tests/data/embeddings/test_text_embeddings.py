@@ -267,24 +267,3 @@ def test_texts_longer_than_the_model_has_positions(folder, tmp_path):
     message = f"^max_length={10 * limit}: the longest text has {limit + 1} tokens; must be at most {limit}, which"
     with pytest.raises(ConfigError, match=message):
         data.setup("fit")
-
-
-def test_variants_are_more_to_train_on_and_nothing_else(folder):
-    plain, varied = data_of(folder), data_of(folder, variants=2)
-    for data in (plain, varied):
-        data.setup()
-    assert varied.num_training_samples == 3 * plain.num_training_samples
-    batches = [next(iter(data.val_dataloader())) for data in (plain, varied)]
-    assert all(value.equal(batches[1][key]) for key, value in batches[0].items())
-    texts = varied._splits["train"]
-    assert texts[: len(TEXTS)]["labels"] == plain._splits["train"]["labels"]
-    for row in texts.select(range(len(TEXTS), len(texts))):  # the vector of each is its own
-        ids = torch.tensor([row["input_ids"]])
-        states = transformers.AutoModel.from_pretrained(folder / "model")(ids).last_hidden_state
-        wanted = pooled(states, torch.ones_like(ids), plain.pooling)[0]
-        torch.testing.assert_close(torch.tensor(row["labels"]), wanted.detach(), atol=1e-5, rtol=1e-4)
-
-
-def test_variants_are_no_fewer_than_none(folder):
-    with pytest.raises(ConfigError, match="variants=-1: must not be negative"):
-        data_of(folder, variants=-1)
