@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from d2dmoe_pl.artifact import read_artifact
+from d2dmoe_pl.artifact import CONFIG, read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.checkpoints import checkpoints_of, remove_checkpoints, why_unreadable
 from d2dmoe_pl.errors import check
@@ -70,8 +70,12 @@ def left_by(name: str | None, output_dir: Path) -> dict[str, str]:
         name: Of the phase; None where there is none.
         output_dir: Of the chain.
     """
-    word = None if name is None else content(str(output_dir / name / FOLDER))
-    return {} if word is None else {LEFT: word}
+    if name is None:
+        return {}
+    folder = output_dir / name / FOLDER
+    files = (folder / CONFIG, *sorted(folder.glob("*.safetensors")))  # not what people put beside it, as an export
+    words = list(filter(None, (content(str(file)) for file in files)))
+    return {LEFT: " ".join(words)} if words else {}
 
 
 def data_of(computed: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def test_a_phase_that_another_chain_did_again_is_told_by_what_it_left(short, tmp
     main(arguments(whole, output))
     main(arguments(short("fine_tuning"), output, "--from", "fine_tuning"))
     capsys.readouterr()
+    (output / "fine_tuning" / "artifact" / "model.onnx").write_text("an export")
     main(arguments(whole, output))  # the same was made once more
     assert "Nothing to do." in capsys.readouterr().err
     main(arguments(short("fine_tuning"), output, "--from", "fine_tuning", *more))
