@@ -136,11 +136,11 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
     Neither are files that are gone: what needs them says so.
     """
-    before = {key: value for key, value in before.items() if key in now or not key.startswith(CONTENT)}
     if AFTER not in before:  # of an earlier version, which noted less
         now = {key: now[key] for key in now if not (key in (AFTER, START) or key.startswith(CONTENT))}
     if LEFT not in before:  # the same, or it was begun before that was there
         now = {key: now[key] for key in now if key != LEFT}
+    before = {key: value for key, value in before.items() if key in now or not key.startswith(CONTENT)}
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     keys = [key for key in keys if key in before or not (now[key] is False or now[key] in ("", []))]
     told = [f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in keys[:MOST_CHANGES]]
