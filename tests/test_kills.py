@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("kill_points.py")
 @pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "number"), [("digits", 5), ("texts", 5), ("budgets", 5)])
 def test_killed_and_run_again(kind, number):
-    """At points drawn by a seed; ``python tests/kill_points.py KIND 0 0`` takes all 636 of them, in half an hour."""
+    """At points drawn by a seed; ``python tests/kill_points.py KIND 0 0`` takes all of a kind."""
     done = forked_commands.run([kind, str(number), "1"], script=str(SCRIPT))
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
