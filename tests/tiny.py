@@ -232,6 +232,17 @@ def logits_of_tokens(model, inputs):
     return result * inputs["attention_mask"].unsqueeze(1 if result.shape[1] == 2 else 2)  # (B, 2, L) or (B, L, V)
 
 
+class Logits(torch.nn.Module):
+    """A model of texts that takes tensors by place and gives one, for what traces and exports."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return self.model(input_ids=ids, attention_mask=mask).logits
+
+
 class TextData(TaskData):
     """Random texts of different lengths, with labels, for the tiny BERT."""
 

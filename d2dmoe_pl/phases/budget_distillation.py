@@ -55,7 +55,7 @@ class BudgetDistillation(OptimizedPhase):
     Raises:
         ConfigError: For a range that is none or leaves (0, 1], a negative weight, or a ``softness`` or a ``router_lr``
             that is not positive; if hidden states count that cannot be told; to fit, unless it starts from the work of
-            ``BudgetCalibration``.
+            ``BudgetCalibration``, and for a ``teacher`` of other outputs.
     """
 
     starts_from = "routed"

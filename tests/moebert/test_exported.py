@@ -3,23 +3,11 @@
 import pytest
 import tiny
 import torch
-from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about tracing
 
 ROUTING_NAMES = ["gate_sentence", "gate_token", "hash_random"]  # hash_balance differs in its table alone
 OTHERS_ARE_THOROUGH = [pytest.param(name, marks=pytest.mark.thorough) for name in ROUTING_NAMES[1:]]
-
-
-class Logits(nn.Module):
-    """A model that takes tensors by place and gives one."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids, mask):
-        return self.model(input_ids=ids, attention_mask=mask).logits
 
 
 def inputs(size, length, is_padded=True):
@@ -34,7 +22,7 @@ OTHERS = [(4, 7, True), (2, 5, True), (3, 6, False)]
 @pytest.mark.parametrize("routing", ROUTING_NAMES)
 @torch.no_grad()
 def test_a_trace_is_good_for_other_batches(routing):
-    model = Logits(tiny.moebert(routing)).eval()
+    model = tiny.Logits(tiny.moebert(routing)).eval()
     traced = torch.jit.trace(model, inputs(3, 7), check_trace=False)
     for other in OTHERS:
         given = inputs(*other)
@@ -44,7 +32,7 @@ def test_a_trace_is_good_for_other_batches(routing):
 @pytest.mark.parametrize("routing", ["gate_sentence", *OTHERS_ARE_THOROUGH])
 @torch.no_grad()
 def test_an_exported_model_is_good_for_other_batches(routing):
-    model = Logits(tiny.moebert(routing)).eval()
+    model = tiny.Logits(tiny.moebert(routing)).eval()
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     exported = torch.export.export(model, inputs(3, 7), dynamic_shapes=(sizes, sizes)).module()
     for other in OTHERS:
@@ -57,7 +45,7 @@ def test_an_exported_model_is_good_for_other_batches(routing):
 def test_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, names = Logits(tiny.moebert("gate_token")).eval(), ["ids", "mask"]
+    model, names = tiny.Logits(tiny.moebert("gate_token")).eval(), ["ids", "mask"]
     sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     dynamic = {"dynamic_shapes": (sizes, sizes), "input_names": names}
     torch.onnx.export(model, inputs(3, 7), tmp_path / "model.onnx", dynamo=True, verbose=False, **dynamic)

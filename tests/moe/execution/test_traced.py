@@ -6,7 +6,6 @@ import warnings
 import pytest
 import tiny
 import torch
-from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from d2dmoe_pl.errors import ConfigError
@@ -15,17 +14,6 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import Gate, GateConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch, about tracing
-
-
-class Logits(nn.Module):
-    """A model that takes tensors by place and gives one."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids, mask):
-        return self.model(input_ids=ids, attention_mask=mask).logits
 
 
 def inputs(size):
@@ -37,7 +25,7 @@ def inputs(size):
 @pytest.mark.parametrize("is_padded", [True, False])
 @torch.no_grad()
 def test_a_trace_is_good_for_other_batches(backend, is_padded):
-    model = Logits(tiny.routed("bert", tau=0.3)).eval()
+    model = tiny.Logits(tiny.routed("bert", tau=0.3)).eval()
     set_backend_(model.model, backend)
     ids, mask = inputs(3)
     traced = torch.jit.trace(model, (ids, mask if is_padded else torch.ones_like(mask)), check_trace=False)
