@@ -71,7 +71,7 @@ def test_a_wrong_config_ends_in_one_line_and_leaves_no_files(tmp_path, capsys, m
         (
             "router_regression",
             {"rule": "topk", "ks": [2, 9]},
-            "k=9: must be at most the number of experts, 8 in",
+            "callbacks: TauSweep: k=9: must be at most the number of experts, 8 in",
         ),
         ("router_regression", {"budgets": [0.5]}, "budgets: the model knows none; the sweep must be of BudgetCalib"),
     ],

@@ -30,7 +30,7 @@ from d2dmoe_pl.callbacks.sweep_table import (
     write_csv,
 )
 from d2dmoe_pl.data.task import Batch
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.metrics.expert_load import ExpertLoad
 from d2dmoe_pl.metrics.flops import SampleSize, flops_outside_ffns, sample_inputs, sample_sizes
@@ -116,9 +116,12 @@ class TauSweep(L.Callback):
         if self.settings[0].swept == BUDGET:
             check_budgets(phase.finds_budgets or not moe_layers(model))
         elif moe_layers(model):
-            for setting in self.settings:
-                with setting.on(model):
-                    pass
+            try:
+                for setting in self.settings:
+                    with setting.on(model):
+                        pass
+            except ConfigError as error:  # a phase may have a setting of the same name
+                raise ConfigError(f"callbacks: TauSweep: {error}") from error
 
     def setup(self, trainer: L.Trainer, phase: Phase, stage: str) -> None:
         self._check_phase(phase)
