@@ -27,9 +27,9 @@ from ._ffn_module import FFNModuleAdapter as FFNModuleAdapter
 from ._ffn_module import PartNames as PartNames
 from ._foreign_proof import check_foreign as check_foreign
 from ._foreign_proof import prove_foreign as prove_foreign
-from ._hugging_face import HEADS as HEADS
 from ._hugging_face import HuggingFaceAdapter as HuggingFaceAdapter
 from ._hugging_face_model import HuggingFaceModel as HuggingFaceModel
 from ._structural import StructuralAdapter as StructuralAdapter
+from ._task_heads import HEADS as HEADS
 from ._timm_model import TimmModel as TimmModel
 from .any_module import adopt_ as adopt_

@@ -91,6 +91,11 @@ class Adapter(ABC):
         """``module`` as an ``nn.Linear``; None if it is no linear projection."""
         return plain_linear(module)
 
+    def embedding_scale(self, module: nn.Module) -> float | None:
+        """What ``module`` multiplies the rows that it looks up by; None if it is no embedding, or does more."""
+        # one with a largest norm scales its rows as they are looked up
+        return 1.0 if type(module) is nn.Embedding and module.max_norm is None else None
+
     def streams(self, model: nn.Module) -> Mapping[str, str]:
         """Which parts of ``model`` see tokens of one padding mask each.
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, TaskName, check_of_library, place_meta_buffers_
+from d2dmoe_pl.adapters._adapter import KEY, MASK, Adapter, check_of_library, place_meta_buffers_
 from d2dmoe_pl.adapters._attention import plain_linear
 from d2dmoe_pl.adapters._exact_buffers import exact_buffers
 from d2dmoe_pl.adapters._ffn import FFN, TransposedLinear
 from d2dmoe_pl.adapters._generation import GetsStoppingCriteria, PreparesInputs
 from d2dmoe_pl.adapters._padding import padded_behind
 from d2dmoe_pl.adapters._saved_as_artifact import SavesArtifact
+from d2dmoe_pl.adapters._task_heads import HEADS, PROBLEM_TYPES
 from d2dmoe_pl.data.embeddings.pooling import pooled
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS, Head
 from d2dmoe_pl.data.token_positions import num_token_positions
@@ -29,24 +30,6 @@ from d2dmoe_pl.hooks import hooked
 
 GENERATION_CONFIG = "generation_config.json"
 CODE_POINTS = 128  # of ASCII, for models that take the code points of text
-
-# the head for each task, and what of transformers knows the class that has it, by the type of a model
-HEADS: dict[TaskName, tuple[Head, Any]] = {
-    "text-classification": ("classification", transformers.AutoModelForSequenceClassification),
-    "text-regression": ("regression", transformers.AutoModelForSequenceClassification),
-    "multi-label-classification": ("multi-label", transformers.AutoModelForSequenceClassification),
-    "token-classification": ("token-classification", transformers.AutoModelForTokenClassification),
-    "question-answering": ("question-answering", transformers.AutoModelForQuestionAnswering),
-    "causal-language-modeling": ("causal-language-modeling", transformers.AutoModelForCausalLM),
-    "masked-language-modeling": ("masked-language-modeling", transformers.AutoModelForMaskedLM),
-    "text-to-text": ("text-to-text", transformers.AutoModelForSeq2SeqLM),
-    "embeddings": ("embedding", transformers.AutoModel),
-    "image-classification": ("classification", transformers.AutoModelForImageClassification),
-    "audio-classification": ("classification", transformers.AutoModelForAudioClassification),
-}
-
-# of heads for whole texts that share a class, what a config calls them; one for classes need not be called anything
-PROBLEM_TYPES: dict[Head, Any] = {"regression": "regression", "multi-label": "multi_label_classification"}
 
 
 def text_config(config: Any) -> Any:
@@ -69,6 +52,12 @@ class HuggingFaceAdapter(Adapter):
 
     def as_linear(self, module: nn.Module) -> nn.Linear | TransposedLinear | None:
         return TransposedLinear(module) if isinstance(module, Conv1D) else plain_linear(module)
+
+    def embedding_scale(self, module: nn.Module) -> float | None:
+        if not type(module).__name__.endswith("ScaledWordEmbedding"):  # each model has such a class of its own
+            return super().embedding_scale(module)
+        scale: float = getattr(module, "scalar_embed_scale", None) or module.embed_scale  # type: ignore[assignment]
+        return scale
 
     def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and model.config.model_type in self.model_types

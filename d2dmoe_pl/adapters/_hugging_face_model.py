@@ -11,7 +11,8 @@ import transformers
 from torch import nn
 
 from d2dmoe_pl.adapters._adapter import ModelSource, TaskName
-from d2dmoe_pl.adapters._hugging_face import HEADS, PROBLEM_TYPES, outputs_of, text_config
+from d2dmoe_pl.adapters._hugging_face import outputs_of, text_config
+from d2dmoe_pl.adapters._task_heads import HEADS, PROBLEM_TYPES
 from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.data.embeddings.pooling import check_modules, pooling_of
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS

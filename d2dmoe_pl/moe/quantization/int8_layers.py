@@ -114,18 +114,20 @@ class Int8Embedding(Int8Module):
 
     Args:
         embedding: To be rounded.
+        factor: What it multiplies the rows that it looks up by.
 
     Attributes:
         weight: ``(num_embeddings, embedding_dim)`` int8.
-        scale: ``(num_embeddings,)`` float32.
+        scale: ``(num_embeddings,)`` float32, without the factor: a head may share it.
     """
 
     weight: Tensor
     scale: Tensor
     zero: Tensor
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, factor: float = 1.0) -> None:
         super().__init__()
+        self.factor = factor
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         self.padding_idx = embedding.padding_idx
         self.set_numbers("", embedding.weight, dim=1)
@@ -135,7 +137,8 @@ class Int8Embedding(Int8Module):
     def forward(self, ids: Tensor) -> Tensor:
         """``(...)`` integers to ``(..., embedding_dim)``."""
         numbers = nn.functional.embedding(ids, self.weight)
-        return (numbers * self.scale[ids].unsqueeze(-1)).to(self.zero.dtype)
+        rows = (numbers * self.scale[ids].unsqueeze(-1)).to(self.zero.dtype)  # (..., embedding_dim)
+        return rows if self.factor == 1 else rows * self.factor
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}"

@@ -174,8 +174,7 @@ def _only_read(layer: MoELayer, router: nn.Module) -> set[nn.Module]:
 def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
         is_taken = isinstance(module, Experts | RouterLinear) or adapter.as_linear(module) is not None
-        # one with a largest norm scales its rows as they are looked up
-        if is_taken or (embeddings and type(module) is nn.Embedding and module.max_norm is None):
+        if is_taken or (embeddings and adapter.embedding_scale(module) is not None):
             yield name, module
 
 
@@ -183,7 +182,9 @@ def _in_int8(module: nn.Module, adapter: Adapter) -> Int8Module:
     if isinstance(module, Experts):
         return Int8Experts(module)
     if isinstance(module, nn.Embedding):
-        return Int8Embedding(module)
+        scale = adapter.embedding_scale(module)
+        assert scale is not None
+        return Int8Embedding(module, scale)
     linear: Any = module if isinstance(module, RouterLinear) else adapter.as_linear(module)
     assert linear is not None
     return Int8Linear(linear.weight, linear.bias)

@@ -30,7 +30,7 @@ from d2dmoe_pl.errors import NonFiniteWeightsError
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.projections import ProjectionConfig
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
-from d2dmoe_pl.moe.quantization.int8_layers import Int8Linear, quantized_names
+from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, quantized_names
 from d2dmoe_pl.moe.routers import ROUTERS, Router
 from d2dmoe_pl.phases import RecoveryTuning
 
@@ -92,6 +92,26 @@ def test_what_is_shared_with_what_is_called_is_in_int8_as_well(tmp_path):
         assert each.shared.weight.dtype == torch.int8
         assert each.shared.weight is each.encoder.embed_tokens.weight is each.decoder.embed_tokens.weight
     assert os.path.getsize(tmp_path / "d2dmoe.safetensors") < 2 * 900 * 16  # a byte a number, and scales
+
+
+@pytest.mark.parametrize("kind", ["gemma-causal-language-modeling", "bart"])
+@torch.no_grad()
+def test_embeddings_that_are_multiplied(kind, tmp_path):
+    model = tiny.routed(kind).eval()
+    if kind == "bart":
+        model.config.scale_embedding = True
+        model = type(model)(model.config).eval()
+    ids = torch.arange(9).view(3, 3)
+    expected = model.get_input_embeddings()(ids)
+    assert expected.abs().mean() > 3 * model.get_input_embeddings().weight[:9].abs().mean()
+    quantize_(model)
+    save_artifact(model, tmp_path)
+    for each in (model, load_model(tmp_path)):
+        embeddings = each.get_input_embeddings()
+        assert isinstance(embeddings, Int8Embedding)
+        torch.testing.assert_close(embeddings(ids), expected, rtol=0, atol=expected.abs().max() / 127)
+        if each.config.tie_word_embeddings and each.get_output_embeddings() is not None:
+            assert each.get_output_embeddings().scale is embeddings.scale
 
 
 class Larger(nn.Module):
