@@ -6,8 +6,7 @@ writes it between its two markers. Nothing in it is written by hand: architectur
 and every phase is tried on the shapes of each tiny model.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tiny
@@ -79,13 +78,12 @@ def cell(names: Sequence[str], method: Sequence[Phase]) -> str:
     return ", ".join(f"`{name}`" for name in names) or "no"
 
 
-@cache
-def rows() -> list[list[str]]:
-    """Cells of each row; models that differ in their task alone share one."""
+def rows(kinds: Iterable[str] = tiny.SOURCES) -> list[list[str]]:
+    """Cells of each row, of these tiny models; those that differ in their task alone share one."""
     tasks: dict[tuple[str, ...], list[str]] = {}
     cells_of: dict[str, list[str]] = {}
-    for kind, source in tiny.SOURCES.items():
-        adapter = adapters.adapter_named(tiny.family_of(kind))
+    for kind in kinds:
+        source, adapter = tiny.SOURCES[kind], adapters.adapter_named(tiny.family_of(kind))
         file = f"`{adapter.__module__.replace('.', '/')}.py`"
         model = source().build_structure(tiny.labels_of(kind))
         form = "gated" if any(ffn.gate_proj is not None for ffn in select_ffns(model)) else "plain"

@@ -126,8 +126,10 @@ CONFIGS = {
     ),
     "dinov2": lambda: transformers.Dinov2Config(mlp_ratio=2, **IMAGE, **SHAPE),
     "beit": lambda: transformers.BeitConfig(**IMAGE, **SHAPE),
-    "clip": lambda: transformers.CLIPConfig(vision_config={**IMAGE, **SHAPE}),
-    "siglip": lambda: transformers.SiglipConfig(vision_config={**IMAGE, **SHAPE}),
+    "clip": lambda: transformers.CLIPConfig(text_config={"vocab_size": 40, **SHAPE}, vision_config={**IMAGE, **SHAPE}),
+    "siglip": lambda: transformers.SiglipConfig(
+        text_config={"vocab_size": 40, **SHAPE}, vision_config={**IMAGE, **SHAPE}
+    ),
     "any_transformer": lambda: decoder_config(transformers.Starcoder2Config),
     "any_transformer-encoder": lambda: transformers.RoFormerConfig(
         vocab_size=40, max_position_embeddings=16, embedding_size=24, **SHAPE
