@@ -18,6 +18,7 @@ from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
 from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
+from d2dmoe_pl.moe.gating._ordered import Order
 from d2dmoe_pl.moe.gating._straight_through import straight_through
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandIn
@@ -143,12 +144,12 @@ class MoELayer(ExpertLayer):
         """The gate's ``tau`` above which every expert runs: with cutoffs, where these do not count in full yet."""
         return 1.0 if self.cutoffs is None else self.cutoffs.config.full_tau
 
-    def choose(self, scores: Tensor, gate: nn.Module | None = None) -> Tensor:
+    def choose(self, scores: Tensor, gate: nn.Module | None = None, **order: Order) -> Tensor:
         """The experts of each token, boolean ``(N, E)``, by their scores, at the gate's setting or another's."""
         gate = self.gate if gate is None else gate
         assert gate is not None
         is_own = isinstance(gate, Gate)  # nothing stands in its place, which decides by itself
-        return gate(scores, self.all_above) if is_own and self.cutoffs is not None else gate(scores)
+        return gate(scores, self.all_above, **order) if is_own and self.cutoffs is not None else gate(scores, **order)
 
     def at_tokens(self, rows: Tensor) -> Tensor:
         """What a gate was given, or gave, of a call that runs, without the rows of padding that there may be."""

@@ -17,13 +17,15 @@ from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases._held_out import moved
 from d2dmoe_pl.phases._phase import Phase
 
+LEFT_VALUES = 2**27  # at most, of all batches that are left: half a gigabyte in float32
+
 
 class BesideDense:
     """Batches that a model is run on again and again, at one setting of its layers after the other.
 
-    Kept on the device, for all batches, are what :class:`BlockReplay` keeps, and the logits with every expert on. Those
-    over a vocabulary can be left out: kept is then what its head is given, ``d_model`` values a token, from which they
-    are computed anew, each time a batch.
+    Kept on the device, for all batches until they are left, are what :class:`BlockReplay` keeps, and the logits with
+    every expert on. Those over a vocabulary can be left out: kept is then what its head is given, ``d_model`` values a
+    token, from which they are computed anew, each time a batch.
 
     Args:
         phase: In its trainer; its model has gates.
@@ -37,8 +39,9 @@ class BesideDense:
         self._phase = phase
         self._layers = list(layers.values())
         self._replay = BlockReplay(phase.model, list(layers))
-        self._head = None if keeps_vocabulary else adapter_for(phase.model).vocabulary_head(phase.model)
-        # by batch
+        self._head = adapter_for(phase.model).vocabulary_head(phase.model)
+        self._keeps_vocabulary = keeps_vocabulary
+        # by batch, with every expert on: the logits, and, where there is a head over a vocabulary, what it is given
         self._logits: dict[int, Tensor] = {}
         self._head_inputs: dict[int, Tensor] = {}
         # by batch and layer, what was done when it ran last, in pairs, and tokens
@@ -56,7 +59,7 @@ class BesideDense:
             FFN FLOPs, those of the dense model, the weight.
         """
         task, batch = self._phase.task, moved(self._phase, self.batches[number])
-        if number not in self._counts:
+        if number not in self._logits and number not in self._head_inputs:
             self._run_dense(number, batch)
         logits = self._run(number, batch, taus)
         flops = _ffn_flops(self._layers, self._counts[number])
@@ -65,6 +68,16 @@ class BesideDense:
         sums = torch.zeros(4, dtype=torch.float64, device=logits.device)
         sums[0], sums[1], sums[2], sums[3] = weight * divergence, *flops, weight
         return logits, sums
+
+    def leave(self, number: int) -> None:
+        """Keep of a batch no more than spares the dense model's run when it comes again, and that of some batches."""
+        self._replay.forget(number)
+        self._counts.pop(number, None)
+        ends = self._logits if self._head is None else self._head_inputs
+        if self._head is not None:
+            self._logits.pop(number, None)
+        if sum(end.numel() for end in ends.values()) > LEFT_VALUES:
+            ends.pop(number, None)
 
     def _run(self, number: int, batch: Batch, taus: Sequence[float]) -> Tensor:
         counts = dict(self._counts.get(number, {}))  # layers that do not run again have those of before
@@ -86,7 +99,7 @@ class BesideDense:
             logits = self._run(number, batch, [1.0] * len(self._layers))
         if given:
             self._head_inputs[number] = given[0]
-        else:
+        if not given or self._keeps_vocabulary:
             self._logits[number] = logits
 
     def _dense_logits(self, number: int, batch: Batch, taus: Sequence[float]) -> Tensor:
@@ -95,7 +108,10 @@ class BesideDense:
             return self._logits[number]
         kept = self._head_inputs[number]
         with self._before_head(lambda _, args: (kept, *args[1:])):
-            return self._run(number, batch, taus)  # of which, settings being the same, only the end is run
+            logits = self._run(number, batch, taus)  # of which, settings being the same, only the end is run
+        if self._keeps_vocabulary:
+            self._logits[number] = logits
+        return logits
 
     def _before_head(self, hook: Callable[[nn.Module, tuple], tuple | None]) -> AbstractContextManager[None]:
         return hooked([] if self._head is None else [self._head.register_forward_pre_hook(hook)])

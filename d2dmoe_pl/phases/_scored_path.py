@@ -25,12 +25,13 @@ def scored_path(phase: Phase, way: Sequence[Measured], rule: str, num_samples: i
         num_points: How many points are measured, more of them where the score changes fast.
     """
     task, batches = phase.task, held_out(phase, num_samples)
+    samples = BesideDense(phase, batches, keeps_vocabulary=True)
     sums: dict[int, list[float]] = {}
     scores: dict[int, float] = {}
     later = num_points // 5
     for number in (num_points - 3 * later, *[later] * 3):
         if steps := next_places(scores, len(way), number, task.higher_is_better):
-            _measure(phase, way, steps, batches, sums, scores)
+            _measure(phase, way, steps, samples, sums, scores)
     beside = _flops_outside(phase, batches)
     share_outside = beside / (beside + sums[0][2])  # of the dense model's
     # costs on few samples are off by a factor that hardly changes from one point to the next
@@ -57,7 +58,7 @@ def _measure(
     phase: Phase,
     way: Sequence[Measured],
     steps: Sequence[int],
-    batches: Sequence[Batch],
+    samples: BesideDense,
     sums: dict[int, list[float]],
     scores: dict[int, float],
 ) -> None:
@@ -65,12 +66,13 @@ def _measure(
     task = phase.task
     totals = torch.zeros(len(steps), 4, dtype=torch.float64, device=phase.device)
     metrics = [task.metrics().to(phase.device) for _ in steps]
-    for batch in batches:
-        samples, on_device = BesideDense(phase, [batch], keeps_vocabulary=True), moved(phase, batch)
+    for number, batch in enumerate(samples.batches):
+        on_device = moved(phase, batch)
         for place, step in enumerate(steps):  # all of a batch together: what one needs is held, not what all do
-            logits, added = samples.run(0, way[step].taus)
+            logits, added = samples.run(number, way[step].taus)
             totals[place] += added
             metrics[place].update(logits, phase.with_written(on_device))
+        samples.leave(number)
     for step, total, metric in zip(steps, summed(phase, totals).tolist(), metrics, strict=True):
         score = float(metric.compute()[task.main_metric])
         sums[step], scores[step] = total, 100 * score if task.in_percent else score

@@ -63,9 +63,9 @@ class BudgetCalibration(Calibration):
             and as much again for every further layer, and looks at one tau for all layers too; meanwhile the device
             holds ``tokens * d_model * (blocks + 1)`` values of ``num_samples``. Gradients are for deep models and for
             large vocabularies; what they find is not held against one tau for all layers, and all that they and scores
-            need at once is a batch. Or ``kept``: the way down is the one at whose settings ``BudgetDistillation`` has
-            trained before, and costs and scores alone are measured. If not given: ``kept`` where there is such a way,
-            else ``measured``.
+            need at once is a batch, and half a gigabyte at most. Or ``kept``: the way down is the one at whose settings
+            ``BudgetDistillation`` has trained before, and costs and scores alone are measured. If not given: ``kept``
+            where there is such a way, else ``measured``.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from d2dmoe_pl.moe.gating._gate import GATING_RULES
+from d2dmoe_pl.moe.gating._ordered import order_for
 
 # one for all layers, to be no worse than that
 UNIFORM_TAUS = (0.98, 0.95, 0.92, *(i / 20 for i in range(18, 5, -1)), 0.2, 0.1)
@@ -47,8 +48,9 @@ def shares_at(scores: Tensor, rule: str) -> Tensor:
         ``(len(FINE_TAUS),)`` float64.
     """
     choose = GATING_RULES.find(rule, "rule")
-    some = scores[:: max(1, len(scores) // ENOUGH_TOKENS)]  # rules sort them anew for every tau
-    return torch.stack([choose(some, tau).double().mean() for tau in FINE_TAUS])
+    some = scores[:: max(1, len(scores) // ENOUGH_TOKENS)]
+    order = order_for(choose, some)
+    return torch.stack([choose(some, tau, **order).double().mean() for tau in FINE_TAUS])
 
 
 def tau_grid(shares: Sequence[float], keep: float) -> list[float]:

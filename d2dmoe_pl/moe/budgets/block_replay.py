@@ -87,6 +87,10 @@ class BlockReplay:
                 handle.remove()
         self._recorded[batch] = (tuple(settings), kept)
 
+    def forget(self, batch: Hashable) -> None:
+        """Keep nothing of a batch."""
+        self._recorded.pop(batch, None)
+
 
 def _give(output: Any, *args: object, **kwargs: object) -> Any:
     return output

@@ -106,6 +106,7 @@ class SecondOrder:
             in_full = (layer.stand_in(tokens, scores, none).float() * slopes).sum(dim=1)  # (N,)
         of_strength: dict[float, tuple[Tensor, Tensor | None]] = {}  # by how much of the cutoffs counts
         dense: Tensor | None = None
+        order = gate.order(scores)
         for step, tau in enumerate(self.grids[index]):
             gate.set_tau(tau)
             self.beside[index, step] += layer.flops_beside_experts(len(tokens), 1)
@@ -113,7 +114,7 @@ class SecondOrder:
             if strength not in of_strength:
                 hidden, work = layer.hidden_at(gate, tokens)
                 of_strength[strength] = (hidden.float() * along).sum(dim=2), work  # (N, E)
-            (worth, work), mask = of_strength[strength], layer.choose(scores)
+            (worth, work), mask = of_strength[strength], layer.choose(scores, gate, **order)
             output = (worth * mask).sum(dim=1)  # along the gradient
             if in_full is not None:
                 output = output + in_full * skipped_share(scores, mask).squeeze(1)

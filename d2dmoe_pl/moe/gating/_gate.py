@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import ConfigError, check, said_of
+from d2dmoe_pl.moe.gating._ordered import Order, order_for
 from d2dmoe_pl.moe.gating._trial import try_rule
 from d2dmoe_pl.plugins import Plugins
 
@@ -20,8 +21,9 @@ class GatingRule(Protocol):
     """Which experts run, by their scores. See :mod:`d2dmoe_pl.moe.gating` for what a rule has to hold.
 
     A rule that can run a given number of experts has a further argument, ``k: int | None = None``, which then counts
-    instead of ``tau``. A :class:`Gate` gives it ``tau`` as a tensor without dimensions, so that a compiled model stays
-    good for every ``tau``; tensors' own operations take that as they take a number.
+    instead of ``tau``. One that sorts may have ``ordered_scores``, see :mod:`d2dmoe_pl.moe.gating._ordered`, so that
+    many settings of the same scores take one sort. A :class:`Gate` gives it ``tau`` as a tensor without dimensions, so
+    that a compiled model stays good for every ``tau``; tensors' own operations take that as they take a number.
     """
 
     def __call__(self, scores: Tensor, tau: Tensor | float) -> Tensor:
@@ -170,19 +172,24 @@ class Gate(nn.Module):
             return self.config.k >= num_experts
         return self.config.tau >= 1 or self.config.tau > all_above
 
-    def forward(self, scores: Tensor, all_above: float = 1.0) -> Tensor:
+    def order(self, scores: Tensor) -> dict[str, Order]:
+        """What a call can be given beside these scores, for several calls at one setting after the other."""
+        return order_for(self._rule, _at_least_float32(scores))
+
+    def forward(self, scores: Tensor, all_above: float = 1.0, **order: Order) -> Tensor:
         """Scores ``(N, E)`` to the mask ``(N, E)``.
 
         Args:
             scores: Not negative, ``(N, E)``.
             all_above: The ``tau`` above which every expert runs, in the place of 1.
+            order: What :meth:`order` gives of the scores, if anything.
 
         Raises:
             ConfigError: If the rule gives anything but a boolean mask of that shape.
         """
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # whatever the type of the weights
+        scores = _at_least_float32(scores)
         tau = self.tau if all_above >= 1 else torch.where(self.tau > all_above, 1.0, self.tau)
-        mask: Any = self._rule(scores, tau, **self._count)
+        mask: Any = self._rule(scores, tau, **self._count, **order)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != scores.shape:
             raise ConfigError(  # it would weigh experts, or spread over tokens
                 f"rule={self.config.rule!r}: gave {said_of(mask)}; must be torch.bool of shape "
@@ -193,3 +200,7 @@ class Gate(nn.Module):
     def extra_repr(self) -> str:
         how_many = f"tau={self.config.tau}" if self.config.k is None else f"k={self.config.k}"
         return f"rule={self.config.rule}, {how_many}"
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))  # whatever the type of the weights

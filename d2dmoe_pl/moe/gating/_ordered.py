@@ -1,7 +1,12 @@
 """Scores from the largest to the smallest."""
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Order = tuple[Tensor, Tensor]
 
 
 def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,3 +23,16 @@ def ordered(scores: Tensor) -> tuple[Tensor, Tensor]:
     else:
         values, experts = scores.sort(dim=-1, descending=True, stable=True)
     return values, experts
+
+
+def order_for(rule: Callable[..., Tensor], scores: Tensor) -> dict[str, Order]:
+    """What a rule takes beside scores and ``tau``, so as not to sort these scores anew for every ``tau``.
+
+    Args:
+        rule: A gating rule; one that sorts has a further argument, ``ordered_scores: Order | None = None``.
+        scores: ``(N, E)``.
+
+    Returns:
+        For rules that do not sort, nothing.
+    """
+    return {"ordered_scores": ordered(scores)} if "ordered_scores" in inspect.signature(rule).parameters else {}

@@ -3,16 +3,17 @@
 import torch
 from torch import Tensor
 
-from d2dmoe_pl.moe.gating._ordered import ordered
+from d2dmoe_pl.moe.gating._ordered import Order, ordered
 
 
-def topk(scores: Tensor, tau: Tensor | float, k: int | None = None) -> Tensor:
+def topk(scores: Tensor, tau: Tensor | float, k: int | None = None, ordered_scores: Order | None = None) -> Tensor:
     """Run the ``k`` experts with the largest scores.
 
     Args:
         scores: Predicted scores, ``(N, E)``.
         tau: In [0, 1]; the share of experts to run where ``k`` is not given: ``k = max(1, ceil(tau * E))``.
         k: How many experts to run, at most ``E``.
+        ordered_scores: The scores in order, where that is known.
 
     Returns:
         Boolean mask ``(N, E)`` with exactly ``k`` true entries a row.
@@ -28,8 +29,8 @@ def topk(scores: Tensor, tau: Tensor | float, k: int | None = None) -> Tensor:
         # that it is not lost
         share = torch.as_tensor(tau, dtype=torch.float64) * scores.shape[-1] - 1e-9
         ordered_mask = torch.arange(scores.shape[-1], device=scores.device) < share.ceil().clamp(min=1)  # (E,)
-        _, order = ordered(scores)  # (N, E)
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, ordered_mask.expand_as(order))
+        _, experts = ordered(scores) if ordered_scores is None else ordered_scores  # (N, E)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, ordered_mask.expand_as(experts))
     best = scores.topk(k, dim=-1).indices  # (N, k)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
 

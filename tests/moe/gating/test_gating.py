@@ -61,6 +61,12 @@ class TestContract:
 
     @given(scores(), taus)
     @settings(deadline=None, max_examples=50)
+    def test_what_is_sorted_once_makes_no_difference(self, rule, values, tau):
+        one = gate(rule, tau)
+        assert torch.equal(one(values, **one.order(values)), one(values))
+
+    @given(scores(), taus)
+    @settings(deadline=None, max_examples=50)
     def test_executed_experts_have_the_largest_scores(self, rule, values, tau):
         mask = gate(rule, tau)(values)
         least_run = values.masked_fill(~mask, torch.inf).amin(dim=1)
