@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 SAMPLE = 0.01
 # half the interquartile range over the median, above which a difference is no longer trusted
 NOISE_BOUND = 0.1
+FEWEST = 5  # rounds, of which quartiles still say something
 
 
 @dataclass(frozen=True)
@@ -61,20 +62,25 @@ def summarise(seconds: Sequence[float]) -> Timing:
 
 
 @torch.no_grad()
-def alternate(contenders: Mapping[str, Contender], rounds: int, device: torch.device) -> dict[str, Timing]:
+def alternate(
+    contenders: Mapping[str, Contender], rounds: int, device: torch.device, at_most: float = math.inf
+) -> dict[str, Timing]:
     """Time the contenders in turn: the first, the second, ..., the first again, ``rounds`` times.
 
     Args:
         contenders: By name, in the order of a round. Each is called twice before, to warm up.
         rounds: Samples of each. A sample is the mean of as many calls as fill ``SAMPLE`` seconds.
         device: Whose queue is waited for, before the clock starts and before it stops.
+        at_most: Seconds that all rounds may take; for slow contenders there are fewer, but ``FEWEST``.
     """
     for contender in contenders.values():
         _seconds(contender, 1, device)  # the first call may compile
     once = {name: _seconds(contender, 1, device) for name, contender in contenders.items()}
     calls = {name: max(1, math.ceil(SAMPLE / seconds / contenders[name].parts)) for name, seconds in once.items()}
+    of_round = sum(seconds * calls[name] * contenders[name].parts for name, seconds in once.items())
+    fewer = rounds if of_round * rounds <= at_most else max(FEWEST, int(at_most / of_round))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for _ in range(min(rounds, fewer)):
         for name, contender in contenders.items():
             samples[name].append(_seconds(contender, calls[name], device))
     return {name: summarise(seconds) for name, seconds in samples.items()}

@@ -14,6 +14,7 @@ from d2dmoe_pl.moe.conversion import set_backend_
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 
 ROUNDS = 9
+AT_MOST = 60.0  # seconds, if the model is not too slow for it
 
 
 def measured_times(
@@ -36,7 +37,7 @@ def measured_times(
 
     contenders = {"dense": contender(dense, None)}
     contenders |= {repr(budget): contender(model, budget) for budget in budgets}
-    timed = alternate(contenders, ROUNDS, device)
+    timed = alternate(contenders, ROUNDS, device, AT_MOST)
     return timed.pop("dense"), {float(name): timing for name, timing in timed.items()}
 
 

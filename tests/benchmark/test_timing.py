@@ -21,6 +21,18 @@ def test_contenders_take_turns(monkeypatch):
     assert called == ["dense", "moe"] * (2 + 4)  # two to warm up
 
 
+@pytest.mark.parametrize(("at_most", "rounds"), [(18.0, 9), (17.0, 8), (1.0, 5)])
+def test_what_is_slow_is_called_in_fewer_rounds(at_most, rounds, monkeypatch):
+    clock = [0.0]
+
+    def call():
+        clock[0] += 1.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    alternate({"a": Contender(call), "b": Contender(call)}, 9, CPU, at_most)
+    assert clock[0] == 2 * (2 + rounds)
+
+
 def test_a_sample_is_the_mean_of_the_calls_that_fill_it(monkeypatch):
     """With a clock that a call moves on by 4 ms, and reading it by nothing."""
     now = itertools.count(0.0)

@@ -22,6 +22,7 @@ from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._held_out import held_out
 
 BUDGETS = [0.6, 0.4, 0.3]
+FEW = {"num_samples": 30, "num_scored_points": 5}  # where it is not the way down that matters
 
 
 @pytest.fixture
@@ -165,15 +166,15 @@ def test_padded_texts_and_stand_ins(trainer, tmp_path):
 
 
 def test_the_budget_that_is_saved(trainer, routed):
-    phase, path = calibrated(trainer, routed, ffn_flops=0.4)
+    phase, path = calibrated(trainer, routed, ffn_flops=0.4, **FEW)
     saved = [layer.gate.config.tau for layer in moe_layers(load_model(path)).values()]
     assert saved == pytest.approx(list(budget_path(phase.model).at_cost("ffn_flops", 0.4).taus))
-    phase, _ = calibrated(trainer, routed, ffn_flops=0.001)  # the least there is
+    phase, _ = calibrated(trainer, routed, ffn_flops=0.001, **FEW)  # the least there is
     assert [layer.gate.config.tau for layer in moe_layers(phase.model).values()] == [0.0, 0.0]
 
 
 def test_a_model_that_is_trained_on_forgets_its_budgets(trainer, routed):
-    _, path = calibrated(trainer, routed)
+    _, path = calibrated(trainer, routed, **FEW)
     phase = RecoveryTuning(init_from=path)
     trainer().fit(phase, datamodule=Digits(16))
     assert budget_path(phase.model) is None
