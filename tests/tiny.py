@@ -170,7 +170,9 @@ def batch(kind="timm_vit", size=3):
     """A batch for a model of ``kind``; texts are padded to different lengths."""
     labels = torch.arange(size) % len(LABELS)
     if TASKS[kind] == "audio-classification":
-        return {"input_features": torch.randn(size, 4, 12), "labels": labels}
+        shapes = {"whisper": (4, 12), "any_audio": (70,), "any_audio-spectrogram": (16, 8)}
+        name = "input_features" if kind == "whisper" else "input_values"
+        return {name: torch.randn(size, *shapes[kind]), "labels": labels}
     if is_of_texts(kind):
         length = 7
         lengths = torch.tensor([length, 4, 2, 1] * size)[:size]

@@ -135,6 +135,20 @@ CONFIGS = {
         vocab_size=40, max_position_embeddings=16, embedding_size=24, **SHAPE
     ),
     "any_transformer-pictures": lambda: transformers.ViTMSNConfig(**IMAGE, **SHAPE),
+    "any_audio": lambda: transformers.Wav2Vec2Config(
+        conv_dim=(16, 16),
+        conv_kernel=(10, 3),
+        conv_stride=(5, 2),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=12,
+        mask_time_prob=0.0,
+        **SHAPE,
+    ),
+    "any_audio-spectrogram": lambda: transformers.ASTConfig(
+        max_length=16, num_mel_bins=8, patch_size=4, time_stride=4, frequency_stride=4, **SHAPE
+    ),
     "any_encoder_decoder": lambda: transformers.PegasusConfig(
         vocab_size=40,
         d_model=24,

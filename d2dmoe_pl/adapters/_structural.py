@@ -210,7 +210,8 @@ class HandedOver(nn.Module):
 
 def fitting(example: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The example where the model is, and in its type."""
-    like = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    floating = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    like = next((each for each in floating if each.is_meta), floating[0])  # some put one on the CPU whatever is said
     return {
         name: value.to(like.device, like.dtype if value.is_floating_point() else None)
         for name, value in example.items()

@@ -49,7 +49,12 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", MASK, "token_type_ids", "pixel_values")
 
     def matches(self, model: Any) -> bool:
-        return isinstance(model, transformers.PreTrainedModel) and not model.config.is_encoder_decoder
+        is_of_recordings = getattr(model, "main_input_name", None) == "input_values"  # there is one for these
+        return (
+            isinstance(model, transformers.PreTrainedModel)
+            and not model.config.is_encoder_decoder
+            and not is_of_recordings
+        )
 
     def examples(self, model: Any) -> Sequence[Mapping[str, Tensor]]:
         check(

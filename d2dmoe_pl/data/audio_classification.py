@@ -18,6 +18,9 @@ from d2dmoe_pl.data.sample_names import SAMPLE, sample_names
 from d2dmoe_pl.data.task import Classification, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check, one_line
+from d2dmoe_pl.notices import notice
+
+FEATURES = ("input_features", "input_values")  # what feature extractors call what they make of recordings
 
 
 class AudioClassification(TaskData):
@@ -25,7 +28,9 @@ class AudioClassification(TaskData):
 
     It goes with ``HuggingFaceModel`` of the task ``audio-classification``.
 
-    Batches: ``input_features`` ``(B, mel bins, frames)``, ``labels`` ``(B,)``.
+    Batches: what the feature extractor makes, ``input_features`` ``(B, mel bins, frames)`` of Whisper's,
+    ``input_values`` of others: ``(B, frames, mel bins)`` of AST's, waves ``(B, samples)`` of Wav2Vec2's and its
+    relatives'; of those that tell a model what is filled up, ``recorded`` ``(B, samples)``; and ``labels`` ``(B,)``.
 
     Args:
         source: Where the splits are.
@@ -33,12 +38,14 @@ class AudioClassification(TaskData):
         audio_column: Column of the recordings: ``datasets.Audio`` or paths of files, read with the package
             ``torchcodec``; or their numbers from -1 to 1, at the feature extractor's rate.
         label_column: Column of the labels, strings or whole numbers.
+        seconds: The length of waves, to which recordings are cut or filled up with silence; spectrograms have one of
+            their own.
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
 
     Raises:
-        ConfigError: To load, for a ``processor`` that is not there or makes no ``input_features``, and for a recording
-            that cannot be read.
+        ConfigError: For ``seconds`` that are not positive; to load, for a ``processor`` that is not there or is not of
+            recordings, and for a recording that cannot be read.
     """
 
     raw_inputs = "recordings"
@@ -49,23 +56,28 @@ class AudioClassification(TaskData):
         processor: str,
         audio_column: str = "audio",
         label_column: str = "label",
+        seconds: float = 10.0,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers)
+        check(seconds > 0, f"seconds={seconds}: must be positive")
+        self.seconds = seconds
         self.source = source
         self.processor_name = processor
         self.audio_column = audio_column
         self.label_column = label_column
         self._extractor: Any = None
+        self._said = False
 
     def load_processor(self) -> None:
         if self._extractor is None:
             extractor: Any = load_pretrained(AutoFeatureExtractor, self.processor_name, "processor")
             names = extractor.model_input_names
             check(
-                "input_features" in names and hasattr(extractor, "sampling_rate"),
-                f"processor={self.processor_name!r}: makes {', '.join(names)}; must make input_features of recordings",
+                not set(FEATURES).isdisjoint(names) and hasattr(extractor, "sampling_rate"),
+                f"processor={self.processor_name!r}: makes {', '.join(names)}; must make {' or '.join(FEATURES)} of "
+                "recordings",
             )
             self._extractor = extractor
 
@@ -110,8 +122,20 @@ class AudioClassification(TaskData):
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         recordings = [self._numbers(sample) for sample in samples]
         rate = self._extractor.sampling_rate
-        features = self._extractor(recordings, sampling_rate=rate, return_tensors="pt")["input_features"]
-        return {"input_features": features, "labels": torch.tensor([sample["labels"] for sample in samples])}
+        length: dict[str, Any] = {}
+        if "input_values" in self._extractor.model_input_names and not hasattr(self._extractor, "max_length"):  # waves
+            length = {"padding": "max_length", "truncation": True, "max_length": max(1, round(self.seconds * rate))}
+            self._say_once_if_cut(max(map(len, recordings)) / rate)
+        made = self._extractor(recordings, sampling_rate=rate, return_tensors="pt", **length)
+        batch = {name: made[name] for name in FEATURES if name in made}
+        if length and "attention_mask" in made:
+            batch["recorded"] = made["attention_mask"]
+        return {**batch, "labels": torch.tensor([sample["labels"] for sample in samples])}
+
+    def _say_once_if_cut(self, longest: float) -> None:
+        if longest > self.seconds and not self._said:
+            self._said = True
+            notice(f"seconds={self.seconds:g}: a recording has {longest:.1f}; what lies behind is left out.")
 
     def _numbers(self, sample: dict[str, Any]) -> np.ndarray:
         recording = sample[self.audio_column]

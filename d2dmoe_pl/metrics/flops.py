@@ -105,9 +105,12 @@ def _flops_of_a_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
             tensor.detach().zero_()
     adapter, device = adapter_for(model), next(model.parameters()).device
     noise = {}
-    for key, value in inputs.items():  # which may be of different lengths
-        made = adapter.random_inputs(model, 1, value.shape[1] if value.dim() > 1 else 1)
-        noise[key] = made.get(key, torch.zeros(value.shape, dtype=value.dtype)).to(device)
+    for key, value in inputs.items():
+        if value.is_floating_point():
+            noise[key] = torch.randn(value.shape, dtype=value.dtype, device=device)
+        else:  # ids must be some that there are, of texts which may be of different lengths
+            made = adapter.random_inputs(model, 1, value.shape[1] if value.dim() > 1 else 1)
+            noise[key] = made.get(key, torch.zeros(value.shape, dtype=value.dtype)).to(device)
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the CPU's fused kernel is not counted
     was_training = model.training
     model.eval()

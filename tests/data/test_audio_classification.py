@@ -12,7 +12,7 @@ from table_files import first, write
 
 from d2dmoe_pl.adapters import HuggingFaceModel, adapter_for
 from d2dmoe_pl.artifact import load_model
-from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import AudioClassification, DatasetSource
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.conversion import set_tau_
@@ -64,18 +64,24 @@ def test_other_columns_may_be_called_anything(tmp_path, processor):
     assert first(data.val_dataloader())["labels"].tolist() == [0, 1, 0, 1, 0]
 
 
-def test_a_chain_on_recordings_and_what_it_leaves(trainer, tmp_path, processor):
+@pytest.mark.parametrize("kind", ["whisper", "any_audio"])
+def test_a_chain_on_recordings_and_what_it_leaves(trainer, tmp_path, processor, kind):
     dense, clustered, routed = (tmp_path / name for name in ("dense", "clustered", "routed"))
-    data = AudioClassification(source(tmp_path), processor, batch_size=4)
-    model = HuggingFaceModel("audio-classification", config=tiny.CONFIGS["whisper"]())
-    for folder, phase in (
-        (dense, FineTuning(activation="relu", hidden_weight=0.1, source=model)),
-        (clustered, ExpertClustering(8, init_from=str(dense / "artifact"))),
-        (routed, RouterRegression(8, init_from=str(clustered / "artifact"))),
+    if kind == "any_audio":
+        transformers.Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=True).save_pretrained(processor)
+    data = AudioClassification(source(tmp_path), processor, batch_size=4, seconds=0.1)
+    model = HuggingFaceModel("audio-classification", config=tiny.CONFIGS[kind]())
+    sweep = TauSweep([0.5, 1.0])
+    for folder, phase, callbacks in (
+        (dense, FineTuning(activation="relu", source=model), []),
+        (clustered, ExpertClustering(8, init_from=str(dense / "artifact")), []),
+        (routed, RouterRegression(8, init_from=str(clustered / "artifact")), [sweep]),
     ):
-        trainer(default_root_dir=folder, logger=False, callbacks=[SaveArtifact()]).fit(phase, datamodule=data)
+        run = trainer(default_root_dir=folder, logger=False, callbacks=[SaveArtifact(), *callbacks])
+        run.fit(phase, datamodule=data)
     model, dense = (load_model(folder / "artifact") for folder in (routed, dense))
     assert len(moe_layers(model)) == 2
+    assert sweep.rows["validation"][0].model_flops_percent < sweep.rows["validation"][1].model_flops_percent <= 100
     transformers.AutoFeatureExtractor.from_pretrained(routed / "artifact")
     batch = first(data.test_dataloader())
     set_tau_(model, 1.0)
@@ -174,10 +180,48 @@ def test_what_is_no_recording(tmp_path, processor, columns, message):
         set_up(data)
 
 
-def test_a_processor_of_something_else(tmp_path):
-    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "waves")
-    data = AudioClassification(source(tmp_path), str(tmp_path / "waves"))
-    with pytest.raises(
-        ConfigError, match=r"processor='.*waves': makes input_values, .*; must make input_features of r"
-    ):
+def test_a_processor_of_something_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.Wav2Vec2FeatureExtractor, "model_input_names", ["audio_values"])
+    transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "other")
+    data = AudioClassification(source(tmp_path), str(tmp_path / "other"))
+    message = r"processor='.*other': makes audio_values; must make input_features or input_values of recordings"
+    with pytest.raises(ConfigError, match=message):
         data.load_processor()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize(("seconds", "kept"), [(0.05, 40), (0.1, 48)])
+def test_waves_are_of_one_length(tmp_path, tells, seconds, kept, caplog):
+    extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=RATE, return_attention_mask=tells)
+    extractor.save_pretrained(tmp_path / "waves")
+    where = source(tmp_path)
+    data = AudioClassification(where, str(tmp_path / "waves"), seconds=seconds, batch_size=5)
+    data.setup()
+    batch = first(data.val_dataloader())
+    assert batch["input_values"].shape == (5, seconds * RATE)
+    wave = torch.tensor(where.load()["validation"][0]["audio"])[:kept]
+    whole = wave if tells else torch.nn.functional.pad(wave, [0, round(seconds * RATE) - kept])
+    expected = (wave - whole.mean()) / (whole.var(unbiased=False) + 1e-7).sqrt()
+    torch.testing.assert_close(batch["input_values"][0, :kept], expected, rtol=1e-3, atol=1e-3)
+    assert ("recorded" in batch) == tells
+    first(data.val_dataloader())
+    said = f"seconds={seconds}: a recording has 0.1; what lies behind is left out."
+    assert caplog.messages.count(said) == (kept == 40)  # once, of 0.06
+    if tells:
+        assert batch["recorded"].sum(dim=1).tolist() == [kept] * 5
+
+
+def test_spectrograms_of_frames(tmp_path):
+    transformers.ASTFeatureExtractor(num_mel_bins=8, max_length=16, sampling_rate=16000).save_pretrained(
+        tmp_path / "ast"
+    )
+    data = AudioClassification(
+        source(tmp_path, audio=[np.ones(900).tolist()] * 12), str(tmp_path / "ast"), batch_size=5
+    )
+    data.setup()
+    assert first(data.val_dataloader())["input_values"].shape == (5, 16, 8)
+
+
+def test_seconds_that_cannot_be(tmp_path):
+    with pytest.raises(ConfigError, match=r"seconds=0: must be positive"):
+        AudioClassification(source(tmp_path), "-", seconds=0)
