@@ -29,6 +29,7 @@ class StructuralAdapter(Adapter):
     """Asked last, of models that no other adapter knows. What it finds is kept on the model."""
 
     tells_hidden_states = False  # what a model calls so need not be one a token
+    takes_other_positions = False  # FFNs of a model that gives none of its FFNs the positions of its texts
 
     @abstractmethod
     def examples(self, model: nn.Module) -> Sequence[Mapping[str, Tensor]]:
@@ -125,10 +126,13 @@ class StructuralAdapter(Adapter):
             raise ConfigError(f"{name}: no adapter knows it, and it cannot be traced: {reason}") from error
         sites, reasons = find_sites(model, traced)
         shapes = [tuple(ids.shape) for key, ids in inputs.items() if key.endswith("input_ids")]
-        for site in list(sites):
-            if shapes and site.shape[:-1] not in shapes:
-                sites.remove(site)
-                reasons[site.down] = f"sees positions {site.shape[:-1]}, none of {shapes}, so that padding is not known"
+        elsewhere = [site for site in sites if shapes and site.shape[:-1] not in shapes]
+        of_samples = [site for site in elsewhere if len(site.shape) == 3 and site.shape[0] == shapes[0][0]]
+        if sites and self.takes_other_positions and len(of_samples) == len(sites):
+            return sites, reasons
+        for site in elsewhere:
+            sites.remove(site)
+            reasons[site.down] = f"sees positions {site.shape[:-1]}, none of {shapes}, so that padding is not known"
         check(
             bool(sites),
             f"{name}: no adapter knows it, and tracing found no FFN of two linear modules with an activation between"

@@ -20,6 +20,7 @@ class AnyEncoderDecoderAdapter(EncoderDecoderAdapter, AnyTransformerAdapter):
     tasks = ("text-to-text", "text-classification", "text-regression", "multi-label-classification")
     kinds: ClassVar[Mapping[str, str]] = {"input_ids": "texts"}
     inputs = ("input_ids", MASK, "decoder_input_ids", DECODER_MASK)
+    takes_other_positions = False
 
     def matches(self, model: Any) -> bool:
         return isinstance(model, transformers.PreTrainedModel) and bool(model.config.is_encoder_decoder)

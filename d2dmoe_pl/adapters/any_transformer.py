@@ -47,6 +47,7 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
     )
     kinds: ClassVar[Mapping[str, str]] = {"input_ids": "texts", "pixel_values": "pictures"}
     inputs: ClassVar[tuple[str, ...]] = ("input_ids", MASK, "token_type_ids", "pixel_values")
+    takes_other_positions = True
 
     def matches(self, model: Any) -> bool:
         is_of_recordings = getattr(model, "main_input_name", None) == "input_values"  # there is one for these
@@ -124,9 +125,16 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
         if not has_mask or len(self.ffns(model)) < len(sites):
             return False
         texts = fitting(self.examples(model)[0], model)
+        say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
+        seen, given = tuple(sites[0].shape[:-1]), tuple(texts["input_ids"].shape)
+        if self.takes_other_positions and seen != given:
+            say(
+                f"{type(model).__name__}: gives its FFNs other positions than a text has, {seen} for {given}, so that "
+                "padding is routed, run and counted as text is."
+            )
+            return True
         is_read = reads_padding(self, model, sites, texts, torch.ones_like(texts["input_ids"]), self.masks(model))
         if is_read:
-            say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
             say(
                 f"{type(model).__name__}: reads padding as text, whatever its attention_mask says, so that padding is "
                 "routed, run and counted as text is."

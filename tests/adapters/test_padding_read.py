@@ -78,6 +78,23 @@ def test_with_all_experts_it_is_the_dense_model(name, head, caplog):
 
 
 @torch.no_grad()
+def test_padding_within_a_model_is_routed_as_text_is(tmp_path, caplog):
+    """A text is filled up to windows inside, beyond what a mask says."""
+    model = spread(lambda: transformers.LongformerConfig(attention_window=4, pad_token_id=1, **TEXT), HEADS["tokens"])
+    batch = padded(False)
+    dense = result(model, batch)
+    tiny.route_(model, 8, tau=1.0)
+    said = "gives its FFNs other positions than a text has, (2, 8) for (2, 6), so that padding is routed, run and"
+    assert sum(said in message for message in caplog.messages) == 1
+    torch.testing.assert_close(result(model, batch), dense, rtol=1e-4, atol=1e-4)
+    save_artifact(model, tmp_path)
+    loaded, counts = load_model(tmp_path), []
+    handles = [layer.watch(lambda mask: counts.append(len(mask))) for layer in moe_layers(loaded).values()]
+    loaded(**batch)
+    assert counts == [24] * len(handles)
+
+
+@torch.no_grad()
 def test_it_is_remembered(tmp_path):
     model, batch = spread(READING["convbert"], HEADS["texts"]), padded(False)
     converts_exactly(model, batch, tmp_path / "artifact")

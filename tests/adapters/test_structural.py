@@ -43,6 +43,7 @@ TRANSFORMERS = {
     "fnet": (lambda: transformers.FNetConfig(**TEXT), 2),
     "gptj": (lambda: transformers.GPTJConfig(n_embd=24, n_layer=2, n_head=2, rotary_dim=4, **_ids()), 2),
     "gemma3": (lambda: transformers.Gemma3Config(text_config={**DECODER, **HEADS}, vision_config=VISION), 2),
+    "longformer": (lambda: transformers.LongformerConfig(attention_window=4, **{**TEXT, "pad_token_id": 1}), 2),
     "mobilebert": (lambda: transformers.MobileBertConfig(**TEXT), 8),
     "starcoder2": (lambda: transformers.Starcoder2Config(num_key_value_heads=1, **DECODER), 2),
     "xlm": (lambda: transformers.XLMConfig(emb_dim=24, n_layers=2, n_heads=2, vocab_size=40), 2),
