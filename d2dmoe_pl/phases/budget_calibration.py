@@ -22,6 +22,7 @@ from d2dmoe_pl.moe.budgets.allocation import (
 from d2dmoe_pl.moe.budgets.budget_path import (
     BudgetPath,
     budget_path,
+    costs_in_steps,
     path_from_json,
     set_budget_,
     set_budget_path_,
@@ -171,6 +172,8 @@ class BudgetCalibration(Calibration):
             uniform = [self._measure(samples, [tau] * len(layers)) for tau in UNIFORM_TAUS]
             # the dense end stays, whatever noise makes of its divergence
             path = [greedy[0], *lower_envelope([*greedy[1:], *uniform])]
+        if costs_in_steps(rule):
+            return path
         dense = [dense_ffn_flops(layer.sizes) for layer in layers.values()]
         return filled(path, [*map(setting_costs, layers.values(), shares, dense)])
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating._gate import GATING_RULES, takes_k
 
 ATTRIBUTE = "d2dmoe_budget_path"  # of a model
 COSTS = ("ffn_flops", "flops")
@@ -78,6 +79,9 @@ class BudgetPath:
     def at_cost(self, cost: str, share: float) -> BudgetPoint:
         """The point that costs ``share``, between two of the path; the dense one for more than it costs.
 
+        A rule that takes a ``k`` runs whole numbers of experts: what lies between costs as much as the dearer of the
+        two, so that the cheaper one is taken.
+
         Args:
             cost: ``ffn_flops`` or ``flops``.
             share: Of the dense cost.
@@ -90,12 +94,13 @@ class BudgetPath:
             share >= least,
             f"{cost}={share:g}: less than this model can do; must be at least {least:.4f}, with the fewest experts on",
         )
+        in_steps = costs_in_steps(self.rule)
         for above, below in pairwise(self.points):
             start, end = getattr(above, cost), getattr(below, cost)
             if share >= start:
                 return above
             if share >= end:
-                return _between(above, below, (start - share) / (start - end))
+                return below if in_steps else _between(above, below, (start - share) / (start - end))
         return self.points[-1]
 
     def at_drop(self, drop: float) -> BudgetPoint:
@@ -118,6 +123,11 @@ class BudgetPath:
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain JSON; :func:`path_from_json` is the inverse."""
         return asdict(self)
+
+
+def costs_in_steps(rule: str) -> bool:
+    """Whether the cost of a layer jumps from one number of experts to the next as its ``tau`` falls."""
+    return takes_k(GATING_RULES.find(rule, "rule"))
 
 
 def path_from_json(made: dict[str, Any]) -> BudgetPath:

@@ -65,6 +65,11 @@ def test_what_is_asked_for_is_set(model, asked, expected, score):
             assert getattr(point, name) == pytest.approx(value)
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(2.0, 0), (1.02, 0), (1.0, 1), (0.62, 1), (0.61, 2), (0.12, 3)])
+def test_between_two_numbers_of_experts_is_no_budget(asked, expected):
+    assert path_of(rule="topk").at_cost("ffn_flops", asked) == POINTS[expected]
+
+
 def test_a_drop_of_an_error_is_a_rise():
     path = path_of(higher_is_better=False, in_percent=False, metric="perplexity")
     assert path.at_drop(0.5).taus == (0.0, 0.5)
