@@ -32,7 +32,7 @@ def topk(scores: Tensor, tau: Tensor | float, k: int | None = None, ordered_scor
         _, experts = ordered(scores) if ordered_scores is None else ordered_scores  # (N, E)
         return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, experts, ordered_mask.expand_as(experts))
     best = scores.topk(k, dim=-1).indices  # (N, k)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, 1)  # no True: traces know no scatter of it
 
 
 RULE = topk

@@ -38,6 +38,16 @@ def test_a_trace_is_good_for_other_batches(backend, is_padded):
         file.seek(0)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [GateConfig("dynk_max", 0.4), GateConfig("dynk_cumulative", 0.4), GateConfig("topk", 0.4), GateConfig("topk", k=3)],
+)
+def test_gates_are_traced(config):
+    gate, scores = Gate(config), torch.rand(6, 8)
+    traced = torch.jit.trace(gate, torch.rand(5, 8), check_trace=False)
+    assert torch.equal(traced(scores), gate(scores))
+
+
 @torch.no_grad()
 def test_what_cannot_be_traced_is_told():
     model = tiny.routed("timm_vit")
