@@ -35,6 +35,7 @@ from d2dmoe_pl.data.local_folders import (
     visible,
 )
 from d2dmoe_pl.data.own_data_checks import SPLITS
+from d2dmoe_pl.data.squad.article_files import in_questions
 from d2dmoe_pl.errors import ConfigError, check
 
 # what reads the kinds of files that are not read row by row here
@@ -238,6 +239,8 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
         if fault is None:
             raise
         raise ConfigError(fault) from error
+    if BUILDERS[ending] == "json" and not streaming:
+        loaded = in_questions(loaded)
     inner = [name for name, feature in (loaded.features or {}).items() if _is_of_rows(feature)]
     check(
         streaming or len(loaded) > 1 or not inner or ending == ".parquet",

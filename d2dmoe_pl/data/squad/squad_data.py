@@ -35,7 +35,7 @@ class SQuAD(TokenizedData):
         tokenizer: Hub name or folder of a fast Hugging Face tokenizer that puts ``[CLS]`` first.
         version: 1 for v1.1; 2 for v2.0, with questions that have no answer.
         source: Where the splits are, with the hub's columns (``context``, ``question`` and ``answers`` with ``text``
-            and ``answer_start``); the hub's if not given.
+            and ``answer_start``), or in the files of SQuAD's authors; the hub's if not given.
         max_length: Tokens of a window, question included; at most what the model has positions for.
         doc_stride: Tokens of the context that neighbouring windows share.
         max_question_length: Tokens kept of a question.
