@@ -11,12 +11,13 @@ from d2dmoe_pl.errors import ConfigError, one_line
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def local_folder(path: str | Path, revision: str | None = None, **kwargs: Any) -> Path:
+def local_folder(path: str | Path, revision: str | None = None, argument: str = "path", **kwargs: Any) -> Path:
     """The folder ``path``, downloaded first if that is no folder but the name of a model on the hub.
 
     Args:
         path: A folder, or a name such as ``organisation/name``.
         revision: Of a model on the hub: a branch, a tag or a commit.
+        argument: What the user calls the path, for the error.
         kwargs: As ``snapshot_download`` takes them, such as ``token`` and ``cache_dir``.
 
     Raises:
@@ -27,5 +28,5 @@ def local_folder(path: str | Path, revision: str | None = None, **kwargs: Any) -
     try:
         return Path(huggingface_hub.snapshot_download(str(path), revision=revision, **kwargs))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        said = f"path={str(path)!r}" + ("" if revision is None else f", revision={revision!r}")
+        said = f"{argument}={str(path)!r}" + ("" if revision is None else f", revision={revision!r}")
         raise ConfigError(f"{said}: neither a folder nor a reachable hub name ({one_line(str(error))})") from error

@@ -108,8 +108,9 @@ def _tensor(value: Any, dtype: torch.dtype, dimensions: int, name: str) -> Tenso
         and tensor.dim() == dimensions
         and tensor.numel() > 0
         and tensor.dtype != torch.bool
-        and (dtype.is_floating_point or not tensor.dtype.is_floating_point)
-        and bool(torch.isfinite(tensor).all()),
+        and (dtype.is_floating_point or not tensor.dtype.is_floating_point),
         message,
     )
+    strange = tensor[~torch.isfinite(tensor)].flatten()[:1].tolist()
+    check(not strange, f"{name}: has {', '.join(map(str, strange))}; must be finite numbers")
     return torch.tensor(value, dtype=dtype)

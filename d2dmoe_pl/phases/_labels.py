@@ -84,6 +84,12 @@ def answer_as_model(data: TaskData, model: nn.Module) -> None:
     )
 
 
+def check_same_head(teacher: nn.Module, student: nn.Module, where: str) -> None:
+    """Raise ``ConfigError`` unless two models predict things of one kind; arguments as in what follows."""
+    has, wanted = (adapter_for(model).head(model) for model in (teacher, student))
+    check(has == wanted, f"{where}: has the head {has!r}; must have {wanted!r}, as the student has")
+
+
 def check_same_outputs(teacher: nn.Module, student: nn.Module, where: str) -> None:
     """Raise ``ConfigError`` unless the outputs of two models stand for the same, as far as they have names.
 
@@ -92,6 +98,7 @@ def check_same_outputs(teacher: nn.Module, student: nn.Module, where: str) -> No
         student: The data's labels are numbered as its outputs are.
         where: What the user calls the teacher.
     """
+    check_same_head(teacher, student, where)
     outputs, wanted = (adapter_for(model).label_names(model) or [] for model in (teacher, student))
     unnamed = are_placeholders(outputs) or are_placeholders(wanted)
     same = len(outputs) == len(wanted) if unnamed else places(wanted, outputs) == list(range(len(outputs)))

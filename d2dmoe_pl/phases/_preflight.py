@@ -37,7 +37,8 @@ def preflight(
 ) -> None:
     """Take the first phase's model through all ``phases`` on the meta device.
 
-    Of what is on the hub, only descriptions are fetched: a model's configuration, and tokenizers or image processors.
+    Of what is on the hub, only descriptions are fetched, but for a teacher: a model's configuration, and tokenizers or
+    image processors.
 
     Args:
         phases: In order; each after the first starts from what the one before leaves.

@@ -20,7 +20,8 @@ from d2dmoe_pl.moe.layer import learned_choices
 from d2dmoe_pl.phases._held_out import held_out
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
-from d2dmoe_pl.phases._teacher import Teacher, read_teacher
+from d2dmoe_pl.phases._phase import Phase
+from d2dmoe_pl.phases._teacher import Teacher, check_taught, described_teacher, read_teacher
 from d2dmoe_pl.phases._work_shares import work_shares
 
 HELD = "held_work"  # key in checkpoints
@@ -113,8 +114,14 @@ class BudgetDistillation(OptimizedPhase):
             f"{type(model).__name__}: has no router or stand-in with weights; BudgetDistillation needs some",
         )
         check_hidden_states(model, self.hidden_weight)
+        if self.teacher is not None:
+            described_teacher(self.teacher, self.init_from, model)
         if self.trains == "routers":
             freeze_(model, trained=parts)
+
+    def check_data(self, running: Phase) -> None:
+        if self.teacher is not None:
+            check_taught(self.teacher, self.init_from, running.model)
 
     def learning_rate(self, name: str) -> float | None:
         return self.router_lr if ".router." in name else None

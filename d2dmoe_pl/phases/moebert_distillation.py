@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.artifact import build_structure, read_artifact
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
@@ -21,7 +20,8 @@ from d2dmoe_pl.moebert.layer import MoEBERTConfig, moebert_layers
 from d2dmoe_pl.moebert.published_files import read_hash_list, read_importance
 from d2dmoe_pl.moebert.routing import ROUTINGS, Decision, balanced_table
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
-from d2dmoe_pl.phases._teacher import Teacher, read_teacher
+from d2dmoe_pl.phases._phase import Phase
+from d2dmoe_pl.phases._teacher import Teacher, check_taught, described_teacher, read_teacher
 from d2dmoe_pl.phases.importance_scoring import IMPORTANCE
 
 
@@ -109,6 +109,10 @@ class MoEBERTDistillation(OptimizedPhase):
             assert path is not None  # _check_teacher has seen to it
             self._teacher = read_teacher(self, path)
 
+    def check_data(self, running: Phase) -> None:
+        if self.beta > 0 and self.teacher is not None:
+            check_taught(self.teacher, self.init_from, running.model)
+
     def on_fit_start(self) -> None:
         if self._teacher is not None:
             self._teacher.to(self.device)
@@ -162,11 +166,14 @@ class MoEBERTDistillation(OptimizedPhase):
         )
         if self.teacher is None:
             return
-        artifact = read_artifact(self.teacher, "teacher")
+        described = described_teacher(self.teacher, self.init_from, student)
+        if described is None:
+            return
+        artifact, teacher = described
         where = f"teacher={self.teacher!r}"
         check(artifact.stage == "dense", f"{where}: is at stage {artifact.stage!r}; must be a dense model")
         shapes = []
-        for model in (build_structure(artifact), student):
+        for model in (teacher, student):
             ffns = select_ffns(model)
             shapes.append((adapter_for(model).family, len(ffns), ffns[0].d_model))
         shown = ["a {} of {} layers of width {}".format(*shape) for shape in shapes]

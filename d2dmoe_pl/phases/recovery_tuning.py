@@ -22,7 +22,7 @@ from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._phase import Phase
-from d2dmoe_pl.phases._teacher import Teacher, read_teacher
+from d2dmoe_pl.phases._teacher import Teacher, check_taught, described_teacher, read_teacher
 from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_like, parameters_of, put_best_
 
 FULL_WEIGHT_SAMPLES = 100_000
@@ -118,6 +118,8 @@ class RecoveryTuning(OptimizedPhase):
     def transform_(self, model: nn.Module) -> None:
         layers = moe_layers(model)
         check(bool(layers), f"{type(model).__name__}: has no MoE layer with a router; RecoveryTuning needs some")
+        if self._is_taught() and self.teacher is not None:
+            described_teacher(self.teacher, self.init_from, model)
         check_hidden_states(model, self.hidden_weight)
         for name, layer in layers.items():
             check(
@@ -140,7 +142,7 @@ class RecoveryTuning(OptimizedPhase):
         if self.is_made:
             return
         super().configure_model()
-        if self.is_fitting and self.beta + self.hidden_weight > 0:
+        if self.is_fitting and self._is_taught():
             path = self.teacher or self.init_from
             assert path is not None  # only an artifact has routers
             self._teacher = read_teacher(self, path)
@@ -149,6 +151,11 @@ class RecoveryTuning(OptimizedPhase):
     def check_data(self, running: Phase) -> None:
         if self.num_held_out > 0:
             check_held_out(running, num_held_out=self.num_held_out)
+        if self._is_taught() and self.teacher is not None:
+            check_taught(self.teacher, self.init_from, running.model)
+
+    def _is_taught(self) -> bool:
+        return self.beta + self.hidden_weight > 0
 
     def on_fit_start(self) -> None:
         self.check_data(self)
