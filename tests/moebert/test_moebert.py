@@ -175,6 +175,11 @@ class TestHashTables:
         with pytest.raises(ConfigError, match=message):
             set_hash_table_(tiny.moebert("hash_balance"), torch.arange(40) % 5)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+    def test_entries_that_are_no_integers(self, dtype):
+        with pytest.raises(ConfigError, match=rf"^table: has entries of {dtype}; must be integers$"):
+            set_hash_table_(tiny.moebert("hash_balance"), torch.zeros(40, dtype=dtype))
+
     def test_of_a_gated_model(self):
         with pytest.raises(
             ConfigError, match=r"table: .* routes by gate_token; allowed with hash_random and hash_balance"

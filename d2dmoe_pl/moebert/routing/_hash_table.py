@@ -47,6 +47,8 @@ def check_table(table: Tensor, vocabulary_size: int, num_experts: int, argument:
         table.shape == (vocabulary_size,),
         f"{argument}: has {table.numel()} entries; must have one for each of the {vocabulary_size} token ids",
     )
+    is_whole = not table.is_floating_point() and table.dtype != torch.bool
+    check(is_whole, f"{argument}: has entries of {table.dtype}; must be integers")
     check(
         bool(((table >= 0) & (table < num_experts)).all()),
         f"{argument}: has entries from {int(table.min())} to {int(table.max())}; must lie in [0, num_experts), which "
