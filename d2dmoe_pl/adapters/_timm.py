@@ -138,6 +138,7 @@ class TimmAdapter(Adapter):
         module: Any
         for module in place_meta_buffers_(model):
             module.init_non_persistent_buffers()
+            cast_as_weights_(model, module)
 
     def _create(self, config: dict[str, Any]) -> nn.Module:
         args = dict(config["model_args"])
@@ -157,6 +158,14 @@ class TimmAdapter(Adapter):
             "names and numbers (an empty dict if there were none), so that the model can be rebuilt",
         )
         return {name: value for name, value in (given or {}).items() if name != "num_classes"}
+
+
+def cast_as_weights_(model: nn.Module, module: nn.Module) -> None:
+    """Give the buffers of ``module`` that no file holds the type of its weights, as timm casts them with these."""
+    weights = (*module.parameters(), *model.parameters())
+    dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
+    computed = {id(module._buffers[name]) for name in module._non_persistent_buffers_set}
+    module._apply(lambda tensor: tensor.to(dtype) if id(tensor) in computed and tensor.is_floating_point() else tensor)
 
 
 def _products(mlp: Any) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from d2dmoe_pl.adapters._adapter import place_meta_buffers_
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._structural import StructuralAdapter
-from d2dmoe_pl.adapters._timm import TimmAdapter, recorded_args
+from d2dmoe_pl.adapters._timm import TimmAdapter, cast_as_weights_, recorded_args
 
 
 class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
@@ -41,13 +41,13 @@ class AnyTimmAdapter(StructuralAdapter, TimmAdapter):
             self.put_activation_(model, ffn, activation())
 
     def fill_buffers_(self, model: Any) -> None:
-        made: Any = None
-        for name, buffer in list(model.named_buffers()):
-            if buffer.is_meta:  # not every architecture has a way of its own to compute them
-                made = self.rebuild(model) if made is None else made
-                parent, _, attribute = name.rpartition(".")
-                module: nn.Module = model.get_submodule(parent)
-                module._buffers[attribute] = torch.empty_like(buffer, device="cpu").copy_(made.get_buffer(name))
+        names = [name for name, buffer in model.named_buffers(remove_duplicate=False) if buffer.is_meta]
+        made: Any = self.rebuild(model) if names else None  # not every architecture has a way of its own
+        filled = place_meta_buffers_(model)
+        for name in names:
+            model.get_buffer(name).copy_(made.get_buffer(name))
+        for module in filled:
+            cast_as_weights_(model, module)
 
 
 ADAPTER = AnyTimmAdapter()

@@ -196,6 +196,15 @@ def test_bfloat16_is_kept(kind, tmp_path):
     assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["timm_eva", "timm_eva-rope", "timm_eva-dinov3", "any_timm"])
+@torch.no_grad()
+def test_what_timm_computes_beside_the_weights_is_of_their_type(kind, dtype, tmp_path):
+    model, inputs = tiny.routed(kind, tau=0.3).to(dtype), {"pixel_values": tiny.batch(kind)["pixel_values"].to(dtype)}
+    save_artifact(model, tmp_path / "artifact")
+    assert torch.equal(tiny.logits(load_model(tmp_path / "artifact"), inputs), tiny.logits(model, inputs))
+
+
 def test_question_answering_logits_are_start_and_end():
     model = tiny.dense("bert-question-answering")
     inputs = {key: value for key, value in tiny.batch("bert-question-answering").items() if key != "labels"}
