@@ -5,6 +5,7 @@ import inspect
 import pickle
 
 import pytest
+import tiny
 import torch
 from conversions import converts_exactly
 from torch import nn
@@ -100,6 +101,16 @@ def test_own_modules(block):
     for parameter in other.parameters():
         parameter.zero_()
     assert not torch.equal(other(x), converted(x))
+
+
+@pytest.mark.parametrize("block", [Plain, Gated])
+@torch.no_grad()
+def test_exported(block):
+    model, x = nn.Sequential(block(), block()).eval(), torch.randn(3, 5, 8)
+    adopt_(model, {"input": x})
+    tiny.route_(model, tau=0.3)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(-x), model(-x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", [Plain, Written, Gated, Fused])
