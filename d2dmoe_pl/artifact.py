@@ -94,6 +94,8 @@ def save_artifact(
     for name in tensors:
         check(is_file_name(name), f"tensors: {name!r} is no name of a file in the folder")
     check_weights_are_here(model)
+    unread = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    check(unread is None, f"{type(model).__name__}: {unread} is on the meta device, without values; must be loaded")
     advice = f"{path} is not written"
     check_finite(model.named_parameters(), "the weights", advice)
     for name, values in tensors.items():

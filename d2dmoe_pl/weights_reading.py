@@ -7,7 +7,7 @@ from pathlib import Path
 import safetensors
 from torch import Tensor, nn
 
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, said_of
 from d2dmoe_pl.weights_writing import INDEX
 from d2dmoe_pl.whole_files import is_file_name
 
@@ -64,6 +64,12 @@ def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False)
 
 def check_takes_weights(made: nn.Module, model: nn.Module) -> None:
     """Raise ``ConfigError`` unless ``made``, on the meta device, has tensors of the names and shapes of ``model``'s."""
+    for name, value in model.state_dict().items():
+        check(
+            isinstance(value, Tensor),
+            f"{type(model).__name__}: has {name}, which is {said_of(value)} and no tensor, as other libraries keep "
+            "what they quantise; must be of tensors alone, and put into int8 by quantize_",
+        )
     wanted, there = ({name: tuple(t.shape) for name, t in each.state_dict().items()} for each in (made, model))
     for name in dict.fromkeys((*there, *wanted)):
         is_known = wanted.get(name) == there.get(name)

@@ -50,7 +50,8 @@ def write_weights(model: nn.Module, folder: Path | None, name: str, max_shard_si
     Raises:
         ConfigError: For a size that is not positive, or a tensor of a type that such files do not have.
     """
-    check(max_shard_size > 0, f"max_shard_size={max_shard_size}: must be positive")
+    is_size = not isinstance(max_shard_size, str) and max_shard_size > 0  # transformers takes texts such as 5GB
+    check(is_size, f"max_shard_size={max_shard_size!r}: must be positive, bytes as a number")
     names: dict[int, list[str]] = {}  # of each tensor: tied ones have several
     state = model.state_dict(keep_vars=True)
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

@@ -119,7 +119,8 @@ def test_an_index_that_is_none_is_told(tmp_path, index, said):
         load_model(tmp_path)
 
 
-def test_sizes_are_positive(tmp_path):
-    with pytest.raises(ConfigError, match="max_shard_size=0: must be positive"):
-        save_artifact(tiny.routed(), tmp_path / "artifact", max_shard_size=0)
+@pytest.mark.parametrize("size", [0, "5GB"])
+def test_sizes_are_positive_numbers(tmp_path, size):
+    with pytest.raises(ConfigError, match=rf"^max_shard_size={size!r}: must be positive, bytes as a number$"):
+        save_artifact(tiny.routed(), tmp_path / "artifact", max_shard_size=size)
     assert not (tmp_path / "artifact").exists()

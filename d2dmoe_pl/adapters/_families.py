@@ -55,6 +55,11 @@ def adapter_for(model: nn.Module) -> Adapter:
     for adapter in _by_likelihood(model):
         if adapter.matches(model):
             return adapter
+    inside = next((name for name, part in model.named_modules() if name and _is_known(part)), None)
+    if inside is not None:
+        raise ConfigError(
+            f"{type(model).__name__}: is no model of transformers or timm itself; must be the one that is its {inside}"
+        )
     raise ConfigError(
         f"{type(model).__name__}: is no model of transformers or timm; call adopt_ first, with an example of what it "
         "is called with"
@@ -81,6 +86,10 @@ def adapter_named(family: str) -> Adapter:
             "same, by which artifacts find it",
         )
     return adapter
+
+
+def _is_known(model: nn.Module) -> bool:
+    return any(adapter.matches(model) for adapter in _by_likelihood(model))
 
 
 def _check_complete(adapter: Adapter) -> None:

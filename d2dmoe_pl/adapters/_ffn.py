@@ -53,7 +53,7 @@ AnyLinear = nn.Linear | TransposedLinear | LinearRows
 
 def holder_of(linear: AnyLinear) -> Any:
     """The module that has the weights of ``linear``."""
-    return linear if isinstance(linear, nn.Linear) else linear.module
+    return linear.module if isinstance(linear, TransposedLinear | LinearRows) else linear
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Finding dense FFNs, and what took their place."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import ADAPTERS, FFN, adapter_for, check_foreign, holder_of, prove_foreign
 from d2dmoe_pl.errors import ConfigError, check
@@ -54,11 +55,13 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
     for ffn in ffns:
         parts = [linear for linear in (ffn.up, ffn.gate_proj, ffn.down) if linear is not None]
         for linear in parts:
-            weight, holder = holder_of(linear).weight, holder_of(linear)
+            holder = holder_of(linear)
+            weight: Any = getattr(holder, "weight", None)  # others pack theirs, so that there is none, or a method
+            is_plain = isinstance(weight, Tensor) and weight.is_floating_point()
             check(
-                weight.is_floating_point() and not type(weight).__module__.startswith("torchao"),
-                f"{ffn.name}: is quantised already, its weights are {weight.dtype} of {type(holder).__name__}; must be "
-                "made into experts first, and then put into int8 by quantize_",
+                is_plain and not type(weight).__module__.startswith("torchao"),
+                f"{ffn.name}: is quantised already, its weights are {getattr(weight, 'dtype', 'packed')} of "
+                f"{type(holder).__name__}; must be made into experts first, and then put into int8 by quantize_",
             )
             shared = [name for parameter in holder.parameters() for name in holders.get(id(parameter), ())[1:]]
             check(not shared, f"{ffn.name}: shares weights with {', '.join(shared)}, which would no longer be the same")

@@ -22,6 +22,15 @@ def test_a_model_that_no_adapter_knows():
         adapter_for(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("around", "place"), [(torch.compile, "_orig_mod"), (nn.DataParallel, "module"), (nn.Sequential, "0")]
+)
+def test_a_known_model_with_something_around_it(around, place):
+    message = rf"^\w+: is no model of transformers or timm itself; must be the one that is its {place}$"
+    with pytest.raises(ConfigError, match=message):
+        adapter_for(around(tiny.dense("bert")))
+
+
 def test_an_architecture_without_ffns_stops_a_run_before_it_starts():
     config = transformers.MambaConfig(hidden_size=24, num_hidden_layers=2, vocab_size=40)
     message = "MambaForCausalLM: no adapter knows it, and tracing found no FFN of two linear modules with an activation"

@@ -145,12 +145,22 @@ def _quantised(model):
     )
 
 
+class _Packed(torch.nn.Module):
+    def weight(self):
+        """What PyTorch's own quantised layers have in the place of a tensor."""
+
+
+def _packed(model):
+    model.bert.encoder.layer[0].intermediate.dense = _Packed()
+    return r"layer.0.intermediate: is quantised already, its weights are packed of _Packed; must be made into experts"
+
+
 def _of_two_types(model):
     model.bert.encoder.layer[0].output.dense.half()
     return r"layer.0.intermediate: its weights are torch.float16 and torch.float32; must be of one type, see model.to"
 
 
-@pytest.mark.parametrize("spoil", [_same_module, _shared_weight, _quantised, _of_two_types])
+@pytest.mark.parametrize("spoil", [_same_module, _shared_weight, _quantised, _packed, _of_two_types])
 def test_ffns_that_are_more_or_other_than_dense_layers_of_their_own(spoil):
     model = tiny.dense("bert")
     message = spoil(model)

@@ -138,9 +138,8 @@ class Experts(nn.Module):
     def activation_kind(self) -> str | None:
         """What :func:`activation_kind` says of the activation function, found once for each that is set."""
         activation: Any = self._modules["activation"]
-        known = self._kind[
-            0
-        ]  # where modules are shared, torch.export has proxies for them, each with its one's __dict__
+        known = self._kind[0]
+        # where modules are shared, torch.export has proxies for all of them, each with the __dict__ of its own
         if known is not activation and known.__dict__ is not activation.__dict__:
             self._kind = (activation, activation_kind(activation))
         return self._kind[1]

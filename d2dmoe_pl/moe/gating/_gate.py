@@ -70,7 +70,7 @@ def check_tau(tau: float, argument: str = "tau") -> float:
     """``tau`` as a plain number; ``ConfigError`` unless it is one and lies in [0, 1]."""
     number = _plain(tau, float)
     if number is None or not 0.0 <= number <= 1.0:
-        raise ConfigError(f"{argument}={tau}: must lie in [0, 1] (1 runs every expert, the dense layer)")
+        raise ConfigError(f"{argument}={tau!r}: must lie in [0, 1] (1 runs every expert, the dense layer)")
     return number
 
 

@@ -148,6 +148,11 @@ def test_what_is_no_number(tau):
         GateConfig(tau=tau)
 
 
+def test_a_number_as_a_text_is_said_as_one():
+    with pytest.raises(ConfigError, match=r"^tau='0.5': must lie in \[0, 1\]"):
+        GateConfig(tau="0.5")
+
+
 @pytest.mark.parametrize("k", ["2", 2.0, 2.5, True, [2], torch.tensor([2, 2]), torch.tensor(2.0), 0, -1])
 def test_what_is_no_count(k):
     with pytest.raises(ConfigError, match=r"^k=.*: must be at least 1, the number of experts that each token runs$"):
