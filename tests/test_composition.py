@@ -131,6 +131,25 @@ class TestPEFT:
             merged.save_pretrained(tmp_path)
             torch.testing.assert_close(load_model(tmp_path)(**inputs).logits, merged(**inputs).logits)
 
+    def test_what_is_adapted_is_merged_before_it_becomes_something_else(self):
+        peft = pytest.importorskip("peft")
+        dense = peft.get_peft_model(tiny.dense("bert"), peft.LoraConfig(r=2, target_modules=["output.dense"]))
+        with pytest.raises(ConfigError, match=r"layer.0.intermediate: its Linear of peft\S+ is no plain linear module"):
+            convert_to_moe_(dense.get_base_model(), ExpertsConfig(8))
+        config = peft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False)
+        adapted, inputs = peft.get_peft_model(tiny.routed("bert", tau=1.0), config).eval(), inputs_of("bert")
+        with pytest.raises(ConfigError, match=r"layer.0.intermediate.experts: is a ParamWrapper that adapts weights"):
+            merge_to_dense_(adapted.get_base_model())
+        for model in (dense, adapted):
+            with pytest.raises(
+                ConfigError, match=r"^\S+: is a \w+ that adapts weights, and what it adds would be lost"
+            ):
+                quantize_(model.get_base_model())
+        add_routers_(adapted.get_base_model(), RouterConfig(4))
+        expected, merged = adapted(**inputs).logits, adapted.merge_and_unload()
+        merge_to_dense_(merged)
+        torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
     def test_tau_can_be_set_while_experts_are_adapted(self):
         peft = pytest.importorskip("peft")
         model, inputs = tiny.routed("bert", tau=1.0), inputs_of("bert")

@@ -141,7 +141,7 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterF
     check_not_quantized(model)
     check_weights_are_here(model)
     for layer in select_moe_layers(model, filter_fn).values():
-        layer.router = make_router(layer.experts, config)
+        layer.router = make_router(layer.own_experts, config)
 
 
 def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilterFn | None = None) -> None:

@@ -1,11 +1,20 @@
 """Finding dense FFNs, and what took their place."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import ADAPTERS, FFN, adapter_for, check_foreign, holder_of, prove_foreign
+from d2dmoe_pl.adapters import (
+    ADAPTERS,
+    FFN,
+    LinearRows,
+    TransposedLinear,
+    adapter_for,
+    check_foreign,
+    holder_of,
+    prove_foreign,
+)
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.layer import MoELayer
@@ -63,6 +72,11 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
                 f"{ffn.name}: is quantised already, its weights are {getattr(weight, 'dtype', 'packed')} of "
                 f"{type(holder).__name__}; must be made into experts first, and then put into int8 by quantize_",
             )
+            check(
+                isinstance(linear, nn.Linear | TransposedLinear | LinearRows),
+                f"{ffn.name}: its {type(holder).__name__} of {type(holder).__module__} is no plain linear module, and "
+                "what it adds to one would be lost; must be merged into one first, as merge_and_unload of PEFT does",
+            )
             shared = [name for parameter in holder.parameters() for name in holders.get(id(parameter), ())[1:]]
             check(not shared, f"{ffn.name}: shares weights with {', '.join(shared)}, which would no longer be the same")
         types = sorted({str(holder_of(linear).weight.dtype) for linear in parts})
@@ -87,6 +101,16 @@ def check_weights_are_here(model: nn.Module) -> None:
             f"{name}: accelerate keeps its weights elsewhere until they are needed; must be loaded whole, without "
             "device_map, or with one that leaves nothing on disk or waiting on the CPU; remove_hook_from_submodules of "
             "accelerate brings them back",
+        )
+
+
+def check_not_adapted(modules: Mapping[str, nn.Module]) -> None:
+    """Raise ``ConfigError`` if one of ``modules`` adapts the weights of one in it, as those of PEFT's LoRA do."""
+    for name, module in modules.items():
+        check(
+            not isinstance(getattr(module, "base_layer", None), nn.Module),
+            f"{name}: is a {type(module).__name__} that adapts weights, and what it adds would be lost; must be merged "
+            "first, as merge_and_unload of PEFT does",
         )
 
 

@@ -11,7 +11,7 @@ from d2dmoe_pl.moe.activations import own_activations, restore_activations_
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.moe.conversion import select_moe_layers
 from d2dmoe_pl.moe.experts.experts import Experts
-from d2dmoe_pl.moe.find_layers import LayerFilterFn, check_weights_are_here, expert_layers
+from d2dmoe_pl.moe.find_layers import LayerFilterFn, check_not_adapted, check_weights_are_here, expert_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.projections import mlp_ffn, projection_mlps, two_layers
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
@@ -77,6 +77,7 @@ def merge_to_dense_(model: nn.Module, filter_fn: LayerFilterFn | None = None) ->
     check_not_quantized(model)
     check_weights_are_here(model)
     layers = select_moe_layers(model, filter_fn)
+    check_not_adapted({f"{name}.experts": layer.experts for name, layer in layers.items()})
     adapter = adapter_for(model)
     with torch.device("meta"):
         dense = adapter.rebuild(model)

@@ -12,7 +12,7 @@ from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.experts.experts import Experts
-from d2dmoe_pl.moe.find_layers import check_weights_are_here, expert_layers, moe_layers
+from d2dmoe_pl.moe.find_layers import check_not_adapted, check_weights_are_here, expert_layers, moe_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, Int8Module, check_not_quantized
@@ -74,6 +74,7 @@ def quantize_(
     config = config or QuantizationConfig()
     check_not_quantized(model)
     check_weights_are_here(model)
+    check_not_adapted(dict(model.named_modules()))
     for name, layer in expert_layers(model).items():
         check(
             isinstance(layer, MoELayer),
