@@ -26,7 +26,8 @@ def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
 
     What is found is proved: with every FFN computed as what it is taken for, the model gives the same for ``example``.
     An ``attention_mask`` that it takes is tried as well: what is zero there runs no expert, if nothing reads it.
-    Everything that works on a model in place works then; to save it is left to you, as no file says how it is made.
+    Everything that works on a model in place works then, but for :func:`d2dmoe_pl.merge_to_dense_`; to save it is left
+    to you, as no file says how it is made.
 
     Args:
         model: Any model, called with tensors by name, that gives a tensor.
