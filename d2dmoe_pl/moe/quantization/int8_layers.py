@@ -93,7 +93,16 @@ class Int8Linear(Int8Module):
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., d_in)`` to ``(..., d_out)``."""
+        """``(..., d_in)`` to ``(..., d_out)``.
+
+        Raises:
+            ConfigError: For whole numbers, to which a model has cast what it gives.
+        """
+        check(
+            x.is_floating_point(),
+            f"in int8: a linear layer of {self.in_features} inputs is given {x.dtype}, as its model casts them to the "
+            "type of the weights; must be left as it is by filter_fn of quantize_",
+        )
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         if _runs_in_int8(x):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, quantized
@@ -225,6 +226,14 @@ def test_gradients_pass_through_a_linear_layer():
     x = torch.randn(2, 8, requires_grad=True)
     linear(x).sum().backward()
     torch.testing.assert_close(x.grad, (linear.weight * linear.scale.unsqueeze(1)).sum(0).expand(2, 8))
+
+
+def test_what_was_cast_to_the_type_of_the_weights_is_told():
+    linear, x = Int8Linear(torch.randn(3, 8), None), torch.randn(5, 8)
+    with pytest.raises(
+        ConfigError, match=r"^in int8: a linear layer of 8 inputs is given torch.int8, as its model casts"
+    ):
+        linear(x.to(linear.weight.dtype))
 
 
 def test_an_embedding():
