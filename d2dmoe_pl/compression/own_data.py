@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from d2dmoe_pl.auto_classes import MODEL_TYPE
 from d2dmoe_pl.compression.told_columns import (
     ANSWERED,
     FILES,
@@ -24,6 +26,7 @@ from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, loc
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.squad.given_answers import with_answers
 from d2dmoe_pl.data.text_classification import check_texts
+from d2dmoe_pl.data.token_positions import num_token_positions
 from d2dmoe_pl.errors import ConfigError, check
 
 LONGEST = 512
@@ -98,15 +101,15 @@ def data_config(
     assert tokenizer is not None
     common: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "batch_size": batch_size}
     if task in LANGUAGE:
-        common |= {"length": min(BLOCK, _positions(tokenizer)), "batch_size": max(1, batch_size // 4)}
+        common |= {"length": min(BLOCK, _positions(tokenizer, model)), "batch_size": max(1, batch_size // 4)}
         own = {"objective": LANGUAGE[task], "text_column": text_columns_of(train, given_texts, [])[0]}
         return {"class_path": "LanguageModeling", "init_args": {**common, **own}}, task
     if task == "question-answering":
-        return _of_questions(train, common, tokenizer), task
+        return _of_questions(train, common, _positions(tokenizer, model)), task
     common["group_by_length"] = True
     if task == "embeddings":
         (text,) = text_columns_of(train, given_texts, [])[:1]
-        longest = _max_length(train, [text], tokenizer)
+        longest = _max_length(train, [text], tokenizer, model)
         del common["tokenizer"]  # the model's whose vectors are kept
         arguments = {**common, "model": model or tokenizer, "text_column": text, "max_length": longest}
         return {"class_path": "TextEmbeddings", "init_args": arguments}, task
@@ -118,9 +121,9 @@ def data_config(
         "text-to-text": {"source_column": texts[0], "target_column": label},
     }
     by_name = named.get(task, {"text_columns": texts, "label_column": label})
-    arguments = {**common, **by_name, "max_length": _max_length(train, texts, tokenizer)}
+    arguments = {**common, **by_name, "max_length": _max_length(train, texts, tokenizer, model)}
     if task == "text-to-text":
-        arguments["max_target_length"] = _max_length(train, [label], tokenizer)
+        arguments["max_target_length"] = _max_length(train, [label], tokenizer, model)
     return {"class_path": LABELLED[task], "init_args": arguments}, task
 
 
@@ -149,26 +152,32 @@ def _of_files(
     return {"class_path": reader, "init_args": {**common, argument: column, "label_column": label, **own}}
 
 
-def _of_questions(train: Dataset, common: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
+def _of_questions(train: Dataset, common: Mapping[str, Any], positions: int) -> dict[str, Any]:
     """What a recipe says of questions with texts that answer them, all or some, in the manner of SQuAD."""
     missing = [column for column in ANSWERED if column not in train.column_names]
     there = ", ".join(train.column_names)
     check(not missing, f"task='question-answering': {', '.join(missing)} must be columns too; there are {there}")
     check_texts(train, "context", "train", "column", may_be_blank=True)
     found = with_answers(train.select_columns(list(ANSWERED)), "train")["answers"]
-    window = min(WINDOW, _positions(tokenizer))
+    window = min(WINDOW, positions)
     sizes = {"max_length": window, "doc_stride": window // 3, "max_question_length": window // 6}
     version = 1 if all(answers["text"] for answers in found) else 2
     return {"class_path": "SQuAD", "init_args": {**common, "version": version, **sizes}}
 
 
-def _positions(tokenizer: str) -> int:
-    """Tokens that a tokenizer's model takes; very many where it does not say."""
+def _positions(tokenizer: str, model: str | None) -> int:
+    """Tokens that a text may have by its tokenizer, which need not say it, and by its model; else very many."""
     made: Any = load_pretrained(AutoTokenizer, tokenizer, "tokenizer")
-    return int(made.model_max_length)
+    by_tokenizer = int(made.model_max_length)
+    config: Any = None if model is None else load_pretrained(AutoConfig, model, "model")
+    if config is None or config.model_type == MODEL_TYPE:  # a converted model, which is refused later
+        return by_tokenizer
+    with torch.device("meta"):
+        without_weights = AutoModel.from_config(config)
+    return min(by_tokenizer, num_token_positions(without_weights) or by_tokenizer)
 
 
-def _max_length(train: Dataset, texts: Sequence[str], tokenizer: str) -> int:
+def _max_length(train: Dataset, texts: Sequence[str], tokenizer: str, model: str | None) -> int:
     """Tokens that all but a hundredth of the texts have, rounded up to eights."""
     made: Any = load_pretrained(AutoTokenizer, tokenizer, "tokenizer")
     some = train.select(range(min(SAMPLED, len(train))))
@@ -176,7 +185,7 @@ def _max_length(train: Dataset, texts: Sequence[str], tokenizer: str) -> int:
     encoded = made(*(list(map(_as_text, some[name])) for name in texts), verbose=False)
     lengths = sorted(map(len, encoded["input_ids"]))
     longest = lengths[int(0.99 * (len(lengths) - 1))]
-    return min(LONGEST, int(made.model_max_length), -(-longest // 8) * 8)
+    return min(LONGEST, _positions(tokenizer, model), -(-longest // 8) * 8)
 
 
 def _as_text(value: Any) -> str:

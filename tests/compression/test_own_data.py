@@ -55,6 +55,17 @@ def test_a_file(tmp_path, tokenizer):
     assert arguments["max_length"] == 8
 
 
+@pytest.mark.parametrize(("make", "kept"), [(transformers.BertConfig, 16), (transformers.RobertaConfig, 14)])
+def test_texts_are_no_longer_than_the_model_has_positions(tmp_path, tokenizer, make, kept):
+    """Whatever the tokenizer says, which says nothing."""
+    make(vocab_size=40, max_position_embeddings=16, pad_token_id=1, **tiny.SHAPE).save_pretrained(tmp_path / "model")
+    long = [{"text": "cat " * 30, "label": row % 2} for row in range(20)]
+    made = config(write(tmp_path / "long.csv", long), tokenizer, model=str(tmp_path / "model"))[0]
+    assert made["init_args"]["max_length"] == kept
+    blocks = config(write(tmp_path / "lm.csv", long), tokenizer, "causal-language-modeling", str(tmp_path / "model"))[0]
+    assert blocks["init_args"]["length"] == kept
+
+
 def test_a_file_beside_is_no_split_of_a_name(tmp_path):
     write(tmp_path / "train.csv", rows_of("text", "label"))
     assert source_of("train.csv")["train"] == "train.csv"
@@ -168,6 +179,7 @@ def test_a_file_may_be_compressed(tmp_path, tokenizer):
 
 
 def test_texts_for_vectors(tmp_path, tokenizer):
+    tiny.bert_config().save_pretrained(tokenizer)
     found, _ = config(write(tmp_path / "own.csv", rows_of("text")), task="embeddings", model=tokenizer)
     assert found["class_path"] == "TextEmbeddings"
     assert (found["init_args"]["model"], found["init_args"]["text_column"]) == (tokenizer, "text")
