@@ -60,7 +60,7 @@ def is_recipe(path: str | os.PathLike) -> bool:
     if len(str(path)) > LONGEST_PATH or not os.path.isfile(recipe_file(path)):  # a whole config in the place of a path
         return False
     try:
-        content = _load(recipe_file(path).read_text())
+        content = _load(_text(recipe_file(path)))
     except yaml.YAMLError:  # for the parser to report
         return False
     return isinstance(content, dict) and any(key in content for key in ("extends", "shared", "phases"))
@@ -159,8 +159,15 @@ def _check_phases(recipe: Mapping[str, Any], before: Collection[str], file: Path
         )
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not UTF-8; must be a text file of YAML, saved as UTF-8") from error
+
+
 def _content(file: Path) -> Any:
-    text = file.read_text()
+    text = _text(file)
     try:
         _check_keys(yaml.compose(text), file)
         return _load(text)
@@ -168,18 +175,26 @@ def _content(file: Path) -> Any:
         raise ConfigError(f"{file}: is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _check_keys(node: yaml.Node | None, file: Path) -> None:
-    """Refuse a key that stands twice in a mapping; YAML would drop the first without a word."""
+def _check_keys(node: yaml.Node | None, file: Path, around: tuple[yaml.Node, ...] = ()) -> None:
+    """Refuse a key that stands twice in a mapping, whose first YAML would drop without a word, or that is no word."""
+    if node is None:
+        return
+    begins = node.start_mark.line + 1
+    is_inside = any(node is each for each in around)
+    check(not is_inside, f"{file}: line {begins}: holds itself, by the name of an anchor in it")
+    around = (*around, node)
     if isinstance(node, yaml.MappingNode):
         lines: dict[Any, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            is_word = isinstance(key, yaml.ScalarNode)
+            check(is_word, f"{file}: line {line}: a key is a list or a mapping; must be a word")
             check(key.value not in lines, f"{file}: {key.value}: is in line {lines.get(key.value)} and in line {line}")
             lines[key.value] = line
-            _check_keys(value, file)
+            _check_keys(value, file, around)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _check_keys(value, file)
+            _check_keys(value, file, around)
 
 
 def _check_shape(recipe: Any, file: Path) -> None:
@@ -196,6 +211,13 @@ def _check_shape(recipe: Any, file: Path) -> None:
     for name, phase in recipe.get("phases", {}).items():
         check_phase_name(name, f"{file}: phases.{name}")
         check(phase is None or isinstance(phase, dict), f"{file}: phases.{name}={phase!r}: must be a mapping or empty")
+        _check_trainer(phase or {}, f"{file}: phases.{name}")
+    _check_trainer(recipe.get("shared", {}), f"{file}: shared")
+
+
+def _check_trainer(part: Mapping[str, Any], where: str) -> None:
+    """Refuse what YAML makes of ``trainer:`` with nothing below it."""
+    check(part.get("trainer", {}) is not None, f"{where}.trainer=None: must be a mapping, or left out")
 
 
 def _load(text: str) -> Any:

@@ -147,6 +147,10 @@ def test_what_is_a_recipe(write, tmp_path):
         ("phases: [{name: a, config: a.yaml}]", "{file}: recipes are no longer a list of phases with a file each; {S"),
         ("base: base.yaml\nphases: {a: }", "{file}: recipes are no longer a list of phases with a file each; {SHAPE}"),
         ("phases: {a: ", "{file}: is not YAML: while parsing a flow "),
+        ("phases: {? [a, b] : {}}", "{file}: line 1: a key is a list or a mapping; must be a word"),
+        ("phases:\n  a: &a {trainer: *a}", "{file}: line 2: holds itself, by the name of an anchor in it"),
+        ("shared: {trainer: }\nphases: {}", "{file}: shared.trainer=None: must be a mapping, or left out"),
+        ("phases:\n  a:\n    trainer:\n", "{file}: phases.a.trainer=None: must be a mapping, or left out"),
     ],
 )
 def test_what_is_wrong_is_told_with_file_and_key(write, tmp_path, text, message):
@@ -160,6 +164,15 @@ def test_what_is_wrong_is_told_with_file_and_key(write, tmp_path, text, message)
     said = str(raised.value)
     assert "\n" not in said
     assert said.startswith(message.removesuffix("{S").format(**names))
+
+
+@pytest.mark.parametrize("read", [read_recipe, is_recipe])
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_recipe_in_another_encoding(tmp_path, read, encoding):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("phases: {}  # für alle", encoding=encoding)
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: is not UTF-8; must be a text file of YAML, saved as UTF-8"):
+        read(file)
 
 
 def test_a_file_that_is_not_there(tmp_path):

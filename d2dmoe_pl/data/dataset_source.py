@@ -229,7 +229,8 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
         return generated(rows_of, ending=ending, **of_files)
     for file in files if BUILDERS[ending] == "json" and not streaming else ():
         check_decodable(file)
-        check(any(line.strip() for line in lines_of(file)), f"{file}: has no rows; must have one at least")
+        is_empty = all(line.strip() in ("", "[]") for line in lines_of(file))
+        check(not is_empty, f"{file}: has no rows; must have one at least")
     try:
         names = [escape(os.path.abspath(file)) for file in files]  # which datasets takes for patterns
         loaded = load_dataset(BUILDERS[ending], data_files=names, split="train", streaming=streaming)
