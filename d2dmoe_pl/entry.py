@@ -1,5 +1,6 @@
 """The command, as it is installed: what can be said at once is said without importing all that a run needs."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments, those of the process if not given.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a bar that a terminal has no letters for is to end no training
+        sys.stdout.reconfigure(errors="replace")
     asks_for_help = any(argument in ("-h", "--help") for argument in arguments[1:])
     if arguments in ([], ["-h"], ["--help"]):
         _say(USAGE)

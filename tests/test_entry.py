@@ -63,6 +63,14 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback():
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+def test_letters_that_a_terminal_has_not_end_no_command():
+    code = "from d2dmoe_pl.entry import main; main(['--version']); print('\u2501')"  # of a bar
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert ran.stdout.endswith(b"?" + os.linesep.encode())
+
+
 @pytest.mark.parametrize("recipe", ["digits_vitt", "configs/digits_vitt.yaml"])
 def test_a_phase_of_a_recipe_that_is_not_there_is_told_with_those_that_are(capsys, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(tmp_path)
