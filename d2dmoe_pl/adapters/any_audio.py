@@ -8,13 +8,14 @@ import transformers
 from torch import Tensor
 
 from d2dmoe_pl.adapters._adapter import MASK, NO_MASK
+from d2dmoe_pl.adapters._of_recordings import OfRecordings
 from d2dmoe_pl.adapters.any_transformer import AnyTransformerAdapter
 from d2dmoe_pl.errors import check
 
 RECORDED = "recorded"  # in a batch, (B, samples): 1 where a recording is, 0 where it is filled up
 
 
-class AnyAudioAdapter(AnyTransformerAdapter):
+class AnyAudioAdapter(OfRecordings, AnyTransformerAdapter):
     """See :class:`AnyTransformerAdapter`. Takes waves, ``(B, samples)``, or spectrograms, ``(B, frames, bins)``.
 
     What fills a recording up is routed, run and counted as sound is.
@@ -35,14 +36,6 @@ class AnyAudioAdapter(AnyTransformerAdapter):
     def reads_padding(self, model: Any) -> bool:
         """False: there is none to be told."""
         return False
-
-    def vocabulary_size(self, model: Any) -> int | None:
-        """None: what a config calls so are the letters that a head of another task writes."""
-        return None
-
-    def num_positions(self, model: Any) -> int | None:
-        """None: a spectrogram has as many as there are, and waves of any length are taken."""
-        return None
 
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         config = model.config

@@ -9,9 +9,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder, Whisper
 
 from d2dmoe_pl.adapters._attention import AttentionParts
 from d2dmoe_pl.adapters._ffn_in_layer import FFNInLayerAdapter
+from d2dmoe_pl.adapters._of_recordings import OfRecordings
 
 
-class WhisperAdapter(FFNInLayerAdapter):
+class WhisperAdapter(OfRecordings, FFNInLayerAdapter):
     """See :class:`FFNInLayerAdapter`. Recordings are of one length, and silence at their ends is no padding."""
 
     family = "whisper"
@@ -32,14 +33,6 @@ class WhisperAdapter(FFNInLayerAdapter):
         # of the layers themselves, which are given no mask: that of a call is of frames, of which a token is two
         encoders = [name for name, module in model.named_modules() if isinstance(module, WhisperEncoder)]
         return {f"{name}.layers": "mask_of_audio_tokens" for name in encoders}
-
-    def vocabulary_size(self, model: Any) -> int | None:
-        """None: the ids in a batch are the decoder's."""
-        return None
-
-    def num_positions(self, model: Any) -> int | None:
-        """None: every recording has as many as there are."""
-        return None
 
     def random_inputs(self, model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
         config = model.config

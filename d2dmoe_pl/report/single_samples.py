@@ -17,6 +17,8 @@ from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases import Phase
 
+ENOUGH_TOKENS = 8192  # to tell how busy experts are
+
 
 @dataclass(frozen=True)
 class SampleCompute:
@@ -41,7 +43,7 @@ def expert_loads(phase: Phase, number: int) -> dict[str, list[float]]:
 
     Args:
         phase: With its model and data, which is set up.
-        number: Of samples.
+        number: Of samples; fewer, once every layer has seen ``ENOUGH_TOKENS``.
     """
     counts: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
@@ -54,7 +56,9 @@ def expert_loads(phase: Phase, number: int) -> dict[str, list[float]]:
     phase.model.eval()
     with hooked(layer.watch(partial(count, name)) for name, layer in deciding_layers(phase).items()):
         for batch in phase.data.drawn_loader("test", number) or ():
-            phase.logits({key: value.to(phase.device) for key, value in batch.items()})
+            phase.run_layers({key: value.to(phase.device) for key, value in batch.items()})
+            if min(tokens.values(), default=0) >= ENOUGH_TOKENS:
+                break
     phase.model.train(was_training)
     return {name: (count / tokens[name]).tolist() for name, count in counts.items()}
 

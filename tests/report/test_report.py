@@ -175,7 +175,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_words_of_texts_and_their_loads(trainer, tmp_path, kind):
+def test_words_of_texts_and_their_loads(trainer, tmp_path, kind, monkeypatch):
     stand_ins.write_emotion(tmp_path / "texts")
     rows = [f"{' '.join(stand_ins.WORDS[:length])},{stand_ins.ANIMALS[length]}\n" for length in (1, 4, 2, 3)]
     (tmp_path / "texts" / "test.csv").write_text("".join(["text,label\n", *rows]))
@@ -195,6 +195,11 @@ def test_words_of_texts_and_their_loads(trainer, tmp_path, kind):
         assert all(1 / 8 <= share <= 1 for share in sample.shares)
         assert "(label: " in sample.said
     shares = expert_loads(phase, 8)
+    runs = []
+    monkeypatch.setattr("d2dmoe_pl.report.single_samples.ENOUGH_TOKENS", 1)
+    monkeypatch.setattr(phase, "run_layers", lambda batch: runs.append(phase.logits(batch)))
+    assert expert_loads(phase, 96).keys() == shares.keys()
+    assert len(runs) == 1  # batch
     assert all(len(own) == 8 and 1 <= sum(own) <= 8 for own in shares.values())
     assert "<svg" in as_svg(loads(shares))
 
