@@ -56,6 +56,8 @@ class HuggingFaceAdapter(Adapter):
     def embedding_scale(self, module: nn.Module) -> float | None:
         if not type(module).__name__.endswith("ScaledWordEmbedding"):  # each model has such a class of its own
             return super().embedding_scale(module)
+        if list(module._parameters) != ["weight"]:  # one has another row for a certain token
+            return None
         scale: float = getattr(module, "scalar_embed_scale", None) or module.embed_scale  # type: ignore[assignment]
         return scale
 

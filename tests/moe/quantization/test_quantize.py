@@ -2,6 +2,7 @@
 
 import json
 import os
+from pkgutil import resolve_name
 
 import pytest
 import tiny
@@ -26,6 +27,7 @@ from d2dmoe_pl import (
     set_gate_,
     set_tau_,
 )
+from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.errors import NonFiniteWeightsError
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.projections import ProjectionConfig
@@ -112,6 +114,12 @@ def test_embeddings_that_are_multiplied(kind, tmp_path):
         torch.testing.assert_close(embeddings(ids), expected, rtol=0, atol=expected.abs().max() / 127)
         if each.config.tie_word_embeddings and each.get_output_embeddings() is not None:
             assert each.get_output_embeddings().scale is embeddings.scale
+
+
+def test_an_embedding_with_a_row_of_its_own_for_a_token_is_left_alone():
+    embedding = resolve_name("transformers.models.t5gemma2.modeling_t5gemma2:T5Gemma2TextScaledWordEmbedding")
+    adapter = adapter_for(tiny.dense("gemma"))
+    assert adapter.embedding_scale(embedding(9, 16, 0, embed_scale=4.0, eoi_token_index=3)) is None
 
 
 class Larger(nn.Module):
