@@ -121,19 +121,29 @@ class AudioClassification(TaskData):
 
     def collate(self, samples: Sequence[dict[str, Any]], augment: bool) -> dict[str, Tensor]:
         recordings = [self._numbers(sample) for sample in samples]
+        self._say_once_if_cut(max(map(len, recordings)) / self._extractor.sampling_rate)
+        return {**self._prepared(recordings), "labels": torch.tensor([sample["labels"] for sample in samples])}
+
+    def silence(self) -> dict[str, Tensor]:
+        """What the model is given of one recording, once the feature extractor is loaded; here of one without sound."""
+        return self._prepared([np.zeros(self._extractor.sampling_rate, dtype=np.float32)])
+
+    def _prepared(self, recordings: Sequence[np.ndarray]) -> dict[str, Tensor]:
         rate = self._extractor.sampling_rate
         length: dict[str, Any] = {}
-        if "input_values" in self._extractor.model_input_names and not hasattr(self._extractor, "max_length"):  # waves
+        if self._makes_waves():
             length = {"padding": "max_length", "truncation": True, "max_length": max(1, round(self.seconds * rate))}
-            self._say_once_if_cut(max(map(len, recordings)) / rate)
         made = self._extractor(recordings, sampling_rate=rate, return_tensors="pt", **length)
         batch = {name: made[name] for name in FEATURES if name in made}
         if length and "attention_mask" in made:
             batch["recorded"] = made["attention_mask"]
-        return {**batch, "labels": torch.tensor([sample["labels"] for sample in samples])}
+        return batch
+
+    def _makes_waves(self) -> bool:
+        return "input_values" in self._extractor.model_input_names and not hasattr(self._extractor, "max_length")
 
     def _say_once_if_cut(self, longest: float) -> None:
-        if longest > self.seconds and not self._said:
+        if self._makes_waves() and longest > self.seconds and not self._said:
             self._said = True
             notice(f"seconds={self.seconds:g}: a recording has {longest:.1f}; what lies behind is left out.")
 

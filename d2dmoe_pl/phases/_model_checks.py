@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.data.audio_classification import AudioClassification
 from d2dmoe_pl.data.head import VOCABULARY_HEADS, Head
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.data.task import Task
@@ -36,6 +37,7 @@ def check_inputs(model: nn.Module, data: TaskData) -> None:
     check_length(model, data.sample_length)
     check_lengths(model, data.longest_samples())
     check_pictures(model, data.preprocessing)
+    check_recordings(model, data)
     if isinstance(data, TokenizedData):
         check_text_ends(model, data)
 
@@ -100,6 +102,30 @@ def check_pictures(model: nn.Module, preprocessing: ImagePreprocessing | None) -
         f"pixel_values: the data gives {' x '.join(map(str, gives))} (channels x height x width); must be "
         f"{' x '.join(map(str, takes))}, which {type(model).__name__} takes",
     )
+
+
+def check_recordings(model: nn.Module, data: TaskData) -> None:
+    """Raise ``ConfigError`` unless ``model`` takes what the feature extractor of ``data``, which is loaded, makes."""
+    if not isinstance(data, AudioClassification):
+        return
+    name, silent = next(iter(data.silence().items()))
+    (takes, shortest), longer = next(iter(_random(model, 1).items())), next(iter(_random(model, 2).values()))
+    gives, least = tuple(silent.shape[1:]), tuple(shortest.shape[1:])
+    is_free = [one != other for one, other in zip(least, longer.shape[1:], strict=True)]
+    fits = len(gives) == len(least) and all(
+        given >= needed if free else given == needed
+        for given, needed, free in zip(gives, least, is_free, strict=True)
+    )
+    wanted = (f"at least {size}" if free else str(size) for size, free in zip(least, is_free, strict=True))
+    check(
+        name == takes and fits,
+        f"processor={data.processor_name!r}: makes {name} of {' x '.join(map(str, gives))} of a recording; must make "
+        f"{takes} of {' x '.join(wanted)}, which {type(model).__name__} takes",
+    )
+
+
+def _random(model: nn.Module, length: int) -> Mapping[str, Tensor]:
+    return adapter_for(model).random_inputs(model, 1, length)
 
 
 def check_lengths(model: nn.Module, longest: Mapping[tuple[str, str], int]) -> None:

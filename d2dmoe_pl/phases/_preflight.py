@@ -14,6 +14,7 @@ from d2dmoe_pl.phases._model_checks import (
     check_head,
     check_length,
     check_pictures,
+    check_recordings,
     check_token_ids,
 )
 from d2dmoe_pl.phases._phase import Phase
@@ -62,6 +63,7 @@ def preflight(
         each.load_processor()
         check_token_ids(model, each.num_token_ids)
         check_pictures(model, each.preprocessing)
+        check_recordings(model, each)
     for phase, own in zip(phases, callbacks or [()] * len(phases), strict=True):
         phase.check_start(stage_of(describe(model)), came_from, beside)
         change_in_place(phase.transform_, model)

@@ -39,10 +39,10 @@ def choose(experts: Experts, tokens: Tensor) -> Backend:
     if device == "cuda":
         if obstacle(experts, tokens, _CUDA_TYPES):
             return grouped
-        triton = _triton()
-        if triton is None:
-            _warn_once("backend='auto': Triton is not installed, and experts run by 'grouped', one after the other")
-        return triton or grouped
+        if _has_triton():
+            return _on_triton
+        _warn_once("backend='auto': Triton is not installed, and experts run by 'grouped', one after the other")
+        return grouped
     if obstacle(experts, tokens, on_cpu.TYPES):
         return grouped
     failure = on_cpu.compile_failure()
@@ -56,17 +56,25 @@ def choose(experts: Experts, tokens: Tensor) -> Backend:
 
 
 @torch.compiler.assume_constant_result
-def _triton() -> Backend | None:
-    return _find_triton()
+def _has_triton() -> bool:
+    """Of all that may be constant while a graph is made, a truth can be asked; a function cannot."""
+    return _can_import_triton()
 
 
 @functools.cache
-def _find_triton() -> Backend | None:
-    """The backend for GPUs, looked for once a process, where there is a GPU; None without Triton."""
+def _can_import_triton() -> bool:
+    """Whether there is the backend for GPUs, looked for once a process."""
     try:
-        return BACKENDS.find("triton", "backend") if torch.cuda.is_available() else None
+        BACKENDS.find("triton", "backend")
     except ConfigError:
-        return None
+        return False
+    return True
+
+
+def _on_triton(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+    from d2dmoe_pl.moe.execution.triton import triton  # noqa: PLC0415 (cannot be imported without Triton)
+
+    return triton(experts, tokens, mask, cutoff)
 
 
 @torch.compiler.assume_constant_result

@@ -14,6 +14,7 @@ the dense FFN holds too, but where ``both_listed`` keeps them; and of ``listed``
 elements if that is more: so many chunks at a time that all pairs would fit in it.
 """
 
+import functools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -55,6 +56,9 @@ PAIRS_SPACE = 512 * 2**20
 FEW_TOKENS = 16
 """Up to here reading weights is all that counts."""
 
+LAUNCHES_COUNT = 256
+"""Up to here, in half precision, a dense FFN takes hardly longer than its launches: nothing is left to gain."""
+
 LARGEST_BLOCKS = 200 * 1024
 """Bytes of shared memory that four stages of 128 tokens and twice 128 neurons may take, which an H100 has."""
 
@@ -67,8 +71,12 @@ def _block(size: int, largest: int) -> int:
 
 
 def way_by_rule(num_tokens: int, expert_dim: int, dtype: torch.dtype) -> str:
-    """The way to take where none can be measured, as while a CUDA graph is captured."""
-    return "listed" if num_tokens <= FEW_TOKENS or dtype == torch.float32 or expert_dim >= 96 else "listed_up"
+    """The way to take where none can be measured, as in a compiled model or while a CUDA graph is captured."""
+    if num_tokens <= FEW_TOKENS or dtype == torch.float32:
+        return "listed"
+    if num_tokens <= LAUNCHES_COUNT:
+        return "dense"
+    return "listed" if expert_dim >= 96 else "listed_up"
 
 
 @torch.library.custom_op("d2dmoe_pl::moe_triton", mutates_args=())
@@ -213,10 +221,14 @@ def _sum_blocks(num_tokens: int, num_experts: int, d_out: int) -> dict[str, int]
 
 def _has_much_shared_memory(tokens: Tensor) -> bool:
     """Whether it holds the largest blocks; those of the other kernels fit in the 96 KB that cards from 2020 on have."""
-    if INTERPRETED.value:
-        return True
-    properties = driver.active.utils.get_device_properties(tokens.device.index)
-    return bool(properties["max_shared_mem"] >= LARGEST_BLOCKS)
+    return bool(INTERPRETED.value) or _shared_memory(tokens.device.index) >= LARGEST_BLOCKS
+
+
+@functools.cache
+def _shared_memory(device_index: int) -> int:
+    """Bytes of it that a block may have; to ask takes a millisecond, of which a layer has fewer."""
+    properties = driver.active.utils.get_device_properties(device_index)
+    return int(properties["max_shared_mem"])
 
 
 def _all_neurons(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

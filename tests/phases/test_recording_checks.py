@@ -1,0 +1,69 @@
+"""What a feature extractor makes has to be what the model takes."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny
+import transformers
+from datasets import Dataset
+from table_files import write
+
+from d2dmoe_pl.adapters import HuggingFaceModel
+from d2dmoe_pl.data import AudioClassification, DatasetSource
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases import FineTuning
+from d2dmoe_pl.phases._model_checks import check_recordings
+from d2dmoe_pl.phases._preflight import preflight
+
+RATE = 800
+
+
+def whisper(bins=4, chunk_length=0.06):
+    shape = {"feature_size": bins, "hop_length": 4, "chunk_length": chunk_length, "n_fft": 16}
+    return transformers.WhisperFeatureExtractor(sampling_rate=RATE, **shape)
+
+
+def spectrogram(frames=16, bins=8):
+    return transformers.ASTFeatureExtractor(sampling_rate=16000, num_mel_bins=bins, max_length=frames)
+
+
+def waves():
+    return transformers.Wav2Vec2FeatureExtractor(sampling_rate=RATE)
+
+
+def recordings(tmp_path, extractor, seconds=0.1):
+    extractor.save_pretrained(tmp_path / "extractor")
+    noise = np.random.default_rng(0).standard_normal((6, 100)).tolist()
+    file = write(Dataset.from_dict({"audio": noise, "label": ["a", "b", "c"] * 2}), tmp_path / "all.parquet")
+    source = DatasetSource(train=file, validation=file, test=file)
+    return AudioClassification(source, str(tmp_path / "extractor"), seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extractor"),
+    [("whisper", whisper()), ("any_audio", waves()), ("any_audio-spectrogram", spectrogram())],
+)
+def test_their_own_fit(tmp_path, kind, extractor):
+    data = recordings(tmp_path, extractor)
+    data.load_processor()
+    check_recordings(tiny.dense(kind, None), data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extractor", "seconds", "message"),
+    [
+        ("whisper", whisper(bins=5), 0.1, "makes input_features of 5 x 12 .*; must make input_features of 4 x 12, "),
+        ("whisper", whisper(chunk_length=0.1), 0.1, "makes input_features of 4 x 20 of a recording; must make .* 4 x 12"),
+        ("whisper", waves(), 0.1, "makes input_values of 80 of a recording; must make input_features of 4 x 12, which "),
+        ("any_audio", whisper(), 0.1, "makes input_features of 4 x 12 of a recording; must make input_values of at least"),
+        ("any_audio", spectrogram(), 0.1, "makes input_values of 16 x 8 of a recording; must make .* of at least "),
+        ("any_audio", waves(), 0.002, "makes input_values of 2 of a recording; must make input_values of at least "),
+        ("any_audio-spectrogram", waves(), 0.1, "makes input_values of 80 of .*; must make input_values of 16 x 8, which "),
+        ("any_audio-spectrogram", spectrogram(frames=20), 0.1, "makes input_values of 20 x 8 .* of 16 x 8, which "),
+    ],
+)
+def test_others_are_one_line(tmp_path, kind, extractor, seconds, message):
+    data = recordings(tmp_path, extractor, seconds)
+    with pytest.raises(ConfigError, match=rf"^processor='{re.escape(str(tmp_path / 'extractor'))}': {message}"):
+        preflight([FineTuning(source=HuggingFaceModel("audio-classification", config=tiny.CONFIGS[kind]()))], [data])
