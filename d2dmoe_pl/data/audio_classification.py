@@ -125,8 +125,9 @@ class AudioClassification(TaskData):
         return {**self._prepared(recordings), "labels": torch.tensor([sample["labels"] for sample in samples])}
 
     def silence(self) -> dict[str, Tensor]:
-        """What the model is given of one recording, once the feature extractor is loaded; here of one without sound."""
-        return self._prepared([np.zeros(self._extractor.sampling_rate, dtype=np.float32)])
+        """What a model is given of a recording, once the feature extractor is loaded: of one without sound."""
+        samples = getattr(self._extractor, "n_samples", self._extractor.sampling_rate // 20)
+        return self._prepared([np.zeros(round(samples), dtype=np.float32)])
 
     def _prepared(self, recordings: Sequence[np.ndarray]) -> dict[str, Tensor]:
         rate = self._extractor.sampling_rate

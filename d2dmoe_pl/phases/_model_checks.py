@@ -113,8 +113,7 @@ def check_recordings(model: nn.Module, data: TaskData) -> None:
     gives, least = tuple(silent.shape[1:]), tuple(shortest.shape[1:])
     is_free = [one != other for one, other in zip(least, longer.shape[1:], strict=True)]
     fits = len(gives) == len(least) and all(
-        given >= needed if free else given == needed
-        for given, needed, free in zip(gives, least, is_free, strict=True)
+        given >= needed if free else given == needed for given, needed, free in zip(gives, least, is_free, strict=True)
     )
     wanted = (f"at least {size}" if free else str(size) for size, free in zip(least, is_free, strict=True))
     check(

@@ -73,8 +73,8 @@ def test_a_model_compiles_whole(kind):
 def test_without_triton_experts_run_one_after_the_other(monkeypatch):
     monkeypatch.setattr(auto, "_can_import_triton", lambda: False)
     auto._warn.cache_clear()
-    with on_a_gpu("bert") as (model, batch), Called() as called:
+    with on_a_gpu("bert") as (model, _):
+        layer = next(iter(moe_layers(model).values()))
         with pytest.warns(UserWarning, match="^backend='auto': Triton is not installed, and experts run by 'grouped'"):
-            layer = next(iter(moe_layers(model).values()))
-            assert auto.choose(layer.experts, torch.zeros(3, 24, device="cuda")).__name__ == "grouped"
-    assert calls(called.names) == 0
+            backend = auto.choose(layer.experts, torch.zeros(3, 24, device="cuda"))
+    assert backend.__name__ == "grouped"
