@@ -36,7 +36,7 @@ from d2dmoe_pl.data.local_folders import (
 )
 from d2dmoe_pl.data.own_data_checks import SPLITS
 from d2dmoe_pl.data.squad.article_files import in_questions
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import ConfigError, check, some_of
 
 # what reads the kinds of files that are not read row by row here
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -242,17 +242,19 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
         raise ConfigError(fault) from error
     if BUILDERS[ending] == "json" and not streaming:
         loaded = in_questions(loaded)
-    inner = [name for name, feature in (loaded.features or {}).items() if _is_of_rows(feature)]
+    inner = [name for name, feature in (loaded.features or {}).items() if _is_of_rows(name, feature)]
     check(
         streaming or len(loaded) > 1 or not inner or ending == ".parquet",
-        f"{files[0]}: is one object, with rows in {', '.join(map(repr, inner))}; must be a list of rows, or a row a "
-        "line",
+        f"{files[0]}: is one object, with rows in {some_of(list(map(repr, inner)))}; must be a list of rows, or a row "
+        "a line",
     )
     return loaded
 
 
-def _is_of_rows(feature: Any) -> bool:
-    """Whether values are lists of records."""
+def _is_of_rows(name: str, feature: Any) -> bool:
+    """Whether values are lists of records; or values or records by number, as pandas writes tables."""
+    if isinstance(feature, dict):
+        return name.isdecimal() or all(key.isdecimal() for key in feature)
     return isinstance(feature, List) and isinstance(feature.feature, dict)
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -181,6 +182,14 @@ class TestOtherFiles:
             (
                 b'{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}',
                 "a.jsonl: is one object, with rows in 'data'; must be a list of rows, or a row a line",
+            ),
+            (
+                pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]}).to_json().encode(),
+                "a.jsonl: is one object, with rows in 'text', 'label'; must be a list of rows, or a row a line",
+            ),
+            (
+                pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]}).to_json(orient="index").encode(),
+                "a.jsonl: is one object, with rows in '0', '1'; must be a list of rows, or a row a line",
             ),
         ],
     )
