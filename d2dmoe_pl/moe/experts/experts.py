@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from d2dmoe_pl.adapters import FFN
 from d2dmoe_pl.errors import check, said_of
@@ -200,8 +201,7 @@ class Experts(nn.Module):
         """The output of the experts from their activations ``(N, E, s)``: ``(N, d_out)``."""
         down_weight, down_bias = self.weights_in(hidden.dtype)[4:6]
         kept = self.hidden_dropout(hidden.flatten(1))  # (N, E * s)
-        output = kept @ down_weight.flatten(0, 1)  # (N, E * s) @ (E * s, d_out)
-        return output if down_bias is None else output + down_bias.to(output.dtype)  # autocast's, if it is on
+        return F.linear(kept, down_weight.flatten(0, 1).t(), down_bias)  # (N, E * s) @ (E * s, d_out)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cutoff: Tensor | None = None) -> Tensor:
         """Run the experts that ``mask`` selects, all of them if there is none.
