@@ -22,6 +22,7 @@ from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check, some_of
 from d2dmoe_pl.parser_line import parser_line
+from d2dmoe_pl.phases._labels import unlike
 from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
 
@@ -47,8 +48,11 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
         outputs = source.output_names() if loaded.head in LABELLED_HEADS else None
     known = () if outputs is None else outputs
     is_other = outputs is not None and places(loaded.class_names, outputs) is None
-    needs_head = is_other or _lacks_head(source, loaded.head, outputs or loaded.class_names)
+    lacks_head = _lacks_head(source, loaded.head, outputs or loaded.class_names)
+    needs_head = is_other or lacks_head
     if given.effort == "minutes" and needs_head:
+        is_unnamed = is_other and not lacks_head and are_placeholders(known) and len(known) == len(loaded.class_names)
+        check(not is_unnamed, unlike(loaded.class_names, known, "id2label or label_names in its config.json say it"))
         unknown = [name for name in loaded.class_names if places([name], known) is None] or loaded.class_names
         has = "" if not is_other or are_placeholders(known) else f" (but for {some_of(known, 5)})"
         raise ConfigError(

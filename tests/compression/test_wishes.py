@@ -4,6 +4,7 @@ import pytest
 import stand_ins
 import timm
 import tiny
+import transformers
 import yaml
 from PIL import Image
 
@@ -38,6 +39,23 @@ def test_what_is_given_is_checked(tmp_path, given, said):
     tiny.SOURCES["bert"]().build(["a", "b"]).save_pretrained(tmp_path / "model")
     with pytest.raises(ConfigError, match=said):
         compress(str(tmp_path / "model"), **{"task": "text-classification", "output_dir": tmp_path / "out", **given})
+
+
+def test_a_head_whose_outputs_have_no_names_is_none_that_is_missing(tmp_path, monkeypatch):
+    """It has been trained, and which output is which class is all that is not known."""
+    monkeypatch.chdir(tmp_path)
+    stand_ins.write_emotion(tmp_path / "texts")
+    model = transformers.BertForSequenceClassification(tiny.bert_config(num_labels=5))
+    model.save_pretrained("model")
+    tiny.tokenizer("model", stand_ins.WORDS)
+    said = (
+        r"^labels: which of the model's 5 outputs, which have no names, is which .* id2label or label_names in its con"
+    )
+    with pytest.raises(ConfigError, match=said):
+        compress("model", "texts")
+    model.bert.save_pretrained("model")
+    with pytest.raises(ConfigError, match=r"^effort='minutes': model has no head for cat, dog, eel, fox, gnu, and min"):
+        compress("model", "texts")
 
 
 def test_where_no_files_can_be_written_is_told_first(tmp_path):
