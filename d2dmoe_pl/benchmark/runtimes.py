@@ -42,13 +42,15 @@ def export_onnx(model: nn.Module, batch: Mapping[str, Tensor], file: Path) -> li
 
     Args:
         model: A dense model; of one with experts, every expert is computed and masked.
-        batch: A batch for it, of at least two samples, and two tokens each.
+        batch: A batch for it, of at least two tokens a sample.
         file: Is written.
 
     Returns:
         What of ``batch`` the model takes, in the order that it takes it.
     """
-    inputs = {name: value for name, value in batch.items() if name in _arguments(model)}
+    taken = {name: value for name, value in batch.items() if name in _arguments(model)}
+    # of one sample alone, a model that was traced may remember the number
+    inputs = {name: torch.cat([value, value]) if len(value) == 1 else value for name, value in taken.items()}
     dynamic = torch.export.Dim.DYNAMIC
     is_text = {name: value.dim() == 2 for name, value in inputs.items()}
     sizes = tuple({0: dynamic, 1: dynamic} if text else {0: dynamic} for text in is_text.values())

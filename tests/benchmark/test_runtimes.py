@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from d2dmoe_pl import ConfigError, quantize_, save_artifact, set_backend_
+from d2dmoe_pl import ConfigError, merge_to_dense_, quantize_, save_artifact, set_backend_
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import PhaseRecord
 from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
@@ -39,6 +39,18 @@ def test_a_runtime_gives_the_logits(name, kind):
     assert (got - expected).norm() < TOLERANCE.get(name, 0.2) * expected.norm()
     half = {key: value[:2] for key, value in batch.items()}
     assert predict(half).shape == (2, expected.shape[1])  # any number of samples
+
+
+@torch.no_grad()
+def test_a_batch_of_one_is_enough_to_export(tmp_path):
+    """It is what a benchmark begins with, and scores are those of more samples."""
+    needs("onnx", "onnxscript", "onnxruntime")
+    torch.manual_seed(0)
+    model = tiny.routed("any_timm").eval()
+    merge_to_dense_(model)
+    predict = RUNTIMES["onnxruntime"](model, [tiny.batch("any_timm", 1)])
+    batch = tiny.batch("any_timm", 5)
+    torch.testing.assert_close(predict(batch), tiny.logits(model, batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
