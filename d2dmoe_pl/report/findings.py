@@ -56,6 +56,7 @@ class Findings:
         machine: That they were measured on.
         samples: Where compute goes.
         loads: The share of tokens that run each expert, by layer.
+        predicts: Whether ``predict`` writes what the model gives, as it does not for language models.
     """
 
     folder: Path
@@ -72,6 +73,7 @@ class Findings:
     machine: str = ""
     samples: Sequence[SampleCompute] = ()
     loads: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    predicts: bool = True
 
 
 def phase_findings(folder: Path, seconds: Mapping[str, float], metric: str) -> list[PhaseFinding]:

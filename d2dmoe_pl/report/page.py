@@ -145,15 +145,16 @@ def commands(found: Findings) -> str:
     share = 0.0 if found.promised is None else math.ceil(1000 * found.promised.ffn_flops) / 1000
     budget = f"\nset_budget_(model, ffn_flops={share:g})" if found.promised else ""
     names = "load_model, set_budget_" if budget else "load_model"
+    timed = f" --budget {share:g}" if found.promised else ""
     runs, models, recipes, again = (quote(str(each)) for each in (run, model, recipe, f"{found.folder}_again"))
+    predicting = f"python main.py predict --run {runs} --output predictions.csv\n"
     return f"""# load; dtype="int8" or "bfloat16" and optimize=True make it faster
 from d2dmoe_pl import {names}
 model = load_model({json.dumps(str(model), ensure_ascii=False)}){budget}
 
-# predict, evaluate, time
-python main.py predict --run {runs} --output predictions.csv
-python main.py test --run {runs}
-python main.py benchmark --artifact {models} --config {recipes}
+# {"predict, " if found.predicts else ""}evaluate, time
+{predicting if found.predicts else ""}python main.py test --run {runs}
+python main.py benchmark --artifact {models} --config {recipes}{timed}
 
 # reproduce
 python main.py chain --config {recipes} --output_dir {again}"""

@@ -70,6 +70,7 @@ def write_report(
         str(this_machine(torch.device("cpu"))) if times else "",
         single_samples(phase, SAMPLES) if has_experts else (),
         expert_loads(phase, LOAD_SAMPLES) if has_experts else {},
+        phase.task.writes_rows,
     )
     for name, text in ((HTML, as_html(found)), (MARKDOWN, as_markdown(found))):
         with replaced_file(folder / name) as aside:

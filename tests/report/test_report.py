@@ -27,6 +27,7 @@ from d2dmoe_pl.report.drawings import as_svg, layers, loads, pictures, shortened
 from d2dmoe_pl.report.findings import Findings, PhaseFinding
 from d2dmoe_pl.report.page import as_markdown, commands
 from d2dmoe_pl.report.single_samples import SampleCompute, _patches, expert_loads, single_samples
+from d2dmoe_pl.report.writing import write_report
 
 pytestmark = pytest.mark.drawn
 
@@ -131,6 +132,10 @@ def test_its_commands_are_of_what_is_there(tmp_path):
     assert told(said, "--run") == [str(folder)] * 2
     assert told(said, "--config") == [str(folder / "recipe.yaml")] * 2
     assert "ffn_flops=0.331)" in said  # no less than the least
+    assert told(said, "--budget") == ["0.331"]  # as it was wished for
+    said = commands(replace(found, predicts=False))
+    assert "predict" not in said
+    assert told(said, "--run") == [str(folder)]
 
 
 def test_run_again_with_nothing_to_do_it_stays(run):
@@ -202,6 +207,16 @@ def test_words_of_texts_and_their_loads(trainer, tmp_path, kind, monkeypatch):
     assert len(runs) == 1  # batch
     assert all(len(own) == 8 and 1 <= sum(own) <= 8 for own in shares.values())
     assert "<svg" in as_svg(loads(shares))
+
+
+def test_no_predictions_are_promised_of_what_writes_none(trainer, tmp_path, monkeypatch):
+    save_artifact(tiny.routed("bert"), tmp_path / "last" / "artifact", [PhaseRecord("RouterRegression")])
+    phase = BudgetCalibration(init_from=str(tmp_path / "last" / "artifact"))
+    trainer().test(phase, datamodule=tiny.TextData(8), verbose=False)
+    for writes in (True, False):
+        monkeypatch.setattr(type(phase.task), "writes_rows", writes)
+        write_report(tmp_path, {"last": 1.0}, phase)
+        assert ("main.py predict" in (tmp_path / "report.md").read_text()) == writes
 
 
 def test_patches_come_last():
