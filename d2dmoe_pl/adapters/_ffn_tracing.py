@@ -160,6 +160,7 @@ class Trace(TorchDispatchMode):
             self.linear.setdefault(name, []).append(self.calls[-1])
 
 
+@torch.inference_mode(False)  # in which operators such as dropout would not be seen as what they are made of
 def trace(
     model: nn.Module, linear: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], call: Callable[[Any, Any], object]
 ) -> Trace:

@@ -93,6 +93,17 @@ def test_how_a_model_computes_is_not_changed_by_looking_at_it():
     assert type(model.bert.encoder.layer[0].attention.self) is attention
 
 
+@pytest.mark.parametrize("kind", ["any_timm", "any_encoder_decoder-mt5", "any_audio"])
+def test_inference_mode_hides_nothing(kind):
+    """There, dropout is an operator of its own even where it does nothing, and no linear module is taken apart."""
+    with torch.inference_mode():
+        model, batch = tiny.SOURCES[kind]().build(tiny.labels_of(kind)).eval(), tiny.batch(kind)
+        expected = tiny.logits(model, batch)
+        convert_to_moe_(model, ExpertsConfig(8))
+        torch.testing.assert_close(tiny.logits(model, batch), expected)
+    assert moe_layers(model)
+
+
 @pytest.mark.parametrize("is_called", [False, True])
 def test_what_is_found_does_not_depend_on_calls_before(is_called):
     config = transformers.RwkvConfig(vocab_size=40, hidden_size=24, num_hidden_layers=2, context_length=16)
