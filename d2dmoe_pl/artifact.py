@@ -23,6 +23,7 @@ from d2dmoe_pl.artifact_parts import (
     FORMAT,
     Artifact,
     PhaseRecord,
+    as_written,
     check_parts,
     described,
     format_of,
@@ -128,7 +129,7 @@ def save_artifact(
             save_processor(aside)
         adapter.save_beside(model, aside)
         _write_json(aside / CONFIG, {**config, KEY: made})
-        check_takes_weights(build_structure(described(aside, made, [])), model)
+        check_takes_weights(_structure(described(aside, made, [])), model)
         write_weights(model, aside, weights, max_shard_size)
         for name, values in tensors.items():
             contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
@@ -144,16 +145,19 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     """The description of the artifact in ``path``, after checking that it is whole.
 
     Raises:
-        ConfigError: If there is no artifact, a file of tensors in it is missing or truncated, or it was written
-            by a newer version of this package.
+        ConfigError: If there is no artifact, what it says is none of a model, a file of tensors in it is missing or
+            truncated, or it was written by a newer version of this package.
     """
     path = Path(path)
     check(path.is_dir(), f"{argument}={str(path)!r}: no such folder; must be the artifact that a phase wrote")
     try:
         config = json.loads((path / CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{argument}={str(path)!r}: no artifact, {CONFIG} cannot be read ({error})") from None
-    check(KEY in config, f"{argument}={str(path)!r}: no artifact, {CONFIG} has no key {KEY!r}")
+    check(
+        isinstance(config, dict) and KEY in config,
+        f"{argument}={str(path)!r}: no artifact, {CONFIG} has no key {KEY!r}",
+    )
     made = config[KEY]
     written = made.get("format", 0) if isinstance(made, dict) else 0
     check(
@@ -171,11 +175,21 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
                 pass
         except (OSError, safetensors.SafetensorError) as error:
             raise ConfigError(f"{argument}={str(path)!r}: {file.name} is missing or truncated ({error})") from None
-    return described(path, made, weights)
+    with as_written(path):
+        return described(path, made, weights)
 
 
 def build_structure(artifact: Artifact) -> nn.Module:
-    """The artifact's model on the meta device: shapes without weights."""
+    """The artifact's model on the meta device: shapes without weights.
+
+    Raises:
+        ConfigError: If its description is none of a model.
+    """
+    with as_written(artifact.path):
+        return _structure(artifact)
+
+
+def _structure(artifact: Artifact) -> nn.Module:
     with torch.device("meta"):
         model = adapter_named(artifact.family).build(artifact.path)
         restore_activations_(model, artifact.activations)

@@ -1,7 +1,8 @@
 """What an artifact says of its model, under our key in ``config.json``: which parts there are, and of which kind."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from d2dmoe_pl.adapters import KEY
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check, one_line
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, path_from_json
 from d2dmoe_pl.structure import stage_of
 from d2dmoe_pl.whole_files import is_file_name
@@ -88,6 +89,24 @@ def described(path: Path, made: Mapping[str, Any], weights: list[Path]) -> Artif
     parts = {part: made[part] for part in ("tensors", "projections", "quantized", "activations") if part in made}
     budgets = path_from_json(made["budgets"]) if "budgets" in made else None
     return Artifact(path, made["family"], made["layers"], history, weights=weights, budgets=budgets, **parts)
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Let what the body meets in an artifact that was edited, or put together from several, be told as that.
+
+    Raises:
+        ConfigError: For whatever shows that ``config.json`` and the weights beside it make no model.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: config.json and the weights beside it make no model ({type(error).__name__}: "
+            f"{one_line(str(error))}); must be as they were written"
+        ) from error
 
 
 def tensor_file(name: str) -> str:

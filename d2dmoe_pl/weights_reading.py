@@ -1,12 +1,13 @@
 """A model on the meta device gets its tensors from files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 from torch import Tensor, nn
 
+from d2dmoe_pl.artifact_parts import as_written
 from d2dmoe_pl.errors import ConfigError, check, said_of
 from d2dmoe_pl.weights_writing import INDEX
 from d2dmoe_pl.whole_files import is_file_name
@@ -31,7 +32,11 @@ def weight_files(folder: Path, name: str, where: str) -> list[Path]:
 
 
 def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False) -> None:
-    """Give a model on the meta device the tensors in ``files``, as its own or, if ``mapped``, as pages of the files."""
+    """Give a model on the meta device the tensors in ``files``, as its own or, if ``mapped``, as pages of the files.
+
+    Raises:
+        ConfigError: If they are not those of the model.
+    """
     read: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     for file in files:
@@ -43,6 +48,11 @@ def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False)
             with safetensors.safe_open(str(file), framework="pt") as opened:
                 # a copy: pages of the file stay no part of the model, whatever becomes of the file
                 read[name] = opened.get_tensor(name) if mapped else opened.get_tensor(name).clone()
+    with as_written(files[0].parent):
+        _take_(model, read, ties)
+
+
+def _take_(model: nn.Module, read: dict[str, Tensor], ties: Mapping[str, str]) -> None:
     kept = {name: other for name, other in ties.items() if other in read}
     names: dict[int, list[str]] = {}  # of each tensor, those that it has in the model: tied ones have several
     for name, tensor in model.state_dict(keep_vars=True).items():
