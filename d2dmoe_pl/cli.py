@@ -182,7 +182,7 @@ def _print_metrics(trainer: Trainer) -> None:
         table = Table("metric", "value", box=box.SIMPLE_HEAD, padding=(0, 1))
         for name, value in trainer.callback_metrics.items():
             table.add_row(name, f"{float(value):.4f}")
-        Console().print(table)
+        Console(markup=False).print(table)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -163,7 +163,7 @@ def _finish(rows: list[BenchmarkRow], machine: Machine, folder: Path) -> None:
 
 def _console() -> Console:
     """Standard output, wide enough for the table where it is no terminal."""
-    console = Console()
+    console = Console(markup=False)
     if not console.is_terminal:
         console.width = TABLE_WIDTH
     return console

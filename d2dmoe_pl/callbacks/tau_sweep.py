@@ -221,9 +221,11 @@ class TauSweep(L.Callback):
             Image.fromarray(curve).save(Path(folder) / "tau_sweep.png")
         self._log(trainer, split, curve)
         if final:
-            Console().print(as_table(self.rows[split], self._title(split, phase)))
+            Console(markup=False).print(as_table(self.rows[split], self._title(split, phase)))
             if folder is not None:
-                Console().print(f"Curve and table: {Path(folder) / 'tau_sweep.png'}, tau_sweep.csv", soft_wrap=True)
+                Console(markup=False).print(
+                    f"Curve and table: {Path(folder) / 'tau_sweep.png'}, tau_sweep.csv", soft_wrap=True
+                )
 
     def _title(self, split: str, phase: Phase) -> str:
         setting = self._settings[0]

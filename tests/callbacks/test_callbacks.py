@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
@@ -76,6 +77,13 @@ class TestTauSweep:
                 other.experts_percent,
                 other.model_flops,
             )
+
+    def test_brackets_in_the_name_of_a_folder_are_no_markup(self, trainer, routed_text, tmp_path, capsys):
+        logger = TensorBoardLogger(tmp_path / "[bold]", name="run", version="")
+        trainer(callbacks=[TauSweep([1.0])], logger=logger).test(
+            RouterRegression(8, tau=0.5, init_from=routed_text), datamodule=tiny.TextData(5), verbose=False
+        )
+        assert str(tmp_path / "[bold]" / "run" / "tau_sweep.png") in capsys.readouterr().out
 
     def test_csv_picture_table_and_tensorboard(self, trainer, routed_text, tmp_path, capsys):
         self.sweep(trainer, routed_text, [0.25, 1.0], rule="topk")
