@@ -109,6 +109,14 @@ def plan_of(
         folder = output_dir / name
         status = _read_status(folder)
         redo = (name == start_over and not goes_on) or any(todo is not Todo.SKIP for todo in plan)
+        is_asked_for = start_over is not None and name in names[names.index(start_over) :]
+        if redo and not is_asked_for and status is not None and status["finished"]:
+            before, now = status["config"].get(AFTER), config[AFTER]
+            check(
+                before in (None, now),
+                f"{name}: was finished behind {before}, and would be done again behind {now}; --from {name} redoes it "
+                "and all that follow, another output_dir keeps both",
+            )
         if redo or status is None:
             plan.append(Todo.RUN)
             continue

@@ -107,3 +107,30 @@ def test_redone_with_later_phases_changed_too_it_goes_on(short, tmp_path, monkey
     assert {layer.get_router().config.width for layer in moe_layers(model).values()} == {5}
     main(arguments(recipe, output, *settings))
     assert "Nothing to do." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_phase_that_is_put_before_finished_ones_discards_none_of_them_unasked(short, tmp_path, capsys, renamed):
+    recipe, output = short("sparsity_enforcement"), tmp_path / "run"
+    main(arguments(recipe, output))
+    with open(recipe) as file:
+        content = yaml.safe_load(file)
+    first, second = content["phases"].values()
+    before = {"tuning": first} if renamed else {"fine_tuning": first, "sparser": second}
+    content["phases"] = {**before, "sparsity_enforcement": second}
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(content, sort_keys=False))
+    artifact = output / "sparsity_enforcement" / "artifact" / "model.safetensors"
+    left = artifact.stat().st_mtime_ns
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments(str(other), output))
+    assert exit_info.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    now = "tuning" if renamed else "sparser"
+    assert last.startswith(
+        f"error: sparsity_enforcement: was finished behind fine_tuning, and would be done again behind {now};"
+    )
+    assert artifact.stat().st_mtime_ns == left
+    main(arguments(str(other), output, "--from", "sparsity_enforcement"))
+    assert artifact.stat().st_mtime_ns != left
