@@ -111,7 +111,7 @@ def _run_what_is_left(
     start_over: str | None,
 ) -> None:
     computed = [
-        computed_config(opening, after, output_dir)
+        computed_config(opening, after, output_dir, names)
         for opening, after in zip(openings, (None, *names[:-1]), strict=True)
     ]
     goes_on = redo_goes_on(output_dir, names, computed, start_over)

@@ -47,20 +47,21 @@ class Todo(Enum):
     RUN = "starts"
 
 
-def computed_config(opening: PhaseCLI, after: str | None, output_dir: Path) -> dict[str, Any]:
+def computed_config(opening: PhaseCLI, after: str | None, output_dir: Path, names: Sequence[str]) -> dict[str, Any]:
     """What decides what a phase computes, flat, as JSON keeps it: a part of its config, and what is in its files.
 
     Args:
         opening: Of the phase.
         after: The phase that it goes on from; None for the first.
         output_dir: Of the chain.
+        names: Of its phases.
     """
     config = json.loads(opening.parser.dump(opening.config, format="json", skip_unset=False))
     config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in INCIDENTAL}
     if after is not None:
         config["model"]["init_args"].pop("init_from", None)
     flat = _flat(config)
-    return {**flat, AFTER: after, **contents(flat, output_dir), **left_by(after, output_dir)}
+    return {**flat, AFTER: after, **contents(flat, output_dir, names), **left_by(after, output_dir)}
 
 
 def left_by(name: str | None, output_dir: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ BLOCK, BLOCKS = 1 << 16, 16  # bytes of a file that are read at once, and how of
 MOST_READ, MOST_SEEN = 500, 50_000  # files of a folder
 
 
-def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
+def contents(config: Mapping[str, Any], output_dir: Path, phases: Collection[str] = ()) -> dict[str, str]:
     """What is in the files that a config names, in a word for each.
 
     Of large files only parts are read, and of many files only names and sizes.
@@ -37,6 +37,7 @@ def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
     Args:
         config: Flat, from dotted settings to values.
         output_dir: Where phases leave their own, which are none of them.
+        phases: The names of their folders there.
 
     Returns:
         From ``CONTENT`` and the path to the word.
@@ -44,7 +45,7 @@ def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
 
     @cache
     def known(path: str) -> str | None:
-        return content(path, output_dir)
+        return content(path, output_dir, phases)
 
     found = {}
     for setting, value in config.items():
@@ -56,12 +57,13 @@ def contents(config: Mapping[str, Any], output_dir: Path) -> dict[str, str]:
     return found
 
 
-def content(path: str, besides: Path | None = None) -> str | None:
+def content(path: str, besides: Path | None = None, phases: Collection[str] = ()) -> str | None:
     """A word for what is in the file, the folder, or the files of a pattern; None where there are none.
 
     Args:
         path: Of them.
-        besides: A folder whose files do not count, if any.
+        besides: The output folder of a chain, if any, which counts neither itself nor as a part of a folder.
+        phases: Folders in it, whose files do not count either.
 
     Example:
         >>> import tempfile
@@ -77,7 +79,7 @@ def content(path: str, besides: Path | None = None) -> str | None:
         True
     """
     try:
-        files = sorted(_files(path, None if besides is None else besides.resolve()))
+        files = sorted(_files(path, None if besides is None else besides.resolve(), phases))
         said = hashlib.blake2b(digest_size=6)
         for file in files:
             size = file.stat().st_size
@@ -90,9 +92,11 @@ def content(path: str, besides: Path | None = None) -> str | None:
     return said.hexdigest() if files else None
 
 
-def _files(path: str, besides: Path | None) -> Iterator[Path]:
+def _files(path: str, besides: Path | None, phases: Collection[str]) -> Iterator[Path]:
+    left = [] if besides is None else [besides / name for name in phases]
     for place in [path] if os.path.exists(path) else glob.glob(path, recursive=True):
-        if besides is not None and Path(place).resolve().is_relative_to(besides):
+        resolved = Path(place).resolve()
+        if resolved == besides or any(resolved.is_relative_to(folder) for folder in left):
             continue
         if os.path.isfile(place):
             yield Path(place)

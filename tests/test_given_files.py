@@ -31,8 +31,7 @@ def test_other_contents_are_another_word_and_copies_are_the_same(folder, asked, 
 
 
 def test_a_new_file_and_hidden_ones(folder, tmp_path):
-    before = content(str(folder), tmp_path)  # all of it is a chain's own
-    assert before is None
+    assert content(str(folder), tmp_path, ["data"]) is None  # all of it is a chain's own
     before = content(str(folder), tmp_path / "runs")
     (folder / ".cache").mkdir()
     (folder / ".cache" / "file").write_text("")
@@ -81,3 +80,15 @@ def test_settings_that_name_files(folder, tmp_path):
     config |= {"model.init_args.teacher": None, "seed": 3, "b.dataset": str(folder)}
     found = contents({**config, "data.init_args.source.more.test_hard": more}, tmp_path / "runs")
     assert list(found) == [f"content of {path}" for path in (file, other, str(folder), more)]
+
+
+@pytest.mark.parametrize("asked", ["data/train.csv", "data", "data/*.csv"])
+def test_data_in_the_output_folder_is_told_and_what_phases_leave_there_is_not(folder, tmp_path, asked):
+    path = os.path.join(tmp_path, asked)
+    before = content(path, tmp_path, ["fine_tuning"])
+    (folder / "train.csv").write_text("others")
+    assert None is not before != content(path, tmp_path, ["fine_tuning"])
+    (tmp_path / "fine_tuning" / "artifact").mkdir(parents=True)
+    (tmp_path / "fine_tuning" / "artifact" / "config.json").write_text("{}")
+    assert content(str(tmp_path / "fine_tuning" / "artifact"), tmp_path, ["fine_tuning"]) is None
+    assert content(str(tmp_path / "*" / "artifact"), tmp_path, ["fine_tuning"]) is None
