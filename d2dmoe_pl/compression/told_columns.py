@@ -83,9 +83,13 @@ def task_of(train: Dataset, columns: Mapping[str, Any], model: str | None) -> st
     numbers = [_number(each) for each in labels]
     if all(map(math.isfinite, numbers)) and (any(number % 1 for number in numbers) or _gives_numbers(model)):
         return "text-regression"
-    if not (_has_words(labels) and len(set(labels)) > len(labels) / 2):
+    if not _has_words(labels):
         return "text-classification"
-    return "token-classification" if _are_tags(some[text], some[label]) else "text-to-text"
+    are_own = len(set(labels)) > len(labels) / 2  # rather than classes
+    lengths = {len(str(each).split()) for each in labels}
+    if (are_own or len(lengths) > 1) and _are_tags(some[text], some[label]):
+        return "token-classification"
+    return "text-to-text" if are_own else "text-classification"
 
 
 def column_of_files(train: Dataset, task: str, given: Mapping[str, Any]) -> str | None:

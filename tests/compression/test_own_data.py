@@ -127,6 +127,7 @@ def test_other_tasks_of_texts(tmp_path, tokenizer, task, columns, made, settings
         ("multi-label-classification", lambda n: {"text": "a cat", "labels": ["pet", "cat"][: n % 3]}),
         ("token-classification", lambda n: {"tokens": "['a', 'cat']", "ner_tags": "['O', 'PET']"}),
         ("token-classification", lambda n: {"text": "a cat " * (n + 1), "tags": "O PET " * (n + 1)}),
+        ("token-classification", lambda n: {"text": "a cat " * (n % 5 + 1), "tags": "O PET " * (n % 5 + 1)}),
         ("multi-label-classification", lambda n: {"text": "a cat", "labels": str(["pet", "cat"][: n % 3])}),
         ("multi-label-classification", lambda n: {"text": "a cat", "labels": "[0, 1]"}),
         ("text-classification", lambda n: {"text": "a cat", "label": ["[some]", "no"][n % 2]}),
