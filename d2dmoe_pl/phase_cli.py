@@ -22,7 +22,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from d2dmoe_pl import adapters, data
-from d2dmoe_pl.callbacks import SaveArtifact, SaveBeforeRequeue, StopOnNonFinite
+from d2dmoe_pl.callbacks import PurgeRepeatedSteps, SaveArtifact, SaveBeforeRequeue, StopOnNonFinite
 from d2dmoe_pl.checkpoints import LAST, WholeCheckpoints
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
@@ -282,4 +282,4 @@ def _default_callbacks() -> list[L.Callback]:
     checkpoint = ModelCheckpoint(
         filename=Path(LAST).stem, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
     )
-    return [StopOnNonFinite(), SaveArtifact(), SaveBeforeRequeue(), checkpoint]
+    return [StopOnNonFinite(), SaveArtifact(), SaveBeforeRequeue(), PurgeRepeatedSteps(), checkpoint]

@@ -1,0 +1,37 @@
+"""What is logged twice is shown once."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from d2dmoe_pl.adapters import TimmModel
+from d2dmoe_pl.callbacks import PurgeRepeatedSteps
+from d2dmoe_pl.data import Digits
+from d2dmoe_pl.phases import FineTuning
+
+TINY = TimmModel("vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2)
+
+
+@pytest.mark.parametrize(("callbacks", "twice"), [([PurgeRepeatedSteps()], [4]), ([], [4, 5, 6])])
+def test_a_resumed_training_is_one_curve(trainer, tmp_path, callbacks, twice):
+    def train(max_steps, ckpt_path=None):
+        torch.manual_seed(0)
+        run = trainer(
+            logger=TensorBoardLogger(tmp_path, name="", version=""),
+            callbacks=[ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1), *callbacks],
+            enable_checkpointing=True,
+            max_epochs=-1,
+            max_steps=max_steps,
+            log_every_n_steps=1,
+            limit_val_batches=0,
+        )
+        run.fit(FineTuning(source=TINY), datamodule=Digits(batch_size=8), ckpt_path=ckpt_path)
+
+    train(7)
+    train(10, tmp_path / "step=4.ckpt")
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    steps = [event.step for event in shown.Scalars("train/loss")]
+    assert set(range(10)) == set(steps)
+    assert [step for step in range(10) if steps.count(step) > 1] == twice
