@@ -105,7 +105,7 @@ def as_written(path: Path) -> Iterator[None]:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: config.json and the weights beside it make no model ({type(error).__name__}: "
-            f"{one_line(str(error))}); must be as they were written"
+            f"{one_line(str(error))}); must be as they were written, and the libraries like those that wrote them"
         ) from error
 
 

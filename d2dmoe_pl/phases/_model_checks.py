@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.data.audio_classification import AudioClassification
@@ -109,7 +110,10 @@ def check_recordings(model: nn.Module, data: TaskData) -> None:
     if not isinstance(data, AudioClassification):
         return
     name, silent = next(iter(data.silence().items()))
-    (takes, shortest), longer = next(iter(_random(model, 1).items())), next(iter(_random(model, 2).values()))
+    with torch.random.fork_rng(devices=[]):  # what is drawn is none of a training's
+        (takes, shortest), (_, longer) = (
+            next(iter(adapter_for(model).random_inputs(model, 1, length).items())) for length in (1, 2)
+        )
     gives, least = tuple(silent.shape[1:]), tuple(shortest.shape[1:])
     is_free = [one != other for one, other in zip(least, longer.shape[1:], strict=True)]
     fits = len(gives) == len(least) and all(
@@ -121,10 +125,6 @@ def check_recordings(model: nn.Module, data: TaskData) -> None:
         f"processor={data.processor_name!r}: makes {name} of {' x '.join(map(str, gives))} of a recording; must make "
         f"{takes} of {' x '.join(wanted)}, which {type(model).__name__} takes",
     )
-
-
-def _random(model: nn.Module, length: int) -> Mapping[str, Tensor]:
-    return adapter_for(model).random_inputs(model, 1, length)
 
 
 def check_lengths(model: nn.Module, longest: Mapping[tuple[str, str], int]) -> None:

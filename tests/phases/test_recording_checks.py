@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny
+import torch
 import transformers
 from datasets import Dataset
 from table_files import write
@@ -43,9 +44,11 @@ def recordings(tmp_path, extractor, seconds=0.1):
     [("whisper", whisper()), ("any_audio", waves()), ("any_audio-spectrogram", spectrogram())],
 )
 def test_their_own_fit(tmp_path, kind, extractor):
-    data = recordings(tmp_path, extractor)
+    data, model = recordings(tmp_path, extractor), tiny.dense(kind, None)
     data.load_processor()
-    check_recordings(tiny.dense(kind, None), data)
+    state = torch.get_rng_state()
+    check_recordings(model, data)
+    assert torch.equal(torch.get_rng_state(), state)  # what is drawn is none of a training's
 
 
 @pytest.mark.parametrize(
