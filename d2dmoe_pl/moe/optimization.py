@@ -1,6 +1,8 @@
 """A model that is done changing, made as fast as it can be on the machine at hand."""
 
 import operator
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from types import FunctionType
 from typing import Any
 
@@ -11,6 +13,8 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.execution.cpu import compile_failure
 from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 
+CODE_GUARDS = ("BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "MODULE_MATCH")
+
 
 def optimize_(model: nn.Module) -> None:
     """Have ``model`` compiled by ``torch.compile``, for inference and any number of samples and tokens.
@@ -20,8 +24,9 @@ def optimize_(model: nn.Module) -> None:
     any more, and what is saved is the model as it was. Hooks, such as those that watch decisions, leave in pieces what
     is compiled for batches of that shape, also when they are gone: watch a model that is not optimised.
 
-    On the CPU, attention over short sequences is this package's, and linear layers in int8 that share an input, such as
-    those of queries, keys and values, round it once.
+    On the CPU, operators are called from C++, attention over short sequences is this package's, and linear layers in
+    int8 that share an input, such as those of queries, keys and values, round it once. What ``model`` holds is compared
+    at every call with what was compiled; that functions and classes are still the same ones is not.
 
     Args:
         model: A model at any stage, in the type that it is to run in.
@@ -68,7 +73,19 @@ def _options(model: nn.Module) -> dict[str, Any]:
             return get_hash_for_files((__file__,))
 
     is_on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    return {"post_grad_custom_pre_pass": Pass()} if is_on_cpu and compile_failure() is None else {}
+    if not is_on_cpu or compile_failure() is not None:
+        return {}
+    return {
+        "post_grad_custom_pre_pass": Pass(),
+        "guard_filter_fn": of_what_is_held,
+        "cpp_wrapper": True,
+        "size_asserts": False,  # of inputs again, whose sizes and types guards have compared
+    }
+
+
+def of_what_is_held(guards: Sequence[Any]) -> list[bool]:
+    """Of each of the compiler's guards, whether it compares anything but functions, classes and modules of Python."""
+    return [guard.guard_type not in CODE_GUARDS for guard in guards]
 
 
 def use_short_attention_(graph: torch.fx.Graph) -> None:
@@ -93,7 +110,8 @@ def join_int8_linears_(graph: torch.fx.Graph) -> None:
     sharing: dict[tuple[torch.fx.Node, int], list[torch.fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.d2dmoe_pl.int8_linear_cpu.default):
         rows: Any = node.args[0]
-        sharing.setdefault((_source(rows), rows.meta["val"].shape[1]), []).append(node)
+        weight: Any = node.args[1]  # whose width is a number, where that of rows may be a symbol
+        sharing.setdefault((_source(rows), int(weight.meta["val"].shape[1])), []).append(node)
     places = {node: place for place, node in enumerate(graph.nodes)}
     for nodes in sharing.values():
         weights = [node.args[1:] for node in nodes]
@@ -102,7 +120,10 @@ def join_int8_linears_(graph: torch.fx.Graph) -> None:
         if len(nodes) > 1 and is_there:
             arguments = (first.args[0], *map(list, zip(*weights, strict=True)))
             joined = _call_before(graph, first, torch.ops.d2dmoe_pl.int8_linears_cpu.default, arguments)
-            parts = [_call_before(graph, first, operator.getitem, (joined, index)) for index in range(len(nodes))]
+            ends = [*accumulate((own[0].meta["val"].shape[0] for own in weights), initial=0)]
+            parts = [
+                _call_before(graph, first, torch.ops.aten.slice.Tensor, (joined, 1, *place)) for place in pairwise(ends)
+            ]
             for node, part in zip(nodes, parts, strict=True):
                 node.replace_all_uses_with(part)
                 graph.erase_node(node)

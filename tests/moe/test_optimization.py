@@ -7,7 +7,17 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
-from d2dmoe_pl import ConfigError, load_model, optimize_, quantize_, save_artifact, set_tau_
+from d2dmoe_pl import (
+    ConfigError,
+    GateConfig,
+    load_model,
+    optimize_,
+    quantize_,
+    save_artifact,
+    set_backend_,
+    set_gate_,
+    set_tau_,
+)
 from d2dmoe_pl.moe.optimization import join_int8_linears_, use_short_attention_
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Linear
 
@@ -83,6 +93,53 @@ def test_linear_layers_in_int8_that_share_an_input_round_it_once(compiled):
     assert graph.count("int8_linear_cpu") == 4  # outputs, the pooler and the head
 
 
+@pytest.mark.thorough
+@torch.no_grad()
+def test_linear_layers_in_int8_whose_rows_are_as_wide_as_a_symbol_says(compiled):
+    model = tiny.routed("t5", tau=0.5).eval()
+    quantize_(model)
+    inputs = tiny.batch("t5")
+    expected = tiny.logits(model, inputs)
+    optimize_(model)
+    torch.testing.assert_close(tiny.logits(model, inputs), expected)
+    assert sum(graph.count("int8_linears_cpu") for graph in compiled) > 0
+
+
+CHANGES = {
+    "backend": lambda model: set_backend_(model, "reference"),
+    "rule": lambda model: set_gate_(model, GateConfig("topk", k=2)),
+    "number": lambda model: setattr(model.bert.encoder.layer[1].output.LayerNorm, "eps", 1.0),
+    "setting": lambda model: setattr(model.config, "problem_type", "regression"),
+    "module": lambda model: setattr(model.bert.encoder.layer[1], "output", Doubled(model.bert.encoder.layer[1].output)),
+    "type": lambda model: model.double(),
+}
+
+
+class Doubled(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return 2 * self.module(*inputs)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_is_changed_is_compiled_anew(change, compiled):
+    model = tiny.routed("bert", tau=0.5).eval()
+    inputs = tiny.batch("bert")
+    optimize_(model)
+    tiny.logits(model, inputs)
+    assert len(compiled) == 1
+    CHANGES[change](model)
+    optimised, model._compiled_call_impl = model._compiled_call_impl, None
+    expected = tiny.logits(model, inputs)
+    model._compiled_call_impl = optimised
+    torch.testing.assert_close(tiny.logits(model, inputs), expected)
+    assert len(compiled) == (1 if change == "setting" else 2)  # which is of no account without labels
+
+
 @torch.no_grad()
 def test_linear_layers_that_see_the_same_numbers_in_other_rows(compiled):
     class Model(nn.Module):
@@ -138,7 +195,11 @@ def compiled(monkeypatch):
     backend = aot_autograd(fw_compiler=passed)
     compile_by_inductor = torch.compile
     monkeypatch.setattr(
-        torch, "compile", lambda call, dynamic, options: compile_by_inductor(call, dynamic=dynamic, backend=backend)
+        torch,
+        "compile",
+        lambda call, dynamic, options: compile_by_inductor(
+            call, dynamic=dynamic, backend=backend, options={"guard_filter_fn": options["guard_filter_fn"]}
+        ),
     )
     torch._dynamo.reset()
     return graphs

@@ -63,14 +63,14 @@ def _load() -> str | None:
         batch, heads, length, width = query.shape
         return query.new_empty(batch, length, heads, width).transpose(1, 2)
 
-    def shapes_of_linears(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
-        return [shape_of_linear(x, weight) for weight in weights]
+    def shape_of_linears(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
+        return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
     shapes: dict[str, Callable[..., Any]] = {
         "moe_cpu": shape,
         "moe_layer_cpu": shape,
         "int8_linear_cpu": shape_of_linear,
-        "int8_linears_cpu": shapes_of_linears,
+        "int8_linears_cpu": shape_of_linears,
         "attention_cpu": shape_of_attention,
     }
     for name, function in shapes.items():

@@ -28,7 +28,7 @@ struct Int8Linear {
   const int32_t* less; // 128 times their sums
   const float* bias; // or null
   int64_t columns; // N
-  T* out;
+  T* out; // rows `apart` from one another
 };
 
 #if !defined(D2DMOE_INT8) || defined(D2DMOE_VNNI)
@@ -56,7 +56,7 @@ class PanelProducts {
 #endif
 
 template <typename T>
-void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int8Linear<T>>& linears) {
+void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int8Linear<T>>& linears, int64_t apart) {
   constexpr int64_t kRows = PanelProducts::kRows;
   const int64_t ld = quads(depth) * 4;
   std::vector<std::pair<const Int8Linear<T>*, int64_t>> panels; // and their first columns
@@ -91,18 +91,18 @@ void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int
           dequantise(
               c.data() + m * kPanel, linear->less + n, linear->scale + n, scales[m],
               linear->bias == nullptr ? nullptr : linear->bias + n, width,
-              linear->out + (first + m) * linear->columns + n);
+              linear->out + (first + m) * apart + n);
         }
       }
     }
   });
 }
 
-// out (M, N) = x (M, K) w^T + bias for a handful of rows, which are not rounded, on numbers (N, K) as they are.
+// out (M, N), rows `apart`, = x (M, K) w^T + bias for a handful of rows, which are not rounded, on numbers (N, K).
 template <typename T>
 void few_rows_linear(
     const T* x, int64_t rows, int64_t depth, const int8_t* w, const float* scale, const float* bias, int64_t columns,
-    T* out) {
+    T* out, int64_t apart) {
   constexpr int64_t kColumns = 32; // whose numbers stay in the cache from row to row
   std::vector<float> wide(rows * depth);
   at::vec::convert(x, wide.data(), rows * depth);
@@ -112,55 +112,60 @@ void few_rows_linear(
       const int64_t count = std::min(kColumns, columns - n);
       for (int64_t m = 0; m < rows; ++m) {
         dot_rows(wide.data() + m * depth, depth, w + n * depth, scale + n, count, sums, w + columns * depth);
-        for (int64_t i = 0; i < count; ++i) out[m * columns + n + i] = bias == nullptr ? sums[i] : sums[i] + bias[n + i];
+        for (int64_t i = 0; i < count; ++i) out[m * apart + n + i] = bias == nullptr ? sums[i] : sums[i] + bias[n + i];
       }
     }
   });
 }
 
-using Tensors = std::vector<at::Tensor>;
-
-// Of each weight, scale and bias, what a linear layer in int8 gives for x (M, K): (M, N).
-inline Tensors int8_linears_cpu(const at::Tensor& x, at::TensorList weights, at::TensorList scales, const Optionals& biases) {
+// What linear layers in int8 give for x (M, K), side by side: (M, sum of N), given each one's weight, scale and bias.
+inline at::Tensor int8_linears_cpu(
+    const at::Tensor& x, at::TensorList weights, at::TensorList scales, const Optionals& biases) {
   const bool in_bf16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK_VALUE(in_bf16 || x.scalar_type() == at::kFloat, "x is ", x.scalar_type(), ", not float32 or bfloat16");
+  TORCH_CHECK_VALUE(x.dim() == 2, "x has shape ", x.sizes(), ", not (M, K)");
   TORCH_CHECK_VALUE(scales.size() == weights.size() && biases.size() == weights.size(), "one scale and bias a weight");
-  const at::Tensor rows = x.contiguous();
-  Tensors out, kept; // kept: what is read below
+  int64_t apart = 0;
+  for (const at::Tensor& weight : weights) {
+    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar, "weight must be int8 (N, K)");
+    TORCH_CHECK_VALUE(x.size(1) == weight.size(1), "x has shape ", x.sizes(), ", not (M, ", weight.size(1), ")");
+    apart += weight.size(0);
+  }
+  const at::Tensor rows = x.contiguous(), out = at::empty({rows.size(0), apart}, x.options());
+  std::vector<at::Tensor> kept; // what is read below
   const auto collect = [&]<typename T>(std::vector<Int8Linear<T>> linears) {
+    int64_t first = 0;
     for (size_t i = 0; i < weights.size(); ++i) {
-      const at::Tensor& weight = weights[i];
-      TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar, "weight must be int8 (N, K)");
-      const int64_t columns = weight.size(0), depth = weight.size(1);
-      TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == depth, "x has shape ", x.sizes(), ", not (M, ", depth, ")");
-      const at::Tensor &scale = scales[i];
+      const at::Tensor &weight = weights[i], &scale = scales[i];
+      const int64_t columns = weight.size(0);
       TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef{columns}, "scale has shape ", scale.sizes(), ", not ", columns);
       const Optional& bias = biases[i];
       TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
       const at::Tensor factors = in_fp32(scale), added = in_fp32(bias);
+      const int64_t place = std::exchange(first, first + columns);
+      T* to = out.mutable_data_ptr<T>() + place;
       if (!PanelProducts::are_there(rows.size(0)) && rows.size(0) <= kFewTokens) {
         const at::Tensor numbers = weight.contiguous();
-        out.push_back(at::empty({rows.size(0), columns}, x.options()));
         few_rows_linear(
-            rows.const_data_ptr<T>(), rows.size(0), depth, numbers.const_data_ptr<int8_t>(), floats(factors),
-            floats(added), columns, out.back().mutable_data_ptr<T>());
+            rows.const_data_ptr<T>(), rows.size(0), x.size(1), numbers.const_data_ptr<int8_t>(), floats(factors),
+            floats(added), columns, to, apart);
         continue;
       }
       if (!PanelProducts::are_there(rows.size(0))) {
         const at::Tensor multiplied = packed_weights().get(weight, Form::dequantised_rows, factors);
         const Optional own_bias = bias ? Optional(added) : Optional();
-        out.push_back(at::linear(rows.to(at::kFloat), multiplied, own_bias).to(x.scalar_type()));
+        out.narrow(1, place, columns).copy_(at::linear(rows.to(at::kFloat), multiplied, own_bias));
         continue;
       }
       const at::Tensor w = packed_weights().get(weight, Form::panels);
       const at::Tensor sums = packed_weights().get(weight, Form::row_sums);
-      out.push_back(at::empty({rows.size(0), columns}, x.options()));
       linears.push_back(
-          {w.const_data_ptr<int8_t>(), floats(factors), sums.const_data_ptr<int32_t>(), floats(added), columns,
-           out.back().mutable_data_ptr<T>()});
+          {w.const_data_ptr<int8_t>(), floats(factors), sums.const_data_ptr<int32_t>(), floats(added), columns, to});
       kept.insert(kept.end(), {factors, added, w, sums});
     }
-    if (rows.size(0) > 0 && !linears.empty()) int8_linears(rows.const_data_ptr<T>(), rows.size(0), x.size(1), linears);
+    if (rows.size(0) > 0 && !linears.empty()) {
+      int8_linears(rows.const_data_ptr<T>(), rows.size(0), x.size(1), linears, apart);
+    }
   };
   if (in_bf16) {
     collect(std::vector<Int8Linear<at::BFloat16>>());
@@ -171,7 +176,7 @@ inline Tensors int8_linears_cpu(const at::Tensor& x, at::TensorList weights, at:
 }
 
 inline at::Tensor int8_linear_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& scale, const Optional& bias) {
-  return int8_linears_cpu(x, weight, scale, {bias}).front();
+  return int8_linears_cpu(x, weight, scale, {bias});
 }
 
 } // namespace d2dmoe

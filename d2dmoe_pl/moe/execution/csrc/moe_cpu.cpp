@@ -248,7 +248,7 @@ TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
       "moe_layer_cpu(Tensor x, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
       "Tensor[] stand_in, Tensor?[] weights, str activation, Tensor? cutoffs=None, float full_tau=1.) -> Tensor");
   library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
-  library.def("int8_linears_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor[]");
+  library.def("int8_linears_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor");
   library.def("attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale) -> Tensor");
 }
 
