@@ -114,7 +114,7 @@ def join_int8_linears_(graph: torch.fx.Graph) -> None:
         sharing.setdefault((_source(rows), int(weight.meta["val"].shape[1])), []).append(node)
     places = {node: place for place, node in enumerate(graph.nodes)}
     for nodes in sharing.values():
-        weights = [node.args[1:] for node in nodes]
+        weights: list[Any] = [node.args[1:] for node in nodes]
         first = min(nodes, key=places.__getitem__)
         is_there = all(places[part] < places[first] for own in weights for part in own if part is not None)
         if len(nodes) > 1 and is_there:

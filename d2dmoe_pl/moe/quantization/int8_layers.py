@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
 from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 
@@ -98,21 +98,25 @@ class Int8Linear(Int8Module):
         Raises:
             ConfigError: For whole numbers, to which a model has cast what it gives.
         """
-        check(
-            x.is_floating_point(),
-            f"in int8: a linear layer of {self.in_features} inputs is given {x.dtype}, as its model casts them to the "
-            "type of the weights; must be left as it is by filter_fn of quantize_",
-        )
+        own: Any = self._buffers  # past nn.Module's lookup, each step of which compiled code goes through at every call
+        weight, scale, bias = own["weight"], own["scale"], own["bias"]
+        d_out, d_in = weight.shape
+        if not x.is_floating_point():
+            raise ConfigError(
+                f"in int8: a linear layer of {d_in} inputs is given {x.dtype}, as its model casts them to the type of "
+                "the weights; must be left as it is by filter_fn of quantize_"
+            )
         if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         if _runs_in_int8(x):
-            if not torch.compiler.is_compiling() and self.weight.is_inference():
+            if not torch.compiler.is_compiling() and weight.is_inference():
                 leave_inference_mode_(self)
-            rows = x.reshape(-1, self.in_features)  # (M, d_in)
-            output = torch.ops.d2dmoe_pl.int8_linear_cpu.default(rows, self.weight, self.scale, self.bias)
-            return output.view(*x.shape[:-1], self.out_features)
-        weight = (self.weight * self.scale.unsqueeze(1)).to(x.dtype)
-        return nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+                weight, scale, bias = own["weight"], own["scale"], own["bias"]
+            rows = x.reshape(-1, d_in)  # (M, d_in)
+            output = torch.ops.d2dmoe_pl.int8_linear_cpu.default(rows, weight, scale, bias)
+            return output.view(*x.shape[:-1], d_out)
+        multiplied = (weight * scale.unsqueeze(1)).to(x.dtype)
+        return nn.functional.linear(x, multiplied, None if bias is None else bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

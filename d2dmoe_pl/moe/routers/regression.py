@@ -29,7 +29,7 @@ class RegressionRouter(Router):
         """All parameters, in the order that kernels take them; those in int8 have their scales after them."""
         up, down = self._layers
         scales = [layer._buffers["scale"] for layer in (up, down) if "scale" in layer._buffers]
-        return [*own_tensors(up, LINEAR), *own_tensors(down, LINEAR), *scales]
+        return [*_own(up), *_own(down), *scales]
 
     @property
     def is_quantized(self) -> bool | None:
@@ -46,6 +46,12 @@ class RegressionRouter(Router):
 
     def loss(self, tokens: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(self(tokens).float(), target.float())  # squares overflow in float16
+
+
+def _own(layer: Any) -> list[Tensor | None]:
+    if "scale" in layer._buffers:  # in int8, where all are buffers
+        return [layer._buffers[name] for name in LINEAR]
+    return own_tensors(layer, LINEAR)
 
 
 def _is_quantized(layer: Any) -> bool | None:
