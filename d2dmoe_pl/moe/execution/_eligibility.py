@@ -22,13 +22,13 @@ def needs_gradients(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether each call, which a kernel would not make, is to be seen: by hooks, or by what stands for ``forward``.
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether a call of any, which a kernel would not make, is to be seen: by hooks, or by what stands for ``forward``.
 
     The latter is how accelerate brings weights that it keeps elsewhere, for the call alone.
     """
     everywhere = _everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks
-    return bool(everywhere) or is_watched_by_itself(module)
+    return bool(everywhere) or any(map(is_watched_by_itself, modules))
 
 
 def is_watched_by_itself(module: nn.Module) -> bool:
@@ -67,7 +67,7 @@ def obstacle(experts: Experts, tokens: Tensor, types: Collection[torch.dtype]) -
         return "no trace, and no file of ONNX, has a place for it; set_backend_(model, 'auto') first"
     if experts.activation_kind is None:
         return f"the activation {type(experts.activation).__name__} is not one of {', '.join(KNOWN)}"
-    if is_watched(experts.activation) or is_watched(experts.hidden_dropout):
+    if is_watched(experts.activation, experts.hidden_dropout):
         return "has no hooks, and there are some on the activation, or on the dropout behind it"
     dtype, is_autocast = run_type(experts, tokens), torch.is_autocast_enabled(tokens.device.type)
     if dtype not in types or (tokens.dtype != dtype and not is_autocast):

@@ -36,7 +36,7 @@ def can_run_whole(
         and experts.backend in BACKENDS_TOO
         and experts.activation_kind is not None
         and x.dtype in TYPES
-        and not any(map(is_watched, (experts, router, gate, inside["activation"], inside["hidden_dropout"])))
+        and not is_watched(experts, router, gate, inside["activation"], inside["hidden_dropout"])
         and not torch.is_autocast_enabled("cpu")
         and (experts.is_quantized or x.dtype == own_tensors(experts, ("up_weight",))[0].dtype)
         and router.is_quantized == experts.is_quantized
