@@ -178,6 +178,22 @@ def test_a_model_made_in_inference_mode_is_packed_once(compiled):
     assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
+@torch.no_grad()
+def test_compiled_as_it_is_used():
+    """By inductor and a compiler for C++, once: other tests go without these, which take half a minute."""
+    model = tiny.routed("bert", tau=0.5).eval()
+    quantize_(model)
+    inputs, expected = tiny.batch("bert"), {}
+    for tau in (0.2, 0.6):
+        set_tau_(model, tau)
+        expected[tau] = tiny.logits(model, inputs)
+    torch._dynamo.reset()
+    optimize_(model)
+    for tau, logits in expected.items():
+        set_tau_(model, tau)
+        torch.testing.assert_close(tiny.logits(model, inputs), logits, rtol=1e-3, atol=1e-4)
+
+
 @pytest.fixture
 def compiled(monkeypatch):
     """The names of the operators of each graph; inductor takes a minute, and what it is given is what counts here."""
