@@ -45,6 +45,7 @@ from d2dmoe_pl.moe.quantization.quantize import quantize_, restore_quantized_
 from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.structure import describe, restore_
 from d2dmoe_pl.weights_reading import check_takes_weights, read_weights_, weight_files
+from d2dmoe_pl.weights_types import types_beside_most
 from d2dmoe_pl.weights_writing import MAX_SHARD_SIZE, write_weights
 from d2dmoe_pl.whole_files import is_file_name, replaced_file, replaced_folder
 
@@ -110,6 +111,7 @@ def save_artifact(
         "layers": describe(model),
         "history": [asdict(record) for record in history or [PhaseRecord(IN_CODE)]],
         "tensors": sorted(tensors),
+        "types": types_beside_most(model.state_dict()),
     }
     if quantized:
         made["quantized"] = quantized
@@ -248,7 +250,7 @@ def load_model(
     target = None if dtype is None or name == "int8" else getattr(torch, name)
     if not mapped or dtype is not None:  # pages of files give way to whatever else needs the memory
         check_fits(model, f"path={str(path)!r}, dtype={None if dtype is None else name!r}", target)
-    read_weights_(model, artifact.weights, mapped)
+    read_weights_(model, artifact.weights, mapped, artifact.types)
     adapter_named(artifact.family).fill_buffers_(model)
     if target is not None:
         adapter_named(artifact.family).cast_(model, target)

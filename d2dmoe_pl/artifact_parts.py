@@ -25,8 +25,10 @@ PARTS = {
     "quantized": list,
     "budgets": dict,
     "activations": dict,
+    "types": dict,
 }
-OPTIONAL = ("tensors", "projections", "quantized", "budgets", "activations")  # early artifacts and others have none
+# early artifacts and others have none
+OPTIONAL = ("tensors", "projections", "quantized", "budgets", "activations", "types")
 # of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
 DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, BUDGETS_FORMAT, ACTIVATIONS_FORMAT, CUTOFFS_FORMAT = 1, 2, 3, 4, 5, 6
 FORMAT = CUTOFFS_FORMAT  # the newest
@@ -55,6 +57,7 @@ class Artifact:
         quantized: The modules that are in int8, by name.
         budgets: What ``BudgetCalibration`` found; None if it has not been run.
         activations: What :func:`d2dmoe_pl.moe.activations.own_activations` gave.
+        types: What :func:`d2dmoe_pl.weights_types.types_beside_most` gave; None where it is not said, as in early ones.
     """
 
     path: Path
@@ -67,6 +70,7 @@ class Artifact:
     quantized: list[str] = field(default_factory=list)
     budgets: BudgetPath | None = None
     activations: dict[str, str] = field(default_factory=dict)
+    types: dict[str, str] | None = None
 
     @property
     def stage(self) -> str:
@@ -86,7 +90,9 @@ class Artifact:
 def described(path: Path, made: Mapping[str, Any], weights: list[Path]) -> Artifact:
     """The artifact in ``path`` whose description, as of :func:`check_parts`, is ``made``."""
     history = [PhaseRecord(**record) for record in made["history"]]
-    parts = {part: made[part] for part in ("tensors", "projections", "quantized", "activations") if part in made}
+    parts = {
+        part: made[part] for part in ("tensors", "projections", "quantized", "activations", "types") if part in made
+    }
     budgets = path_from_json(made["budgets"]) if "budgets" in made else None
     return Artifact(path, made["family"], made["layers"], history, weights=weights, budgets=budgets, **parts)
 

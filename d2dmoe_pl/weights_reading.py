@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.artifact_parts import as_written
 from d2dmoe_pl.errors import ConfigError, check, said_of
+from d2dmoe_pl.weights_types import check_types
 from d2dmoe_pl.weights_writing import INDEX
 from d2dmoe_pl.whole_files import is_file_name
 
@@ -31,8 +32,16 @@ def weight_files(folder: Path, name: str, where: str) -> list[Path]:
     return [folder / file for file in files]
 
 
-def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False) -> None:
+def read_weights_(
+    model: nn.Module, files: Sequence[Path], mapped: bool = False, types: Mapping[str, str] | None = None
+) -> None:
     """Give a model on the meta device the tensors in ``files``, as its own or, if ``mapped``, as pages of the files.
+
+    Args:
+        model: Its structure.
+        files: In one folder.
+        mapped: Whether tensors stay pages of the files.
+        types: Of the tensors that are of another floating type than most, as written; None where that is not known.
 
     Raises:
         ConfigError: If they are not those of the model.
@@ -48,7 +57,9 @@ def read_weights_(model: nn.Module, files: Sequence[Path], mapped: bool = False)
             with safetensors.safe_open(str(file), framework="pt") as opened:
                 # a copy: pages of the file stay no part of the model, whatever becomes of the file
                 read[name] = opened.get_tensor(name) if mapped else opened.get_tensor(name).clone()
-    with as_written(files[0].parent):
+    folder = files[0].parent
+    check_types(read, model.state_dict(), types, folder)
+    with as_written(folder):
         _take_(model, read, ties)
 
 

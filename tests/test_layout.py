@@ -40,7 +40,7 @@ FLOW = [
     ["moe"],
     ["metrics"],
     ["moebert"],
-    ["artifact_parts", "structure", "weights_reading", "weights_writing"],
+    ["artifact_parts", "structure", "weights_reading", "weights_types", "weights_writing"],
     ["artifact", "auto_models"],
     ["harness", "hub"],
     ["phases"],
