@@ -9,12 +9,18 @@ import transformers
 
 from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe_, set_backend_, set_tau_
+from d2dmoe_pl.moe.budgets.second_order import SecondOrder
+from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe_, set_backend_, set_gate_, set_tau_
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
+from d2dmoe_pl.moe.cutoffs.fitting import fit_cutoffs_
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.layer import learned_choices, observed
 from d2dmoe_pl.moe.quantization.quantize import quantize_
 from d2dmoe_pl.moe.routers import RouterConfig
+from d2dmoe_pl.moe.stand_ins.fitting import FittingConfig, fit_stand_ins_
 
 KINDS = ["bert", "llama-causal-language-modeling", "phi3-causal-language-modeling", "t5-text-to-text"]
 EXPERTS = ["experts.up_weight", "experts.down_weight"]
@@ -149,6 +155,33 @@ class TestPEFT:
         expected, merged = adapted(**inputs).logits, adapted.merge_and_unload()
         merge_to_dense_(merged)
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("cutoffs", [CutoffConfig(inputs=1.0, hidden=1.0), CutoffConfig()])
+    @pytest.mark.parametrize("kind", KINDS[:3])
+    def test_adapted_experts_are_watched_counted_and_fitted_as_merged_ones(self, kind, cutoffs):
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=[], target_parameters=EXPERTS, init_lora_weights=False)
+        adapted, inputs = peft.get_peft_model(tiny.routed(kind, tau=0.6), config).eval(), inputs_of(kind)
+        merged = copy.deepcopy(adapted).merge_and_unload().eval()
+        found = []
+        for model in (adapted.get_base_model(), merged):
+            fit_cutoffs_(model, cutoffs, run=lambda model=model: model(**inputs))
+            fit_stand_ins_(model, FittingConfig(rank=2), run=lambda batch, model=model: model(**batch), batch=inputs)
+            set_gate_(model, GateConfig("topk", k=3))
+            layers, seen = moe_layers(model), []
+            handles = [layer.watch_work(seen.append) for layer in layers.values()]
+            with torch.no_grad(), observed(layers, lambda name, tokens, hidden, seen=seen: seen.append(hidden)):
+                seen.append(model(**inputs).logits)
+            for handle in handles:
+                handle.remove()
+            with learned_choices(layers, 1.0):
+                seen.append(model(**inputs).logits)
+            sums = SecondOrder(model, [[1.0, 0.5]] * len(layers))
+            sums.add(lambda model=model: model(**inputs), lambda model=model: model(**inputs).logits.sum())
+            seen.append(sums.divergences)
+            found.append(seen)
+        assert len(found[0]) == len(found[1])
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
     def test_tau_can_be_set_while_experts_are_adapted(self):
         peft = pytest.importorskip("peft")

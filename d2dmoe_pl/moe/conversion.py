@@ -154,9 +154,9 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
     check_weights_are_here(model)
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
-        config.check_fits(layer.experts, name)
+        config.check_fits(layer.own_experts, name)
     for layer in layers.values():
-        layer.stand_in = None if config.rank == 0 else make_stand_in(layer.experts, config)
+        layer.stand_in = None if config.rank == 0 else make_stand_in(layer.own_experts, config)
 
 
 def add_cutoffs_(model: nn.Module, config: CutoffConfig, filter_fn: LayerFilterFn | None = None) -> None:
@@ -205,8 +205,8 @@ def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilte
             f"{name}: has no router yet; run RouterRegression or ExpertSelection first",
         )
         check(
-            config is None or config.k is None or config.k <= layer.experts.num_experts,
-            f"k={config and config.k}: must be at most the number of experts, {layer.experts.num_experts} in {name}",
+            config is None or config.k is None or config.k <= layer.sizes.num_experts,
+            f"k={config and config.k}: must be at most the number of experts, {layer.sizes.num_experts} in {name}",
         )
         if config is not None:
             experts, by_order = layer.own_experts, takes_k(GATING_RULES.find(config.rule, "rule"))

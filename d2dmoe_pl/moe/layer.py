@@ -77,6 +77,11 @@ class MoELayer(ExpertLayer):
             return experts
         return next(module for module in experts.modules() if isinstance(module, Experts))
 
+    def with_experts(self, function: Callable[[Experts, Tensor], Tensor], values: Tensor) -> Tensor:
+        """``function(experts, values)``, with weights as the layer runs on: what stands around them may adapt them."""
+        experts: Any = self.experts
+        return function(experts, values) if isinstance(experts, Experts) else experts(values, instead=function)
+
     def forward(self, x: Tensor) -> Tensor:
         """``(..., d_model)`` to ``(..., d_out)``, mostly the same; rows of padding come out as zeros.
 
@@ -124,9 +129,9 @@ class MoELayer(ExpertLayer):
         The setting decides what is left out of both; where there are no cutoffs, a pair's work is 1, and not told.
         """
         if self.cutoffs is None:
-            return self.experts.hidden(tokens), None
+            return self.with_experts(lambda experts, given: experts.hidden(given), tokens), None
         least = self.cutoffs(gate, self.own_experts.num_experts)
-        hidden = self.experts.hidden(cut(tokens, least[0]))
+        hidden = self.with_experts(lambda experts, given: experts.hidden(given), cut(tokens, least[0]))
         return cut(hidden, least[1]), work_of_pairs(self.own_experts, tokens, hidden, least)
 
     def work_shares(self, taus: Sequence[float], chosen: Tensor) -> list[float]:
@@ -236,15 +241,19 @@ class MoELayer(ExpertLayer):
         given = tokens if least is None else cut(tokens, least[0])
         if weights is None and not self._is_observed():
             return self.experts(given, mask) if least is None else self.experts(given, mask, least[1])
-        hidden = self.experts.hidden(given)  # (N, E, s)
-        if self.observer is not None:
-            self.observer(tokens, hidden)
-        if least is not None and mask is not None:
-            for observer in self._work_observers.values():
-                observer((work_of_pairs(self.own_experts, tokens, hidden, least) * mask).double().sum(dim=1))
-            hidden = cut(hidden, least[1])
         chosen = mask if weights is None else weights
-        return self.experts.combine(hidden if chosen is None else hidden * chosen.unsqueeze(-1))
+
+        def run(experts: Experts, given: Tensor) -> Tensor:
+            hidden = experts.hidden(given)  # (N, E, s)
+            if self.observer is not None:
+                self.observer(tokens, hidden)
+            if least is not None and mask is not None:
+                for observer in self._work_observers.values():
+                    observer((work_of_pairs(experts, tokens, hidden, least) * mask).double().sum(dim=1))
+                hidden = cut(hidden, least[1])
+            return experts.combine(hidden if chosen is None else hidden * chosen.unsqueeze(-1))
+
+        return self.with_experts(run, given)
 
     def _learned(self, scores: Tensor, mask: Tensor) -> Tensor:
         assert self.softness is not None

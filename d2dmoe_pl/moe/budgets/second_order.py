@@ -98,7 +98,7 @@ class SecondOrder:
 
     def _add_chunk(self, index: int, layer: MoELayer, gate: Gate, tokens: Tensor, slopes: Tensor) -> None:
         experts, scores = layer.own_experts, layer.get_router()(tokens)
-        down: Tensor = experts.weights_in(tokens.dtype)[4].float()  # (E, s, d_out)
+        down = layer.with_experts(lambda used, given: used.weights_in(given.dtype)[4].float(), tokens)  # (E, s, d_out)
         along = (slopes @ down.flatten(0, 1).t()).unflatten(1, (experts.num_experts, -1))  # (N, E, s)
         in_full: Tensor | None = None  # what stands in for all experts, along the gradient
         if layer.stand_in is not None:

@@ -1,6 +1,6 @@
 """The neurons of one FFN as ``E`` experts of ``s`` neurons each."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -203,20 +203,30 @@ class Experts(nn.Module):
         kept = self.hidden_dropout(hidden.flatten(1))  # (N, E * s)
         return F.linear(kept, down_weight.flatten(0, 1).t(), down_bias)  # (N, E * s) @ (E * s, d_out)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cutoff: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cutoff: Tensor | None = None,
+        instead: Callable[["Experts", Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Run the experts that ``mask`` selects, all of them if there is none.
 
         Args:
             tokens: ``(N, d_model)``.
             mask: Boolean ``(N, E)``.
             cutoff: Magnitude below which an activation is left out, without dimensions; None for nothing.
+            instead: What is to be run in the place of all that, with these experts and what is given as ``tokens``.
+                What adapts weights from outside (PEFT) does so for calls alone, so that others are to be made in one.
 
         Returns:
-            ``(N, d_out)``.
+            ``(N, d_out)``; or what ``instead`` gives.
 
         Raises:
             ConfigError: If there is a cutoff, and the backend, which is from outside of the package, takes none.
         """
+        if instead is not None:
+            return instead(self, tokens)
         if mask is None:
             hidden = self.hidden(tokens)
             return self.combine(hidden if cutoff is None else cut(hidden, cutoff))

@@ -151,16 +151,16 @@ def _fit_and_run_(layer: MoELayer, config: FittingConfig, reduce: Callable[[Tens
     gates = [Gate(replace(gate.config, tau=tau, k=None)) for tau in config.taus]
     stand_in = layer.stand_in
     assert isinstance(stand_in, StandIn)
-    experts = layer.experts
-    sums = SkippedSums(experts.d_model, experts.d_out, tokens.device)
+    sums = SkippedSums(layer.sizes.d_model, layer.sizes.d_out, tokens.device)
     ran: list[Tensor] = []
     chosen: list[tuple[Tensor, Tensor, Tensor]] = []
     for each, at_tau in zip(gates, tokens.chunk(len(gates)), strict=True):
         for chunk in at_tau.split(CHUNK):
             scores = layer.get_router()(chunk)
             mask = layer.choose(scores, each)  # (n, E)
-            output = experts.combine(layer.hidden_at(each, chunk)[0] * mask.unsqueeze(-1))  # (n, E, s) -> (n, d_out)
-            sums.add(chunk, skipped_share(scores, mask), experts(chunk) - output)
+            hidden = layer.hidden_at(each, chunk)[0] * mask.unsqueeze(-1)  # (n, E, s)
+            output = layer.with_experts(lambda experts, given: experts.combine(given), hidden)  # (n, d_out)
+            sums.add(chunk, skipped_share(scores, mask), layer.experts(chunk) - output)
             ran.append(output)
             chosen.append((chunk, scores, mask))
     sums.sums = reduce(sums.sums)
