@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
 
 from d2dmoe_pl import data as data_classes
 from d2dmoe_pl.adapters import HEADS, KEY, HuggingFaceModel, ModelSource, TimmModel
@@ -18,6 +19,7 @@ from d2dmoe_pl.compression.chosen_recipe import Sizes, chosen_phases, sizes_of
 from d2dmoe_pl.compression.own_data import data_config
 from d2dmoe_pl.compression.target import Target
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS, Head
+from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check, some_of
@@ -25,6 +27,8 @@ from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phases._labels import unlike
 from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
+
+PROCESSORS = {"image-classification": AutoImageProcessor, "audio-classification": AutoFeatureExtractor}
 
 
 def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
@@ -38,7 +42,11 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
     check(given.model is not None, "model=None: must be given with data")
     check(given.data is not None, "data=None: must be given with model")
     is_timm = not Path(given.model).exists() and timm.is_model(given.model.removeprefix("timm/"))
+    if not is_timm and not _is_artifact(given.model):  # else it would be missed as the data's tokenizer or processor
+        load_pretrained(AutoConfig, given.model, "model")
     own, task = _data(given, None if is_timm else given.model)
+    if isinstance(given.data, str) and own["init_args"].get("processor") == given.model:  # nobody has named a processor
+        load_pretrained(PROCESSORS[task], given.model, "model")
     source, start = _start(given.model, task, is_timm)
     loaded = _loaded(own)
     if source is None:
@@ -94,13 +102,17 @@ def _start(model: str, task: str, is_timm: bool) -> tuple[ModelSource | None, di
     if is_timm:
         arguments: dict[str, Any] = {"architecture": model.removeprefix("timm/"), "pretrained": True}
         return TimmModel(**arguments), {"source": {"class_path": "TimmModel", "init_args": arguments}}
-    config = Path(model) / CONFIG
-    if config.is_file() and KEY in json.loads(config.read_text()):
+    if _is_artifact(model):
         stage = read_artifact(model, "model").stage
         check(stage == "dense", f"model={model!r}: is at stage {stage!r}; must be a dense model")
         return None, {"init_from": model}
     named: dict[str, Any] = {"task": task, "name": model}
     return HuggingFaceModel(**named), {"source": {"class_path": "HuggingFaceModel", "init_args": named}}
+
+
+def _is_artifact(model: str) -> bool:
+    config = Path(model) / CONFIG
+    return config.is_file() and KEY in json.loads(config.read_text())
 
 
 def _lacks_head(source: ModelSource | None, head: Head, label_names: Sequence[str]) -> bool:

@@ -6,9 +6,11 @@ import datasets
 import pytest
 import stand_ins
 import timm
+import tiny
 from PIL import Image
 from table_files import write
 
+from d2dmoe_pl import compress
 from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.compression.recipe_for_model import _data
 from d2dmoe_pl.data import DatasetSource, ImageClassification
@@ -125,3 +127,18 @@ def test_a_timm_model_sees_pictures_as_it_was_trained_to(tmp_path):
         assert {k: str(v).strip("()[]") for k, v in found.items()} == {
             k: str(v).strip("()[]") for k, v in expected.items()
         }
+
+
+def test_a_model_that_is_not_there_is_told_as_the_model(tmp_path):
+    """Rather than as a tokenizer or a processor, which would be its own and nobody has named."""
+    stand_ins.write_emotion(tmp_path / "texts")
+    stand_ins.write_images(tmp_path / "pictures", {"train": 24})
+    stand_ins.write(tmp_path, "clips", [{"audio": [0.0, n / 7], "label": n % 2} for n in range(24)])
+    tiny.bert_config().save_pretrained(tmp_path / "weightless")
+    for data in ("texts", "pictures", "clips.jsonl"):
+        for model in ("misspelt", "nobody/misspelt"):
+            with pytest.raises(ConfigError, match=rf"^model='{model}': neither a folder nor a reachable hub name \("):
+                compress(model, data)
+        argument = "tokenizer" if data == "texts" else "model"  # compress has an option of the one name alone
+        with pytest.raises(ConfigError, match=rf"^{argument}='weightless': "):
+            compress("weightless", data)
