@@ -140,6 +140,7 @@ def replaceable_folder(path: str | Path) -> Path:
         ConfigError: If it holds what is no artifact, which would be lost.
     """
     folder = Path(path)
+    check(str(path).strip() != "", f"path={str(path)!r}: must be a folder's name")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         try:
             is_artifact = KEY in json.loads((folder / "config.json").read_text())

@@ -44,7 +44,7 @@ from d2dmoe_pl.recipe import PARTS, check_phase_name, phase_config, recipe_file
 from d2dmoe_pl.report.writing import HTML, write_report
 from d2dmoe_pl.run_folders import RUN, with_run
 from d2dmoe_pl.sharded_tensors import is_sharded
-from d2dmoe_pl.whole_files import clean_up, expanded, is_file_name
+from d2dmoe_pl.whole_files import clean_up, is_file_name, named_folder
 
 
 def run_chain(config: Namespace) -> None:
@@ -67,8 +67,8 @@ def run_chain(config: Namespace) -> None:
     start_over = config.get("from")
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
     settings = _split_settings(config.get("set", []), names)
-    config.output_dir = expanded(config.output_dir)
-    output_dir = Path(config.output_dir)
+    output_dir = named_folder(config.output_dir, "output_dir")
+    config.output_dir = str(output_dir)
     check(0 <= config.seed < 2**32, f"seed={config.seed}: must lie in [0, 2**32)")
     check_writable(output_dir)
 

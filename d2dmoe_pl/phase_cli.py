@@ -35,6 +35,7 @@ from d2dmoe_pl.phases._sharding import check_strategy
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
 from d2dmoe_pl.run_folders import logger_beside, loggers_in
 from d2dmoe_pl.signals import leave_signals_to_us
+from d2dmoe_pl.whole_files import named_folder
 
 NAMED_PHASE = re.compile(r"[\w./-]+:\w+")
 EVALUATING = ("validate", "test", "predict")
@@ -133,6 +134,8 @@ class PhaseCLI(LightningCLI):
         """Let phases that pass over the data once run one epoch, where nothing is said of epochs."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
         self._check_nulls(config)
+        if config.trainer.get("default_root_dir") is not None:
+            named_folder(str(config.trainer.default_root_dir), "default_root_dir")
         if self.subcommand in EVALUATING:
             logger_beside(config.trainer.get("logger"))
             self.save_config_callback = None  # the run's own config stays

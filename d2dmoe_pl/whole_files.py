@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from d2dmoe_pl.errors import check
+
 
 def is_file_name(name: Any) -> bool:
     """Whether ``name`` names something in a folder, and nothing outside of it, on every system.
@@ -29,6 +31,26 @@ def expanded(path: str) -> str:
         (False, 'runs')
     """
     return os.path.expandvars(os.path.expanduser(path))
+
+
+def named_folder(path: str, argument: str) -> Path:
+    """The folder ``path``, :func:`expanded`.
+
+    Args:
+        path: As the user gave it.
+        argument: What the user calls it.
+
+    Raises:
+        ConfigError: If it is empty, as a variable of a script may be, and files would go to wherever that was started.
+
+    Example:
+        >>> from d2dmoe_pl.whole_files import named_folder
+        >>> named_folder("runs/digits", "output_dir").name
+        'digits'
+    """
+    found = expanded(path)
+    check(found.strip() != "", f"{argument}={path!r}: must be a folder's name; . is the one you are in")
+    return Path(found)
 
 
 @contextmanager

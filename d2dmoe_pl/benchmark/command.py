@@ -22,6 +22,7 @@ from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.execution import BACKENDS
 from d2dmoe_pl.moe.gating import check_tau
+from d2dmoe_pl.whole_files import named_folder
 
 DEVICES = ("auto", "cpu", "cuda")
 TABLE_WIDTH = 120
@@ -44,13 +45,14 @@ def run_benchmark(config: Namespace) -> None:
         SystemExit: After Ctrl-C.
     """
     given = benchmark_parser().instantiate(config)
+    folder = named_folder(given.output_dir, "output_dir")
     settings = _settings(given)
     comparisons = _comparisons(given, settings)
     threads = torch.get_num_threads()
     try:
         if given.threads is not None:
             torch.set_num_threads(given.threads)
-        _run(comparisons, settings, Path(given.output_dir))
+        _run(comparisons, settings, folder)
     finally:
         torch.set_num_threads(threads)
 

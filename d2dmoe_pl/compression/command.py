@@ -32,7 +32,7 @@ from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.recipe import phase_config, read_recipe
 from d2dmoe_pl.report.measured_speed import measured_times
 from d2dmoe_pl.report.writing import write_report
-from d2dmoe_pl.whole_files import expanded, replaced_file
+from d2dmoe_pl.whole_files import named_folder, replaced_file
 
 RECIPE = "recipe.yaml"
 LAST = "budget_calibration"  # the phase that finds budgets
@@ -94,7 +94,7 @@ def compress(
         >>> made.load()  # doctest: +SKIP
     """
     if isinstance(model, nn.Module):
-        folder = Path(expanded(str(output_dir)))
+        folder = named_folder(str(output_dir), "output_dir")
         check_writable(folder)
         model = str(_kept(model, folder / START))
     named = {"model": model, "data": data, "target": target, "effort": effort, "output_dir": output_dir, **options}
@@ -129,7 +129,7 @@ def run_compress(given: Namespace) -> Compressed | None:
     target = parse_target(given.target)
     check(given.effort in EFFORTS, f"effort={given.effort!r}: allowed are {', '.join(EFFORTS)}")
     check(given.batch_size > 0, f"batch_size={given.batch_size}: must be positive")
-    folder = Path(expanded(given.output_dir))
+    folder = named_folder(given.output_dir, "output_dir")
     if given.print_config is None:
         check_writable(folder)
     recipe = recipe_for(given, target)
