@@ -18,9 +18,9 @@ from d2dmoe_pl.checkpoints import checkpoints_of, remove_checkpoints, why_unread
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.given_files import CONTENT, content, contents
 from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.run_folders import STATUS
 from d2dmoe_pl.whole_files import discard, replaced_file
 
-STATUS = "phase.json"
 START, AFTER = "model.init_args.init_from", "the phase before it"  # keys of a config
 LEFT = f"{CONTENT}what {AFTER} has left"  # one as well, once that is there
 REDO = ".redo.json"  # in the output folder: from which phase on a chain that is not finished was asked to be redone

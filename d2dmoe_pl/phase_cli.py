@@ -33,7 +33,7 @@ from d2dmoe_pl.phases._ordered_pass import OrderedPass
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.phases._sharding import check_strategy
 from d2dmoe_pl.recipe import is_recipe, phase_config, read_recipe
-from d2dmoe_pl.run_folders import logger_beside, loggers_in
+from d2dmoe_pl.run_folders import check_data_is_here, logger_beside, loggers_in
 from d2dmoe_pl.signals import leave_signals_to_us
 from d2dmoe_pl.whole_files import named_folder
 
@@ -137,6 +137,7 @@ class PhaseCLI(LightningCLI):
         if config.trainer.get("default_root_dir") is not None:
             named_folder(str(config.trainer.default_root_dir), "default_root_dir")
         if self.subcommand in EVALUATING:
+            check_data_is_here(config)
             logger_beside(config.trainer.get("logger"))
             self.save_config_callback = None  # the run's own config stays
         if self.folder is not None:

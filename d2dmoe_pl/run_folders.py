@@ -1,6 +1,7 @@
 """The folder of a run in the place of its config: what evaluates the phase that left it, and where that is written."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from d2dmoe_pl.artifact import CONFIG as ARTIFACT_CONFIG
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.given_files import CONTENT, content
 from d2dmoe_pl.notices import notice
 
 RUN = "--run"
 CONFIG = "config.yaml"
+STATUS = "phase.json"  # what a chain notes of a phase beside it
 EVALUATIONS = "evaluations"  # the folder in a run's that evaluations of it are written to
 
 
@@ -104,6 +107,31 @@ def _in_place(config: Any, folder: Path) -> list[str]:
         own = {**first, "init_args": {**first["init_args"], **here}}
         found.append(f"--trainer.logger={json.dumps(own)}")
     return found
+
+
+def check_data_is_here(config: Namespace) -> None:
+    """Raise ``ConfigError`` where a run was made from files by paths that lead nowhere from the working folder.
+
+    They would be looked for on the hub. Which settings were paths of files is what a chain notes.
+
+    Args:
+        config: Of an evaluation, with the files that it was read from under ``config``.
+    """
+    for given in config.get("config") or []:
+        status = Path(os.fspath(given)).parent / STATUS if given is not None else None
+        if status is None or not status.is_file():
+            continue
+        try:
+            made = dict(json.loads(status.read_text())["config"])
+        except (ValueError, KeyError, TypeError):  # a note that is cut off stands in no evaluation's way
+            continue
+        for setting, path in made.items():
+            was_there = setting.startswith("data.") and isinstance(path, str) and f"{CONTENT}{path}" in made
+            check(
+                not was_there or config.get(setting) != path or content(path) is not None,
+                f"{setting.rpartition('.')[2]}={path!r}: is not here, but {status.parent} was made from it; must be "
+                f"started in the folder where that was, or be given --{setting}",
+            )
 
 
 def logger_beside(logger: Any) -> Any:

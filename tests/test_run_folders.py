@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import stand_ins
 import yaml
 from recipe import arguments, write_recipe
 
@@ -110,3 +111,53 @@ def test_a_phase_that_begins_from_no_source(chain, tmp_path, capsys):
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     main(["test", "--run", str(run), "--trainer.enable_progress_bar=false"])
     assert "test/accuracy" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def from_files(tmp_path_factory):
+    """Where a chain was made from data and a tokenizer by relative paths."""
+    home = tmp_path_factory.mktemp("home")
+    stand_ins.write_bert(home / "bert")
+    stand_ins.write_emotion(home / "texts")
+    model = {"class_path": "HuggingFaceModel", "init_args": {"task": "text-classification", "name": "bert"}}
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "limit_train_batches": 1}
+    data = {"source": {"dataset": "texts", "train": "texts/train.csv"}, "tokenizer": "bert"}
+    recipe = {
+        "shared": {
+            "data": {"class_path": "TextClassification", "init_args": {**data, "max_length": 12, "batch_size": 8}},
+            "trainer": {**trainer, "enable_progress_bar": False, "enable_model_summary": False},
+        },
+        "phases": {"fine_tuning": {"model": {"class_path": "FineTuning", "init_args": {"source": model}}}},
+    }
+    (home / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        main(arguments("recipe.yaml", Path("run")))
+    return home
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_paths_that_were_relative_to_another_folder(from_files, subcommand, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = from_files / "run" / "fine_tuning"
+    settings = {
+        "data.init_args.source.dataset": "texts",
+        "data.init_args.source.train": "texts/train.csv",
+        "data.init_args.tokenizer": "bert",
+    }
+    given = ["--trainer.enable_progress_bar=false"]
+    for setting, path in settings.items():
+        for of_run in (["--run", str(run)], ["--config", str(run / "config.yaml")]):
+            with pytest.raises(SystemExit) as exit_info:
+                main([subcommand, *of_run, *given])
+            assert exit_info.value.code == 2
+            told = (
+                f"{setting.rpartition('.')[2]}='{path}': is not here, but {run} was made from it; must be started in "
+            )
+            last = capsys.readouterr().err.strip().splitlines()[-1]
+            assert last == f"error: {told}the folder where that was, or be given --{setting}"
+        given.append(f"--{setting}={from_files / path}")
+    main([subcommand, "--run", str(run), *given])
+    (tmp_path / "predictions.csv").unlink(missing_ok=True)
+    monkeypatch.chdir(from_files)
+    main([subcommand, "--run", "run", given[0]])
