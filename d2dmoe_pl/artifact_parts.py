@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from d2dmoe_pl.adapters import KEY
-from d2dmoe_pl.errors import ConfigError, check, one_line
+from d2dmoe_pl.errors import ConfigError, SettingTypeError, check, one_line
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, path_from_json
 from d2dmoe_pl.structure import stage_of
 from d2dmoe_pl.whole_files import is_file_name
@@ -106,9 +106,9 @@ def as_written(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError:
-        raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError) and not isinstance(error, SettingTypeError):
+            raise
         raise ConfigError(
             f"{path}: config.json and the weights beside it make no model ({type(error).__name__}: "
             f"{one_line(str(error))}); must be as they were written, and the libraries like those that wrote them"

@@ -11,6 +11,10 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message names the key, its value and what is allowed."""
 
 
+class SettingTypeError(ConfigError, TypeError):
+    """A setting that was made in Python, or is written in an artifact, of another type than it is said to be."""
+
+
 class NonFiniteLossError(RuntimeError):
     """Training produced a NaN or infinite loss and was stopped before the weights were touched."""
 

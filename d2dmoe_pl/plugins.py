@@ -70,7 +70,7 @@ class Plugins(Generic[T]):
             ConfigError: If there is none of that name, two packages bring one, or what they bring is none, or cannot
                 be imported.
         """
-        if name not in self.names():
+        if not isinstance(name, str) or name not in self.names():
             raise ConfigError(f"{argument}={name!r}: allowed are {', '.join(self.names())}")
         if name in self._registered:
             return self._registered[name]

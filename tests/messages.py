@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "d2dmoe_pl"
 ANY = "…"
-REFUSALS = {"ConfigError", "NonFiniteLossError", "OSError", "ValueError", "check"}
+REFUSALS = {"ConfigError", "NonFiniteLossError", "OSError", "SettingTypeError", "ValueError", "check"}
 WARNINGS = {"_warn_once", "notice", "rank_zero_info", "warn", "warning"}
 
 

@@ -29,7 +29,10 @@ def _refused(folder, told):
     ("change", "told"),
     [
         (lambda made: made["layers"][LAYER].update(num_experts=2), rf"RuntimeError: .*size mismatch for {UP}"),
-        (lambda made: made["layers"][LAYER].update(num_experts="4"), "TypeError: "),
+        (
+            lambda made: made["layers"][LAYER].update(num_experts="4"),
+            "SettingTypeError: num_experts='4': has the type str; must be int",
+        ),
         (lambda made: made["layers"][LAYER].pop("router"), "KeyError: 'router'"),
         (lambda made: made["layers"][LAYER]["router"].update(depth=2), "TypeError: .*'depth'"),
         (lambda made: made["layers"][LAYER].update(gate="dynk_max"), "TypeError: "),

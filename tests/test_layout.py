@@ -29,6 +29,7 @@ FLOW = [
         "hub_folders",
         "notices",
         "signals",
+        "typed_settings",
         "whole_files",
     ],
     ["auto_classes", "checkpoints", "parser_line", "plugins", "recipe"],

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms import RandomCrop
 
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.typed_settings import check_types_
 
 _SHARES = ("hflip", "random_erasing", "mix_probability", "cutmix_share")
 
@@ -51,6 +52,7 @@ class Augmentation:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types_(self)
         check(0.0 < self.min_scale <= 1.0, f"min_scale={self.min_scale}: must lie in (0, 1]")
         check(self.padding is None or self.padding >= 0, f"padding={self.padding}: must not be negative")
         for name in _SHARES:

@@ -37,6 +37,7 @@ from d2dmoe_pl.data.local_folders import (
 from d2dmoe_pl.data.own_data_checks import SPLITS
 from d2dmoe_pl.data.squad.article_files import in_questions
 from d2dmoe_pl.errors import ConfigError, check, some_of
+from d2dmoe_pl.typed_settings import check_types_
 
 # what reads the kinds of files that are not read row by row here
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -66,6 +67,9 @@ class DatasetSource:
         more: Further splits to evaluate on, by names that begin with ``validation_`` or ``test_``; each as above.
         held_out: Share of the training split for each split that is held out of it.
         seed: Decides which samples are held out.
+
+    Raises:
+        ConfigError: For a value of another type.
     """
 
     dataset: str | None = None
@@ -76,6 +80,9 @@ class DatasetSource:
     more: dict[str, str] = field(default_factory=dict)
     held_out: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types_(self)
 
     def load(self) -> dict[str, Dataset]:
         """The splits by name: ``train``, ``validation``, ``test`` and those in ``more``.

@@ -8,6 +8,7 @@ from torch import nn
 from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.moe.find_layers import FilterFn, expert_layers, select_ffns
 from d2dmoe_pl.moe.projections import projection_mlps
+from d2dmoe_pl.typed_settings import check_types_
 
 ATTRIBUTE = "_d2dmoe_activations"  # of a model
 
@@ -18,9 +19,15 @@ class ActivationConfig:
 
     Attributes:
         name: As ``transformers`` and ``timm`` both spell it, e.g. ``relu``.
+
+    Raises:
+        ConfigError: If it is no text.
     """
 
     name: str = "relu"
+
+    def __post_init__(self) -> None:
+        check_types_(self)
 
 
 def swap_activation_(model: nn.Module, config: ActivationConfig, filter_fn: FilterFn | None = None) -> None:

@@ -22,6 +22,7 @@ from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 from d2dmoe_pl.moe.routers import RouterConfig, make_router, try_router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig, make_stand_in
 from d2dmoe_pl.moe.token_streams import shared_context_
+from d2dmoe_pl.typed_settings import check_types_
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ExpertsConfig:
     num_projection_experts: int | None = None
 
     def __post_init__(self) -> None:
+        check_types_(self)
         for argument, value in asdict(self).items():
             check(value is None or value > 0, f"{argument}={value}: must be positive")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import FFN, Projection, adapter_for, put_projection_
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
+from d2dmoe_pl.typed_settings import check_types_
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class ProjectionConfig:
     residual: bool = False
 
     def __post_init__(self) -> None:
+        check_types_(self)
         check(self.width is None or self.width > 0, f"width={self.width}: an MLP needs at least one hidden neuron")
         check(self.multiple_of > 0, f"multiple_of={self.multiple_of}: must be positive")
 

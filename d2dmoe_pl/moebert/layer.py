@@ -14,6 +14,7 @@ from d2dmoe_pl.moe.expert_layer import ExpertLayer, ExpertSizes
 from d2dmoe_pl.moe.token_context import TokenContext, run_on_real_tokens
 from d2dmoe_pl.moebert.experts import ImportanceExperts
 from d2dmoe_pl.moebert.routing import ROUTINGS, Decision, Routing
+from d2dmoe_pl.typed_settings import check_types_
 
 METHOD = "moebert"  # in artifacts
 
@@ -42,6 +43,7 @@ class MoEBERTConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types_(self)
         check(self.num_experts > 0, f"num_experts={self.num_experts}: must be positive")
         check(self.expert_dim > 0, f"expert_dim={self.expert_dim}: must be positive")
         check(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.expert_layer import ExpertSizes
 from d2dmoe_pl.moe.gating import Gate
+from d2dmoe_pl.typed_settings import check_types_
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class CutoffConfig:
     full_tau: float = 0.95
 
     def __post_init__(self) -> None:
+        check_types_(self)
         for name in ("inputs", "hidden"):
             value = getattr(self, name)
             check(0 < value <= 1, f"{name}={value}: must lie in (0, 1], the share of values that are not left out")

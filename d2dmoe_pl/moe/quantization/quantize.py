@@ -17,6 +17,7 @@ from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, Int8Module, check_not_quantized
 from d2dmoe_pl.moe.routers._router import RouterLinear
+from d2dmoe_pl.typed_settings import check_types_
 
 DTYPES = ("int8",)
 
@@ -37,6 +38,7 @@ class QuantizationConfig:
     embeddings: bool = True
 
     def __post_init__(self) -> None:
+        check_types_(self)
         check(self.dtype in DTYPES, f"dtype={self.dtype!r}: allowed are {', '.join(DTYPES)}")
 
 

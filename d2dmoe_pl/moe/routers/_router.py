@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.routers._targets import Target
 from d2dmoe_pl.plugins import Plugins
+from d2dmoe_pl.typed_settings import check_types_
 
 if TYPE_CHECKING:
     from d2dmoe_pl.moe.experts.experts import Experts
@@ -42,6 +43,7 @@ class RouterConfig:
     target: Target = "norm"
 
     def __post_init__(self) -> None:
+        check_types_(self)
         check(self.width > 0, f"width={self.width}: a router needs at least one hidden neuron")
         ROUTERS.find(self.kind, "router")
         allowed = get_args(Target)

@@ -16,6 +16,7 @@ from d2dmoe_pl.moe.gating._gate import check_tau
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.stand_ins.stand_in import StandIn, StandInConfig, skipped_share
 from d2dmoe_pl.moe.token_context import run_on_real_tokens
+from d2dmoe_pl.typed_settings import check_types_
 
 CHUNK = 2048  # tokens whose activations of all experts are held at once
 
@@ -38,6 +39,7 @@ class FittingConfig:
     ridge: float = 1e-2
 
     def __post_init__(self) -> None:
+        check_types_(self)
         StandInConfig(self.rank)
         check(len(self.taus) > 0, "taus=(): must hold at least one value in [0, 1]")
         for tau in self.taus:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.typed_settings import check_types_
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class StandInConfig:
     rank: int = 16
 
     def __post_init__(self) -> None:
+        check_types_(self)
         check(self.rank >= 0, f"rank={self.rank}: must not be negative; 0 is no stand-in")
 
     def check_fits(self, experts: Experts, name: str) -> None:
