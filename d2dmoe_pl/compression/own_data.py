@@ -1,5 +1,6 @@
 """The data of a recipe, from a file, a folder or the name of a dataset: which splits there are, and which columns."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from d2dmoe_pl.compression.told_columns import (
     FILES,
     LABELLED,
     LANGUAGE,
+    OF_ONE_COLUMN,
     SAMPLED,
     TASKS,
+    check_read,
     column_of_files,
     label_column_of,
     task_of,
+    text_column_of,
     text_columns_of,
 )
 from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, local_splits
@@ -31,6 +35,7 @@ from d2dmoe_pl.errors import ConfigError, check
 
 LONGEST = 512
 WINDOW = 384  # tokens of a question and of a part of the text that answers it
+TOKENIZER_FILE = re.compile(r"tokenizer|vocab|\.model$|\.tiktoken$")
 BLOCK = 256  # tokens of a language model's samples
 
 
@@ -94,27 +99,28 @@ def data_config(
             check(name in train.column_names, f"{argument}={name!r}: no such column in {data}; there are {there}")
     told = {**columns, "text_columns": given_texts}
     task = task or task_of(train, told, model)
+    check_read(told, task)
     if task in FILES:
         return _of_files(train, task, told, model, picture, {"source": source, "batch_size": batch_size}), task
-    tokenizer = tokenizer or model
-    check(tokenizer is not None, "tokenizer=None: must be the folder or hub name of the model's tokenizer")
-    assert tokenizer is not None
+    tokenizer = _tokenizer_of(tokenizer, model)
     common: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "batch_size": batch_size}
     if task in LANGUAGE:
         common |= {"length": min(BLOCK, _positions(tokenizer, model)), "batch_size": max(1, batch_size // 4)}
-        own = {"objective": LANGUAGE[task], "text_column": text_columns_of(train, given_texts, [])[0]}
+        own = {"objective": LANGUAGE[task], "text_column": text_column_of(train, given_texts, [], task)}
         return {"class_path": "LanguageModeling", "init_args": {**common, **own}}, task
     if task == "question-answering":
         return _of_questions(train, common, _positions(tokenizer, model)), task
     common["group_by_length"] = True
     if task == "embeddings":
-        (text,) = text_columns_of(train, given_texts, [])[:1]
+        text = text_column_of(train, given_texts, [], task)
         longest = _max_length(train, [text], tokenizer, model)
         del common["tokenizer"]  # the model's whose vectors are kept
         arguments = {**common, "model": model or tokenizer, "text_column": text, "max_length": longest}
         return {"class_path": "TextEmbeddings", "init_args": arguments}, task
     label = label_column_of(train, columns["label_column"], given_texts or [])
     texts = text_columns_of(train, given_texts, [label])
+    if task in OF_ONE_COLUMN:
+        texts = [text_column_of(train, given_texts, [label], task)]
     named: dict[str, dict[str, Any]] = {
         "multi-label-classification": {"text_columns": texts, "label_columns": [label]},
         "token-classification": {"words_column": texts[0], "labels_column": label},
@@ -125,6 +131,31 @@ def data_config(
     if task == "text-to-text":
         arguments["max_target_length"] = _max_length(train, [label], tokenizer, model)
     return {"class_path": LABELLED[task], "init_args": arguments}, task
+
+
+def _tokenizer_of(given: str | None, model: str | None) -> str:
+    """The tokenizer's folder or hub name: the one that is given, or the model's own.
+
+    Raises:
+        ConfigError: If there is none, or the one that is given numbers tokens otherwise than that beside the model.
+    """
+    is_folder = model is not None and Path(model).is_dir()
+    has_own = is_folder and any(TOKENIZER_FILE.search(file.name) for file in Path(str(model)).iterdir())
+    if given is None:
+        check(
+            model is not None and (has_own or not is_folder),
+            "tokenizer=None: must be the folder or hub name of the model's tokenizer",
+        )
+        return str(model)
+    if has_own and Path(given) != Path(str(model)):
+        own, other = (load_pretrained(AutoTokenizer, str(name), "tokenizer").get_vocab() for name in (model, given))
+        strange = sum(own.get(token) != number for token, number in other.items())
+        check(
+            2 * strange <= len(other),
+            f"tokenizer={given!r}: of its {len(other)} tokens {strange} have other numbers than by the tokenizer of "
+            f"{model}, or none; must be one of the same vocabulary",
+        )
+    return given
 
 
 def _of_files(

@@ -35,6 +35,7 @@ FILES = {
 }
 # of texts alone, and what is learnt of them
 LANGUAGE = {"causal-language-modeling": "causal", "masked-language-modeling": "masked"}
+OF_ONE_COLUMN = ("token-classification", "text-to-text")  # of those that have labels
 ANSWERED = ("context", "question", "answers")  # the columns of SQuAD
 TASKS = (*LABELLED, *FILES, *LANGUAGE, "question-answering", "embeddings")
 LABELS = (
@@ -61,16 +62,18 @@ def task_of(train: Dataset, columns: Mapping[str, Any], model: str | None) -> st
     Raises:
         ConfigError: If nothing tells.
     """
-    of_files = [task for task in FILES if column_of_files(train, task, columns)]
-    if of_files:
-        return next((task for task in of_files if columns[FILES[task][2]] is not None), of_files[0])
     texts, label = columns["text_columns"], columns["label_column"]
+    named = [task for task in FILES if columns[FILES[task][2]] is not None]
+    of_files = named or [task for task in FILES if texts is None and column_of_files(train, task, columns)]
+    if of_files:
+        return of_files[0]
     if label is None and set(ANSWERED) <= set(train.column_names):
         return "question-answering"
-    if label is None and not _named(LABELS, train.column_names):
+    left = [name for name in train.column_names if name not in (texts or [])]
+    if label is None and not _named(LABELS, left):
         check(
             _writes_text(model),
-            f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which, or set task "
+            f"label_column=None: none of {', '.join(left or texts)} has a name that tells; say which, or set task "
             f"({', '.join(LANGUAGE)} and embeddings need no labels)",
         )
         return "causal-language-modeling"
@@ -104,14 +107,16 @@ def column_of_files(train: Dataset, task: str, given: Mapping[str, Any]) -> str 
 
 
 def label_column_of(train: Dataset, given: str | None, others: Sequence[str]) -> str:
-    """The column of labels: the one that is given, the first by name, or what is left beside ``others``."""
+    """The column of labels: the one that is given, or of those beside ``others`` the first by name, or the only one."""
     if given is not None:
+        check(given not in others, f"label_column={given!r}: is the column of what has the labels; must be another")
         return given
-    found = _named(LABELS, train.column_names)
     left = [name for name in train.column_names if name not in others]
+    check(bool(left), f"text_columns={list(others)}: is all that the data has; must have labels too")
+    found = _named(LABELS, left)
     if not found and len(left) == 1 and others:
         return left[0]
-    check(bool(found), f"label_column=None: none of {', '.join(train.column_names)} has a name that tells; say which")
+    check(bool(found), f"label_column=None: none of {', '.join(left)} has a name that tells; say which")
     return found[0]
 
 
@@ -120,6 +125,7 @@ def text_columns_of(train: Dataset, given: Sequence[str] | None, others: Sequenc
     if given is not None:
         return list(given)
     names = [name for name in train.column_names if name not in others]
+    check(bool(names), f"label_column={', '.join(others)!r}: is all that the data has; must have texts too")
     for pair in PAIRS:
         if len(both := _named(pair, names)) == len(pair):
             return both
@@ -129,6 +135,24 @@ def text_columns_of(train: Dataset, given: Sequence[str] | None, others: Sequenc
         found = worded if len(worded) == 1 else []
     check(bool(found), f"text_columns=None: none of {', '.join(names)} has a name that tells; say which")
     return found[:1]
+
+
+def text_column_of(train: Dataset, given: Sequence[str] | None, others: Sequence[str], task: str) -> str:
+    """The column of texts for a task that reads only one."""
+    found = text_columns_of(train, given, others)
+    check(len(found) == 1, f"text_columns={given}: {task} reads one column; must be one of {', '.join(found)}")
+    return found[0]
+
+
+def check_read(columns: Mapping[str, Any], task: str) -> None:
+    """Raise ``ConfigError`` for a column that is given, by its setting, and of a kind that a task does not read."""
+    texts = [] if task == "question-answering" else ["text_columns"]
+    read = [FILES[task][2], "label_column"] if task in FILES else [*texts, *(["label_column"] * (task in LABELLED))]
+    for argument, name in columns.items():
+        check(
+            name is None or argument in read,
+            f"{argument}={name!r}: {task} reads no such column; must be left out, or another task",
+        )
 
 
 def _named(names: Sequence[str], columns: Sequence[str]) -> list[str]:
