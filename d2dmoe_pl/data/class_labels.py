@@ -46,7 +46,8 @@ def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str,
     check(
         len(names) <= max(MANY, len(labels["train"]) // 2),
         f"label_column={column!r}: has {len(names)} different values in {len(labels['train'])} samples of the train "
-        "split, which are no classes; for numbers there is TextRegression with the task text-regression",
+        "split, which are no classes; for numbers there is TextRegression with the task text-regression, for answers "
+        "TextToText with text-to-text",
     )
     check(len(names) > 1, f"label_column={column!r}: has one class only, {names[0]}; must have two at least")
     index = {name: i for i, name in enumerate(names)}

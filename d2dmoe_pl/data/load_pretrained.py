@@ -48,6 +48,7 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
             return kind.from_pretrained(name, **kwargs)
         return _from_gguf(kind, name, gguf_file, said, kwargs)
     except OSError as error:
+        _check_no_gguf(name, said)
         reason = "neither a folder nor a reachable hub name"
         if gguf_file is not None:
             reason = "no such file on the hub"
@@ -73,7 +74,14 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
             f"{said}: is an adapter of PEFT without its model; must be the model with it merged in, by "
             "merge_and_unload() and save_pretrained",
         )
+        _check_no_gguf(name, said)
         raise ConfigError(f"{said}: not what transformers can make ({one_line(str(error))})") from error
+
+
+def _check_no_gguf(name: str, said: str) -> None:
+    """Raise ``ConfigError`` for a folder of GGUF files, which is no model by itself; for nothing else."""
+    files = [] if (Path(name) / "config.json").is_file() else sorted(Path(name).glob(f"*{ENDING}"))
+    check(not files, f"{said}: is a folder of GGUF files; must be one of them, such as {files[0] if files else ''}")
 
 
 def _from_gguf(kind: Any, folder: str, file: str, said: str, kwargs: dict[str, Any]) -> Any:

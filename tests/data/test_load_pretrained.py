@@ -90,6 +90,16 @@ def test_a_tokenizer_that_cannot_be_read_is_told(tmp_path, spoil, message):
         load_pretrained(transformers.AutoTokenizer, str(tmp_path), "tokenizer")
 
 
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
+def test_a_folder_of_gguf_files_is_told(tmp_path, kind):
+    for name in ("b.gguf", "a.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ConfigError) as error:
+        load_pretrained(getattr(transformers, kind), str(tmp_path), "model")
+    said = f"model='{tmp_path}': is a folder of GGUF files; must be one of them, such as {tmp_path}/a.gguf"
+    assert str(error.value) == said
+
+
 def _of_t5(folder):
     transformers.T5Config().save_pretrained(folder)
     (folder / "tokenizer_config.json").unlink()

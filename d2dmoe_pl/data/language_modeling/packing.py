@@ -71,5 +71,5 @@ class Packer:
         check(
             made > 0 or name is None,
             f"length={self.length}: the {name} split has {len(tokens)} tokens; must be at most "
-            f"{len(tokens) + len(beginning)}, to pack one block",
+            f"{len(tokens) + len(beginning)}, to pack one block, or the split longer",
         )
