@@ -144,8 +144,8 @@ def run_compress(given: Namespace) -> Compressed | None:
 
 
 def _kept(model: nn.Module, folder: Path) -> Path:
-    """The artifact of a model in memory; one that is there must be of the same."""
-    if not folder.is_dir():
+    """The artifact of a model in memory; one that phases began with must be of the same."""
+    if not folder.is_dir() or not (folder.parent / RECIPE).is_file():
         save_artifact(model, folder)
         return folder
     before, now = load_model(folder).state_dict(), model.state_dict()
@@ -239,13 +239,14 @@ def _opened(folder: Path, artifact: Path) -> PhaseCLI:
 
 def _point(target: Target, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
     """The budget that does what is wished for; the nearest that there is, which is said."""
+    if path.in_percent and path.higher_is_better and path.dense.score <= 0:
+        wish = (f"{target}", ", or a target in FLOPs") if target.kind == "drop" else (f"What {target} loses", "")
+        say(
+            f"{wish[0]} cannot be told here: {path.metric.replace('_', ' ')} is 0 with every expert on, so that no "
+            f"setting is worse. Another metric of the data tells more{wish[1]}.",
+            "yellow",
+        )
     if target.kind == "drop":
-        if path.in_percent and path.higher_is_better and path.dense.score <= 0:
-            say(
-                f"{target} cannot be told here: {path.metric.replace('_', ' ')} is 0 with every expert on, so that no "
-                "setting is worse. Another metric of the data tells more, or a target in FLOPs.",
-                "yellow",
-            )
         return path.at_drop(target.value)
     if target.kind == "speed":
         return _fast_enough(target.value, path, model, data, batch_size)

@@ -61,15 +61,18 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
     if given.effort == "minutes" and needs_head:
         is_unnamed = is_other and not lacks_head and are_placeholders(known) and len(known) == len(loaded.class_names)
         check(not is_unnamed, unlike(loaded.class_names, known, "id2label or label_names in its config.json say it"))
-        unknown = [name for name in loaded.class_names if places([name], known) is None] or loaded.class_names
-        has = "" if not is_other or are_placeholders(known) else f" (but for {some_of(known, 5)})"
+        learnt = () if lacks_head else known
+        unknown = [name for name in loaded.class_names if places([name], learnt) is None] or loaded.class_names
+        has = "" if not learnt or not is_other or are_placeholders(learnt) else f" (but for {some_of(learnt, 5)})"
+        told = "" if given.task else f"; task={task!r} is what the columns tell, and can be given"
         raise ConfigError(
             f"effort='minutes': {given.model} has no head for {some_of(unknown, 5)}{has}, and minutes trains none; "
-            "must be hours, or a model that has been trained on these labels"
+            f"must be hours, or a model that has been trained on these labels{told}"
         )
     sizes = sizes_of(structure)
     _check_reachable(target, sizes)
-    check_enough(loaded.num_validation_samples, sizes.num_layers, "data")
+    if loaded.head not in (*VOCABULARY_HEADS, "token-classification"):  # whose samples are many predictions each
+        check_enough(loaded.num_validation_samples, sizes.num_layers, "data")
     phases = chosen_phases(sizes, start, given.effort, needs_head, task, loaded.num_training_samples)
     logged_every = min(50, max(1, loaded.num_training_samples // loaded.batch_size))  # once an epoch at least
     trainer: dict[str, Any] = {"log_every_n_steps": logged_every, "enable_model_summary": False}

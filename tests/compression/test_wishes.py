@@ -10,7 +10,7 @@ from PIL import Image
 
 from d2dmoe_pl import compress
 from d2dmoe_pl.cli import main
-from d2dmoe_pl.compression import command
+from d2dmoe_pl.compression import command, recipe_for_model
 from d2dmoe_pl.compression.recipe_for_model import _loaded
 from d2dmoe_pl.compression.target import parse_target
 from d2dmoe_pl.errors import ConfigError
@@ -58,6 +58,37 @@ def test_a_head_whose_outputs_have_no_names_is_none_that_is_missing(tmp_path, mo
         compress("model", "texts")
 
 
+def test_a_model_without_a_head_has_none_for_any_class(tmp_path, monkeypatch):
+    """Its config says of two outputs what is so by default; and what the task is may have been told wrong."""
+    monkeypatch.chdir(tmp_path)
+    texts = "".join(f"the cat {i},{i % 3}\n" for i in range(60))
+    (tmp_path / "texts.csv").write_text(f"text,label\n{texts}")
+    tiny.dense("gpt2-causal-language-modeling").save_pretrained("model")
+    tiny.tokenizer("model", stand_ins.WORDS)
+    said = (
+        "effort='minutes': model has no head for 0, 1, 2, and minutes trains none; must be hours, or a model that has "
+        "been trained on these labels"
+    )
+    with pytest.raises(ConfigError) as error:
+        compress("model", "texts.csv")
+    assert str(error.value) == f"{said}; task='text-classification' is what the columns tell, and can be given"
+    with pytest.raises(ConfigError) as error:
+        compress("model", "texts.csv", task="text-classification")
+    assert str(error.value) == said
+
+
+def test_a_block_of_a_text_is_as_many_predictions_as_it_has_tokens(tmp_path, monkeypatch, capsys):
+    """So that a single one is enough to calibrate on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all.txt").write_text("the cat saw the dog\n\n" * 120)
+    tiny.dense("gpt2-causal-language-modeling").save_pretrained("model")
+    tiny.tokenizer("model", stand_ins.WORDS, ("[PAD]", "[UNK]", "<eos>"))
+    given = ["--model", "model", "--data", "all.txt", "--target", "drop=1", "--print_config"]
+    monkeypatch.setattr(recipe_for_model, "check_enough", lambda *_: pytest.fail("samples are not what counts"))
+    main(["compress", *given])
+    assert yaml.safe_load(capsys.readouterr().out)["shared"]["data"]["class_path"] == "LanguageModeling"
+
+
 def test_where_no_files_can_be_written_is_told_first(tmp_path):
     (tmp_path / "out").write_text("mine")
     for model in ("nowhere", tiny.dense("bert")):
@@ -84,6 +115,9 @@ def test_a_drop_from_nothing_is_told(capfd, dense, is_said):
     found = command._point(parse_target("drop=0.5"), path, None, None, 1)
     assert (found == points[1]) == is_said
     said = "drop=0.5 cannot be told here: exact match is 0 with every expert on"
+    assert (said in capfd.readouterr().err) == is_said
+    command._point(parse_target("ffn_flops=50%"), path, None, None, 1)
+    said = "What ffn_flops=50% loses cannot be told here: exact match is 0 with every expert on"
     assert (said in capfd.readouterr().err) == is_said
 
 
