@@ -29,6 +29,7 @@ from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, budget_path, set_taus_
 from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.phases._labels import answer_as_model
 from d2dmoe_pl.recipe import phase_config, read_recipe
 from d2dmoe_pl.report.measured_speed import measured_times
 from d2dmoe_pl.report.writing import write_report
@@ -264,6 +265,7 @@ def _fast_enough(speed: float, path: BudgetPath, model: nn.Module, data: TaskDat
     least = path.points[-1].ffn_flops
     budgets = [least ** (1 - step / STEPS) for step in range(STEPS + 1)]
     data.setup()
+    answer_as_model(data, model)
     loader: Any = data.drawn_loader("test", batch_size)
     batch = {key: value for key, value in next(iter(loader)).items() if key != "labels"}
     dense, times = measured_times(model, batch, budgets)

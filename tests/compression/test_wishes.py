@@ -1,5 +1,7 @@
 """What is given to ``compress`` is checked before it is used, and a wish that tells nothing is said."""
 
+import json
+
 import pytest
 import stand_ins
 import timm
@@ -9,6 +11,8 @@ import yaml
 from PIL import Image
 
 from d2dmoe_pl import compress
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.compression import command, recipe_for_model
 from d2dmoe_pl.compression.recipe_for_model import _loaded
@@ -119,6 +123,31 @@ def test_a_drop_from_nothing_is_told(capfd, dense, is_said):
     command._point(parse_target("ffn_flops=50%"), path, None, None, 1)
     said = "What ffn_flops=50% loses cannot be told here: exact match is 0 with every expert on"
     assert (said in capfd.readouterr().err) == is_said
+
+
+@pytest.mark.parametrize("kind", [kind for kind, task in tiny.TASKS.items() if task == "text-to-text"])
+def test_the_speed_of_answers(tmp_path, monkeypatch, kind):
+    """They begin as the model begins them, of which data alone knows nothing."""
+    model = tiny.dense(kind)
+    words = [f"word{number}" for number in range(30)]
+    special = ("[PAD]", "[UNK]", "<eos>")  # which has the number 2, as in the model
+    pairs = [{"text": "word1 word2", "target": f"word{row} word3"} for row in range(20)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = {"train": str(tmp_path / "all.jsonl"), "validation": None, "test": None}
+    arguments = {"source": source, "tokenizer": tiny.tokenizer(tmp_path / "model", words, special)}
+    data = _loaded({"class_path": "TextToText", "init_args": arguments})
+    given = []
+
+    def measured(_, batch, budgets):
+        given.append(batch)
+        return Timing(1.0, 0.0), {budget: Timing(budget, 0.0) for budget in budgets}
+
+    monkeypatch.setattr(command, "measured_times", measured)
+    points = (BudgetPoint((1.0,), 1.0, 1.0, 0.0, 9.0), BudgetPoint((0.0,), 0.2, 0.6, 0.4, 8.0))
+    path = BudgetPath(("layer",), "dynk_max", "exact_match", True, True, 100, points)
+    command._point(parse_target("speed=2x"), path, model, data, 2)
+    start, _ = adapter_for(model).answer_tokens(model)
+    assert given[0]["decoder_input_ids"][:, 0].tolist() == [start, start]
 
 
 def test_an_activation_that_nobody_can_swap_is_kept(tmp_path, capsys):
