@@ -48,7 +48,8 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
             return kind.from_pretrained(name, **kwargs)
         return _from_gguf(kind, name, gguf_file, said, kwargs)
     except OSError as error:
-        _check_no_gguf(name, said)
+        if gguf_file is None:
+            _check_no_gguf(name, said)
         reason = "neither a folder nor a reachable hub name"
         if gguf_file is not None:
             reason = "no such file on the hub"
@@ -74,7 +75,8 @@ def load_pretrained(kind: Any, name: str, argument: str, gguf_file: str | None =
             f"{said}: is an adapter of PEFT without its model; must be the model with it merged in, by "
             "merge_and_unload() and save_pretrained",
         )
-        _check_no_gguf(name, said)
+        if gguf_file is None:
+            _check_no_gguf(name, said)
         raise ConfigError(f"{said}: not what transformers can make ({one_line(str(error))})") from error
 
 
