@@ -234,8 +234,8 @@ class Operands {
       return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<at::BFloat16>(), tokens, mask, skipped);
     }
     if (type_ == at::kBFloat16) {
-      const at::Tensor w1 = in(up.unsqueeze(0), Form::transposed_pairs);
-      const at::Tensor w2 = in(down.unsqueeze(0), Form::transposed_pairs);
+      const at::Tensor w1 = in(up, Form::transposed_pairs);
+      const at::Tensor w2 = in(down, Form::transposed_pairs);
       const BFloat16Router scorer(
           problem, w1.const_data_ptr<at::BFloat16>(), w2.const_data_ptr<at::BFloat16>());
       return choose_experts(scorer, problem, gate, inputs.x.const_data_ptr<at::BFloat16>(), tokens, mask, skipped);

@@ -109,8 +109,10 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
     case Form::fp32:
       return weight.to(at::kFloat).contiguous();
     case Form::pairs:
-    case Form::transposed_pairs:
-      return interleave(weight.to(at::kBFloat16).contiguous(), form == Form::transposed_pairs);
+    case Form::transposed_pairs: {
+      const at::Tensor each = weight.dim() == 2 ? weight.unsqueeze(0) : weight; // a router's are those of one expert
+      return interleave(each.to(at::kBFloat16).contiguous(), form == Form::transposed_pairs);
+    }
     case Form::quads:
       return in_quads(weight);
     case Form::transposed_quads: // (E, ceil(d / 4), s, 4), of B = W^T
@@ -132,7 +134,8 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
   }
 }
 
-// Packed copies by the weight, and the scale, they were made from, as long as these live and are not written to.
+// Packed copies by the weight, and the scale, they were made from, as long as these live and are not written to. They are
+// to be given as they are: a view that an operator makes below autograd has no part in what counts changes.
 class PackedWeights {
  public:
   at::Tensor get(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale = std::nullopt) {
