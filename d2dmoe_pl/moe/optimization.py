@@ -79,7 +79,7 @@ def _options(model: nn.Module) -> dict[str, Any]:
         "post_grad_custom_pre_pass": Pass(),
         "guard_filter_fn": of_what_is_held,
         "cpp_wrapper": True,
-        "size_asserts": False,  # of inputs again, whose sizes and types guards have compared
+        "size_asserts": False,  # of inputs, which guards have compared, and of what operators have said that they give
     }
 
 
