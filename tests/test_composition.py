@@ -156,7 +156,7 @@ class TestPEFT:
         merge_to_dense_(merged)
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
-    @pytest.mark.parametrize("cutoffs", [CutoffConfig(inputs=1.0, hidden=1.0), CutoffConfig()])
+    @pytest.mark.parametrize("cutoffs", [CutoffConfig(inputs=1.0, hidden=1.0), CutoffConfig(gate_proj=0.3)])
     @pytest.mark.parametrize("kind", KINDS[:3])
     def test_adapted_experts_are_watched_counted_and_fitted_as_merged_ones(self, kind, cutoffs):
         peft = pytest.importorskip("peft")

@@ -6,7 +6,7 @@ raises ``ConfigError`` if it finds none.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -164,12 +164,15 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
 def add_cutoffs_(model: nn.Module, config: CutoffConfig, filter_fn: LayerFilterFn | None = None) -> None:
     """Give every MoE layer cutoffs, which leave out nothing until they are fitted; with shares of 1, take them away.
 
+    Where there are no gates to cut, the share of these is taken as 1.
+
     Raises:
         ConfigError: If there is no MoE layer.
     """
     for layer in select_moe_layers(model, filter_fn).values():
-        device = layer.own_experts.down_weight.device
-        layer.cutoffs = None if config.leaves_out_nothing else Cutoffs(config).to(device)
+        experts = layer.own_experts
+        own = config if experts.is_gated else replace(config, gate_proj=1.0)
+        layer.cutoffs = None if own.leaves_out_nothing else Cutoffs(own).to(experts.down_weight.device)
 
 
 def check_chosen(layers: Mapping[str, MoELayer]) -> None:

@@ -131,7 +131,7 @@ class MoELayer(ExpertLayer):
         if self.cutoffs is None:
             return self.with_experts(lambda experts, given: experts.hidden(given), tokens), None
         least = self.cutoffs(gate, self.own_experts.num_experts)
-        hidden = self.with_experts(lambda experts, given: experts.hidden(given), cut(tokens, least[0]))
+        hidden = self.with_experts(lambda experts, given: experts.hidden(given, least[2]), cut(tokens, least[0]))
         return cut(hidden, least[1]), work_of_pairs(self.own_experts, tokens, hidden, least)
 
     def work_shares(self, taus: Sequence[float], chosen: Tensor) -> list[float]:
@@ -174,7 +174,7 @@ class MoELayer(ExpertLayer):
             "router": None if self.router is None else asdict(self.router.config),
             "gate": None if self.gate is None else asdict(self.gate.config),
             **({} if self.stand_in is None else {"stand_in": asdict(self.stand_in.config)}),
-            **({} if self.cutoffs is None else {"cutoffs": asdict(self.cutoffs.config)}),
+            **({} if self.cutoffs is None else {"cutoffs": self.cutoffs.config.described()}),
         }
 
     def get_router(self) -> Router:
@@ -240,11 +240,11 @@ class MoELayer(ExpertLayer):
             least = self.cutoffs(self.get_gate(), self.own_experts.num_experts)
         given = tokens if least is None else cut(tokens, least[0])
         if weights is None and not self._is_observed():
-            return self.experts(given, mask) if least is None else self.experts(given, mask, least[1])
+            return self.experts(given, mask) if least is None else self.experts(given, mask, *least[1:])
         chosen = mask if weights is None else weights
 
         def run(experts: Experts, given: Tensor) -> Tensor:
-            hidden = experts.hidden(given)  # (N, E, s)
+            hidden = experts.hidden(given, None if least is None else least[2])  # (N, E, s)
             if self.observer is not None:
                 self.observer(tokens, hidden)
             if least is not None and mask is not None:

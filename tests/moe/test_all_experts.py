@@ -23,7 +23,7 @@ def model_of(gate, kind="llama", cutoffs=False, parts=("router", "stand_in")):
     model = tiny.routed(kind)
     if cutoffs:
         run = lambda: tiny.logits(model, tiny.batch(kind, size=4))  # noqa: E731
-        fit_cutoffs_(model, CutoffConfig(0.7, 0.4, FULL_TAU), run=run)
+        fit_cutoffs_(model, CutoffConfig(0.7, 0.4, FULL_TAU, 0.3), run=run)
     set_gate_(model, gate)
     add_stand_ins_(model, StandInConfig(4))
     for layer in moe_layers(model).values():
@@ -61,8 +61,8 @@ def test_above_full_tau_cutoffs_alone_count(backend, tau, rule):
     for layer in moe_layers(model).values():
         x = torch.randn(7, layer.experts.d_model)
         strength = (1 - tau) / (1 - FULL_TAU)
-        inputs, hidden = (layer.cutoffs.values * strength).unbind()
-        expected = layer.experts.combine(cut(layer.experts.hidden(cut(x, inputs)), hidden))
+        inputs, hidden, gates = (layer.cutoffs.values * strength).unbind()
+        expected = layer.experts.combine(cut(layer.experts.hidden(cut(x, inputs), gates), hidden))
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
         layer.gate.set_tau(FULL_TAU)
         assert layer(x).isnan().any()  # experts are chosen

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.moe.conversion import add_cutoffs_, check_chosen, select_moe_layers
-from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, Cutoffs
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
 from d2dmoe_pl.moe.find_layers import LayerFilterFn
 from d2dmoe_pl.moe.layer import observed
 
@@ -71,12 +71,20 @@ def fit_cutoffs_(
         return
     check_chosen(layers)
     add_cutoffs_(model, config, filter_fn)
-    devices = {name: layer.own_experts.down_weight.device for name, layer in layers.items()}
-    seen = {name: (Magnitudes(device), Magnitudes(device)) for name, device in devices.items()}
+    cutoffs = {name: layer.cutoffs for name, layer in layers.items() if layer.cutoffs is not None}
+    seen = {
+        name: [Magnitudes(layers[name].own_experts.down_weight.device) for _ in each.config.shares]
+        for name, each in cutoffs.items()
+    }
 
     def see(name: str, tokens: Tensor, hidden: Tensor) -> None:
-        for magnitudes, values in zip(seen[name], (tokens, hidden), strict=True):
-            magnitudes.add(values)
+        if name not in seen:
+            return
+        of_inputs, of_hidden, *of_gates = seen[name]
+        of_inputs.add(tokens)
+        of_hidden.add(hidden)
+        for each in of_gates:
+            each.add(layers[name].with_experts(lambda experts, given: experts.gates(given), tokens))
 
     settings = {name: layer.get_gate().config for name, layer in layers.items()}
     for layer in layers.values():
@@ -87,9 +95,7 @@ def fit_cutoffs_(
     finally:
         for name, layer in layers.items():
             layer.get_gate().set_config(settings[name])
-    for name, layer in layers.items():
-        cutoffs = layer.cutoffs
-        assert isinstance(cutoffs, Cutoffs)
-        for place, (magnitudes, share) in enumerate(zip(seen[name], (config.inputs, config.hidden), strict=True)):
+    for name, fitted in cutoffs.items():
+        for place, (magnitudes, share) in enumerate(zip(seen[name], fitted.config.shares, strict=True)):
             magnitudes.counts = reduce(magnitudes.counts)
-            cutoffs.values[place] = magnitudes.exceeded_by(share)
+            fitted.values[place] = magnitudes.exceeded_by(share)

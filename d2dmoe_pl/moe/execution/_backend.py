@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """A way to run the experts that a mask selects. See :mod:`d2dmoe_pl.moe.execution` for what it has to compute."""
 
-    def __call__(self, experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        experts: Experts,
+        tokens: Tensor,
+        mask: Tensor,
+        cutoff: Tensor | None = None,
+        gate_cutoff: Tensor | None = None,
+    ) -> Tensor:
         """Tokens ``(N, d)`` and a boolean mask ``(N, E)`` to ``(N, d_out)``.
 
-        The last argument, the magnitude below which activations are left out, may be missing: such a backend cannot run
-        layers that have cutoffs.
+        The last arguments, the magnitudes below which activations, and neurons by their gates, are left out, may be
+        missing: such a backend cannot run layers that have these cutoffs.
         """
 
 
@@ -29,9 +36,9 @@ BACKENDS: Plugins[Backend] = Plugins(
 )
 
 
-def takes_cutoff(backend: Backend) -> bool:
-    """Whether ``backend`` can leave small activations out."""
-    return "cutoff" in inspect.signature(backend).parameters
+def taken_cutoffs(backend: Backend) -> frozenset[str]:
+    """By which arguments ``backend`` can leave small values out."""
+    return frozenset(inspect.signature(backend).parameters) & {"cutoff", "gate_cutoff"}
 
 
 def register_backend(name: str, backend: Backend) -> None:

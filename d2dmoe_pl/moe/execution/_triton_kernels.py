@@ -42,7 +42,7 @@ def _cut(x, cutoff):
 
 @jit
 def _activations(
-    tokens, token, is_listed, up_weight, up_bias, gate_weight, gate_bias, cutoff, expert, neuron,
+    tokens, token, is_listed, up_weight, up_bias, gate_weight, gate_bias, cutoff, gate_cutoff, expert, neuron,
     D: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _activations(
     if gate_weight is not None:
         if gate_bias is not None:
             gate += tl.load(gate_bias + expert * S + neuron, neuron < S, 0.0).to(tl.float32)[None, :]
-        value = _activate(gate, ACTIVATION) * up
+        value = _cut(_activate(gate, ACTIVATION), gate_cutoff) * up
     else:
         value = _activate(up, ACTIVATION)
     return _cut(value, cutoff)
@@ -96,7 +96,7 @@ def list_tokens(
 
 @jit
 def up_listed(
-    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, cutoff, hidden, num_experts,
+    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, cutoff, gate_cutoff, hidden, num_experts,
     D: tl.constexpr, S: tl.constexpr, ACTIVATION: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -111,8 +111,8 @@ def up_listed(
         slot = first + tl.arange(0, BLOCK_M)
         token = chunk * CHUNK + tl.load(rows + place * CHUNK + slot, mask=slot < count, other=0)
         value = _activations(
-            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, cutoff, expert, neuron,
-            D, S, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
+            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, cutoff, gate_cutoff, expert,
+            neuron, D, S, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         to = hidden + token[:, None] * (num_experts * S) + (expert * S + neuron)[None, :]
         tl.store(to, value.to(hidden.dtype.element_ty), mask=(slot < count)[:, None] & (neuron < S)[None, :])
@@ -150,8 +150,8 @@ def down_listed(
 
 @jit
 def both_listed(
-    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, cutoff, down_weight, pairs, first_chunk,
-    num_experts,
+    tokens, rows, counts, up_weight, up_bias, gate_weight, gate_bias, cutoff, gate_cutoff, down_weight, pairs,
+    first_chunk, num_experts,
     D: tl.constexpr, S: tl.constexpr, D_OUT: tl.constexpr, ACTIVATION: tl.constexpr, CHUNK: tl.constexpr,  # noqa: N803
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
@@ -167,8 +167,8 @@ def both_listed(
         slot = first + tl.arange(0, BLOCK_M)
         token = chunk * CHUNK + tl.load(rows + place * CHUNK + slot, mask=slot < count, other=0)
         value = _activations(
-            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, cutoff, expert, neuron,
-            D, S, ACTIVATION, BLOCK_M, BLOCK_S, BLOCK_K,
+            tokens, token, slot < count, up_weight, up_bias, gate_weight, gate_bias, cutoff, gate_cutoff, expert,
+            neuron, D, S, ACTIVATION, BLOCK_M, BLOCK_S, BLOCK_K,
         )  # fmt: skip
         hidden = tl.where((neuron < S)[None, :], value, 0.0).to(down_weight.dtype.element_ty)
         for n in range(0, D_OUT, BLOCK_N):
@@ -215,7 +215,7 @@ def sum_pairs(
 
 @jit
 def activate_all(
-    up, gate, mask, cutoff, num_experts,
+    up, gate, mask, cutoff, gate_cutoff, num_experts,
     S: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     """What the activation gives, in the place of ``up (N, WIDTH)``: of one token, ``BLOCK`` neurons; 0 off the mask."""
@@ -225,7 +225,7 @@ def activate_all(
     at = token * WIDTH + neuron
     value = tl.load(up + at, inside, 0.0).to(tl.float32)
     if gate is not None:
-        value = _activate(tl.load(gate + at, inside, 0.0).to(tl.float32), ACTIVATION) * value
+        value = _cut(_activate(tl.load(gate + at, inside, 0.0).to(tl.float32), ACTIVATION), gate_cutoff) * value
     else:
         value = _activate(value, ACTIVATION)
     value = _cut(value, cutoff)

@@ -17,9 +17,15 @@ from d2dmoe_pl.moe.experts.experts import Experts
 _CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def auto(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+def auto(
+    experts: Experts,
+    tokens: Tensor,
+    mask: Tensor,
+    cutoff: Tensor | None = None,
+    gate_cutoff: Tensor | None = None,
+) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; differentiable."""
-    return choose(experts, tokens)(experts, tokens, mask, cutoff)
+    return choose(experts, tokens)(experts, tokens, mask, cutoff, gate_cutoff)
 
 
 def choose(experts: Experts, tokens: Tensor) -> Backend:
@@ -71,10 +77,16 @@ def _can_import_triton() -> bool:
     return True
 
 
-def _on_triton(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+def _on_triton(
+    experts: Experts,
+    tokens: Tensor,
+    mask: Tensor,
+    cutoff: Tensor | None = None,
+    gate_cutoff: Tensor | None = None,
+) -> Tensor:
     from d2dmoe_pl.moe.execution.triton import triton  # noqa: PLC0415 (cannot be imported without Triton)
 
-    return triton(experts, tokens, mask, cutoff)
+    return triton(experts, tokens, mask, cutoff, gate_cutoff)
 
 
 @torch.compiler.assume_constant_result

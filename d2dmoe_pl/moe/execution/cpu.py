@@ -92,7 +92,13 @@ def _count_changes(optimizer: Optimizer, *_: Any) -> None:
     torch.autograd.graph.increment_version([parameter for parameter in changed if not parameter.is_inference()])
 
 
-def cpu(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+def cpu(
+    experts: Experts,
+    tokens: Tensor,
+    mask: Tensor,
+    cutoff: Tensor | None = None,
+    gate_cutoff: Tensor | None = None,
+) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; for inference.
 
     Raises:
@@ -105,7 +111,8 @@ def cpu(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = 
     if why_not is not None:
         raise ConfigError(f"backend='cpu': {why_not}")
     weights, tokens = weights_to_pack(experts), tokens.to(run_type(experts, tokens))
-    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, weights, experts.activation_kind, cutoff)
+    kind = experts.activation_kind
+    return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, weights, kind, cutoff, gate_cutoff)
 
 
 BACKEND = cpu

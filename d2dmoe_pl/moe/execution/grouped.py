@@ -14,7 +14,13 @@ from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.experts.ffn_math import hidden_activations, output_of_no_expert
 
 
-def grouped(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+def grouped(
+    experts: Experts,
+    tokens: Tensor,
+    mask: Tensor,
+    cutoff: Tensor | None = None,
+    gate_cutoff: Tensor | None = None,
+) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; differentiable, runs anywhere.
 
     How many tokens an expert gets is not known when ``torch.compile`` traces, so that there the whole is one operator,
@@ -23,10 +29,11 @@ def grouped(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | Non
     """
     if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
         weights = experts.weights_in(tokens.dtype)
-        return _run(experts.activation, experts.hidden_dropout, tokens, mask, cutoff, *weights)
+        return _run(experts.activation, experts.hidden_dropout, tokens, mask, cutoff, gate_cutoff, *weights)
     if torch.is_autocast_enabled(tokens.device.type) or obstacle(experts, tokens, [tokens.dtype]) is not None:
-        return reference(experts, tokens, mask, cutoff)
-    return moe_grouped(tokens, mask, *experts.weights_in(tokens.dtype), experts.activation_kind, cutoff)
+        return reference(experts, tokens, mask, cutoff, gate_cutoff)
+    weights = experts.weights_in(tokens.dtype)
+    return moe_grouped(tokens, mask, *weights, experts.activation_kind, cutoff, gate_cutoff)
 
 
 def _run(
@@ -35,6 +42,7 @@ def _run(
     tokens: Tensor,
     mask: Tensor,
     cutoff: Tensor | None,
+    gate_cutoff: Tensor | None,
     up_weight: Tensor,
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
@@ -55,7 +63,9 @@ def _run(
         if index.numel():
             up_bias_e, gate_weight_e, gate_bias_e = (part(rows, expert) for rows in (up_bias, gate_weight, gate_bias))
             inputs = tokens.index_select(0, index)  # (n_e, d)
-            hidden = hidden_activations(activation, inputs, up_weight[expert], up_bias_e, gate_weight_e, gate_bias_e)
+            hidden = hidden_activations(
+                activation, inputs, up_weight[expert], up_bias_e, gate_weight_e, gate_bias_e, gate_cutoff
+            )
             hidden = hidden if cutoff is None else cut(hidden, cutoff)
             output.index_add_(0, index, (dropout(hidden) @ down_weight[expert]).to(output.dtype))
     device = tokens.device.type
@@ -74,10 +84,11 @@ def moe_grouped(
     down_bias: Tensor | None,
     activation: str,
     cutoff: Tensor | None = None,
+    gate_cutoff: Tensor | None = None,
 ) -> Tensor:
     """The operator under :func:`grouped`; shapes as in ``Experts``, ``activation`` a key of ``KNOWN``."""
     weights = (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    return _run(KNOWN[activation], nn.Identity(), tokens, mask, cutoff, *weights)
+    return _run(KNOWN[activation], nn.Identity(), tokens, mask, cutoff, gate_cutoff, *weights)
 
 
 @moe_grouped.register_fake

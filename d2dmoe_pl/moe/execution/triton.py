@@ -92,6 +92,7 @@ def moe_triton(
     activation: str,
     way: str,
     cutoff: Tensor | None = None,
+    gate_cutoff: Tensor | None = None,
 ) -> Tensor:
     """The operator under :func:`triton`; all tensors of one type, shapes as in ``Experts``; ``way`` "" goes by rule."""
     num_tokens = tokens.shape[0]
@@ -102,19 +103,19 @@ def moe_triton(
     up_weight, down_weight = up_weight.contiguous(), down_weight.contiguous()
     gate_weight = None if gate_weight is None else gate_weight.contiguous()
     way = way or way_by_rule(num_tokens, expert_dim, tokens.dtype)
-    weights = (up_weight, up_bias, gate_weight, gate_bias)
+    weights, cutoffs = (up_weight, up_bias, gate_weight, gate_bias), (cutoff, gate_cutoff)
     with torch.cuda.device_of(tokens):
         if way == "listed":
-            return _listed(tokens, mask, weights, down_weight, down_bias, activation, cutoff)
+            return _listed(tokens, mask, weights, down_weight, down_bias, activation, cutoffs)
         if way == "listed_up":
             hidden = tokens.new_zeros((num_tokens, num_experts * expert_dim))
-            _up_listed(tokens, _lists(mask, None), weights, hidden, activation, cutoff)
+            _up_listed(tokens, _lists(mask, None), weights, hidden, activation, cutoffs)
         else:
             hidden = _all_neurons(tokens, up_weight, up_bias)
             gate = None if gate_weight is None else _all_neurons(tokens, gate_weight, gate_bias)
             width, block = hidden.shape[1], _block(hidden.shape[1], 1024)
             grid = (num_tokens, cdiv(width, block))
-            activate_all[grid](hidden, gate, mask, cutoff, num_experts, expert_dim, width, activation, block)
+            activate_all[grid](hidden, gate, mask, *cutoffs, num_experts, expert_dim, width, activation, block)
     dense = down_weight.flatten(0, 1)  # (E * s, d_out)
     return hidden @ dense if down_bias is None else torch.addmm(down_bias, hidden, dense)
 
@@ -137,7 +138,7 @@ def _up_listed(
     weights: Sequence[Tensor | None],
     hidden: Tensor,
     activation: str,
-    cutoff: Tensor | None,
+    cutoffs: tuple[Tensor | None, Tensor | None],
 ) -> None:
     (num_tokens, d_model), (rows, counts), up_weight = tokens.shape, lists, weights[0]
     assert up_weight is not None
@@ -146,7 +147,7 @@ def _up_listed(
     widest = 32 if is_few else 64 if is_float or (is_gated and not _has_much_shared_memory(tokens)) else 128
     block_s = _block(expert_dim, widest)
     up_listed[num_experts * cdiv(expert_dim, block_s), len(rows)](
-        tokens, rows, counts, *weights, cutoff, hidden, num_experts, d_model, expert_dim, activation, rows.shape[2],
+        tokens, rows, counts, *weights, *cutoffs, hidden, num_experts, d_model, expert_dim, activation, rows.shape[2],
         BLOCK_M=_block(num_tokens, 64 if is_float else 128),
         BLOCK_N=block_s,
         BLOCK_K=_block(d_model, 32 if is_float else 64),
@@ -162,7 +163,7 @@ def _listed(
     down_weight: Tensor,
     down_bias: Tensor | None,
     activation: str,
-    cutoff: Tensor | None,
+    cutoffs: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     num_tokens, d_model = tokens.shape
     num_experts, expert_dim, d_out = down_weight.shape
@@ -174,7 +175,7 @@ def _listed(
     is_one_kernel = num_tokens > FEW_TOKENS and expert_dim <= 128 and _has_much_shared_memory(tokens)
     hidden = None if is_one_kernel else tokens.new_empty((num_tokens, num_experts * expert_dim))
     if hidden is not None:
-        _up_listed(tokens, (rows, counts), weights, hidden, activation, cutoff)
+        _up_listed(tokens, (rows, counts), weights, hidden, activation, cutoffs)
     output = tokens.new_empty((num_tokens, d_out))
     at_a_time = max(1, PAIRS_SPACE // (chunk * num_experts * d_out * tokens.element_size()))  # chunks
     pairs = tokens.new_empty((min(at_a_time, num_chunks), num_experts, chunk, d_out))
@@ -182,7 +183,7 @@ def _listed(
         chunks = min(at_a_time, num_chunks - first)
         if hidden is None:
             both_listed[num_experts, chunks](
-                tokens, rows, counts, *weights, cutoff, down_weight, pairs, first, num_experts,
+                tokens, rows, counts, *weights, *cutoffs, down_weight, pairs, first, num_experts,
                 d_model, expert_dim, d_out, activation, chunk,
                 BLOCK_S=_block(expert_dim, 128), BLOCK_K=_block(d_model, 32 if is_float else 64),
                 **_both_blocks(num_tokens, d_out, is_float, weights[2] is not None),
@@ -243,7 +244,13 @@ def _(tokens: Tensor, mask: Tensor, *rest: Any) -> Tensor:
     return tokens.new_empty(tokens.shape[0], down_weight.shape[2])
 
 
-def triton(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None = None) -> Tensor:
+def triton(
+    experts: Experts,
+    tokens: Tensor,
+    mask: Tensor,
+    cutoff: Tensor | None = None,
+    gate_cutoff: Tensor | None = None,
+) -> Tensor:
     """See :mod:`d2dmoe_pl.moe.execution`; for inference on a CUDA device, or on any under ``TRITON_INTERPRET=1``.
 
     Of the ways the fastest is taken, by a measurement on first use; see :func:`fastest`. Under autocast tokens
@@ -262,7 +269,7 @@ def triton(experts: Experts, tokens: Tensor, mask: Tensor, cutoff: Tensor | None
     operator = partial(moe_triton, tokens.to(dtype), mask, *cast, experts.activation_kind)
 
     def run(way: str) -> Tensor:
-        return operator(way, cutoff)
+        return operator(way, cutoff, gate_cutoff)
 
     return run("" if INTERPRETED.value else fastest(WAYS, run, experts, tokens, milliseconds_on_gpu))
 

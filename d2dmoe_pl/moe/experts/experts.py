@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from d2dmoe_pl.adapters import FFN
 from d2dmoe_pl.errors import check, said_of
 from d2dmoe_pl.moe.cutoffs.cutoffs import cut
-from d2dmoe_pl.moe.execution import BACKENDS, takes_cutoff
+from d2dmoe_pl.moe.execution import BACKENDS, taken_cutoffs
 from d2dmoe_pl.moe.experts.activation_kinds import activation_kind
 from d2dmoe_pl.moe.experts.ffn_math import hidden_activations
 
@@ -186,16 +186,23 @@ class Experts(nn.Module):
         self.backend = backend
         self.measured: dict[Hashable, Any] = {}  # what ``auto`` found fastest
         self._run = BACKENDS.find(backend, "backend")
-        self._takes_cutoff = takes_cutoff(self._run)
+        self._taken_cutoffs = taken_cutoffs(self._run)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """What the activation (times the gated product) gives, before dropout: ``(N, E, s)``."""
+    def hidden(self, tokens: Tensor, gate_cutoff: Tensor | None = None) -> Tensor:
+        """What the activation (times the gated product) gives, before dropout: ``(N, E, s)``; see ``forward``."""
         up_weight: Any
         up_weight, up_bias, gate_weight, gate_bias = (  # (E * s[, d])
             None if rows is None else rows.flatten(0, 1) for rows in self.weights_in(tokens.dtype)[:4]
         )
-        hidden = hidden_activations(self.activation, tokens, up_weight, up_bias, gate_weight, gate_bias)
+        hidden = hidden_activations(self.activation, tokens, up_weight, up_bias, gate_weight, gate_bias, gate_cutoff)
         return hidden.unflatten(1, (self.num_experts, -1))  # (N, E, s)
+
+    def gates(self, tokens: Tensor) -> Tensor:
+        """What the activation gives for the gates of a gated FFN's neurons: ``(N, E * s)``."""
+        weight, bias = (None if rows is None else rows.flatten(0, 1) for rows in self.weights_in(tokens.dtype)[2:4])
+        assert weight is not None
+        gates: Tensor = self.activation(F.linear(tokens, weight, bias))
+        return gates
 
     def combine(self, hidden: Tensor) -> Tensor:
         """The output of the experts from their activations ``(N, E, s)``: ``(N, d_out)``."""
@@ -208,6 +215,7 @@ class Experts(nn.Module):
         tokens: Tensor,
         mask: Tensor | None = None,
         cutoff: Tensor | None = None,
+        gate_cutoff: Tensor | None = None,
         instead: Callable[["Experts", Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Run the experts that ``mask`` selects, all of them if there is none.
@@ -216,6 +224,8 @@ class Experts(nn.Module):
             tokens: ``(N, d_model)``.
             mask: Boolean ``(N, E)``.
             cutoff: Magnitude below which an activation is left out, without dimensions; None for nothing.
+            gate_cutoff: The same of what the activation gives for the gate of a neuron, which is then left out as a
+                whole.
             instead: What is to be run in the place of all that, with these experts and what is given as ``tokens``.
                 What adapts weights from outside (PEFT) does so for calls alone, so that others are to be made in one.
 
@@ -223,21 +233,22 @@ class Experts(nn.Module):
             ``(N, d_out)``; or what ``instead`` gives.
 
         Raises:
-            ConfigError: If there is a cutoff, and the backend, which is from outside of the package, takes none.
+            ConfigError: If there are cutoffs that the backend, which is from outside of the package, does not take.
         """
         if instead is not None:
             return instead(self, tokens)
         if mask is None:
-            hidden = self.hidden(tokens)
+            hidden = self.hidden(tokens, gate_cutoff)
             return self.combine(hidden if cutoff is None else cut(hidden, cutoff))
-        if cutoff is None:
-            return self._run(self, tokens, mask)
-        check(
-            self._takes_cutoff,
-            f"backend={self.backend!r}: takes no cutoff, and the layer has one; must have a further argument, cutoff, "
-            "or fit shares of 1 by CutoffFitting, which takes them away",
-        )
-        return self._run(self, tokens, mask, cutoff)
+        given = {"cutoff": cutoff, "gate_cutoff": gate_cutoff}
+        cutoffs = {name: value for name, value in given.items() if value is not None}
+        for name in cutoffs:
+            check(
+                name in self._taken_cutoffs,
+                f"backend={self.backend!r}: takes no {name}, and the layer has one; must have a further argument, "
+                f"{name}, or fit shares of 1 by CutoffFitting, which takes them away",
+            )
+        return self._run(self, tokens, mask, **cutoffs)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, expert_dim={self.expert_dim}, d_model={self.d_model}"

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
+from d2dmoe_pl.moe.cutoffs.cutoffs import cut
+
 
 def hidden_activations(
     activation: Callable[[Tensor], Tensor],
@@ -13,6 +15,7 @@ def hidden_activations(
     up_bias: Tensor | None,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
+    gate_cutoff: Tensor | None = None,
 ) -> Tensor:
     """``act(up(x))``, or ``act(gate(x)) * up(x)`` if there is a gate.
 
@@ -23,12 +26,16 @@ def hidden_activations(
         up_bias: ``(n,)``; so is ``gate_bias``.
         gate_weight: Of a gated FFN.
         gate_bias: Of a gated FFN.
+        gate_cutoff: Magnitude below which what the activation gives for a gate is taken as 0; None for nothing.
 
     Returns:
         ``(N, n)``.
     """
     up = F.linear(tokens, up_weight, up_bias)
-    return activation(up) if gate_weight is None else activation(F.linear(tokens, gate_weight, gate_bias)) * up
+    if gate_weight is None:
+        return activation(up)
+    gates = activation(F.linear(tokens, gate_weight, gate_bias))
+    return (gates if gate_cutoff is None else cut(gates, gate_cutoff)) * up
 
 
 def output_of_no_expert(tokens: Tensor, down_bias: Tensor | None, d_out: int) -> Tensor:

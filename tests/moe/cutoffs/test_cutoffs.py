@@ -1,6 +1,7 @@
 """Cutoffs: none where every expert runs, the shares that they were fitted to elsewhere, and FLOPs counted by hand."""
 
 import copy
+import json
 from functools import partial
 
 import pytest
@@ -52,14 +53,18 @@ def test_with_every_expert_on_nothing_is_left_out(kind):
     assert torch.equal(tiny.logits(model, batch), with_it)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(("kind", "gate_proj"), [*((kind, 1.0) for kind in FAMILIES), ("llama", 0.6)])
 @torch.no_grad()
-def test_is_saved_and_loaded(kind, tmp_path):
-    model, batch = fitted(kind, inputs=0.5), tiny.batch(kind)
+def test_is_saved_and_loaded(kind, gate_proj, tmp_path):
+    model, batch = fitted(kind, inputs=0.5, gate_proj=gate_proj), tiny.batch(kind)
     save_artifact(model, tmp_path / "artifact")
     loaded = load_model(tmp_path / "artifact")
     assert torch.equal(tiny.logits(loaded, batch), tiny.logits(model, batch))
-    assert next(iter(moe_layers(loaded).values())).cutoffs.config.inputs == 0.5
+    config = next(iter(moe_layers(loaded).values())).cutoffs.config
+    assert (config.inputs, config.gate_proj) == (0.5, gate_proj)
+    assert json.loads((tmp_path / "artifact" / "config.json").read_text())["d2dmoe"]["format"] == (
+        6 if gate_proj == 1 else 7
+    )
 
 
 @given(st.lists(st.floats(-1024, 1024, width=32), min_size=1, max_size=60), st.floats(0.01, 1.0), st.integers(1, 3))
@@ -76,21 +81,32 @@ def test_magnitudes_that_a_share_of_the_values_reach(values, share, parts):
 
 
 @torch.no_grad()
+def test_where_there_are_no_gates_none_are_cut():
+    for layer in moe_layers(fitted("bert", gate_proj=0.3)).values():
+        assert layer.cutoffs.config == CutoffConfig()
+    model = tiny.routed("bert")
+    add_cutoffs_(model, CutoffConfig(inputs=1.0, hidden=1.0, gate_proj=0.3))  # nothing is left of it
+    assert all(layer.cutoffs is None for layer in moe_layers(model).values())
+
+
+@torch.no_grad()
 def test_the_shares_are_those_asked_for():
     batch = tiny.batch("llama", 8)
-    model = fitted("llama", batch, inputs=0.6, hidden=0.3)
+    model = fitted("llama", batch, inputs=0.6, hidden=0.3, gate_proj=0.3)  # by ReLU, half are 0
     for layer in moe_layers(model).values():
         layer.get_gate().set_tau(1.0)
     given_to = {}
     for name, layer in moe_layers(model).items():
-        layer.observer = lambda tokens, hidden, name=name: given_to.update({name: (tokens, hidden)})
+        layer.observer = lambda tokens, hidden, name=name, experts=layer.experts: given_to.update(
+            {name: (tokens, hidden, experts.gates(tokens))}
+        )
     tiny.logits(model, batch)
     for name, layer in moe_layers(model).items():
         shares = [
             float((values.abs() >= cutoff).float().mean())
             for values, cutoff in zip(given_to[name], layer.cutoffs.values, strict=True)
         ]
-        assert shares == pytest.approx([0.6, 0.3], abs=0.02)
+        assert shares == pytest.approx([0.6, 0.3, 0.3], abs=0.02)
 
 
 @pytest.mark.parametrize("times", [0, 1])
@@ -116,7 +132,8 @@ def test_work_is_what_products_are_left_and_padding_is_not_counted():
     assert layer._work_observers == {}
     torch.testing.assert_close(tiny.logits(model, batch), whole, rtol=1e-5, atol=1e-5)
     tokens = seen[0][batch["attention_mask"].bool()]  # (N, d)
-    inputs, hidden = layer.cutoffs(layer.gate, layer.experts.num_experts)
+    inputs, hidden, gates = layer.cutoffs(layer.gate, layer.experts.num_experts)
+    assert gates is None  # it has none
     activations = layer.experts.hidden(cut(tokens, inputs))  # (N, E, s)
     sizes = layer.sizes
     for token, mask, activation, work in zip(tokens, masks[0], activations, done[0], strict=True):
@@ -125,6 +142,28 @@ def test_work_is_what_products_are_left_and_padding_is_not_counted():
             products += sizes.expert_dim * int((token.abs() >= inputs).sum())
             products += sizes.d_out * int((activation[expert].abs() >= hidden).sum())
         assert float(work) == pytest.approx(products / (sizes.expert_dim * (sizes.d_model + sizes.d_out)))
+
+
+@torch.no_grad()
+def test_work_of_gated_experts_is_what_products_are_left():
+    model, batch = fitted("llama", gate_proj=0.4), tiny.batch("llama")
+    done, seen, masks = [], [], []
+    set_tau_(model, 0.6)
+    layer = next(iter(moe_layers(model).values()))
+    layer.watch_work(done.append)
+    layer.watch(masks.append)
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    tiny.logits(model, batch)
+    tokens, sizes = seen[0][batch["attention_mask"].bool()], layer.sizes  # (N, d)
+    inputs, hidden, gates = layer.cutoffs(layer.gate, sizes.num_experts)
+    passed = layer.experts.gates(cut(tokens, inputs)).abs() >= gates  # (N, E * s)
+    kept = passed & (layer.experts.hidden(cut(tokens, inputs)).flatten(1).abs() >= hidden)
+    assert 0.2 < passed.float().mean() < 0.5
+    for token, mask, *neurons, work in zip(tokens, masks[0], passed, kept, done[0], strict=True):
+        passed_here, kept_here = (int((each.view(sizes.num_experts, -1) & mask[:, None]).sum()) for each in neurons)
+        products = int((token.abs() >= inputs).sum()) * (int(mask.sum()) * sizes.expert_dim + passed_here)
+        products += sizes.d_out * kept_here
+        assert float(work) == pytest.approx(products / (sizes.expert_dim * (2 * sizes.d_model + sizes.d_out)))
 
 
 @torch.no_grad()
@@ -154,10 +193,11 @@ def test_by_a_number_of_experts_they_count_in_full_but_for_all(k, expected):
     assert float(layer.cutoffs.strength(layer.gate, layer.experts.num_experts)) == expected
 
 
+@pytest.mark.parametrize(("kind", "tau"), [("bert", 0.97), ("llama", 0.5), ("llama", 0.97)])
 @torch.no_grad()
-def test_the_operator_the_parts_and_int8_agree():
-    model, batch = fitted("bert"), tiny.batch("bert")
-    set_tau_(model, 0.97)
+def test_the_operator_the_parts_and_int8_agree(kind, tau):
+    model, batch = fitted(kind, gate_proj=0.3), tiny.batch(kind)
+    set_tau_(model, tau)
     whole = tiny.logits(model, batch)
     for backend in ("reference", "grouped", "cpu"):
         set_backend_(model, backend)
@@ -216,6 +256,7 @@ class TestRefusals:
         [
             ({"inputs": 0.0}, r"^inputs=0.0: must lie in \(0, 1\], the share of values that are not left out$"),
             ({"hidden": 1.5}, r"^hidden=1.5: must lie in \(0, 1\]"),
+            ({"gate_proj": 0.0}, r"^gate_proj=0.0: must lie in \(0, 1\]"),
             ({"full_tau": 1.0}, r"^full_tau=1.0: must lie in \[0, 1\); at tau=1 nothing is left out$"),
         ],
     )
@@ -232,13 +273,22 @@ class TestRefusals:
             fit_cutoffs_(model, CutoffConfig(), run=lambda: None)
         assert all(layer.cutoffs is None for layer in moe_layers(model).values())
 
+    @pytest.mark.parametrize("missing", ["cutoff", "gate_cutoff"])
     @torch.no_grad()
-    def test_a_backend_of_ones_own_that_takes_none(self, monkeypatch):
-        def own(experts, tokens, mask):
+    def test_a_backend_of_ones_own_that_takes_none(self, missing, monkeypatch):
+        def without_any(experts, tokens, mask):
             return experts.combine(experts.hidden(tokens) * mask.unsqueeze(-1))
 
-        monkeypatch.setitem(BACKENDS._registered, "without_cutoff", own)
-        model = fitted("bert")
-        set_backend_(model, "without_cutoff")
-        with pytest.raises(ConfigError, match=r"^backend='without_cutoff': takes no cutoff, and the layer has one; "):
-            tiny.logits(model, tiny.batch("bert"))
+        def of_activations(experts, tokens, mask, cutoff=None):
+            return experts.combine(cut(experts.hidden(tokens), cutoff) * mask.unsqueeze(-1))
+
+        monkeypatch.setitem(BACKENDS._registered, "own", without_any if missing == "cutoff" else of_activations)
+        model, batch = fitted("llama", gate_proj=0.3), tiny.batch("llama")
+        set_backend_(model, "own")
+        with pytest.raises(ConfigError, match=rf"^backend='own': takes no {missing}, and the layer has one; must have"):
+            tiny.logits(model, batch)
+        if missing == "gate_cutoff":
+            model = fitted("llama")
+            expected = tiny.logits(model, batch)
+            set_backend_(model, "own")
+            torch.testing.assert_close(tiny.logits(model, batch), expected)

@@ -85,9 +85,10 @@ def test_leaves_small_activations_out(backend, dtype, case):
     experts, tokens, mask = experts_of(case, backend)
     experts, tokens = experts.to(dtype), tokens.to(dtype)
     twin = copy.deepcopy(experts).double()
-    hidden = twin.hidden(tokens.double())  # (N, E, s)
+    of_gates = torch.tensor(in_a_gap(twin.gates(tokens.double()))) if case["gated"] else None
+    hidden = twin.hidden(tokens.double(), of_gates)  # (N, E, s)
     cutoff = in_a_gap(hidden)
-    got = experts(tokens, mask, torch.tensor(cutoff))
+    got = experts(tokens, mask, torch.tensor(cutoff), of_gates)
     kept = hidden * (hidden.abs() >= cutoff) * mask.unsqueeze(-1)
     expected = twin.combine(kept)
     terms = kept.abs().flatten(1) @ twin.down_weight.abs().flatten(0, 1)  # (N, d)

@@ -58,18 +58,18 @@ def make_experts(d_model, num_experts, expert_dim, gated=False, bias=True, activ
     return Experts(ffn, num_experts, None, "triton").to(DEVICE)
 
 
-def twin(experts, tokens, mask, cutoff=None):
+def twin(experts, tokens, mask, *cutoffs):
     """The plain twin, in float64."""
     experts.set_backend("reference")
-    output = experts.double()(tokens.double(), mask, cutoff)
+    output = experts.double()(tokens.double(), mask, *cutoffs)
     experts.set_backend("triton")
     return output
 
 
-def assert_equals_twin(experts, tokens, mask, relative=1e-5, cutoff=None):
+def assert_equals_twin(experts, tokens, mask, relative=1e-5, cutoffs=()):
     """The largest error, relative to the largest output."""
-    got = experts(tokens, mask, cutoff)
-    expected = twin(experts, tokens, mask, cutoff)
+    got = experts(tokens, mask, *cutoffs)
+    expected = twin(experts, tokens, mask, *cutoffs)
     assert got.shape == expected.shape
     assert got.dtype == tokens.dtype
     scale = expected.abs().max().item() if expected.numel() else 0.0
@@ -110,8 +110,10 @@ def test_equals_the_plain_twin_at_any_shape(case):
 def test_leaves_small_activations_out(expert_dim, gated):
     experts = make_experts(40, 3, expert_dim, gated, activation="gelu")
     tokens = torch.randn(50, 40, device=DEVICE)
-    cutoff = torch.tensor(in_a_gap(copy.deepcopy(experts).double().hidden(tokens.double())), device=DEVICE)
-    assert_equals_twin(experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, cutoff=cutoff)
+    exact = copy.deepcopy(experts).double()
+    of_gates = torch.tensor(in_a_gap(exact.gates(tokens.double())), device=DEVICE) if gated else None
+    cutoff = torch.tensor(in_a_gap(exact.hidden(tokens.double(), of_gates)), device=DEVICE)
+    assert_equals_twin(experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, cutoffs=(cutoff, of_gates))
 
 
 @pytest.mark.usefixtures("_way")
@@ -270,13 +272,13 @@ def shared_memory(function, constants, stages=3, **types):
 
 lists = dict(rows="*i16", counts="*i32", num_experts="i32")
 weights = {name: "*bf16" for name in ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "hidden")}
-weights["cutoff"] = "*fp32"
+weights["cutoff"] = weights["gate_cutoff"] = "*fp32"
 blocks = dict(D=768, CHUNK=512, BLOCK_M=128, BLOCK_K=64)
 of_mask = dict(mask="*u8", slots="*i16", num_experts="i32")
 print(shared_memory(kernel.list_tokens, dict(CHUNK=512, BLOCK_E=4), num_tokens="i32", **(lists | of_mask)))
 up = dict(S=24, BLOCK_N=32, **blocks)
 print(shared_memory(kernel.up_listed, up | dict(ACTIVATION="gelu"), tokens="*bf16", **lists, **weights))
-whole = dict(mask="*u8", num_experts="i32", up="*bf16", gate="*bf16", cutoff="*fp32")
+whole = dict(mask="*u8", num_experts="i32", up="*bf16", gate="*bf16", cutoff="*fp32", gate_cutoff="*fp32")
 print(shared_memory(kernel.activate_all, dict(S=24, WIDTH=3072, ACTIVATION="gelu", BLOCK=1024), **whole))
 both = dict(S=128, D_OUT=768, ACTIVATION="gelu", BLOCK_S=128, BLOCK_N=64, **blocks)
 given = dict(tokens="*bf16", pairs="*bf16", first_chunk="i32", **lists, **weights)

@@ -46,6 +46,7 @@ CASES = st.fixed_dictionaries(
         "real": st.sampled_from([None, 0.0, 0.5, 1.0]),
         "rank": st.sampled_from([0, 0, 1, 5]),
         "inputs": st.sampled_from([None, None, 0.5, 1.5]),
+        "gate_proj": st.sampled_from([1.0, 0.5]),
         "seed": st.integers(0, 2**31),
     }
 )
@@ -68,11 +69,15 @@ def layer_of(case, dtype=torch.float32):
     real = None if case["real"] is None else torch.rand(case["positions"]) < case["real"]
     layer = layer.to(dtype)
     if case.get("inputs") is not None:
-        layer.cutoffs = Cutoffs(CutoffConfig(full_tau=0.4)).to(dtype)
+        gate_proj = case.get("gate_proj", 1.0) if case["gated"] else 1.0
+        layer.cutoffs = Cutoffs(CutoffConfig(full_tau=0.4, gate_proj=gate_proj)).to(dtype)
         layer.cutoffs.values[0] = case["inputs"]
-        inputs, _ = layer.cutoffs(layer.gate, case["num_experts"])
-        hidden = copy.deepcopy(layer.experts).double().hidden(cut(positions, inputs).double())
-        layer.cutoffs.values[1] = in_a_gap(hidden) / max(0.01, float(layer.cutoffs.strength(layer.gate, 1)))
+        twin, strength = copy.deepcopy(layer.experts).double(), float(layer.cutoffs.strength(layer.gate, 1))
+        kept = cut(positions, layer.cutoffs(layer.gate, case["num_experts"])[0]).double()
+        if gate_proj < 1:
+            layer.cutoffs.values[2] = in_a_gap(twin.gates(kept)) / max(0.01, strength)
+        of_gates = layer.cutoffs(layer.gate, case["num_experts"])[2]
+        layer.cutoffs.values[1] = in_a_gap(twin.hidden(kept, of_gates)) / max(0.01, strength)
     return layer, positions, real
 
 
@@ -94,8 +99,8 @@ def one_after_the_other(layer, positions, real):
     if layer.cutoffs is None:
         output[real] = layer.experts(positions[real].double(), mask)
     else:
-        inputs, hidden = layer.cutoffs(layer.gate, layer.experts.num_experts)
-        output[real] = layer.experts(cut(positions[real], inputs).double(), mask, hidden)
+        inputs, *of_neurons = layer.cutoffs(layer.gate, layer.experts.num_experts)
+        output[real] = layer.experts(cut(positions[real], inputs).double(), mask, *of_neurons)
     if layer.stand_in is not None:
         output[real] += layer.stand_in.double()(positions[real].double(), scores.double(), mask)
     return output

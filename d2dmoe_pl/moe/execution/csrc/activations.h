@@ -60,12 +60,21 @@ inline Vec tanh(Vec x) {
   return x.tanh();
 }
 
+// Magnitudes below which an activation is 0, or what the activation function gives for a gate; 0 for none.
+struct Cutoffs {
+  float hidden = 0.f, gate = 0.f;
+};
+
+inline Vec cut_below(Vec value, float cutoff) {
+  return cutoff > 0.f ? Vec::blendv(value, Vec(0.f), value.abs() < Vec(cutoff)) : value;
+}
+
 // hidden (rows, neurons) becomes act(hidden + bias), or act(gate + gate_bias) * (hidden + bias) if there is a gate.
-// Biases may be null; both matrices have rows `ld` apart. What is smaller than `cutoff` becomes 0; NaN stays NaN.
+// Biases may be null; both matrices have rows `ld` apart. What is too small by `cutoffs` becomes 0; NaN stays NaN.
 template <Vec (*act)(Vec)>
 void activate(
     float* hidden, const float* bias, const float* gate, const float* gate_bias, int64_t rows, int64_t neurons,
-    int64_t ld, float cutoff) {
+    int64_t ld, Cutoffs cutoffs) {
   const auto biased = [](const float* values, const float* bias, int64_t n, int64_t count) {
     const Vec value = Vec::loadu(values + n, count);
     return bias == nullptr ? value : value + Vec::loadu(bias + n, count);
@@ -75,26 +84,27 @@ void activate(
     for (int64_t n = 0; n < neurons; n += kWidth) {
       const int64_t count = std::min(kWidth, neurons - n);
       const Vec up = biased(row, bias, n, count);
-      const Vec value = gate == nullptr ? act(up) : act(biased(gate + m * ld, gate_bias, n, count)) * up;
-      (cutoff > 0.f ? Vec::blendv(value, Vec(0.f), value.abs() < Vec(cutoff)) : value).store(row + n, count);
+      const Vec value =
+          gate == nullptr ? act(up) : cut_below(act(biased(gate + m * ld, gate_bias, n, count)), cutoffs.gate) * up;
+      cut_below(value, cutoffs.hidden).store(row + n, count);
     }
   }
 }
 
 inline void activate(
     Activation kind, float* hidden, const float* bias, const float* gate, const float* gate_bias, int64_t rows,
-    int64_t neurons, int64_t ld, float cutoff = 0.f) {
+    int64_t neurons, int64_t ld, Cutoffs cutoffs = {}) {
   switch (kind) {
     case Activation::relu:
-      return activate<relu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
+      return activate<relu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoffs);
     case Activation::gelu:
-      return activate<gelu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
+      return activate<gelu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoffs);
     case Activation::gelu_tanh:
-      return activate<gelu_tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
+      return activate<gelu_tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoffs);
     case Activation::silu:
-      return activate<silu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
+      return activate<silu>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoffs);
     case Activation::tanh:
-      return activate<tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoff);
+      return activate<tanh>(hidden, bias, gate, gate_bias, rows, neurons, ld, cutoffs);
   }
 }
 

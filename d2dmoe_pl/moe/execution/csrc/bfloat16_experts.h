@@ -68,7 +68,7 @@ class BFloat16Experts {
         activate(
             problem_.activation, hidden_.data(), at(problem_.up_bias, expert * s + n),
             gate_ == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, expert * s + n), tokens, neurons, step(),
-            problem_.cutoff);
+            problem_.cutoffs);
         scalar* narrow = narrow_.add(expert, n / step(), rows, tokens, ld);
         for (int64_t i = 0; i < tokens; ++i) {
           at::vec::convert(hidden_.data() + i * step(), narrow + i * ld, neurons);

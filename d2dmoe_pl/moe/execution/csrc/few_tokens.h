@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <tuple>
 #include <vector>
@@ -68,19 +69,26 @@ inline void store_pair(const Pair& pair, float* values, int64_t count) {
 }
 
 // out[n] = sum_k x[k] w[n][k] scale[n], of w (rows, depth); scale may be null. Up to `end`, weights are read behind it.
+// Rows where `by` (rows,) is 0 are not read, and what they give is not written; null for none.
 template <typename T>
 void dot_rows(
-    const float* x, int64_t depth, const T* w, const float* scale, int64_t rows, float* out, const T* end = nullptr) {
+    const float* x, int64_t depth, const T* w, const float* scale, int64_t rows, float* out, const T* end = nullptr,
+    const float* by = nullptr) {
   if (end == nullptr) end = w + rows * depth;
-  for (int64_t n = 0; n < rows; n += kNeurons) {
-    const int64_t here = std::min<int64_t>(kNeurons, rows - n);
+  for (int64_t n = 0; n < rows;) {
+    int64_t index[kNeurons], here = 0;
+    for (; n < rows && here < kNeurons; ++n) {
+      index[here] = n;
+      here += by == nullptr || by[n] != 0.f;
+    }
+    if (here == 0) return;
     const T* row[kNeurons];
-    for (int64_t i = 0; i < kNeurons; ++i) row[i] = w + (n + std::min(i, here - 1)) * depth;
+    for (int64_t i = 0; i < kNeurons; ++i) row[i] = w + index[std::min(i, here - 1)] * depth;
     Vec sums[kNeurons][2] = {{Vec(0.f), Vec(0.f)}, {Vec(0.f), Vec(0.f)}, {Vec(0.f), Vec(0.f)}, {Vec(0.f), Vec(0.f)}};
     for (int64_t k = 0; k < depth; k += kPair) {
       const int64_t count = std::min(kPair, depth - k);
       const Pair xs = load_pair(x + k, count);
-      ask_ahead(w + n * depth + k * kNeurons, kPair * kNeurons, end);
+      ask_ahead(row[0] + k * kNeurons, kPair * kNeurons, end);
 #pragma GCC unroll 4
       for (int i = 0; i < kNeurons; ++i) {
         const Pair ws = load_pair(row[i] + k, count);
@@ -91,7 +99,7 @@ void dot_rows(
     for (int i = 0; i < kNeurons; ++i) total[i] = sums[i][0] + sums[i][1];
     float four[kNeurons];
     store_sums(total, four);
-    for (int64_t i = 0; i < here; ++i) out[n + i] = scale == nullptr ? four[i] : four[i] * scale[n + i];
+    for (int64_t i = 0; i < here; ++i) out[index[i]] = scale == nullptr ? four[i] : four[i] * scale[index[i]];
   }
 }
 
@@ -171,12 +179,28 @@ class FewTokensExperts {
     const auto& w = weights_;
     for (int64_t i = 0; i < count; ++i) {
       const float* x = x_.data() + (first + rows[i]) * d;
-      dot_rows(x, d, w.up + n * d, at(w.up_scale, n), s, hidden_.data());
-      if (w.gate != nullptr) dot_rows(x, d, w.gate + n * d, at(w.gate_scale, n), s, gated_.data());
-      activate(
-          problem_.activation, hidden_.data(), at(problem_.up_bias, n), w.gate == nullptr ? nullptr : gated_.data(),
-          at(problem_.gate_bias, n), 1, s, s, problem_.cutoff);
+      if (w.gate == nullptr) {
+        dot_rows(x, d, w.up + n * d, at(w.up_scale, n), s, hidden_.data());
+        activate(
+            problem_.activation, hidden_.data(), at(problem_.up_bias, n), nullptr, nullptr, 1, s, s, problem_.cutoffs);
+      } else {
+        dot_rows(x, d, w.gate + n * d, at(w.gate_scale, n), s, gated_.data());
+        activate(
+            problem_.activation, gated_.data(), at(problem_.gate_bias, n), nullptr, nullptr, 1, s, s,
+            {.hidden = problem_.cutoffs.gate});
+        dot_rows<W>(x, d, w.up + n * d, at(w.up_scale, n), s, hidden_.data(), nullptr, gated_.data());
+        multiply_gates(at(problem_.up_bias, n));
+      }
       add_rows(hidden_.data(), s, w.down + n * d_out, at(w.down_scale, expert * d_out), d_out, y + rows[i] * d_out);
+    }
+  }
+
+  // hidden_ becomes (hidden_ + bias) gated_, or 0 where that is too small, or gated_ is 0 and hidden_ was left as it was
+  void multiply_gates(const float* bias) {
+    for (size_t j = 0; j < hidden_.size(); ++j) {
+      const float gate = gated_[j];
+      const float value = gate == 0.f ? 0.f : (bias == nullptr ? hidden_[j] : hidden_[j] + bias[j]) * gate;
+      hidden_[j] = std::abs(value) < problem_.cutoffs.hidden ? 0.f : value;
     }
   }
 

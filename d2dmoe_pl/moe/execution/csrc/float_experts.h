@@ -50,7 +50,7 @@ class FloatExperts {
         activate(
             problem_.activation, hidden_.data(), at(problem_.up_bias, first),
             gate_ == nullptr ? nullptr : gated_.data(),
-            at(problem_.gate_bias, first), tokens, neurons, step, problem_.cutoff);
+            at(problem_.gate_bias, first), tokens, neurons, step, problem_.cutoffs);
         add_product(
             hidden_.data(), step, neurons, down_ + first * problem_.outputs, problem_.outputs, y, rows + m, tokens);
       }

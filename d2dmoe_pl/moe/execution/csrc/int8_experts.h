@@ -130,7 +130,7 @@ class Int8Experts {
         activate(
             problem_.activation, hidden_.data(), at(problem_.up_bias, row),
             gate_.weight == nullptr ? nullptr : gated_.data(), at(problem_.gate_bias, row), tokens, neurons, step,
-            problem_.cutoff);
+            problem_.cutoffs);
         uint8_t* narrow = narrow_.add(expert, n / kChunk, rows, tokens, ld);
         grow(scales_, narrow_.filled());
         float* scales = scales_.data() + narrow_.filled() - tokens;

@@ -80,7 +80,7 @@ void activate_masked(const Problem& problem, const bool* mask, int64_t count, co
       if (gate != nullptr) at::vec::convert(gate + t * size, gated.data(), size);
       activate(
           problem.activation, up.data(), nullptr, gate == nullptr ? nullptr : gated.data(), nullptr, 1, size, size,
-          problem.cutoff);
+          problem.cutoffs);
       const bool* chosen = mask + t * experts;
       for (int64_t e = 0; e < experts; ++e) { // by bits, since a product would let NaN through; no branch to mispredict
         const uint32_t kept = chosen[e] ? ~uint32_t(0) : 0;

@@ -80,8 +80,8 @@ void execute(const Problem& problem, const Experts& experts, T* out) {
 
 // What experts give for tokens by a mask (N, E): (N, d_out) in `dtype`.
 at::Tensor run_experts(
-    const Operands& operands, const Inputs& inputs, const at::Tensor& mask, float cutoff, at::ScalarType dtype) {
-  const Problem problem = operands.problem(mask.size(0), mask.const_data_ptr<bool>(), cutoff);
+    const Operands& operands, const Inputs& inputs, const at::Tensor& mask, Cutoffs cutoffs, at::ScalarType dtype) {
+  const Problem problem = operands.problem(mask.size(0), mask.const_data_ptr<bool>(), cutoffs);
   const at::Tensor out = at::empty({problem.tokens, problem.outputs}, dtype);
   if (problem.tokens == 0) return out;
   if (operands.prefers_dense(problem, inputs)) return operands.dense(problem, inputs).to(dtype);
@@ -97,14 +97,16 @@ at::Tensor run_experts(
 
 at::Tensor moe_cpu(
     const at::Tensor& tokens, const at::Tensor& mask, const Optionals& weights, const std::string& activation,
-    const Optional& cutoff) {
+    const Optional& cutoff, const Optional& gate_cutoff) {
   const Operands operands(tokens, weights, activation);
   TORCH_CHECK_VALUE(!cutoff || cutoff->numel() == 1, "cutoff must be one number");
+  TORCH_CHECK_VALUE(!gate_cutoff || gate_cutoff->numel() == 1, "gate_cutoff must be one number");
   TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool, "mask is ", mask.scalar_type(), ", not bool");
   const bool fits = mask.dim() == 2 && mask.size(0) == tokens.size(0) && mask.size(1) == operands.experts();
   TORCH_CHECK_VALUE(fits, "mask must be (N, E)");
-  const float least = cutoff ? cutoff->item<float>() : 0.f;
-  return run_experts(operands, operands.inputs(tokens), mask.contiguous(), least, tokens.scalar_type());
+  const auto number = [](const Optional& value) { return value ? value->item<float>() : 0.f; };
+  const Cutoffs cutoffs{number(cutoff), number(gate_cutoff)};
+  return run_experts(operands, operands.inputs(tokens), mask.contiguous(), cutoffs, tokens.scalar_type());
 }
 
 // The rows that are no padding, by plain copies: tensors' own operations take longer than a small layer.
@@ -176,15 +178,17 @@ void add_stand_in(
   out.addmm_(at::cat({at::linear(x, down).mul_(shares), shares}, 1), up);
 }
 
-// What of tokens' values, and of activations, is too small to be multiplied with, at a gate's setting: nothing where
-// every expert runs, `values` in full up to `full_tau`.
-std::array<float, 2> cutoffs_at(double tau, int64_t k, int64_t experts, const Optional& values, double full_tau) {
-  if (!values) return {0.f, 0.f};
-  TORCH_CHECK_VALUE(values->numel() == 2, "cutoffs must be two numbers");
+// What of tokens' values, of activations, and perhaps of gates, is too small to be multiplied with, at the setting of
+// the layer's gate: nothing at the dense layer, `values` in full up to `full_tau`.
+std::array<float, 3> cutoffs_at(double tau, int64_t k, int64_t experts, const Optional& values, double full_tau) {
+  if (!values) return {};
+  TORCH_CHECK_VALUE(values->numel() == 2 || values->numel() == 3, "cutoffs must be two numbers, or three");
   const double strength = k > 0 ? double(k < experts) : std::min(1.0, (1.0 - tau) / (1.0 - full_tau));
   const at::Tensor plain = values->to(at::kFloat).contiguous();
   const float* full = plain.const_data_ptr<float>();
-  return {full[0] * float(strength), full[1] * float(strength)};
+  std::array<float, 3> found = {};
+  for (int64_t i = 0; i < values->numel(); ++i) found[i] = full[i] * float(strength);
+  return found;
 }
 
 // x with zeros in the place of what is smaller than `cutoff`, which is rounded to the type of x; NaN stays.
@@ -229,9 +233,9 @@ at::Tensor moe_layer_cpu(
   } else {
     std::fill_n(chosen, mask.numel(), true);
   }
-  const auto [of_inputs, of_hidden] = cutoffs_at(setting, k, operands.experts(), cutoffs, full_tau);
+  const auto [of_inputs, of_hidden, of_gates] = cutoffs_at(setting, k, operands.experts(), cutoffs, full_tau);
   const Inputs kept = of_inputs > 0.f ? operands.inputs(cut(tokens, of_inputs)) : inputs;
-  const at::Tensor out = run_experts(operands, kept, mask, of_hidden, positions.scalar_type()); // (N, d_out)
+  const at::Tensor out = run_experts(operands, kept, mask, {of_hidden, of_gates}, positions.scalar_type()); // (N, d_out)
   if (stands_in) add_stand_in(out, tokens, skipped, stand_in[0], stand_in[1]);
   const at::Tensor placed = rows.placed(out); // (P, d_out)
   if (x.dim() == 2) return placed;
@@ -243,7 +247,9 @@ at::Tensor moe_layer_cpu(
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
-  library.def("moe_cpu(Tensor tokens, Tensor mask, Tensor?[] weights, str activation, Tensor? cutoff=None) -> Tensor");
+  library.def(
+      "moe_cpu(Tensor tokens, Tensor mask, Tensor?[] weights, str activation, "
+      "Tensor? cutoff=None, Tensor? gate_cutoff=None) -> Tensor");
   library.def(
       "moe_layer_cpu(Tensor x, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
       "Tensor[] stand_in, Tensor?[] weights, str activation, Tensor? cutoffs=None, float full_tau=1.) -> Tensor");

@@ -105,9 +105,9 @@ class Operands {
     return {x, x.scalar_type() == at::kFloat ? quantised_tokens<float>(x) : quantised_tokens<at::BFloat16>(x)};
   }
 
-  Problem problem(int64_t tokens, const bool* mask, float cutoff) const {
+  Problem problem(int64_t tokens, const bool* mask, Cutoffs cutoffs) const {
     return {tokens, experts_, neurons_, width_, outputs_, mask,
-            floats(up_bias_), floats(gate_bias_), floats(down_bias_), activation_, cutoff};
+            floats(up_bias_), floats(gate_bias_), floats(down_bias_), activation_, cutoffs};
   }
 
   // Whether every expert is computed, and the mask laid over them, rather than each by itself.

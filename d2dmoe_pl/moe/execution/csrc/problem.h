@@ -19,7 +19,7 @@ struct Problem {
   const float* gate_bias;   // (E, s) or null
   const float* down_bias;   // (d_out,) or null
   Activation activation;
-  float cutoff; // activations that are smaller are 0
+  Cutoffs cutoffs;
 };
 
 inline const float* at(const float* values, int64_t index) {
