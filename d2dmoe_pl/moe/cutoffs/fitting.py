@@ -84,7 +84,7 @@ def fit_cutoffs_(
         of_inputs.add(tokens)
         of_hidden.add(hidden)
         for each in of_gates:
-            each.add(layers[name].with_experts(lambda experts, given: experts.gates(given), tokens))
+            each.add(layers[name].own_experts.gates(tokens))  # inside their call, in which weights are adapted already
 
     settings = {name: layer.get_gate().config for name, layer in layers.items()}
     for layer in layers.values():

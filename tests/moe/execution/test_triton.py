@@ -109,11 +109,10 @@ def test_equals_the_plain_twin_at_any_shape(case):
 @pytest.mark.parametrize("gated", [False, True])
 def test_leaves_small_activations_out(expert_dim, gated):
     experts = make_experts(40, 3, expert_dim, gated, activation="gelu")
-    tokens = torch.randn(50, 40, device=DEVICE)
-    exact = copy.deepcopy(experts).double()
+    tokens, exact = torch.randn(50, 40, device=DEVICE), copy.deepcopy(experts).double()
     of_gates = torch.tensor(in_a_gap(exact.gates(tokens.double())), device=DEVICE) if gated else None
-    cutoff = torch.tensor(in_a_gap(exact.hidden(tokens.double(), of_gates)), device=DEVICE)
-    assert_equals_twin(experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, cutoffs=(cutoff, of_gates))
+    cutoffs = torch.tensor(in_a_gap(exact.hidden(tokens.double(), of_gates)), device=DEVICE), of_gates
+    assert_equals_twin(experts, tokens, torch.rand(50, 3, device=DEVICE) < 0.4, cutoffs=cutoffs)
 
 
 @pytest.mark.usefixtures("_way")
@@ -273,8 +272,7 @@ def shared_memory(function, constants, stages=3, **types):
 lists = dict(rows="*i16", counts="*i32", num_experts="i32")
 weights = {name: "*bf16" for name in ("up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "hidden")}
 weights["cutoff"] = weights["gate_cutoff"] = "*fp32"
-blocks = dict(D=768, CHUNK=512, BLOCK_M=128, BLOCK_K=64)
-of_mask = dict(mask="*u8", slots="*i16", num_experts="i32")
+blocks = dict(D=768, CHUNK=512, BLOCK_M=128, BLOCK_K=64); of_mask = dict(mask="*u8", slots="*i16", num_experts="i32")
 print(shared_memory(kernel.list_tokens, dict(CHUNK=512, BLOCK_E=4), num_tokens="i32", **(lists | of_mask)))
 up = dict(S=24, BLOCK_N=32, **blocks)
 print(shared_memory(kernel.up_listed, up | dict(ACTIVATION="gelu"), tokens="*bf16", **lists, **weights))
@@ -285,8 +283,8 @@ given = dict(tokens="*bf16", pairs="*bf16", first_chunk="i32", **lists, **weight
 print(shared_memory(kernel.both_listed, both, 4, **given))
 down = dict(pairs="*bf16", first_chunk="i32", **lists)
 print(shared_memory(kernel.down_listed, dict(S=128, BLOCK_N=128, **blocks), **down, **weights))
-sizes = [dict(BLOCK_E=1, BLOCK_D=1024), dict(BLOCK_E=64, BLOCK_D=64)]
 sums = dict(pairs="*bf16", down_bias="*bf16", output="*bf16", first_token="i32", **of_mask)
+sizes = (dict(BLOCK_E=1, BLOCK_D=1024), dict(BLOCK_E=64, BLOCK_D=64))
 print(max(shared_memory(kernel.sum_pairs, dict(D=768, CHUNK=512, **size), **sums) for size in sizes))
 """
 
