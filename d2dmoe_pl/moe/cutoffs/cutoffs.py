@@ -14,6 +14,10 @@ from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.typed_settings import check_types_
 
 
+CutoffTensors = tuple[Tensor, Tensor, Tensor | None]
+"""Below which tokens' values, activations and, where there are cutoffs of them, gates are left out; no dimensions."""
+
+
 @dataclass(frozen=True)
 class CutoffConfig:
     """What the experts of a MoE layer leave out of their products.
@@ -79,7 +83,7 @@ def cut(values: Tensor, cutoff: Tensor | float) -> Tensor:
     return values * _is_kept(values, cutoff)  # a fill takes four times as long
 
 
-def work_of_pairs(sizes: ExpertSizes, tokens: Tensor, hidden: Tensor, cutoffs: "CutoffTensors") -> Tensor:
+def work_of_pairs(sizes: ExpertSizes, tokens: Tensor, hidden: Tensor, cutoffs: CutoffTensors) -> Tensor:
     """The share of its products that is left of each (token, expert) pair, if it runs.
 
     Args:
@@ -110,10 +114,6 @@ def _count(kept: Tensor) -> Tensor:
 
 def _is_kept(values: Tensor, cutoff: Tensor | float) -> Tensor:
     return ~(values.abs() < cutoff)
-
-
-CutoffTensors = tuple[Tensor, Tensor, Tensor | None]
-"""Below which tokens' values, activations and, where there are cutoffs of them, gates are left out; no dimensions."""
 
 
 class Cutoffs(nn.Module):
