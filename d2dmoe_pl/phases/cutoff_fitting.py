@@ -16,8 +16,8 @@ class CutoffFitting(TrainingTokens):
 
     Of a token, its small values are not read by the first products; of an expert's activations, small ones do not reach
     the second. Where FFNs are gated, a neuron whose gate is small is not computed any further, as in CATS (arXiv
-    2404.08763). What is small is a magnitude a layer, that of training samples with every expert on. Up to ``full_tau`` experts are chosen
-    and cutoffs count in full; above, every expert runs and they fade, down to the dense model at 1.
+    2404.08763). What is small is a magnitude a layer, that of training samples with every expert on. Up to ``full_tau``
+    experts are chosen and cutoffs count in full; above, every expert runs and they fade, down to the dense model at 1.
 
     Fewer FLOPs are not less time in all places: on the CPU, and for up to four tokens in bf16 or int8, as when text is
     written, weights of activations and neurons that are left out are not read; else they are multiplied with zeros.

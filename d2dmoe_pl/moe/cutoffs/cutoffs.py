@@ -13,7 +13,6 @@ from d2dmoe_pl.moe.expert_layer import ExpertSizes
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.typed_settings import check_types_
 
-
 CutoffTensors = tuple[Tensor, Tensor, Tensor | None]
 """Below which tokens' values, activations and, where there are cutoffs of them, gates are left out; no dimensions."""
 
