@@ -5,6 +5,8 @@ from .adapters import register_adapter as register_adapter
 from .artifact import load_model as load_model
 from .artifact import save_artifact as save_artifact
 from .artifact_parts import PhaseRecord as PhaseRecord
+from .compiled_artifact import load_compiled as load_compiled
+from .compiled_artifact import save_compiled as save_compiled
 from .compression.command import compress as compress
 from .errors import ConfigError as ConfigError
 from .errors import NonFiniteLossError as NonFiniteLossError

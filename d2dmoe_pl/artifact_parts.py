@@ -1,6 +1,7 @@
 """What an artifact says of its model, under our key in ``config.json``: which parts there are, and of which kind."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from d2dmoe_pl.adapters import KEY
 from d2dmoe_pl.errors import ConfigError, SettingTypeError, check, one_line
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, path_from_json
+from d2dmoe_pl.moe.program_files import DESCRIPTION, PROGRAMS
 from d2dmoe_pl.structure import stage_of
 from d2dmoe_pl.whole_files import is_file_name
 
@@ -181,3 +183,12 @@ def check_parts(made: Any, where: str) -> None:
             is_file_name(name),
             f"{where}: no artifact, {KEY}.tensors in config.json names {name!r}, which is no file in the folder",
         )
+
+
+def copy_processor(artifact: Path, aside: Path) -> None:
+    """Copy the tokenizer or image processor that lies beside the model in ``artifact`` into the folder ``aside``."""
+    for file in artifact.iterdir():
+        if file.is_dir():  # such as the pooling of sentence-transformers
+            shutil.copytree(file, aside / file.name)
+        elif file.suffix != ".safetensors" and file.name not in ("config.json", PROGRAMS, DESCRIPTION):
+            shutil.copy(file, aside / file.name)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
@@ -11,6 +11,7 @@ from d2dmoe_pl.recipe import is_recipe, read_recipe
 
 DEFAULT_BACKEND = "auto"
 SCOPES = ("layer", "model")
+AHEAD_OF_TIME = "ahead_of_time"  # of --optimize
 DTYPES = ("float32", "bfloat16", "float16", "int8")  # of torch
 AROUND = ("float32", "bfloat16")
 
@@ -71,7 +72,12 @@ def benchmark_arguments(data: type | None = None) -> ArgumentParser:
         help="Whole models: what to run the dense model on, of onnxruntime, onnxruntime-int8, openvino, openvino-int8, "
         "torch-int8, compile. Layers: other ways to run experts, loop, grouped_mm, or files in moe/execution.",
     )
-    parser.add_argument("--optimize", type=bool, default=False, help="Have models with experts compiled.")
+    parser.add_argument(
+        "--optimize",
+        type=bool | Literal["ahead_of_time"],
+        default=False,
+        help="Have models with experts compiled; ahead_of_time: as compile does.",
+    )
     parser.add_argument(
         "--scored_samples", type=int, default=2000, help="Test samples that predictions are judged on; 0 for none."
     )

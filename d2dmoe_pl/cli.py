@@ -1,5 +1,5 @@
 """The command line: ``fit``, ``validate``, ``test`` and ``predict`` of LightningCLI, ``chain``,
-``compress`` and ``benchmark``.
+``compress``, ``compile`` and ``benchmark``.
 """
 
 import sys
@@ -18,6 +18,8 @@ from d2dmoe_pl.benchmark import benchmark_parser, run_benchmark
 from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.chain import default_recipe, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.compile_arguments import compile_parser
+from d2dmoe_pl.compile_command import run_compile
 from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.compression.command import run_compress
 from d2dmoe_pl.data.file_rows import lines_of
@@ -35,6 +37,7 @@ DEBUG = "--debug"
 OWN = {
     CHAIN: (chain_parser, run_chain),
     "compress": (compress_parser, run_compress),
+    "compile": (compile_parser, run_compile),
     "benchmark": (benchmark_parser, run_benchmark),
 }
 # Lightning has the first lines of its own docstrings there, which end in the middle of a sentence

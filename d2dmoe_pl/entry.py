@@ -9,9 +9,15 @@ from pkgutil import resolve_name
 
 from d2dmoe_pl.benchmark_arguments import benchmark_arguments
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.compile_arguments import compile_parser
 from d2dmoe_pl.compress_arguments import compress_parser
 
-PARSERS = {"chain": chain_parser, "compress": compress_parser, "benchmark": benchmark_arguments}
+PARSERS = {
+    "chain": chain_parser,
+    "compress": compress_parser,
+    "compile": compile_parser,
+    "benchmark": benchmark_arguments,
+}
 USAGE = """\
 usage: d2dmoe-pl {command} ... [--debug]
 
@@ -24,6 +30,7 @@ commands:
     validate            Evaluate on the validation split: of a finished run, by --run FOLDER.
     test                The same on the test split.
     predict             Write what the model says of each sample, and what that cost.
+    compile             Compile a model ahead of time, for processors like this one.
     benchmark           Time models and layers on this machine.
 
 options:

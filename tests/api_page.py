@@ -34,6 +34,8 @@ GROUPS = {
         "quantize_",
         "QuantizationConfig",
         "optimize_",
+        "save_compiled",
+        "load_compiled",
     ],
     "Conversion": [
         "swap_activation_",

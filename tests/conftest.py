@@ -17,9 +17,12 @@ if not torch.cuda.is_available():
 
 import datasets
 import lightning as L
+import tiny
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 
+from d2dmoe_pl import save_artifact
+from d2dmoe_pl.cli import main
 from d2dmoe_pl.data import Digits
 
 
@@ -74,3 +77,15 @@ def trainer(tmp_path):
 @pytest.fixture
 def digits():
     return Digits(batch_size=16)
+
+
+@pytest.fixture(scope="session")
+def compiled_folders(tmp_path_factory):
+    """An artifact, and what ``compile`` made of it, which takes a while."""
+    folder = tmp_path_factory.mktemp("compiled")
+    torch.manual_seed(0)
+    words = [f"w{i}" for i in range(36)]
+    model = tiny.routed("bert", tau=0.5).eval()
+    save_artifact(model, folder / "before", save_processor=lambda aside: tiny.tokenizer(aside, words))
+    main(["compile", "--artifact", str(folder / "before"), "--output_dir", str(folder / "after"), "--tau", "0.4"])
+    return folder / "before", folder / "after"

@@ -34,7 +34,7 @@ FLOW = [
     ],
     ["auto_classes", "checkpoints", "parser_line", "plugins", "recipe"],
     ["failures", "null_settings"],
-    ["benchmark_arguments", "chain_arguments", "compress_arguments"],
+    ["benchmark_arguments", "chain_arguments", "compile_arguments", "compress_arguments"],
     ["__main__", "entry"],
     ["data"],
     ["adapters"],
@@ -43,7 +43,7 @@ FLOW = [
     ["moebert"],
     ["artifact_parts", "structure", "weights_reading", "weights_types", "weights_writing"],
     ["artifact", "auto_models"],
-    ["harness", "hub"],
+    ["compiled_artifact", "harness", "hub"],
     ["phases"],
     ["callbacks"],
     ["benchmark"],
@@ -52,7 +52,7 @@ FLOW = [
     ["phase_cli"],
     ["chain_lock", "chain_status"],
     ["chain"],
-    ["compression"],
+    ["compile_command", "compression"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(FLOW) for name in names}

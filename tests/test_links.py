@@ -9,11 +9,12 @@ from registries import REGISTRIES
 
 from d2dmoe_pl.chain import _arguments, _split_settings
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.compile_arguments import compile_parser
 from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.phase_cli import PhaseCLI
 
 EVERY_PAGE = pytest.mark.parametrize("page", pages.PAGES, ids=pages.name_of)
-SUBCOMMANDS = {"chain", "fit", "validate", "test", "predict", "benchmark", "compress"}
+SUBCOMMANDS = {"chain", "fit", "validate", "test", "predict", "benchmark", "compile", "compress"}
 
 
 def test_the_readme_is_short():
@@ -78,8 +79,8 @@ def test_phases_are_run_by_commands_that_can_be_parsed(page, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for subcommand, *arguments in pages.arguments(page):
         assert subcommand in SUBCOMMANDS
-        if subcommand == "compress":
-            compress_parser().parse_args(arguments)
+        if subcommand in ("compile", "compress"):
+            (compile_parser if subcommand == "compile" else compress_parser)().parse_args(arguments)
         elif subcommand == "chain":
             config = chain_parser().parse_args([word for word in arguments if word != "--print_config"])
             names = list(config.phases)

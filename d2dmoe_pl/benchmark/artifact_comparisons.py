@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -14,9 +16,11 @@ from d2dmoe_pl.benchmark.comparison import Comparison, Settings
 from d2dmoe_pl.benchmark.decoding import check_decodes, decoding_comparison
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES
 from d2dmoe_pl.benchmark.scoring import Scoring, first_batches, placed, scoring_of
+from d2dmoe_pl.benchmark_arguments import AHEAD_OF_TIME
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.ahead_of_time import attach_programs_, write_programs
 from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_budget_
 from d2dmoe_pl.moe.conversion import set_backend_, temporary_gate
 from d2dmoe_pl.moe.experts.merging import merge_to_dense_
@@ -109,7 +113,7 @@ def _whole(
     first = next(iter(moes))
     with temporary_gate(moes[first], None):
         inputs = [layer_inputs(moes[first], batch) for batch in batches_in[settings.floating(first)]]
-    _optimize(moes, settings)
+    _optimize(moes, batches[0], settings)
     return model_comparison(dense, moes, batches_in, inputs, choices, rivals, scoring)
 
 
@@ -125,15 +129,22 @@ def _writing(
     choices = {dtype: _whole_choices(moe, taus, settings.budgets) for dtype, moe in moes.items()}
     batch = placed(batches[0], settings.device, settings.dense_dtype)
     comparison = decoding_comparison(dense, moes, batch, settings.decode, choices, scoring, settings.gguf)
-    _optimize(moes, settings)
+    _optimize(moes, batches[0], settings)
     return comparison
 
 
-def _optimize(moes: dict[torch.dtype, nn.Module], settings: Settings) -> None:
-    if settings.optimize:
-        for moe in moes.values():
-            if moe._compiled_call_impl is None:
-                optimize_(moe)
+def _optimize(moes: dict[torch.dtype, nn.Module], batch: Batch, settings: Settings) -> None:
+    for dtype, moe in moes.items():
+        if not settings.optimize or moe._compiled_call_impl is not None:
+            continue
+        if settings.optimize == AHEAD_OF_TIME:
+            for layer in moe_layers(moe).values():
+                layer.get_gate().set_tau(1.0)  # each choice sets one; with a number of experts, programs are others
+            with TemporaryDirectory() as folder:
+                write_programs(moe, placed(batch, settings.device, settings.floating(dtype)), Path(folder))
+                attach_programs_(moe, Path(folder))
+        else:
+            optimize_(moe)
 
 
 def _layers(

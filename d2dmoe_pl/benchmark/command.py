@@ -17,7 +17,7 @@ from d2dmoe_pl.benchmark.result_rows import BenchmarkRow, as_table, draw_speed_u
 from d2dmoe_pl.benchmark.runtimes import RUNTIMES, check_runtimes
 from d2dmoe_pl.benchmark.shape_comparisons import Shape, shape_comparisons
 from d2dmoe_pl.benchmark.timing import NOISE_BOUND
-from d2dmoe_pl.benchmark_arguments import AROUND, DTYPES, SCOPES, benchmark_arguments
+from d2dmoe_pl.benchmark_arguments import AHEAD_OF_TIME, AROUND, DTYPES, SCOPES, benchmark_arguments
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.execution import BACKENDS
@@ -91,6 +91,10 @@ def _settings(given: Namespace) -> Settings:
     gpu = torch.cuda.is_available()
     check(given.device != "cuda" or gpu, "device='cuda': PyTorch finds no GPU here; allowed are auto, cpu")
     is_on_gpu = gpu and given.device != "cpu"
+    if given.optimize == AHEAD_OF_TIME:
+        check(not is_on_gpu, f"optimize={AHEAD_OF_TIME!r}: runs on the CPU; must go, or --device cpu be there")
+        check(given.artifact is not None, f"optimize={AHEAD_OF_TIME!r}: only with --artifact; must be true or false")
+        check(not given.decode, f"optimize={AHEAD_OF_TIME!r}: reads texts, and writes none; must go, or --decode 0")
     check(given.gguf is None or not is_on_gpu, f"gguf={given.gguf!r}: llama.cpp is timed on the CPU; add --device cpu")
     for name in given.compare if is_on_gpu else []:
         is_there = name not in RUNTIMES or name == "compile"

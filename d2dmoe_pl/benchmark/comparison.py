@@ -28,7 +28,7 @@ class Settings:
         compare: Names of files in ``benchmark/alternatives`` or ``moe/execution``: what else to run the experts with.
         rounds: Samples of each time.
         device: Where it runs.
-        optimize: Whether models with experts are compiled.
+        optimize: Whether models with experts are compiled; or that it is done ahead of time.
         scored_samples: Test samples that predictions are judged on, at most; 0 for none.
         budgets: Shares of the dense FFNs' FLOPs that a whole model is set to, instead of a ``tau``.
         decode: Tokens that a whole model writes behind each text; 0 to have it read them alone.
@@ -43,7 +43,7 @@ class Settings:
     compare: list[str]
     rounds: int
     device: torch.device
-    optimize: bool = False
+    optimize: bool | Literal["ahead_of_time"] = False
     scored_samples: int = 0
     budgets: Sequence[float] = ()
     decode: int = 0

@@ -20,6 +20,9 @@ SAMPLE = 0.01
 # half the interquartile range over the median, above which a difference is no longer trusted
 NOISE_BOUND = 0.1
 FEWEST = 5  # rounds, of which quartiles still say something
+# seconds for which threads of the contender before may wait for work without sleeping, as those of ONNX Runtime do for
+# some 30 ms: on all cores, they double the time of who comes next
+SETTLING = 0.1
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,8 @@ def alternate(
 
 def _seconds(contender: Contender, calls: int, device: torch.device) -> float:
     """Mean seconds of a call, or of one of its parts."""
+    if torch.get_num_threads() > 1:
+        time.sleep(SETTLING)
     with contender.setting():
         _wait(device)
         start = time.perf_counter()

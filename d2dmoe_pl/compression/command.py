@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import yaml
 from jsonargparse import Namespace
 from torch import nn
 
-from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
+from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
+from d2dmoe_pl.artifact_parts import copy_processor
 from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
@@ -200,7 +200,7 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     trainer: Any = opening.trainer
     point = _point(target, path, model, opening.datamodule, given.batch_size)
     set_taus_(model, path, point.taus)
-    save_artifact(model, folder / WISHED, artifact.history, lambda aside: _copy_processor(artifact.path, aside))
+    save_artifact(model, folder / WISHED, artifact.history, lambda aside: copy_processor(artifact.path, aside))
     sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
     trainer.callbacks = [sweep]
     with quiet_lightning():
@@ -284,12 +284,3 @@ def _fast_enough(speed: float, path: BudgetPath, model: nn.Module, data: TaskDat
         )
         return path.at_cost("ffn_flops", budget)
     return path.at_cost("ffn_flops", max(enough))
-
-
-def _copy_processor(artifact: Path, aside: Path) -> None:
-    """The tokenizer or image processor that lies beside a model."""
-    for file in artifact.iterdir():
-        if file.is_dir():  # such as the pooling of sentence-transformers
-            shutil.copytree(file, aside / file.name)
-        elif file.suffix != ".safetensors" and file.name != CONFIG:
-            shutil.copy(file, aside / file.name)

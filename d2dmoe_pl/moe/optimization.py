@@ -62,6 +62,20 @@ def _own_call(model: nn.Module) -> Any:
 
 
 def _options(model: nn.Module) -> dict[str, Any]:
+    is_on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if not is_on_cpu or compile_failure() is not None:
+        return {}
+    return {
+        "post_grad_custom_pre_pass": pass_over_graphs(),
+        "guard_filter_fn": of_what_is_held,
+        "cpp_wrapper": True,
+        "size_asserts": False,  # of inputs, which guards have compared, and of what operators have said that they give
+        "cpp.dynamic_threads": True,
+    }
+
+
+def pass_over_graphs() -> Any:
+    """What inductor is given to have graphs for the CPU use this package's attention and join linear layers in int8."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # noqa: PLC0415 (takes a second)
 
     class Pass(CustomGraphPass):
@@ -72,15 +86,7 @@ def _options(model: nn.Module) -> dict[str, Any]:
         def uuid(self) -> Any:
             return get_hash_for_files((__file__,))
 
-    is_on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    if not is_on_cpu or compile_failure() is not None:
-        return {}
-    return {
-        "post_grad_custom_pre_pass": Pass(),
-        "guard_filter_fn": of_what_is_held,
-        "cpp_wrapper": True,
-        "size_asserts": False,  # of inputs, which guards have compared, and of what operators have said that they give
-    }
+    return Pass()
 
 
 def of_what_is_held(guards: Sequence[Any]) -> list[bool]:

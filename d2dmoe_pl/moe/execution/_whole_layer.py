@@ -73,7 +73,7 @@ def run_whole(
         config.rule,
         gate.tau,
         config.k or 0,
-        [] if stand_in is None else own_tensors(stand_in, STAND_IN),
+        None if stand_in is None else own_tensors(stand_in, STAND_IN),
         weights_to_pack(experts),
         experts.activation_kind,
         None if cutoffs is None else cutoffs.values,

@@ -17,6 +17,7 @@ keeps a copy of the weights in it.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,13 @@ from d2dmoe_pl.moe.experts.experts import Experts, weights_to_pack
 
 TYPES = (torch.float32, torch.bfloat16)
 SOURCE = Path(__file__).parent / "csrc" / "moe_cpu.cpp"
+
+
+@functools.cache
+def operators_version() -> str:
+    """Changes with the operators' sources."""
+    files = sorted(file for file in SOURCE.parent.iterdir() if file.is_file())
+    return hashlib.sha256("\0".join(file.read_text() for file in files).encode()).hexdigest()[:16]
 
 
 @torch.compiler.assume_constant_result

@@ -209,7 +209,7 @@ at::Tensor cut(const at::Tensor& x, float cutoff) {
 
 at::Tensor moe_layer_cpu(
     const at::Tensor& x, const Optional& real, const Optionals& router, const std::string& rule,
-    const at::Tensor& tau, int64_t k, at::TensorList stand_in, const Optionals& weights,
+    const at::Tensor& tau, int64_t k, const std::optional<std::vector<at::Tensor>>& stand_in, const Optionals& weights,
     const std::string& activation, const Optional& cutoffs, double full_tau) {
   const at::AutoDispatchBelowADInplaceOrView below; // there are no gradients, and a view takes a microsecond to say so
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must be (..., d)");
@@ -223,9 +223,9 @@ at::Tensor moe_layer_cpu(
   const at::Tensor tokens = rows.picked(positions); // (N, d)
   const Inputs inputs = operands.inputs(tokens);
   const at::Tensor mask = at::empty({tokens.size(0), operands.experts()}, at::kBool);
-  TORCH_CHECK_VALUE(stand_in.empty() || stand_in.size() == 2, "stand_in must be 2 tensors, or none");
+  TORCH_CHECK_VALUE(!stand_in || stand_in->size() == 2, "stand_in must be 2 tensors, or none");
   const bool is_chosen = !gate.admits_all(operands.experts()); // else there is nothing to score, nor to stand in for
-  const bool stands_in = is_chosen && !stand_in.empty() && tokens.size(0) > 0;
+  const bool stands_in = is_chosen && stand_in && tokens.size(0) > 0;
   const at::Tensor skipped = stands_in ? at::empty({tokens.size(0), 1}, at::kFloat) : at::Tensor();
   bool* chosen = mask.mutable_data_ptr<bool>();
   if (is_chosen) {
@@ -236,7 +236,7 @@ at::Tensor moe_layer_cpu(
   const auto [of_inputs, of_hidden, of_gates] = cutoffs_at(setting, k, operands.experts(), cutoffs, full_tau);
   const Inputs kept = of_inputs > 0.f ? operands.inputs(cut(tokens, of_inputs)) : inputs;
   const at::Tensor out = run_experts(operands, kept, mask, {of_hidden, of_gates}, positions.scalar_type()); // (N, d_out)
-  if (stands_in) add_stand_in(out, tokens, skipped, stand_in[0], stand_in[1]);
+  if (stands_in) add_stand_in(out, tokens, skipped, stand_in->front(), stand_in->back());
   const at::Tensor placed = rows.placed(out); // (P, d_out)
   if (x.dim() == 2) return placed;
   auto sizes = x.sizes().vec();
@@ -252,7 +252,7 @@ TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
       "Tensor? cutoff=None, Tensor? gate_cutoff=None) -> Tensor");
   library.def(
       "moe_layer_cpu(Tensor x, Tensor? real, Tensor?[] router, str rule, Tensor tau, int k, "
-      "Tensor[] stand_in, Tensor?[] weights, str activation, Tensor? cutoffs=None, float full_tau=1.) -> Tensor");
+      "Tensor[]? stand_in, Tensor?[] weights, str activation, Tensor? cutoffs=None, float full_tau=1.) -> Tensor");
   library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("int8_linears_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor");
   library.def("attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale) -> Tensor");

@@ -1,0 +1,89 @@
+"""Artifacts with programs: a model that is compiled once, and runs wherever the processor can do the same."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
+from d2dmoe_pl.artifact_parts import PhaseRecord
+from d2dmoe_pl.moe.ahead_of_time import attach_programs_, write_programs
+from d2dmoe_pl.moe.program_files import read_description
+
+LENGTH = 8  # tokens of the noise that shows how a model is called; programs are for any number of them
+
+
+def save_compiled(
+    model: nn.Module,
+    path: str | Path,
+    batch: Mapping[str, Tensor] | None = None,
+    history: Sequence[PhaseRecord] = (),
+    save_processor: Callable[[Path], None] | None = None,
+) -> None:
+    """Write ``model`` to the folder ``path``, as :func:`save_artifact` does, with programs compiled from it.
+
+    It takes about a minute. There is a program for one sample, and one for more, of texts of two tokens or more.
+    ``tau`` and budgets stay free; the gating rule, the types and the arguments that the model is called with do not.
+
+    Args:
+        model: A model at any stage, on the CPU, in the type that it is to run in. Its MoE layers have experts that this
+            package's operators run. It is set to evaluation, without gradients.
+        path: The folder; an artifact that is there is replaced.
+        batch: What the model will be given, such as ``input_ids`` and ``attention_mask``, of two tokens a text at
+            least; noise without a mask if not given.
+        history: As of :func:`save_artifact`.
+        save_processor: As of :func:`save_artifact`.
+
+    Raises:
+        ConfigError: As :func:`save_artifact`; or if there is no compiler, or PyTorch cannot export the model.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> from d2dmoe_pl import ExpertsConfig, convert_to_moe_, load_compiled, save_compiled
+        >>> model = timm.create_model("vit_tiny_patch16_224", embed_dim=12, depth=1, num_heads=1)
+        >>> model.model_args = {"embed_dim": 12, "depth": 1, "num_heads": 1}
+        >>> convert_to_moe_(model, ExpertsConfig(num_experts=4))
+        >>> folder = tempfile.mkdtemp() + "/compiled"
+        >>> save_compiled(model, folder)
+        >>> load_compiled(folder)(torch.zeros(1, 3, 224, 224)).shape
+        torch.Size([1, 1000])
+    """
+    given = adapter_for(model).random_inputs(model, 2, LENGTH) if batch is None else batch
+
+    def save_beside(aside: Path) -> None:
+        if save_processor is not None:
+            save_processor(aside)
+        write_programs(model, given, aside)
+
+    save_artifact(model, path, history, save_beside)
+
+
+def load_compiled(path: str | Path) -> nn.Module:
+    """The model that :func:`save_compiled` wrote to ``path``, whose calls its programs run; on the CPU.
+
+    It is the model that :func:`load_model` gives, and can be used as that: ``set_tau_`` and ``set_budget_`` count. A
+    call that no program is for, such as one with other arguments, or of a model that was given hooks, is run as if
+    there were none, which is said once. What modules keep beside weights, such as the epsilon of a norm, is as it was.
+
+    Programs are native code: take them from where you would take a program.
+
+    Args:
+        path: A folder.
+
+    Raises:
+        ConfigError: If ``path`` is no whole artifact, has no programs, or such as are for another release of PyTorch or
+            of this package, or for a processor that can do what this one cannot.
+
+    Example:
+        >>> from d2dmoe_pl import load_compiled
+        >>> load_compiled("nowhere")  # save_compiled has one that is there
+        Traceback (most recent call last):
+        d2dmoe_pl.errors.ConfigError: path='nowhere': no such folder; must be the artifact that a phase wrote
+    """
+    folder = Path(path)
+    read_artifact(folder, "path")
+    read_description(folder)  # before the weights, which may be many
+    model = load_model(folder)
+    attach_programs_(model, folder)
+    return model

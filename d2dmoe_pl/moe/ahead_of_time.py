@@ -1,0 +1,276 @@
+"""A model compiled ahead of time: programs in files, which run without PyTorch's compiler, and with little Python."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.errors import ConfigError, check, one_line
+from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.moe.compiled_calls import CompiledCalls, Input, Program, Relation, held_tensors, named_arguments
+from d2dmoe_pl.moe.execution.cpu import compile_failure
+from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
+from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.optimization import pass_over_graphs
+from d2dmoe_pl.moe.program_files import (
+    CONSTANTS,
+    DESCRIPTION,
+    FORMAT,
+    PROGRAMS,
+    checksum,
+    made_on,
+    read_description,
+)
+from d2dmoe_pl.whole_files import replaced_file
+
+OWN_OPERATORS = ("moe_cpu", "moe_layer_cpu")
+SIZE = re.compile(r"L\['values'\]\[(\d+)\]\.size\(\)\[(\d+)\]")  # in what exporting notes of sizes
+MOST = torch.iinfo(torch.int64).max
+UNKNOWN = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError)  # of the exporter
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How :meth:`Adapter.logits` calls a model.
+
+    Attributes:
+        tensors: By the name of the argument.
+        settings: All other arguments that are given: numbers, strings, truth values.
+        output: What the model gave.
+    """
+
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+    output: Any
+
+
+def write_programs(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> None:
+    """Compile ``model`` into files in ``folder``: for one sample, and for several. Nothing of it is trained any more.
+
+    Args:
+        model: A model at any stage, on the CPU, in the type that it is to run in.
+        batch: As :meth:`Adapter.logits` takes it; of any number of samples, of two tokens a text at least.
+        folder: Is there; what it has of programs is replaced.
+
+    Raises:
+        ConfigError: If the model is compiled already, or not on the CPU, there is no compiler, it cannot be exported,
+            or computes all experts where it is.
+    """
+    name = type(model).__name__
+    check(model._compiled_call_impl is None, f"{name}: is optimised already")
+    places = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    check(places <= {"cpu"}, f"{name}: is on {', '.join(sorted(places))}; must be on the CPU, where programs run")
+    failure = compile_failure()
+    check(failure is None, f"{name}: cannot be compiled ahead of time; the compiler says: {failure}")
+    leave_inference_mode_(model)
+    model.eval().requires_grad_(False)
+    (folder / DESCRIPTION).unlink(missing_ok=True)
+    files: dict[str, Any] = {}
+    programs: dict[str, Program] = {}
+    literals: dict[str, Tensor] = {}
+    call = None
+    for samples in (1, 2):
+        call = _call_of(model, _with_samples(batch, samples))
+        exported = _exported(model, call, samples)
+        program, constants = _described(exported, call)
+        literals |= {key: value for key, value in constants.items() if key not in held_tensors(model)}
+        key = "one" if samples == 1 else "several"
+        files[key], programs[key] = _compiled(model, exported, call), program
+    assert call is not None
+    _, output = pytree.tree_flatten(call.output)
+    from torch._inductor.package import package_aoti  # noqa: PLC0415 (takes a second)
+
+    with replaced_file(folder / PROGRAMS) as aside:
+        made = aside.with_suffix(".pt2")  # the only ending it takes
+        package_aoti(str(made), files)
+        made.replace(aside)
+    with replaced_file(folder / CONSTANTS) as aside:
+        values = {key: value.detach().clone().contiguous() for key, value in literals.items()}
+        safetensors.torch.save_file(values, str(aside))
+    described = {
+        "format": FORMAT,
+        "made_on": made_on(),
+        "checksum": checksum(folder / PROGRAMS),
+        "settings": call.settings,
+        "programs": {key: program.as_json() for key, program in programs.items()},
+        "output": pytree.treespec_dumps(output),
+        "tensors": {key: _kind(value) for key, value in held_tensors(model).items()},
+    }
+    with replaced_file(folder / DESCRIPTION) as aside:
+        aside.write_text(json.dumps(described, indent=1) + "\n")
+
+
+def attach_programs_(model: nn.Module, folder: Path) -> None:
+    """Have calls of ``model`` run by the programs in ``folder``, which were compiled from the same model.
+
+    They read the model's own weights and settings of ``tau``, so that ``set_tau_`` and ``set_budget_`` count. A call
+    that no program is for, or of a model that has since got hooks, other modules or weights of another type, is run as
+    if there were none, which is said once. Numbers that modules keep beside their weights, such as the epsilon of a
+    norm, are not looked at.
+
+    Args:
+        model: On the CPU.
+        folder: That :func:`write_programs` wrote to.
+
+    Raises:
+        ConfigError: If there are no programs, or those of another model, machine or release, or not as written.
+    """
+    check(model._compiled_call_impl is None, f"{type(model).__name__}: is optimised already")
+    described = read_description(folder)
+    failure = compile_failure()
+    check(
+        failure is None,
+        f"{str(folder)!r}: its programs need this package's operators, and the compiler says: {failure}",
+    )
+    leave_inference_mode_(model)
+    model.eval().requires_grad_(False)
+    try:
+        programs = {key: Program.from_json(made) for key, made in described["programs"].items()}
+        output = pytree.treespec_loads(described["output"])
+        settings, kinds = dict(described["settings"]), dict(described["tensors"])
+    except (KeyError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        raise ConfigError(f"{str(folder)!r}: {DESCRIPTION} describes no programs ({error!r})") from error
+    held = held_tensors(model)
+    own = {key: _kind(value) for key, value in held.items()}
+    for key, kind in kinds.items():
+        check(own.get(key) == kind, f"{str(folder)!r}: was compiled from another model, whose {key} is {kind}")
+    from torch._inductor.package import load_package  # noqa: PLC0415 (takes a second)
+
+    tensors = {**safetensors.torch.load_file(str(folder / CONSTANTS)), **held}
+    running = []
+    for key, program in programs.items():
+        run = load_package(str(folder / PROGRAMS), key)
+        values = {name: tensors[_own_name(name)] for name in run.get_constant_fqns()}
+        run.load_constants(values, check_full_update=True, user_managed=True)
+        running.append(replace(program, run=run, held=values))
+    model._compiled_call_impl = CompiledCalls(model, running, settings, output)
+
+
+def _with_samples(batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    return {key: torch.cat([value[:1]] * number) for key, value in batch.items()}
+
+
+@torch.no_grad()
+def _call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _Call:
+    seen: list[tuple[tuple, dict[str, Any], Any]] = []
+
+    def watch(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((args, kwargs, output))
+
+    with hooked([model.register_forward_hook(watch, with_kwargs=True)]):
+        adapter_for(model).logits(model, batch)
+    args, kwargs, output = seen[-1]
+    given = {key: value for key, value in named_arguments(model, args, kwargs).items() if value is not None}
+    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    others = {type(leaf).__name__ for leaf in pytree.tree_leaves(output) if not isinstance(leaf, Tensor)}
+    check(
+        not others,
+        f"{type(model).__name__}: gives {', '.join(sorted(others))} beside tensors; must give tensors alone, to be "
+        "compiled ahead of time",
+    )
+    return _Call(tensors, {key: value for key, value in given.items() if key not in tensors}, output)
+
+
+class _ByPlace(nn.Module):
+    """A model called by position, tensors in and tensors out, as exporting wants it."""
+
+    def __init__(self, model: nn.Module, call: _Call) -> None:
+        super().__init__()
+        self.model = model
+        self._names, self._settings = tuple(call.tensors), call.settings
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(**dict(zip(self._names, values, strict=True)), **self._settings)
+        return tuple(pytree.tree_leaves(output))
+
+
+@torch.no_grad()
+def _exported(model: nn.Module, call: _Call, samples: int) -> torch.export.ExportedProgram:
+    name = type(model).__name__
+    free = torch.export.Dim.DYNAMIC
+    sizes = []
+    for value in call.tensors.values():
+        is_text = value.dim() == 2
+        sizes.append({**({} if samples == 1 else {0: free}), **({1: free} if is_text else {})})
+    try:
+        exported = torch.export.export(
+            _ByPlace(model, call), tuple(call.tensors.values()), dynamic_shapes=(tuple(sizes),)
+        )
+    except UNKNOWN as error:
+        raise ConfigError(
+            f"{name}: cannot be compiled ahead of time; PyTorch's exporter says: {one_line(str(error))}"
+        ) from error
+    check(
+        hasattr(exported, "_guards_code"),
+        f"{name}: cannot be compiled ahead of time; PyTorch {torch.__version__} does not say what sizes it holds for",
+    )
+    layers = sum(not isinstance(layer, MoELayer) or layer.gate is not None for layer in expert_layers(model).values())
+    own = sum(1 for node in exported.graph.nodes if getattr(node.target, "_opname", None) in OWN_OPERATORS)
+    check(
+        own >= layers,
+        f"{name}: of its {layers} layers that choose experts, {layers - own} would compute all of them ahead of time; "
+        "must have experts, routers and gates that this package's operators run",
+    )
+    return exported
+
+
+def _described(exported: torch.export.ExportedProgram, call: _Call) -> tuple[Program, dict[str, Tensor]]:
+    """What a program takes, and the tensors that it reads, by their names in the model."""
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"][-len(call.tensors) :]
+    inputs = []
+    for node, (name, value) in zip(placeholders, call.tensors.items(), strict=True):
+        sizes: list[int | tuple[str, int, int]] = []
+        for size in node.meta["val"].shape:
+            if isinstance(size, int):
+                sizes.append(size)
+                continue
+            limits = exported.range_constraints[size.node.expr]
+            sizes.append((str(size), int(limits.lower), int(min(limits.upper, MOST))))
+        inputs.append(Input(name, str(value.dtype).removeprefix("torch."), tuple(sizes)))
+    relations = tuple(Relation(SIZE.sub(r"size_\1_\2", guard)) for guard in exported._guards_code)
+    constants = {_own_name(name): value for name, value in exported.constants.items()}
+    return Program(tuple(inputs), relations), constants
+
+
+def _compiled(model: nn.Module, exported: torch.export.ExportedProgram, call: _Call) -> Any:
+    from torch._inductor import aot_compile  # noqa: PLC0415 (takes a second)
+
+    options = {
+        "post_grad_custom_pre_pass": pass_over_graphs(),
+        "size_asserts": False,
+        "always_keep_tensor_constants": True,  # a small one, such as tau, is else a number for ever
+        "cpp.dynamic_threads": True,  # else as many as here
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+    }
+    try:
+        module: Any = exported.module(check_guards=False)
+        for name in exported.constants:  # only buffers are asked for by name when it runs
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            if leaf not in owner._buffers:
+                value = getattr(owner, leaf)
+                delattr(owner, leaf)
+                owner.register_buffer(leaf, value, persistent=False)
+        return aot_compile(module, tuple(call.tensors.values()), options=options)
+    except UNKNOWN as error:
+        raise ConfigError(
+            f"{type(model).__name__}: cannot be compiled ahead of time; PyTorch's compiler says: {one_line(str(error))}"
+        ) from error
+
+
+def _own_name(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def _kind(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

@@ -1,0 +1,152 @@
+"""What cannot be compiled ahead of time, and programs that must not run here, end in a line."""
+
+import json
+
+import pytest
+import tiny
+import torch
+
+from d2dmoe_pl import ConfigError, load_compiled, save_artifact, save_compiled
+from d2dmoe_pl.cli import main
+from d2dmoe_pl.moe.ahead_of_time import attach_programs_, write_programs
+from d2dmoe_pl.moe.compiled_calls import Relation
+
+
+def texts():
+    return {"input_ids": torch.randint(1, 40, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.int64)}
+
+
+def changed(folder, tmp_path, **made_on):
+    target = tmp_path / "changed"
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    described = json.loads((target / "programs.json").read_text())
+    described["made_on"] |= made_on
+    (target / "programs.json").write_text(json.dumps(described))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("made_on", "said"),
+    [
+        ({"torch": "2.0.0"}, r"was compiled for PyTorch 2\.0\.0, and here is 2\."),
+        ({"operators": "abc"}, r"was compiled for version of this package's operators abc, and here is [0-9a-f]{16}"),
+        ({"machine": "riscv64"}, r"was compiled for processors riscv64, and here is "),
+        ({"processor": ["avx1024"]}, r"was compiled for a processor with avx1024, which this one has not"),
+    ],
+)
+def test_programs_for_others_are_refused(compiled_folders, tmp_path, made_on, said):
+    with pytest.raises(ConfigError, match=said + r".*; must be compiled here: main\.py compile$"):
+        load_compiled(changed(compiled_folders[1], tmp_path, **made_on))
+
+
+def test_programs_of_another_model_are_refused(compiled_folders, tmp_path):
+    _, after = compiled_folders
+    folder = changed(after, tmp_path)
+    torch.manual_seed(1)
+    save_artifact(tiny.routed("bert", num_experts=4), tmp_path / "other")
+    for name in ("config.json", "d2dmoe.safetensors"):
+        (folder / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    with pytest.raises(ConfigError, match=r"was compiled from another model, whose .* is float32 \[8"):
+        load_compiled(folder)
+
+
+def test_a_folder_without_programs_is_refused(compiled_folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"has no programs, programs\.json cannot be read \(.*No such file"):
+        load_compiled(compiled_folders[0])
+    folder = changed(compiled_folders[1], tmp_path)
+    (folder / "programs.json").write_text('{"format": 99}')
+    with pytest.raises(ConfigError, match=r"has programs of format 99; this release reads 1$"):
+        load_compiled(folder)
+
+
+def test_programs_that_are_not_as_they_were_written_are_refused(compiled_folders, tmp_path):
+    folder = changed(compiled_folders[1], tmp_path)
+    programs = (folder / "programs.pt2").read_bytes()
+    for broken in (programs[:-1000], b"", None):
+        (folder / "programs.pt2").unlink()
+        if broken is not None:
+            (folder / "programs.pt2").write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"programs\.pt2 is missing, or not as it was written; must be compiled"):
+            load_compiled(folder)
+        (folder / "programs.pt2").touch()
+    (folder / "programs.pt2").write_bytes(programs)
+    described = json.loads((folder / "programs.json").read_text())
+    broken = [(name, 5) for name in ("programs", "output", "settings", "tensors")]
+    for name, value in [*broken, *((name, {"one": 5}) for name in ("programs", "output", "tensors"))]:
+        (folder / "programs.json").write_text(json.dumps({**described, name: value}))
+        with pytest.raises(ConfigError, match=r"programs\.json describes no programs|was compiled from another model"):
+            load_compiled(folder)
+
+
+def test_a_model_is_compiled_once(compiled_folders, tmp_path):
+    compiled = load_compiled(compiled_folders[1])
+    with pytest.raises(ConfigError, match=r"^BertForSequenceClassification: is optimised already$"):
+        save_compiled(compiled, tmp_path / "again")
+    with pytest.raises(ConfigError, match=r"^BertForSequenceClassification: is optimised already$"):
+        attach_programs_(compiled, compiled_folders[1])
+
+
+def test_a_model_elsewhere_is_refused(tmp_path):
+    model = tiny.routed("bert").to("meta")
+    with pytest.raises(ConfigError, match=r"^BertForSequenceClassification: is on meta; must be on the CPU, where"):
+        write_programs(model, texts(), tmp_path)
+
+
+def test_an_output_with_more_than_tensors_is_refused(tmp_path):
+    model = tiny.routed("bert-embedding")
+    model.config.is_decoder = model.config.use_cache = True  # it then gives what it remembers of the text
+    with pytest.raises(
+        ConfigError, match=r"gives \w+ beside tensors; must give tensors alone, to be compiled ahead of"
+    ):
+        write_programs(model, texts(), tmp_path)
+
+
+@pytest.mark.parametrize("said", ["__import__('os')", "size_0_0.real == 1", "size_0_0 ==", "[1][0] == 1", "f(1)"])
+def test_what_is_said_of_sizes_is_arithmetic(said):
+    with pytest.raises(ConfigError, match=r"^sizes of inputs: .* is no arithmetic"):
+        Relation(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "holds"), [("size_0_1 >= size_1_0 and size_0_1 % 2 == 0", True), ("-size_0_1 > 0", False)]
+)
+def test_relations_hold_or_not(said, holds):
+    assert Relation(said).holds({"size_0_1": 4, "size_1_0": 3}) is holds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "error: artifact=None: must be the folder artifact that a phase left"),
+        (["--dtype", "float16"], "error: dtype='float16': allowed are float32, bfloat16, int8"),
+        (
+            ["--around", "bfloat16"],
+            "error: around='bfloat16': is the type around int8; must go, or --dtype int8 be there",
+        ),
+        (["--tau", "0.5", "--budget", "0.5"], "error: tau=0.5, budget=0.5: must be one of them"),
+        (["--output_dir", "BEFORE"], "is the artifact that is compiled; must be another folder"),
+    ],
+)
+def test_wrong_settings_end_in_a_line(compiled_folders, arguments, said, capsys):
+    before = str(compiled_folders[0])
+    own = [argument.replace("BEFORE", before) for argument in arguments]
+    with pytest.raises(SystemExit):
+        main(["compile", *(["--artifact", before] if arguments else []), *own])
+    assert said in capsys.readouterr().err
+
+
+def test_where_all_experts_would_be_computed_it_is_refused(tmp_path):
+    model = tiny.moebert()
+    with pytest.raises(
+        ConfigError, match=r"of its 2 layers that choose experts, 2 would compute all of them ahead of time"
+    ):
+        save_compiled(model, tmp_path / "compiled")
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_what_pytorch_cannot_export_is_refused(tmp_path):
+    model = tiny.routed("t5")  # its head looks for the ends of texts
+    with pytest.raises(ConfigError, match=r"^T5ForSequenceClassification: cannot be compiled ahead of time; PyTorch's"):
+        save_compiled(model, tmp_path / "compiled")
