@@ -76,10 +76,12 @@ def load_compiled(path: str | Path) -> nn.Module:
             of this package, or for a processor that can do what this one cannot.
 
     Example:
-        >>> from d2dmoe_pl import load_compiled
-        >>> load_compiled("nowhere")  # save_compiled has one that is there
-        Traceback (most recent call last):
-        d2dmoe_pl.errors.ConfigError: path='nowhere': no such folder; must be the artifact that a phase wrote
+        >>> from d2dmoe_pl import ConfigError, load_compiled
+        >>> try:  # save_compiled has one that is there
+        ...     load_compiled("nowhere")
+        ... except ConfigError as error:
+        ...     print(error)
+        path='nowhere': no such folder; must be the artifact that a phase wrote
     """
     folder = Path(path)
     read_artifact(folder, "path")

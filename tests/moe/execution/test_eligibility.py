@@ -241,7 +241,7 @@ def test_operators_keep_torchs_rules():
     )
     real = torch.tensor([True, False, True, True, False])
     stand_in = [torch.randn(3, x.shape[1]), torch.randn(4, x.shape[1])]
-    for padding, beside in ((None, []), (real, []), (real, stand_in)):
+    for padding, beside in ((None, None), (real, None), (real, stand_in)):
         layer = (x, padding, router, "dynk_max", tau, 0, beside, weights, "gelu")
         torch.library.opcheck(torch.ops.d2dmoe_pl.moe_layer_cpu, layer)
     linear = (x, torch.randint(-9, 9, (7, x.shape[1]), dtype=torch.int8), torch.rand(7), torch.rand(7))
