@@ -1,5 +1,6 @@
 """A model compiled ahead of time gives what it gave for all inputs and settings, or runs as if it were not compiled."""
 
+import copy
 import threading
 
 import pytest
@@ -177,13 +178,44 @@ def test_who_watches_sees_every_decision(both):
         assert torch.equal(own, other)
 
 
+@pytest.mark.parametrize("part", ["", "bert.embeddings"])
 @torch.no_grad()
-def test_dropout_is_on_in_training(both):
+def test_dropout_is_on_in_training(both, part):
     _, compiled = both
     given = texts()
-    compiled.train()
+    compiled.get_submodule(part).train()
     compiled.bert.embeddings.dropout.p = 0.9
     assert not torch.equal(compiled(**given).logits, compiled(**given).logits)
+
+
+@torch.no_grad()
+def test_what_the_configuration_asks_for_is_given(both):
+    _, compiled = both
+    assert compiled(**texts()).hidden_states is None
+    compiled.config.output_hidden_states = True
+    assert len(compiled(**texts()).hidden_states) == 3
+
+
+@torch.no_grad()
+def test_a_copy_has_weights_of_its_own(both):
+    _, compiled = both
+    given = texts()
+    copied = copy.deepcopy(compiled)
+    copied.classifier.weight.zero_()
+    copied.classifier.bias.zero_()
+    assert copied(**given).logits.abs().max() == 0
+    assert compiled(**given).logits.abs().max() > 0
+
+
+@torch.no_grad()
+def test_it_can_be_compiled_anew_and_exported(both):
+    plain, compiled = both
+    given = texts()
+    expected = plain(**given).logits
+    anew = torch.compile(lambda **inputs: compiled(**inputs).logits, backend="eager")
+    torch.testing.assert_close(anew(**given), expected)
+    exported = torch.export.export(compiled, (), kwargs=given)
+    torch.testing.assert_close(exported.module()(**given).logits, expected)
 
 
 def test_its_folder_is_an_artifact_too(compiled_folders, tmp_path):

@@ -14,6 +14,9 @@ from d2dmoe_pl.benchmark.timing import Contender, Timing, alternate, peak_memory
 
 Scope = Literal["layer", "model", "decode"]
 MIB = 2**20
+# seconds after which threads of other runtimes sleep; those of ONNX Runtime wait for work for some 30 ms behind a call,
+# and double the time of whoever runs on the same cores meanwhile
+SETTLING = 0.1
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ def measure(comparison: Comparison, rounds: int, device: torch.device) -> list[B
     contenders = {"dense": comparison.dense} | {str(i): way.contender for i, way in enumerate(comparison.ways)}
     if comparison.rest is not None:
         contenders["rest"] = comparison.rest
-    timings = alternate(contenders, rounds, device)
+    has_others = torch.get_num_threads() > 1 and any(way.name in RUNTIMES for way in comparison.ways)
+    timings = alternate(contenders, rounds, device, pause=SETTLING if has_others else 0.0)
     dense, rest = timings["dense"], timings.get("rest")
     writes = comparison.new_tokens is not None  # as many calls as tokens, which no profiler holds
 

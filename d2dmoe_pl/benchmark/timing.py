@@ -20,9 +20,6 @@ SAMPLE = 0.01
 # half the interquartile range over the median, above which a difference is no longer trusted
 NOISE_BOUND = 0.1
 FEWEST = 5  # rounds, of which quartiles still say something
-# seconds for which threads of the contender before may wait for work without sleeping, as those of ONNX Runtime do for
-# some 30 ms: on all cores, they double the time of who comes next
-SETTLING = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,11 @@ def summarise(seconds: Sequence[float]) -> Timing:
 
 @torch.no_grad()
 def alternate(
-    contenders: Mapping[str, Contender], rounds: int, device: torch.device, at_most: float = math.inf
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    device: torch.device,
+    at_most: float = math.inf,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Time the contenders in turn: the first, the second, ..., the first again, ``rounds`` times.
 
@@ -75,6 +76,7 @@ def alternate(
         rounds: Samples of each. A sample is the mean of as many calls as fill ``SAMPLE`` seconds.
         device: Whose queue is waited for, before the clock starts and before it stops.
         at_most: Seconds that all rounds may take; for slow contenders there are fewer, but ``FEWEST``.
+        pause: Seconds of silence before each sample, in which threads of the one before fall asleep.
     """
     for contender in contenders.values():
         _seconds(contender, 1, device)  # the first call may compile
@@ -85,14 +87,13 @@ def alternate(
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(min(rounds, fewer)):
         for name, contender in contenders.items():
+            time.sleep(pause)
             samples[name].append(_seconds(contender, calls[name], device))
     return {name: summarise(seconds) for name, seconds in samples.items()}
 
 
 def _seconds(contender: Contender, calls: int, device: torch.device) -> float:
     """Mean seconds of a call, or of one of its parts."""
-    if torch.get_num_threads() > 1:
-        time.sleep(SETTLING)
     with contender.setting():
         _wait(device)
         start = time.perf_counter()

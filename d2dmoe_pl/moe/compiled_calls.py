@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.token_context import is_recorded
 from d2dmoe_pl.notices import notice
 
 MOST_SHAPES = 4096  # that are remembered
+PLAIN = (Tensor, nn.Parameter)
 # what is said of sizes is made of these
 ARITHMETIC = (ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Name, ast.Constant, ast.expr_context)
 SIGNS = (ast.operator, ast.cmpop, ast.boolop, ast.unaryop)
@@ -174,7 +177,7 @@ class CompiledCalls:
         tensors = []
         for name in self._names:
             value = given.get(name)
-            if not isinstance(value, Tensor) or value.is_cuda:
+            if type(value) not in PLAIN or value.device.type != "cpu":
                 return f"it was compiled for calls with {name}, a tensor on the CPU"
             if value.requires_grad and torch.is_grad_enabled():
                 return f"gradients are wanted of {name}"
@@ -188,7 +191,7 @@ class CompiledCalls:
                 return f"it was compiled for calls with {name}={value}"
         if torch.is_autocast_enabled("cpu"):
             return "types are by autocast"
-        return tensors
+        return "it is compiled anew, or traced" if is_recorded() else tensors
 
     def _say(self, reason: str, detail: str = "") -> None:
         if reason not in self._said:
@@ -198,15 +201,16 @@ class CompiledCalls:
 
 
 class Unchanged:
-    """Whether a model is what it was, as far as weights, modules, hooks and settings of gates go; asked at each call.
+    """Whether a model is what it was: weights, modules, hooks, configuration, settings of gates; asked at each call.
 
     Args:
         model: As it is now.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        modules = list(model.modules())
+        config = getattr(model, "config", None)
+        self._config = vars(config) if hasattr(config, "__dict__") else {}
+        self._modules = modules = list(model.modules())
         self._tensors = [place for each in modules for place in (each._parameters, each._buffers) if place]
         self._children = [each._modules for each in modules if each._modules]
         self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
@@ -225,7 +229,8 @@ class Unchanged:
     def _now(self) -> dict[str, Any]:
         # mapped and chained: a loop in Python over all that a model is made of would take as long as a layer
         return {
-            "it is in training mode": self._model.training,
+            "it is in training mode": sum(map(attrgetter("training"), self._modules)),
+            "its configuration is another": dict(self._config),
             "modules of it were replaced": _ids(self._children),
             "something watches it by hooks": sum(map(len, self._hooks)),
             "weights of it were replaced": _ids(self._tensors),

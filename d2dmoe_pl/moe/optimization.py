@@ -70,7 +70,6 @@ def _options(model: nn.Module) -> dict[str, Any]:
         "guard_filter_fn": of_what_is_held,
         "cpp_wrapper": True,
         "size_asserts": False,  # of inputs, which guards have compared, and of what operators have said that they give
-        "cpp.dynamic_threads": True,
     }
 
 

@@ -161,6 +161,11 @@ def test_from_the_command_line(tmp_path, capsys):
         (["--artifact", "x", "--decode", "1"], "decode=1: must be at least 2, or 0 for none"),
         (["--decode", "4"], "decode=4: only with --artifact; must be 0"),
         (
+            ["--artifact", "x", "--decode", "4", "--optimize", "ahead_of_time"],
+            "optimize='ahead_of_time': reads texts, and writes none; must go, or --decode 0",
+        ),
+        (["--optimize", "ahead_of_time"], "optimize='ahead_of_time': only with --artifact; must be true or false"),
+        (
             ["--artifact", "x", "--decode", "4", "--scope", "model,layer"],
             "decode=4: only of whole models; leave --scope layer out",
         ),

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from d2dmoe_pl import ConfigError, merge_to_dense_, quantize_, save_artifact, set_backend_
+from d2dmoe_pl import ConfigError, GateConfig, merge_to_dense_, quantize_, save_artifact, set_backend_, set_gate_
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import PhaseRecord
 from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
@@ -123,6 +123,21 @@ def test_one_table_for_all_types_and_runtimes_with_scores(around, optimize, tmp_
     assert all(row.dense_dtype == "float32" and 0 <= row.score <= 100 for row in rows)
     assert len(as_table(rows).rows) == 7
     assert verdict(rows).startswith("batch of 2: fastest within 0.5 of the dense")
+
+
+@pytest.mark.thorough
+def test_models_that_are_compiled_ahead_of_time_run_by_their_programs(tmp_path, caplog):
+    model = tiny.routed("bert")
+    set_gate_(model, GateConfig("topk", k=2))  # in the place of which each choice sets a tau
+    save_artifact(model, tmp_path / "artifact", [PhaseRecord("RouterRegression")])
+    given = {"scope": ["model"], "batch_size": [1, 3], "backend": "auto", "compare": [], "rounds": 2}
+    settings = Settings(dtype=[torch.float32], optimize="ahead_of_time", device=torch.device("cpu"), **given)
+    rows = []
+    for comparison in artifact_comparisons(str(tmp_path / "artifact"), [0.3, 1.0], tiny.TextData(), 6, settings):
+        rows += measure(comparison, 2, torch.device("cpu"))
+    assert [(row.batch_size, row.tau) for row in rows] == [(1, 0.3), (1, 1.0), (3, 0.3), (3, 1.0)]
+    said = [record.getMessage() for record in caplog.records if "not compiled" in record.getMessage()]
+    assert all("input_ids [1, 1]" in line for line in said)  # texts of one token, which have none
 
 
 def test_bfloat16_around_int8_has_the_dense_model_in_that_type_beside_it(tmp_path):

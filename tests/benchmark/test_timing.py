@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from d2dmoe_pl.benchmark import timing
-from d2dmoe_pl.benchmark.comparison import ideal_speed_up
+from d2dmoe_pl.benchmark import comparison, timing
+from d2dmoe_pl.benchmark.comparison import Comparison, Way, ideal_speed_up, measure
 from d2dmoe_pl.benchmark.timing import Contender, Timing, alternate, peak_memory, summarise
 
 CPU = torch.device("cpu")
@@ -19,6 +19,46 @@ def test_contenders_take_turns(monkeypatch):
     contenders = {name: Contender(lambda name=name: called.append(name)) for name in ("dense", "moe")}
     assert set(alternate(contenders, 4, CPU)) == {"dense", "moe"}
     assert called == ["dense", "moe"] * (2 + 4)  # two to warm up
+
+
+def test_there_is_silence_before_each_sample(monkeypatch):
+    """In which a thread of the one before ends its waiting."""
+    clock = [0.0]
+    waits_until = [0.0]
+
+    def waiting():  # as ONNX Runtime does
+        clock[0] += 1.0
+        waits_until[0] = clock[0] + 0.03
+
+    def call():
+        clock[0] += 2.0 if clock[0] < waits_until[0] else 1.0
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "sleep", sleep)
+    contenders = {"other": Contender(waiting), "own": Contender(call)}
+    assert alternate(contenders, 4, CPU)["own"].median == pytest.approx(2.0)
+    assert alternate(contenders, 4, CPU, pause=0.1)["own"].median == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "threads", "is_silent"), [("onnxruntime", 2, True), ("onnxruntime", 1, False), ("auto", 2, False)]
+)
+def test_only_threads_of_other_runtimes_are_waited_for(name, threads, is_silent, monkeypatch):
+    pauses = []
+
+    def timed(contenders, rounds, device, pause):
+        pauses.append(pause)
+        return dict.fromkeys(contenders, Timing(1.0, 0.0))
+
+    monkeypatch.setattr(comparison, "alternate", timed)
+    monkeypatch.setattr(comparison.torch, "get_num_threads", lambda: threads)
+    way = Way(name, False, None, 1.0, 1.0, Contender(lambda: None))
+    compared = Comparison("model", "some", torch.float32, 4, 1, 8, Contender(lambda: None), [way])
+    measure(compared, 3, CPU)
+    assert (pauses[0] > 0.03) is is_silent
 
 
 @pytest.mark.parametrize(("at_most", "rounds"), [(18.0, 9), (17.0, 8), (1.0, 5)])

@@ -10,9 +10,8 @@ import tiny
 import transformers
 import yaml
 
-from d2dmoe_pl import compress, load_model
+from d2dmoe_pl import artifact_parts, compress, load_model
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.artifact_parts import copy_processor
 from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.compression import command
@@ -136,7 +135,7 @@ def test_what_lies_beside_a_model_goes_along_in_folders_too(tmp_path):
         (tmp_path / "artifact" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "artifact" / name).write_text(name)
     (tmp_path / "model").mkdir()
-    copy_processor(tmp_path / "artifact", tmp_path / "model")
+    artifact_parts.copy_processor(tmp_path / "artifact", tmp_path / "model")
     there = {str(file.relative_to(tmp_path / "model")) for file in (tmp_path / "model").rglob("*") if file.is_file()}
     assert there == set(beside)
 
