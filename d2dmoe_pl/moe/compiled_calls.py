@@ -177,7 +177,7 @@ class CompiledCalls:
         tensors = []
         for name in self._names:
             value = given.get(name)
-            if type(value) not in PLAIN or value.device.type != "cpu":
+            if not isinstance(value, Tensor) or type(value) not in PLAIN or value.device.type != "cpu":
                 return f"it was compiled for calls with {name}, a tensor on the CPU"
             if value.requires_grad and torch.is_grad_enabled():
                 return f"gradients are wanted of {name}"
