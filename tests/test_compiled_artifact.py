@@ -129,15 +129,6 @@ def test_too_long_a_text_is_the_models_own_error(both):
     assert errors[0] == errors[1]
 
 
-class Doubled(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs):
-        return 2 * self.module(*inputs)
-
-
 CHANGES = {
     "type": lambda model: model.double(),
     "rule": lambda model: set_gate_(model, GateConfig("topk", k=2)),
@@ -145,7 +136,9 @@ CHANGES = {
         GateConfig("dynk_max", 0.1)
     ),
     "backend": lambda model: set_backend_(model, "reference"),
-    "module": lambda model: setattr(model.bert.encoder.layer[1], "output", Doubled(model.bert.encoder.layer[1].output)),
+    "module": lambda model: setattr(
+        model.bert.encoder.layer[1], "output", tiny.Doubled(model.bert.encoder.layer[1].output)
+    ),
     "weight": lambda model: setattr(model.classifier, "weight", nn.Parameter(2 * model.classifier.weight)),
     "hook": lambda model: model.classifier.register_forward_hook(lambda module, args, output: 2 * output),
     "hook before": lambda model: model.classifier.register_forward_pre_hook(lambda module, args: (2 * args[0],)),

@@ -104,18 +104,11 @@ CHANGES = {
     "rule": lambda model: set_gate_(model, GateConfig("topk", k=2)),
     "number": lambda model: setattr(model.bert.encoder.layer[1].output.LayerNorm, "eps", 1.0),
     "setting": lambda model: setattr(model.config, "problem_type", "regression"),
-    "module": lambda model: setattr(model.bert.encoder.layer[1], "output", Doubled(model.bert.encoder.layer[1].output)),
+    "module": lambda model: setattr(
+        model.bert.encoder.layer[1], "output", tiny.Doubled(model.bert.encoder.layer[1].output)
+    ),
     "type": lambda model: model.double(),
 }
-
-
-class Doubled(nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs):
-        return 2 * self.module(*inputs)
 
 
 @pytest.mark.parametrize("change", CHANGES)
