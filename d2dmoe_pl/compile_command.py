@@ -12,7 +12,7 @@ from d2dmoe_pl.artifact import load_model, read_artifact
 from d2dmoe_pl.artifact_parts import copy_processor
 from d2dmoe_pl.chain_status import say
 from d2dmoe_pl.compile_arguments import AROUND, DTYPES
-from d2dmoe_pl.compiled_artifact import LENGTH, load_compiled, save_compiled
+from d2dmoe_pl.compiled_artifact import load_compiled, noise_for, save_compiled
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_
@@ -20,7 +20,6 @@ from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
 from d2dmoe_pl.whole_files import named_folder
 
-NUMBER = 2  # of samples that are tried
 # how far vectors of predictions may lie apart, relative to their lengths: where types round, gates may choose otherwise
 EXACT, ROUNDED = 1e-3, 0.5
 
@@ -69,7 +68,7 @@ def run_compile(config: Namespace) -> None:
 def _noise(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """A batch with all that the tokenizer beside the model gives to it."""
     adapter = adapter_for(model)
-    batch = adapter.random_inputs(model, NUMBER, LENGTH)
+    batch = noise_for(model)
     if "input_ids" not in batch or not any(folder.glob("tokenizer*")):
         return batch
     tokenizer = load_pretrained(AutoTokenizer, str(folder), "artifact")
@@ -85,8 +84,7 @@ def _noise(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 def _check_predictions(compiled: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> None:
     """Raise ``ConfigError`` if programs give anything but what ``model`` gives, up to the rounding of its types."""
     floating = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    given = {key: value.to(floating) if value.is_floating_point() else value for key, value in batch.items()}
-    expected, got = (adapter_for(each).logits(each, given).float() for each in (model, compiled))
+    expected, got = (adapter_for(each).logits(each, batch).float() for each in (model, compiled))
     difference = ((got - expected).norm() / expected.norm()).item()
     is_exact = floating == torch.float32 and not quantized_names(model)
     check(

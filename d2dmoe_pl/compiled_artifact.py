@@ -49,7 +49,7 @@ def save_compiled(
         >>> load_compiled(folder)(torch.zeros(1, 3, 224, 224)).shape
         torch.Size([1, 1000])
     """
-    given = adapter_for(model).random_inputs(model, 2, LENGTH) if batch is None else batch
+    given = noise_for(model) if batch is None else batch
 
     def save_beside(aside: Path) -> None:
         if save_processor is not None:
@@ -57,6 +57,13 @@ def save_compiled(
         write_programs(model, given, aside)
 
     save_artifact(model, path, history, save_beside)
+
+
+def noise_for(model: nn.Module) -> dict[str, Tensor]:
+    """A batch of two samples of noise, in the type that ``model`` is in."""
+    floating = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    batch = adapter_for(model).random_inputs(model, 2, LENGTH)
+    return {key: value.to(floating) if value.is_floating_point() else value for key, value in batch.items()}
 
 
 def load_compiled(path: str | Path) -> nn.Module:

@@ -19,6 +19,7 @@ from d2dmoe_pl import (
     set_gate_,
     set_tau_,
 )
+from d2dmoe_pl.cli import main
 from d2dmoe_pl.moe.find_layers import moe_layers
 
 TAUS = (0.2, 0.7, 1.0)
@@ -238,3 +239,16 @@ def test_other_families(kind, dtype, tmp_path):
             expected, got = tiny.logits(model, samples), tiny.logits(compiled, samples)
             assert (got - expected).norm() <= (1e-5 if dtype == "float32" else 0.05) * expected.norm()
     assert programs_run(compiled) == 2
+
+
+@pytest.mark.thorough
+@torch.no_grad()
+def test_pictures_are_given_in_the_type_of_the_model(tmp_path):
+    save_artifact(tiny.routed("timm_vit"), tmp_path / "before")
+    folders = ["--artifact", str(tmp_path / "before"), "--output_dir", str(tmp_path / "after")]
+    main(["compile", *folders, "--dtype", "bfloat16"])
+    compiled = load_compiled(tmp_path / "after")
+    pictures = tiny.batch()["pixel_values"].bfloat16()
+    expected = load_model(tmp_path / "before", dtype="bfloat16")(pictures)
+    assert (compiled(pictures) - expected).norm() < 0.05 * expected.norm()
+    assert programs_run(compiled) == 1
