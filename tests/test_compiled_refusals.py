@@ -150,3 +150,19 @@ def test_what_pytorch_cannot_export_is_refused(tmp_path):
     model = tiny.routed("t5")  # its head looks for the ends of texts
     with pytest.raises(ConfigError, match=r"^T5ForSequenceClassification: cannot be compiled ahead of time; PyTorch's"):
         save_compiled(model, tmp_path / "compiled")
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({"input_ids": torch.ones(2, 1, dtype=torch.int64)}, r"batch: input_ids is .*; must be of two tokens or more$"),
+        ({"input_ids": torch.ones(0, 8, dtype=torch.int64)}, r"batch: input_ids is .*; must be a tensor of one sample"),
+        ({"input_ids": [[1, 2]]}, r"batch: input_ids is .*; must be a tensor of one sample or more$"),
+        ({"text": torch.ones(2, 8)}, r"batch: BertForSequenceClassification cannot be called with text \("),
+        ({}, r"batch: BertForSequenceClassification cannot be called with nothing \("),
+    ],
+)
+def test_a_batch_that_is_none_is_refused(batch, said, tmp_path):
+    with pytest.raises(ConfigError, match=said):
+        save_compiled(tiny.routed("bert"), tmp_path / "compiled", batch)
+    assert not (tmp_path / "compiled").exists()

@@ -13,7 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.errors import ConfigError, check, one_line
+from d2dmoe_pl.errors import ConfigError, check, one_line, said_of
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.compiled_calls import CompiledCalls, Input, Program, Relation, held_tensors, named_arguments
 from d2dmoe_pl.moe.execution.cpu import compile_failure
@@ -71,6 +71,12 @@ def write_programs(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) 
     check(places <= {"cpu"}, f"{name}: is on {', '.join(sorted(places))}; must be on the CPU, where programs run")
     failure = compile_failure()
     check(failure is None, f"{name}: cannot be compiled ahead of time; the compiler says: {failure}")
+    for key, value in batch.items():
+        is_there = isinstance(value, Tensor) and value.dim() > 0 and len(value) > 0
+        check(is_there, f"batch: {key} is {said_of(value)}; must be a tensor of one sample or more")
+        check(
+            value.dim() != 2 or value.shape[1] > 1, f"batch: {key} is {said_of(value)}; must be of two tokens or more"
+        )
     leave_inference_mode_(model)
     model.eval().requires_grad_(False)
     (folder / DESCRIPTION).unlink(missing_ok=True)
@@ -167,10 +173,22 @@ def _call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _Call:
         seen.append((args, kwargs, output))
 
     with hooked([model.register_forward_hook(watch, with_kwargs=True)]):
-        adapter_for(model).logits(model, batch)
+        try:
+            adapter_for(model).logits(model, batch)
+        except ConfigError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            raise ConfigError(
+                f"batch: {type(model).__name__} cannot be called with {', '.join(batch) or 'nothing'} "
+                f"({one_line(str(error))})"
+            ) from error
     args, kwargs, output = seen[-1]
     given = {key: value for key, value in named_arguments(model, args, kwargs).items() if value is not None}
     tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
+    for key, value in tensors.items():
+        check(
+            value.dim() != 2 or value.shape[1] > 1, f"batch: {key} is {said_of(value)}; must be of two tokens or more"
+        )
     others = {type(leaf).__name__ for leaf in pytree.tree_leaves(output) if not isinstance(leaf, Tensor)}
     check(
         not others,
