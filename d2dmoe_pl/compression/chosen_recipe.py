@@ -17,6 +17,8 @@ from d2dmoe_pl.moe.find_layers import expert_layers, select_ffns
 BUDGETS = [0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 0.35, 0.5, 0.6, 0.75]
 EXPERT_DIM = 24  # neurons of an expert, about
 EXPERTS = (8, 128)  # of a layer
+NARROW_EXPERT_DIM = 4  # where nothing is at rest, and few neurons fire together
+NARROW_EXPERTS = (8, 512)
 SHORTEST = 8  # tokens of a text, of which attention is next to nothing
 
 
@@ -53,13 +55,18 @@ class Sizes:
     tells_hidden_states: bool
 
 
-def sizes_of(structure: nn.Module) -> Sizes:
-    """Sizes of a dense model on the meta device, which is converted on the way."""
+def sizes_of(structure: nn.Module, is_narrow: bool = False) -> Sizes:
+    """Sizes of a dense model on the meta device, which is converted on the way.
+
+    Args:
+        structure: The model.
+        is_narrow: Whether experts are to be of a few neurons, and what is beside them twice as large.
+    """
     ffns = select_ffns(structure)
     widest = max(ffns, key=lambda ffn: ffn.d_ff)
-    num_experts = _num_experts([ffn.d_ff for ffn in ffns])
-    width = max(8, round(widest.d_model / 12 / 8) * 8)
-    rank = max(4, round(widest.d_ff / 96))  # 1% of an FFN
+    num_experts = _num_experts([ffn.d_ff for ffn in ffns], is_narrow)
+    width = max(8, round(widest.d_model / (9 if is_narrow else 12) / 8) * 8)
+    rank = max(4, round(widest.d_ff / (48 if is_narrow else 96)))  # 1% of an FFN
     is_sparse = all(ffn.is_sparse for ffn in ffns)
     dense = sum(map(_neurons_cost, ffns))
     beside = sum(width * (ffn.d_model + num_experts) + rank * 2 * ffn.d_model + ffn.d_model for ffn in ffns)
@@ -117,39 +124,39 @@ def chosen_phases(
         num_samples: Of the training split.
     """
     phases: dict[str, Any] = {}
-    tuned = {"optimizer": _adamw(_learning_rate(sizes.parameters), 0.01)}
+    tuned = {"optimizer": adamw(learning_rate(sizes.parameters), 0.01)}
     clipped = {"gradient_clip_val": 1.0}
     is_image, is_embedding = task == "image-classification", task == "embeddings"
     kept = {"hidden_weight": 1.0} if is_embedding and sizes.tells_hidden_states else {}
     if effort == "hours":
         swap = {"activation": "relu"} if sizes.takes_relu and not sizes.is_sparse else {}
         if needs_head or swap:
-            phases["fine_tuning"] = _phase(
+            phases["fine_tuning"] = phase(
                 "FineTuning", {**swap, **kept, **tuned}, {"max_epochs": _epochs(32_000, num_samples)} | clipped
             )
         smooth = {} if sizes.is_sparse or swap else {"displacement": 0.0}  # which gives no zeros to count
         alpha = 3e-4 if is_embedding else 1e-3
-        phases["sparsity_enforcement"] = _phase(
+        phases["sparsity_enforcement"] = phase(
             "SparsityEnforcement",
             {"penalty": "hoyer", "alpha": alpha, "schedule": "warmup", **smooth, **kept, **tuned},
             {"max_epochs": _epochs(48_000, num_samples)} | clipped,
         )
-    phases["expert_clustering"] = _phase(
+    phases["expert_clustering"] = phase(
         "ExpertClustering", {"num_experts": sizes.num_experts, "split": "activation", "num_samples": 1024}
     )
     epochs = _epochs(80_000, num_samples)
-    phases["router_regression"] = _phase(
+    phases["router_regression"] = phase(
         "RouterRegression",
-        {"width": sizes.router_width, "rule": "dynk_max", "optimizer": _adamw(2e-3, 0.0), "decay": "cosine"},
+        {"width": sizes.router_width, "rule": "dynk_max", "optimizer": adamw(2e-3, 0.0), "decay": "cosine"},
         {"max_epochs": epochs, "check_val_every_n_epoch": epochs},
     )
     if is_image:  # as they are, so that what routers see is the same in every epoch, and kept
         phases["router_regression"]["data"] = {"init_args": {"augment": False}}
-    phases["stand_in_fitting"] = _phase("StandInFitting", {"rank": sizes.rank})
+    phases["stand_in_fitting"] = phase("StandInFitting", {"rank": sizes.rank})
     if effort == "hours":
         epochs = _epochs(32_000, num_samples)
         penalised = {"alpha": 3e-4, "task_weight": 1.0, "beta": 0.0, **kept} if is_embedding else {}
-        phases["recovery_tuning"] = _phase(
+        phases["recovery_tuning"] = phase(
             "RecoveryTuning",
             {**penalised, **tuned},
             {"max_epochs": epochs, "check_val_every_n_epoch": epochs} | clipped,
@@ -159,16 +166,17 @@ def chosen_phases(
     few = {"num_samples": 256, "num_scored_samples": 1000, "num_scored_points": 12, "keep": 0.65}
     samples = few if quick else {}
     # not in mixed precision, in which the CPU's operators are not used
-    phases["budget_calibration"] = _phase("BudgetCalibration", samples, {"precision": "32-true", "callbacks": [sweep]})
+    phases["budget_calibration"] = phase("BudgetCalibration", samples, {"precision": "32-true", "callbacks": [sweep]})
     first = next(iter(phases.values()))
     first["model"]["init_args"] |= start
     return phases
 
 
-def _num_experts(widths: Sequence[int]) -> int:
-    """The divisor of all widths that is nearest to what gives experts of ``EXPERT_DIM`` neurons."""
+def _num_experts(widths: Sequence[int], is_narrow: bool) -> int:
+    """The divisor of all widths that is nearest to what gives experts of so many neurons."""
     common = math.gcd(*widths)
-    wanted = min(max(widths[0] / EXPERT_DIM, EXPERTS[0]), EXPERTS[1])
+    neurons, (least, most) = (NARROW_EXPERT_DIM, NARROW_EXPERTS) if is_narrow else (EXPERT_DIM, EXPERTS)
+    wanted = min(max(widths[0] / neurons, least), most)
     divisors = [each for each in range(1, common + 1) if common % each == 0]
     return min(divisors, key=lambda each: abs(math.log(each / wanted)))
 
@@ -178,7 +186,7 @@ def _neurons_cost(ffn: FFN) -> int:
     return ffn.d_ff * ffn.d_model * (2 if ffn.gate_proj is None else 3)
 
 
-def _learning_rate(parameters: int) -> float:
+def learning_rate(parameters: int) -> float:
     """Smaller models take larger steps."""
     return 1e-4 if parameters < 5e7 else 5e-5 if parameters < 2e8 else 2e-5
 
@@ -188,10 +196,12 @@ def _epochs(samples: int, num_samples: int) -> int:
     return min(max(round(samples / num_samples), 1), 20)
 
 
-def _adamw(lr: float, weight_decay: float) -> dict[str, Any]:
+def adamw(lr: float, weight_decay: float) -> dict[str, Any]:
+    """What a recipe says of an optimizer."""
     return {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": weight_decay}}
 
 
-def _phase(name: str, init_args: Mapping[str, Any], trainer: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    phase: dict[str, Any] = {"model": {"class_path": name, "init_args": dict(init_args)}}
-    return phase | ({"trainer": dict(trainer)} if trainer else {})
+def phase(name: str, init_args: Mapping[str, Any], trainer: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a recipe says of a phase, by the name of its class."""
+    made: dict[str, Any] = {"model": {"class_path": name, "init_args": dict(init_args)}}
+    return made | ({"trainer": dict(trainer)} if trainer else {})

@@ -16,18 +16,23 @@ from d2dmoe_pl.adapters import HEADS, KEY, HuggingFaceModel, ModelSource, TimmMo
 from d2dmoe_pl.artifact import CONFIG, build_structure, read_artifact
 from d2dmoe_pl.chain import default_recipe
 from d2dmoe_pl.compression.chosen_recipe import Sizes, chosen_phases, sizes_of
+from d2dmoe_pl.compression.language_recipe import language_phases, language_trainer
 from d2dmoe_pl.compression.own_data import data_config
 from d2dmoe_pl.compression.target import Target
+from d2dmoe_pl.data.gguf_files import ENDING, folder_and_file
 from d2dmoe_pl.data.head import LABELLED_HEADS, VOCABULARY_HEADS, Head
+from d2dmoe_pl.data.language_modeling.language_modeling import LanguageModeling
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.output_names import are_placeholders, places
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check, some_of
 from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phases._labels import unlike
+from d2dmoe_pl.phases._slow_types import bfloat16_slowdown
 from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
 
+FASTER = 0.8  # of float32's time, at which what is around products does not eat up what bfloat16 saves
 PROCESSORS = {"image-classification": AutoImageProcessor, "audio-classification": AutoFeatureExtractor}
 
 
@@ -69,16 +74,21 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
             f"effort='minutes': {given.model} has no head for {some_of(unknown, 5)}{has}, and minutes trains none; "
             f"must be hours, or a model that has been trained on these labels{told}"
         )
-    sizes = sizes_of(structure)
+    writes = task == "causal-language-modeling" and target.kind != "speed"  # by the clock of batches that are read
+    sizes = sizes_of(structure, is_narrow=writes)
     _check_reachable(target, sizes)
     if loaded.head not in (*VOCABULARY_HEADS, "token-classification"):  # whose samples are many predictions each
         check_enough(loaded.num_validation_samples, sizes.num_layers, "data")
-    phases = chosen_phases(sizes, start, given.effort, needs_head, task, loaded.num_training_samples)
+    samples, batch_size = loaded.num_training_samples, loaded.batch_size
+    if isinstance(loaded, LanguageModeling):
+        phases = language_phases(sizes, start, given.effort, writes, loaded.length, samples, batch_size)
+    else:
+        phases = chosen_phases(sizes, start, given.effort, needs_head, task, samples)
     logged_every = min(50, max(1, loaded.num_training_samples // loaded.batch_size))  # once an epoch at least
     trainer: dict[str, Any] = {"log_every_n_steps": logged_every, "enable_model_summary": False}
-    if torch.cuda.is_available() or (
-        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if isinstance(loaded, LanguageModeling):
+        trainer |= language_trainer(batch_size)
+    if torch.cuda.is_available() or bfloat16_slowdown() < FASTER:
         trainer["precision"] = "bf16-mixed"
     return {"seed": given.seed, "shared": {"data": own, "trainer": trainer}, "phases": phases}
 
@@ -109,7 +119,8 @@ def _start(model: str, task: str, is_timm: bool) -> tuple[ModelSource | None, di
         stage = read_artifact(model, "model").stage
         check(stage == "dense", f"model={model!r}: is at stage {stage!r}; must be a dense model")
         return None, {"init_from": model}
-    named: dict[str, Any] = {"task": task, "name": model}
+    folder, file = folder_and_file(model) if model.endswith(ENDING) else (model, None)
+    named: dict[str, Any] = {"task": task, "name": folder} | ({} if file is None else {"gguf_file": file})
     return HuggingFaceModel(**named), {"source": {"class_path": "HuggingFaceModel", "init_args": named}}
 
 

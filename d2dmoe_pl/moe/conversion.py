@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
-from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, Cutoffs
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, CutoffConfigs, Cutoffs
 from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
 from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, check_weights_are_here, moe_layers, select_ffns
 from d2dmoe_pl.moe.gating import GATING_RULES, Gate, GateConfig, check_tau, takes_k
@@ -161,7 +161,7 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
         layer.stand_in = None if config.rank == 0 else make_stand_in(layer.own_experts, config)
 
 
-def add_cutoffs_(model: nn.Module, config: CutoffConfig, filter_fn: LayerFilterFn | None = None) -> None:
+def add_cutoffs_(model: nn.Module, config: CutoffConfigs, filter_fn: LayerFilterFn | None = None) -> None:
     """Give every MoE layer cutoffs, which leave out nothing until they are fitted; with shares of 1, take them away.
 
     Where there are no gates to cut, the share of these is taken as 1.
@@ -169,9 +169,9 @@ def add_cutoffs_(model: nn.Module, config: CutoffConfig, filter_fn: LayerFilterF
     Raises:
         ConfigError: If there is no MoE layer.
     """
-    for layer in select_moe_layers(model, filter_fn).values():
-        experts = layer.own_experts
-        own = config if experts.is_gated else replace(config, gate_proj=1.0)
+    for name, layer in select_moe_layers(model, filter_fn).items():
+        experts, own = layer.own_experts, config if isinstance(config, CutoffConfig) else config[name]
+        own = own if experts.is_gated else replace(own, gate_proj=1.0)
         layer.cutoffs = None if own.leaves_out_nothing else Cutoffs(own).to(experts.down_weight.device)
 
 

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
@@ -24,6 +24,10 @@ class Calibration(OrderedPass):
     @abstractmethod
     def calibrate_(self) -> None:
         """Set the model up; called on every process."""
+
+    def curvature_loss(self, batch: Batch, number: int) -> Tensor:
+        """What gradients are wanted of to tell what settings do, of the batch of a number, summed over predictions."""
+        return self.task.weight(batch) * self.task.curvature_loss(self.logits(batch), batch, number)
 
     def transform_(self, model: nn.Module) -> None:
         layers = moe_layers(model)

@@ -205,7 +205,7 @@ class BudgetCalibration(Calibration):
         sums = SecondOrder(self.model, grids)
         for number, batch in enumerate(batches):
             on_device = moved(self, batch)
-            sums.add(partial(self.run_layers, on_device), partial(self._curvature_loss, on_device, number))
+            sums.add(partial(self.run_layers, on_device), partial(self.curvature_loss, on_device, number))
         parts = (sums.divergences, sums.work, sums.beside, sums.tokens)
         divergences, work, beside, tokens = (summed(self, part.to(self.device)).tolist() for part in parts)
         dense = sum(n * dense_ffn_flops(layer.sizes) for n, layer in zip(tokens, layers.values(), strict=True))
@@ -214,10 +214,6 @@ class BudgetCalibration(Calibration):
             for *of_layer, layer in zip(work, beside, layers.values(), strict=True)
         ]
         return additive_path(grids, [[each / predictions for each in steps] for steps in divergences], costs)
-
-    def _curvature_loss(self, batch: Batch, number: int) -> Tensor:
-        """Of the batch of a number, summed over predictions."""
-        return self.task.weight(batch) * self.task.curvature_loss(self.logits(batch), batch, number)
 
     def _measure(self, samples: BesideDense, taus: Sequence[float]) -> Measured:
         """Divergence and FFN FLOPs, share of the dense ones', with a tau for each layer."""

@@ -11,6 +11,8 @@ from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_budget_
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
+from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases import BudgetCalibration, CutoffFitting
 from d2dmoe_pl.phases._preflight import preflight
 
@@ -70,6 +72,30 @@ def test_budgets_count_what_is_left_out(trainer, routed, estimate):
     assert set_budget_(phase.model, ffn_flops=0.4).ffn_flops == pytest.approx(0.4, abs=0.01)
 
 
+@pytest.mark.parametrize("given", [{}, {"inputs": 1.0}])
+@torch.no_grad()
+def test_shares_that_are_not_given_are_each_layers_own(trainer, routed, given):
+    run = trainer(callbacks=[SaveArtifact()])
+    run.fit(CutoffFitting(ffn_flops=0.3, num_tokens=200, init_from=routed, **given), datamodule=tiny.TextData(8))
+    fitted = load_model(f"{run.log_dir}/artifact")
+    found = [layer.cutoffs.config for layer in moe_layers(fitted).values()]
+    assert found[0] != found[1]
+    assert all(config.hidden < 1 and config.gate_proj == 1 for config in found)
+    assert not given or {config.inputs for config in found} == {1.0}
+    restored = CutoffFitting(ffn_flops=0.3, init_from=routed, **given)
+    run.save_checkpoint(f"{run.log_dir}/last.ckpt")
+    trainer().fit(restored, datamodule=tiny.TextData(8), ckpt_path=f"{run.log_dir}/last.ckpt")
+    assert [layer.cutoffs.config for layer in moe_layers(restored.model).values()] == found
+    batch = tiny.batch("bert")
+    assert torch.equal(tiny.logits(restored.model.eval(), batch), tiny.logits(fitted.eval(), batch))
+
+
+def test_gates_are_looked_for_with_the_others_alone():
+    assert CutoffFitting(0.7, 0.4).search.start == CutoffConfig(0.7, 0.4)
+    assert CutoffFitting(0.7, 0.4).search.free(is_gated=True) == []
+    assert CutoffFitting(0.7).search.free(is_gated=True) == ["hidden", "gate_proj"]
+
+
 def test_refused_before_anything_runs(artifact):
     with pytest.raises(ConfigError, match="is the work of ExpertClustering, at stage 'experts'"):
         preflight([CutoffFitting(init_from=artifact("experts"))])
@@ -77,3 +103,5 @@ def test_refused_before_anything_runs(artifact):
         CutoffFitting(num_tokens=0)
     with pytest.raises(ConfigError, match=r"inputs=2: must lie in \(0, 1\]"):
         CutoffFitting(inputs=2)
+    with pytest.raises(ConfigError, match=r"ffn_flops=1: must lie in \(0, 1\), a share of the dense FFNs' FLOPs"):
+        CutoffFitting(ffn_flops=1)

@@ -1,18 +1,14 @@
 """What a layer's setting would add to the divergence, from one gradient: no setting is run through the whole model."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from d2dmoe_pl.hooks import first_given, hooked
+from d2dmoe_pl.moe.budgets.output_gradients import along_gradients, output_gradients
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.stand_ins.stand_in import skipped_share
-from d2dmoe_pl.moe.token_context import real_tokens
 
 CHUNK = 2048  # tokens whose activations of all experts are held at once
 
@@ -54,52 +50,21 @@ class SecondOrder:
             loss: The same, and gives the negative log-likelihood of the labels, summed over predictions, or what else
                 has gradients for ``g``.
         """
-        for layer in self.layers:
-            layer.get_gate().set_tau(1.0)
-        outputs: list[list[Tensor]] = [[] for _ in self.layers]
+        output_gradients(self.model, self.layers, run, loss, self._add_steps)
 
-        def keep(index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            outputs[index].append(output if output.requires_grad else output.requires_grad_())
-
-        with torch.enable_grad(), _frozen(self.model), self._after_each(keep):
-            total = loss()
-        gradients = iter(torch.autograd.grad(total, [output for called in outputs for output in called]))
-        of_calls = [[next(gradients).float() for _ in called] for called in outputs]
-        outputs.clear()
-
-        def measure(index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            self._add_steps(index, first_given(args, kwargs), of_calls[index].pop(0))
-
-        with torch.no_grad(), self._after_each(measure):
-            run()
-
-    def _after_each(self, hook: Callable[[int, nn.Module, tuple, dict, Tensor], None]) -> AbstractContextManager[None]:
-        return hooked(
-            layer.register_forward_hook(partial(hook, index), with_kwargs=True)
-            for index, layer in enumerate(self.layers)
-        )
-
-    def _add_steps(self, index: int, x: Tensor, gradient: Tensor) -> None:
-        """Add what every setting of one layer would change in its output, ``(..., d_out)``, for what it is given.
+    def _add_steps(self, index: int, tokens: Tensor, slopes: Tensor) -> None:
+        """Add what every setting of one layer would change in its output for what it is given.
 
         What is wanted of a change is its product with the gradient. That is a sum over experts, so that a further
         setting costs its mask and no product with weights.
         """
-        layer, gate = self.layers[index], self.layers[index].get_gate()
-        real = layer.context.token_index
-        rows = real_tokens(x.reshape(-1, x.shape[-1]), real).to(layer.own_experts.up_weight.dtype)  # (N, d_model)
-        slopes = real_tokens(gradient.reshape(-1, gradient.shape[-1]), real)  # (N, d_out)
-        # what little a step changes would drown in the rounding of narrow types
-        with torch.autocast(x.device.type, enabled=False):
-            for tokens, slope in zip(rows.split(CHUNK), slopes.split(CHUNK), strict=True):
-                self._add_chunk(index, layer, gate, tokens, slope)
-        self.tokens[index] += len(rows)
-        gate.set_tau(1.0)
+        for some, slopes_of_some in zip(tokens.split(CHUNK), slopes.split(CHUNK), strict=True):
+            self._add_chunk(index, self.layers[index], some, slopes_of_some)
+        self.tokens[index] += len(tokens)
 
-    def _add_chunk(self, index: int, layer: MoELayer, gate: Gate, tokens: Tensor, slopes: Tensor) -> None:
-        experts, scores = layer.own_experts, layer.get_router()(tokens)
-        down = layer.with_experts(lambda used, given: used.weights_in(given.dtype)[4].float(), tokens)  # (E, s, d_out)
-        along = (slopes @ down.flatten(0, 1).t()).unflatten(1, (experts.num_experts, -1))  # (N, E, s)
+    def _add_chunk(self, index: int, layer: MoELayer, tokens: Tensor, slopes: Tensor) -> None:
+        experts, gate, scores = layer.own_experts, layer.get_gate(), layer.get_router()(tokens)
+        along = along_gradients(layer, tokens, slopes)  # (N, E, s)
         in_full: Tensor | None = None  # what stands in for all experts, along the gradient
         if layer.stand_in is not None:
             none = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
@@ -121,16 +86,3 @@ class SecondOrder:
             dense = output if dense is None else dense
             self.divergences[index, step] += 0.5 * (output - dense).double().square().sum().cpu()
             self.work[index, step] += float((mask if work is None else work * mask).sum(dtype=torch.float64))
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Keep no gradients of parameters, nor what they would be computed from."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

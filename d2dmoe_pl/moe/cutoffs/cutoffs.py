@@ -3,6 +3,7 @@
 So are neurons of small gates, as in CATS (arXiv 2404.08763).
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -68,6 +69,10 @@ class CutoffConfig:
     def described(self) -> dict[str, float]:
         """The settings that an artifact keeps, by name: as before there were cutoffs of gates where there are none."""
         return {name: value for name, value in asdict(self).items() if name != "gate_proj" or value != 1}
+
+
+CutoffConfigs = CutoffConfig | Mapping[str, CutoffConfig]
+"""One for all layers, or each layer's own, by its name."""
 
 
 def cut(values: Tensor, cutoff: Tensor | float) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.moe.conversion import add_cutoffs_, check_chosen, select_moe_layers
-from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, CutoffConfigs
 from d2dmoe_pl.moe.find_layers import LayerFilterFn
 from d2dmoe_pl.moe.layer import observed
 
@@ -47,13 +47,13 @@ class Magnitudes:
 @torch.no_grad()
 def fit_cutoffs_(
     model: nn.Module,
-    config: CutoffConfig,
+    config: CutoffConfigs,
     filter_fn: LayerFilterFn | None = None,
     *,
     run: Callable[[], object],
     reduce: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> None:
-    """Give every MoE layer cutoffs that leave ``config``'s shares of what it is given with every expert on.
+    """Give every MoE layer cutoffs that leave the shares of ``config`` of what it is given with every expert on.
 
     Args:
         model: With routers and gates; in evaluation mode. A layer that no token comes to leaves nothing out.
@@ -66,11 +66,9 @@ def fit_cutoffs_(
         ConfigError: If there is no MoE layer, or one without a router or a gate.
     """
     layers = select_moe_layers(model, filter_fn)
-    if config.leaves_out_nothing:
-        add_cutoffs_(model, config, filter_fn)
-        return
-    check_chosen(layers)
-    add_cutoffs_(model, config, filter_fn)
+    own = {name: config if isinstance(config, CutoffConfig) else config[name] for name in layers}
+    check_chosen({name: layer for name, layer in layers.items() if not own[name].leaves_out_nothing})
+    add_cutoffs_(model, own, filter_fn)
     cutoffs = {name: layer.cutoffs for name, layer in layers.items() if layer.cutoffs is not None}
     seen = {
         name: [Magnitudes(layers[name].own_experts.down_weight.device) for _ in each.config.shares]
@@ -86,6 +84,8 @@ def fit_cutoffs_(
         for each in of_gates:
             each.add(layers[name].own_experts.gates(tokens))  # inside their call, in which weights are adapted already
 
+    if not cutoffs:
+        return
     settings = {name: layer.get_gate().config for name, layer in layers.items()}
     for layer in layers.values():
         layer.get_gate().set_tau(1.0)
