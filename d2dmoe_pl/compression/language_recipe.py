@@ -8,7 +8,7 @@ from d2dmoe_pl.compression.chosen_recipe import Sizes, adamw, learning_rate, pha
 
 ROUTER_BLOCKS = 384  # that routers learn from, one a step
 LOOKED_AT = 16  # blocks that a calibration goes by
-EVALUATED = 32  # of a split
+EVALUATED = 16  # of a split
 TUNED_TOKENS = 1_000_000  # that a model learns from in an epoch, at most
 BUDGETS = [0.1, 0.25, 0.375, 0.5, 0.75, 1.0]
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from d2dmoe_pl.moe.budgets.allocation import shares_at, tau_grid
+from d2dmoe_pl.moe.budgets.allocation import FINE_TAUS, shares_at, tau_grid
 from d2dmoe_pl.moe.budgets.output_gradients import along_gradients
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, cut
 from d2dmoe_pl.moe.cutoffs.fitting import Magnitudes
 from d2dmoe_pl.moe.layer import MoELayer
 
 KEEP = 0.9  # of a share, at each step down
-KEEP_EXPERTS = 0.8  # of those that run
+KEEP_EXPERTS = 0.75  # of those that run
 LEAST_SHARE = 0.05
 SITES = ("inputs", "hidden", "gate_proj")
 
@@ -78,14 +78,16 @@ def way_down(
         return None
     sizes = layer.own_experts
     dense = 2.0 * number * sizes.dense_dim * ((2 if sizes.is_gated else 1) * sizes.d_model + sizes.d_out)
-    samples = _Samples(layer, tokens, slopes, number, reduce)
+    samples = _Samples(layer, tokens, slopes, number, ffn_flops / 2, reduce)
     config, tau = start, 1.0
     ((divergence, flops),) = samples.measured([(config, tau)])
     points = [Point(config, tau, divergence, flops)]
     while flops > ffn_flops * dense:
         lower = {site: samples.next_share(site, getattr(config, site)) for site in free}
         settings = [(replace(config, **{site: to}), tau) for site, to in lower.items() if to >= LEAST_SHARE]
-        settings += [(config, to) for to in samples.taus if to < tau and to <= start.full_tau]
+        fewer = [to for to in samples.taus if to < tau and to <= start.full_tau]
+        # the first step is to pay for the router too, and may be a long one
+        settings += [(config, to) for to in (fewer if tau == 1 else fewer[:2])]
         steps = [
             ((added - divergence) / (flops - left), setting, added, left)
             for setting, (added, left) in zip(settings, samples.measured(settings), strict=True)
@@ -101,14 +103,17 @@ def way_down(
 class _Samples:
     """Some tokens of a layer, and what its settings do to them."""
 
-    def __init__(self, layer: MoELayer, tokens: Tensor, slopes: Tensor, number: int, reduce: Reduce) -> None:
+    def __init__(
+        self, layer: MoELayer, tokens: Tensor, slopes: Tensor, number: int, least: float, reduce: Reduce
+    ) -> None:
         self.layer, self.tokens, self.reduce = layer, tokens, reduce
         self.sizes, self.gate = layer.own_experts, layer.get_gate()
         self.along = along_gradients(layer, tokens, slopes)  # (N, E, s)
         self.scores = layer.get_router()(tokens)
         self.order = self.gate.order(self.scores)
         shares = reduce(shares_at(self.scores.float(), self.gate.config.rule).to(tokens.device) * len(tokens))
-        self.taus = tau_grid((shares / number).tolist(), KEEP_EXPERTS)
+        run = dict(zip(FINE_TAUS, (shares / number).tolist(), strict=True))
+        self.taus = [tau for tau in tau_grid([*run.values()], KEEP_EXPERTS) if run[tau] >= least]
         self.choices: dict[float, tuple[Tensor, int]] = {}  # by tau
         self.of_inputs: dict[float, tuple[Tensor, ...]] = {}  # by share
         self.of_configs: dict[CutoffConfig, tuple[Tensor, Tensor]] = {}
@@ -137,7 +142,7 @@ class _Samples:
             mask, beside = self._choice(tau)  # (N, E)
             worth, products = worth * mask, products * mask
         divergence = 0.5 * (worth.sum(dim=1) - self.dense).double().square().sum()
-        return torch.stack([divergence, 2 * products.double().sum() + beside])
+        return torch.stack([divergence, 2 * products.sum(dtype=torch.float64) + beside])
 
     def _of_experts(self, config: CutoffConfig) -> tuple[Tensor, Tensor]:
         """What each gives along the gradient, and how many products that takes, ``(N, E)`` each."""
