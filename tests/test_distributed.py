@@ -146,13 +146,14 @@ def test_a_whole_chain_under_ddp_from_scratch(one_process, tmp_path):
 
 
 @pytest.mark.thorough
-def test_stand_ins_and_budgets_are_those_of_one_process(one_process, tmp_path):
+def test_cutoffs_stand_ins_and_budgets_are_those_of_one_process(one_process, tmp_path):
     recipe, one = one_process
     shared = yaml.safe_load(Path(recipe).read_text())["shared"]
-    start = {"init_from": str(one / "router_regression" / "artifact"), "rank": 4, "num_tokens": 300}
+    start = {"init_from": str(one / "router_regression" / "artifact"), "num_tokens": 300}
     calibration = {"num_samples": 120, "num_scored_points": 4, "keep": 0.5}
     phases = {
-        "stand_in_fitting": {"model": {"class_path": "StandInFitting", "init_args": start}},
+        "cutoff_fitting": {"model": {"class_path": "CutoffFitting", "init_args": start}},
+        "stand_in_fitting": {"model": {"class_path": "StandInFitting", "init_args": {"rank": 4, "num_tokens": 300}}},
         "budget_calibration": {"model": {"class_path": "BudgetCalibration", "init_args": calibration}},
     }
     file = tmp_path / "calibration.yaml"
@@ -163,6 +164,8 @@ def test_stand_ins_and_budgets_are_those_of_one_process(one_process, tmp_path):
     of_one, of_two = (load_file(each / "stand_in_fitting" / "artifact" / "d2dmoe.safetensors") for each in folders)
     for name in (name for name in of_one if "stand_in" in name):
         assert of_one[name].any()
+    for name in (name for name in of_one if "cutoffs" in name):
+        torch.testing.assert_close(of_two[name], of_one[name], rtol=0.1, atol=0)
     maps = [
         {
             name: tensors[name.replace("up", "down")].t() @ tensors[name][:-1]

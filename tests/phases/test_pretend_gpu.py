@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("torch.utils.backend_registration", reason="PyTorch has no backends in Python")
 SCRIPT = Path(__file__).parents[1] / "pretend_gpu.py"
 DONE = {
-    "d2dmoe": "FineTuning SparsityEnforcement ExpertClustering RouterRegression StandInFitting RecoveryTuning "
-    "BudgetCalibration BudgetDistillation BudgetCalibration",
+    "d2dmoe": "FineTuning SparsityEnforcement ExpertClustering RouterRegression CutoffFitting StandInFitting "
+    "RecoveryTuning BudgetCalibration BudgetDistillation BudgetCalibration",
     "projections": "FineTuning AttentionDistillation SparsityEnforcement ExpertClustering RouterRegression",
     "moefication": "FineTuning ExpertClustering ExpertSelection",
     "moebert": "FineTuning ImportanceScoring MoEBERTDistillation",

@@ -24,6 +24,7 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.phases import (
     AttentionDistillation,
     BudgetCalibration,
+    CutoffFitting,
     FineTuning,
     RecoveryTuning,
     RouterRegression,
@@ -61,6 +62,7 @@ def test_nothing_logged_by_layer_and_a_wide_type(trainer, digits, artifact, make
 @pytest.mark.parametrize(
     "make",
     [
+        lambda start: CutoffFitting(num_tokens=100, init_from=start),
         lambda start: StandInFitting(rank=2, num_tokens=100, init_from=start),
         lambda start: BudgetCalibration(num_samples=20, num_scored_samples=20, num_scored_points=2, init_from=start),
     ],

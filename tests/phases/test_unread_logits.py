@@ -15,6 +15,7 @@ from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.phases import (
     AttentionDistillation,
     BudgetCalibration,
+    CutoffFitting,
     ExpertClustering,
     RouterRegression,
     StandInFitting,
@@ -26,6 +27,7 @@ PHASES = {
     "clustering": ("dense", partial(ExpertClustering, 8, num_samples=16)),
     "attention": ("dense", partial(AttentionDistillation, optimizer=ADAM)),
     "routers": ("experts", partial(RouterRegression, 8, optimizer=ADAM)),
+    "cutoffs": ("routed", partial(CutoffFitting, num_tokens=300)),
     "stand-ins": ("routed", partial(StandInFitting, rank=4, num_tokens=300)),
     "budgets": ("routed", partial(BudgetCalibration, num_samples=16, num_scored_points=2, estimate="gradients")),
 }
@@ -73,4 +75,4 @@ def test_the_same_to_the_bit_from_one_position(trainer, tmp_path, make_data, mon
     assert len(positions[0]) == len(positions[1]) > 0
     assert set(positions[1]) == {12}
     # a gradient and scores are of logits
-    assert set(positions[0]) == ({1, 12} if which == "budgets" else {1})
+    assert set(positions[0]) == ({1, 12} if which in ("budgets", "cutoffs") else {1})
