@@ -33,8 +33,8 @@ PARTS = {
 OPTIONAL = ("tensors", "projections", "quantized", "budgets", "activations", "types")
 # of what is under our key; artifacts from before there were formats have none, dense ones are as in format 1
 DENSE_FORMAT, CONVERTED_FORMAT, INT8_FORMAT, BUDGETS_FORMAT, ACTIVATIONS_FORMAT, CUTOFFS_FORMAT = 1, 2, 3, 4, 5, 6
-GATE_CUTOFFS_FORMAT = 7
-FORMAT = GATE_CUTOFFS_FORMAT  # the newest
+GATE_CUTOFFS_FORMAT, HALFWAY_CUTOFFS_FORMAT = 7, 8
+FORMAT = HALFWAY_CUTOFFS_FORMAT  # the newest
 
 
 @dataclass
@@ -126,6 +126,8 @@ def tensor_file(name: str) -> str:
 def format_of(made: Mapping[str, Any], is_converted: bool) -> int:
     """The oldest format in which all of ``made`` can be said."""
     cutoffs = [layer["cutoffs"] for layer in made["layers"].values() if "cutoffs" in layer]
+    if any("halfway" in each for each in cutoffs):
+        return HALFWAY_CUTOFFS_FORMAT
     if cutoffs:
         return GATE_CUTOFFS_FORMAT if any("gate_proj" in each for each in cutoffs) else CUTOFFS_FORMAT
     if made.get("activations"):

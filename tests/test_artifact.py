@@ -137,10 +137,10 @@ def test_it_says_its_format_and_a_newer_one_is_refused_in_one_line(saved):
     file = saved / "config.json"
     config = json.loads(file.read_text())
     assert config["d2dmoe"]["format"] == 2
-    config["d2dmoe"]["format"] = 8
+    config["d2dmoe"]["format"] = 9
     file.write_text(json.dumps(config))
     with pytest.raises(
-        ConfigError, match=r"^path='.*': has format 8, that of a newer d2dmoe_pl; this one reads formats up to 7$"
+        ConfigError, match=r"^path='.*': has format 9, that of a newer d2dmoe_pl; this one reads formats up to 8$"
     ):
         load_model(saved)
 

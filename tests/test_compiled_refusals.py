@@ -146,6 +146,7 @@ def test_where_all_experts_would_be_computed_it_is_refused(tmp_path):
     assert not (tmp_path / "compiled").exists()
 
 
+@pytest.mark.thorough
 def test_what_pytorch_cannot_export_is_refused(tmp_path):
     model = tiny.routed("t5")  # its head looks for the ends of texts
     with pytest.raises(ConfigError, match=r"^T5ForSequenceClassification: cannot be compiled ahead of time; PyTorch's"):

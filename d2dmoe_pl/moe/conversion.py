@@ -6,7 +6,7 @@ raises ``ConfigError`` if it finds none.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ def add_cutoffs_(model: nn.Module, config: CutoffConfigs, filter_fn: LayerFilter
     """
     for name, layer in select_moe_layers(model, filter_fn).items():
         experts, own = layer.own_experts, config if isinstance(config, CutoffConfig) else config[name]
-        own = own if experts.is_gated else replace(own, gate_proj=1.0)
+        own = own if experts.is_gated else own.without_gates()
         layer.cutoffs = None if own.leaves_out_nothing else Cutoffs(own).to(experts.down_weight.device)
 
 

@@ -4,7 +4,8 @@ So are neurons of small gates, as in CATS (arXiv 2404.08763).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class CutoffConfig:
             that is largest, in (0, 1]; 1 for all, as where there are no such gates.
         full_tau: The ``tau`` up to which so much is left out, in [0, 1). Above, every expert runs and leaves out less,
             and nothing at 1, where the layer stays the dense one.
+        halfway: The shares of ``inputs``, ``hidden`` and ``gate_proj`` between these ends, where half of it counts. If
+            not given, cutoffs are half as large there.
 
     Raises:
         ConfigError: If one of them lies outside its range.
@@ -36,19 +39,27 @@ class CutoffConfig:
     Example:
         >>> from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
         >>> CutoffConfig(inputs=0.8)
-        CutoffConfig(inputs=0.8, hidden=0.4, full_tau=0.95, gate_proj=1.0)
+        CutoffConfig(inputs=0.8, hidden=0.4, full_tau=0.95, gate_proj=1.0, halfway=None)
     """
 
     inputs: float = 0.7
     hidden: float = 0.4
     full_tau: float = 0.95
     gate_proj: float = 1.0
+    halfway: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.halfway, list):  # as files have it
+            object.__setattr__(self, "halfway", tuple(self.halfway))
         check_types_(self)
         for name in ("inputs", "hidden", "gate_proj"):
             value = getattr(self, name)
             check(0 < value <= 1, f"{name}={value}: must lie in (0, 1], the share of values that are not left out")
+        if self.halfway is not None:
+            full, said = (self.inputs, self.hidden, self.gate_proj), f"halfway={self.halfway}: must"
+            check(len(self.halfway) == 3, f"{said} be three shares, of inputs, hidden and gate_proj")
+            between = all(least <= half <= 1 for least, half in zip(full, self.halfway, strict=True))
+            check(between, f"{said} lie between {full}, the shares in full, and 1")
         check(0 <= self.full_tau < 1, f"full_tau={self.full_tau}: must lie in [0, 1); at tau=1 nothing is left out")
 
     @property
@@ -56,9 +67,15 @@ class CutoffConfig:
         return self.inputs == self.hidden == self.gate_proj == 1
 
     @property
-    def shares(self) -> tuple[float, ...]:
-        """Of what is kept, one for each cutoff: tokens' values, activations, and gates where these have one."""
-        return (self.inputs, self.hidden) if self.gate_proj == 1 else (self.inputs, self.hidden, self.gate_proj)
+    def shares(self) -> list[tuple[float, ...]]:
+        """Of what is kept of tokens' values, activations, and gates that have a cutoff; halfway first, if told."""
+        full = (self.inputs, self.hidden, self.gate_proj)
+        number = 2 if self.gate_proj == 1 else 3
+        return [each[:number] for each in (self.halfway, full) if each is not None]
+
+    def without_gates(self) -> "CutoffConfig":
+        """The same for FFNs that have none."""
+        return replace(self, gate_proj=1.0, halfway=self.halfway and (*self.halfway[:2], 1.0))
 
     def work_share(self, is_gated: bool) -> float:
         """About what share of an expert's FLOPs is left."""
@@ -66,9 +83,10 @@ class CutoffConfig:
             return (self.inputs + self.hidden) / 2
         return (self.inputs + self.inputs * self.gate_proj + self.hidden) / 3
 
-    def described(self) -> dict[str, float]:
-        """The settings that an artifact keeps, by name: as before there were cutoffs of gates where there are none."""
-        return {name: value for name, value in asdict(self).items() if name != "gate_proj" or value != 1}
+    def described(self) -> dict[str, Any]:
+        """The settings that an artifact keeps, by name: as before there were others where these are as they were."""
+        added = {"gate_proj": 1.0, "halfway": None}  # later than the others
+        return {name: value for name, value in asdict(self).items() if name not in added or value != added[name]}
 
 
 CutoffConfigs = CutoffConfig | Mapping[str, CutoffConfig]
@@ -130,7 +148,7 @@ class Cutoffs(nn.Module):
 
     Attributes:
         values: Those of tokens' values, of neurons' activations, and of gates if some are to be left out, where as much
-            is left out as may be: ``(2,)`` or ``(3,)``.
+            is left out as may be: ``(2,)`` or ``(3,)``; ``(2, 2)`` or ``(2, 3)`` with those halfway before them.
     """
 
     values: Tensor
@@ -138,7 +156,8 @@ class Cutoffs(nn.Module):
     def __init__(self, config: CutoffConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("values", torch.zeros(len(config.shares)))
+        shares = torch.zeros(len(config.shares), len(config.shares[0]))
+        self.register_buffer("values", shares if config.halfway else shares[0])
 
     def strength(self, gate: Gate, num_experts: int) -> Tensor:
         """The share of the cutoffs that counts at a gate's setting, a number without dimensions: 0 at the dense layer.
@@ -152,13 +171,21 @@ class Cutoffs(nn.Module):
     def forward(self, gate: Gate, num_experts: int) -> CutoffTensors:
         """The cutoffs at a gate's setting."""
         strength = self.strength(gate, num_experts).to(self.values.device, torch.float32)
-        inputs, hidden, *gates = (self.values.float() * strength).unbind()
+        values = self.values.float()
+        if values.dim() == 1:
+            now = values * strength
+        else:  # up to halfway, and from there
+            now = values[0] * (2 * strength).clamp(max=1) + (values[1] - values[0]) * (2 * strength - 1).clamp(min=0)
+        inputs, hidden, *gates = now.unbind()
         return inputs, hidden, gates[0] if gates else None
 
     def work_share(self, tau: float, is_gated: bool) -> float:
         """About what share of an executed expert's FLOPs is left, by the shares that the cutoffs were fitted to."""
-        strength = min(1.0, (1 - tau) / (1 - self.config.full_tau))
-        return 1 - strength * (1 - self.config.work_share(is_gated))
+        strength, full = min(1.0, (1 - tau) / (1 - self.config.full_tau)), self.config.work_share(is_gated)
+        if self.config.halfway is None:
+            return 1 - strength * (1 - full)
+        half = CutoffConfig(*self.config.halfway[:2], gate_proj=self.config.halfway[2]).work_share(is_gated)
+        return 1 - min(2 * strength, 1) * (1 - half) - max(2 * strength - 1, 0) * (half - full)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value:g}" for name, value in self.config.described().items())
+        return ", ".join(f"{name}={value}" for name, value in self.config.described().items())

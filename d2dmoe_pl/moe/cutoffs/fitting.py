@@ -71,7 +71,7 @@ def fit_cutoffs_(
     add_cutoffs_(model, own, filter_fn)
     cutoffs = {name: layer.cutoffs for name, layer in layers.items() if layer.cutoffs is not None}
     seen = {
-        name: [Magnitudes(layers[name].own_experts.down_weight.device) for _ in each.config.shares]
+        name: [Magnitudes(layers[name].own_experts.down_weight.device) for _ in each.config.shares[0]]
         for name, each in cutoffs.items()
     }
 
@@ -96,6 +96,8 @@ def fit_cutoffs_(
         for name, layer in layers.items():
             layer.get_gate().set_config(settings[name])
     for name, fitted in cutoffs.items():
-        for place, (magnitudes, share) in enumerate(zip(seen[name], fitted.config.shares, strict=True)):
+        for magnitudes in seen[name]:
             magnitudes.counts = reduce(magnitudes.counts)
-            fitted.values[place] = magnitudes.exceeded_by(share)
+        for row, shares in zip(fitted.values.view(-1, len(seen[name])), fitted.config.shares, strict=True):
+            for place, (magnitudes, share) in enumerate(zip(seen[name], shares, strict=True)):
+                row[place] = magnitudes.exceeded_by(share)

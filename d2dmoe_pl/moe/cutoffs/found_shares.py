@@ -1,7 +1,7 @@
 """What cutoffs are to leave out of each layer for a budget: what does the least harm, as far as one gradient tells."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from d2dmoe_pl.moe.budgets.allocation import additive_path
 from d2dmoe_pl.moe.budgets.output_gradients import output_gradients
 from d2dmoe_pl.moe.conversion import check_chosen, select_moe_layers
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
-from d2dmoe_pl.moe.cutoffs.way_down import SITES, Point, Reduce, Way, way_down
+from d2dmoe_pl.moe.cutoffs.way_down import SITES, Reduce, Way, way_down
 from d2dmoe_pl.moe.find_layers import LayerFilterFn
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.typed_settings import check_types_
@@ -54,8 +54,10 @@ class CutoffSearch:
     @property
     def start(self) -> CutoffConfig:
         """What is given, and nothing left out of what is not."""
-        given = {name: value for name, value in asdict(self).items() if name != "ffn_flops"}
-        return CutoffConfig(**{name: 1.0 if value is None else value for name, value in given.items()})
+        inputs, hidden, gate_proj = (
+            1.0 if share is None else share for share in (self.inputs, self.hidden, self.gate_proj)
+        )
+        return CutoffConfig(inputs, hidden, self.full_tau, gate_proj)
 
     def free(self, is_gated: bool) -> list[str]:
         """The shares that are to be found, by name."""
@@ -86,7 +88,8 @@ def find_cutoff_shares(
         reduce: Sums a tensor over processes.
 
     Returns:
-        By the layers' names. One that no token comes to has what is given, and leaves out nothing else.
+        By the layers' names, with those halfway to the budget. One that no token comes to has what is given, and leaves
+        out nothing else.
 
     Raises:
         ConfigError: If there is no MoE layer, or one without a router or a gate.
@@ -103,7 +106,7 @@ def find_cutoff_shares(
             layer.cutoffs, setting = before[name]
             layer.get_gate().set_config(setting)
     taken = iter(_at_budget([way for way in ways if way is not None], config.ffn_flops))
-    return {name: config.start if way is None else next(taken).config for name, way in zip(layers, ways, strict=True)}
+    return {name: config.start if way is None else next(taken) for name, way in zip(layers, ways, strict=True)}
 
 
 def _ways(
@@ -150,14 +153,21 @@ def _ways(
     return ways
 
 
-def _at_budget(ways: list[Way], ffn_flops: float) -> list[Point]:
-    """Where on its way each layer is when all are first down to the budget, or as near to it as they come."""
+def _at_budget(ways: list[Way], ffn_flops: float) -> list[CutoffConfig]:
+    """Where on its way each layer is when all are first down to the budget, or as near as they come; and halfway."""
     of_layers = [way.points for way in ways]
     path = additive_path(
         [[float(place) for place in range(len(points))] for points in of_layers],
         [[point.divergence for point in points] for points in of_layers],
         [[point.flops for point in points] for points in of_layers],
     )
-    wanted = ffn_flops * sum(way.dense_flops for way in ways)
-    reached = next((each for each in path if each.cost <= wanted), path[-1])
-    return [points[int(place)] for points, place in zip(of_layers, reached.taus, strict=True)]
+    dense = sum(way.dense_flops for way in ways)
+
+    def at(share: float) -> list[CutoffConfig]:
+        reached = next((each for each in path if each.cost <= share * dense), path[-1])
+        return [points[int(place)].config for points, place in zip(of_layers, reached.taus, strict=True)]
+
+    return [
+        replace(full, halfway=(half.inputs, half.hidden, half.gate_proj))
+        for full, half in zip(at(ffn_flops), at((1 + ffn_flops) / 2), strict=True)
+    ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def way_down(
     ((divergence, flops),) = samples.measured([(config, tau)])
     points = [Point(config, tau, divergence, flops)]
     while flops > ffn_flops * dense:
-        lower = {site: samples.next_share(site, getattr(config, site)) for site in free}
+        lower: dict[str, Any] = {site: samples.next_share(site, getattr(config, site)) for site in free}
         settings = [(replace(config, **{site: to}), tau) for site, to in lower.items() if to >= LEAST_SHARE]
         fewer = [to for to in samples.taus if to < tau and to <= start.full_tau]
         # the first step is to pay for the router too, and may be a long one

@@ -179,15 +179,20 @@ void add_stand_in(
 }
 
 // What of tokens' values, of activations, and perhaps of gates, is too small to be multiplied with, at the setting of
-// the layer's gate: nothing at the dense layer, `values` in full up to `full_tau`.
+// the layer's gate: nothing at the dense layer, `values` in full up to `full_tau`; of two rows the first lies halfway.
 std::array<float, 3> cutoffs_at(double tau, int64_t k, int64_t experts, const Optional& values, double full_tau) {
   if (!values) return {};
-  TORCH_CHECK_VALUE(values->numel() == 2 || values->numel() == 3, "cutoffs must be two numbers, or three");
+  const int64_t rows = values->dim() == 2 ? values->size(0) : 1, number = values->size(-1);
+  TORCH_CHECK_VALUE(number == 2 || number == 3, "cutoffs must be two numbers, or three");
+  TORCH_CHECK_VALUE(values->dim() <= 2 && (rows == 1 || rows == 2), "cutoffs must be one row, or two");
   const double strength = k > 0 ? double(k < experts) : std::min(1.0, (1.0 - tau) / (1.0 - full_tau));
   const at::Tensor plain = values->to(at::kFloat).contiguous();
-  const float* full = plain.const_data_ptr<float>();
+  const float* first = plain.const_data_ptr<float>();
+  const float near = float(std::min(1.0, rows * strength)), far = float(std::max(0.0, 2.0 * strength - 1.0));
   std::array<float, 3> found = {};
-  for (int64_t i = 0; i < values->numel(); ++i) found[i] = full[i] * float(strength);
+  for (int64_t i = 0; i < number; ++i) {
+    found[i] = first[i] * near + (rows == 2 ? (first[number + i] - first[i]) * far : 0.f);
+  }
   return found;
 }
 
