@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import first_given, hooked
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.token_context import real_tokens
@@ -30,6 +31,9 @@ def output_gradients(
         run: Calls the model on the batch.
         loss: The same, and gives what has the gradients.
         see: Sees a layer.
+
+    Raises:
+        ConfigError: If a gradient is not finite.
     """
     for layer in layers:
         layer.get_gate().set_tau(1.0)
@@ -43,6 +47,12 @@ def output_gradients(
     gradients = iter(torch.autograd.grad(total, [output for called in outputs for output in called]))
     of_calls = [[next(gradients).float() for _ in called] for called in outputs]
     outputs.clear()
+    for index, called in enumerate(of_calls):
+        check(
+            all(bool(each.isfinite().all()) for each in called),
+            f"gradients at MoE layer {index + 1} of {len(layers)}: are not all finite, so that nothing can be told by "
+            "them; must be, and precision=32-true or bf16-mixed has larger ones than 16-mixed",
+        )
 
     def show(index: int, _: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         x, gradient = first_given(args, kwargs), of_calls[index].pop(0)

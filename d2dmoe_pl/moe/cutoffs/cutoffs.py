@@ -56,10 +56,10 @@ class CutoffConfig:
             value = getattr(self, name)
             check(0 < value <= 1, f"{name}={value}: must lie in (0, 1], the share of values that are not left out")
         if self.halfway is not None:
-            full, said = (self.inputs, self.hidden, self.gate_proj), f"halfway={self.halfway}: must"
-            check(len(self.halfway) == 3, f"{said} be three shares, of inputs, hidden and gate_proj")
-            between = all(least <= half <= 1 for least, half in zip(full, self.halfway, strict=True))
-            check(between, f"{said} lie between {full}, the shares in full, and 1")
+            full, half = (self.inputs, self.hidden, self.gate_proj), self.halfway
+            check(len(half) == 3, f"halfway={half}: must be three shares, of inputs, hidden and gate_proj")
+            between = all(least <= share <= 1 for least, share in zip(full, half, strict=True))
+            check(between, f"halfway={half}: must lie between {full}, the shares in full, and 1")
         check(0 <= self.full_tau < 1, f"full_tau={self.full_tau}: must lie in [0, 1); at tau=1 nothing is left out")
 
     @property

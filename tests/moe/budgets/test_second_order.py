@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.budgets.second_order import SecondOrder
 from d2dmoe_pl.moe.conversion import set_gate_, set_tau_
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
@@ -74,6 +75,17 @@ def test_what_a_step_changes_does_not_drown_in_the_rounding_of_mixed_precision()
     assert (exact.divergences[0, 1:] > 0).all()
     assert narrowed.divergences.equal(exact.divergences)
     assert narrowed.work.equal(exact.work)
+
+
+def test_gradients_that_are_no_numbers_are_told():
+    model, batch = tiny.routed("bert").eval(), tiny.batch("bert")
+    batch["labels"] = torch.arange(len(batch["input_ids"])) % 2
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = torch.inf
+    with pytest.raises(
+        ConfigError, match=r"^gradients at MoE layer 1 of 2: are not all finite, so that nothing can be"
+    ):
+        estimated(model, batch)
 
 
 def test_only_what_is_needed_has_gradients():
