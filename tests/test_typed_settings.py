@@ -81,13 +81,14 @@ def test_the_line(make, line):
 
 def test_numbers_of_other_libraries_are_numbers_that_files_can_hold():
     experts = ExpertsConfig(np.int64(8), torch.tensor(4))
-    cutoffs = CutoffConfig(np.float32(0.5), torch.tensor(0.25), 0, np.int64(1))
+    cutoffs = CutoffConfig(np.float32(0.5), torch.tensor(0.25), 0, np.int64(1), [np.float32(0.5), 1, torch.tensor(1)])
     assert json.loads(json.dumps(asdict(experts))) == {"num_experts": 8, "num_projection_experts": 4}
     assert json.loads(json.dumps(asdict(cutoffs))) == {
         "inputs": 0.5,
         "hidden": 0.25,
         "full_tau": 0,
         "gate_proj": 1,
+        "halfway": [0.5, 1, 1],
     }
     assert FittingConfig(taus=[np.float64(0.5), 1]).taus == [0.5, 1]
     assert DatasetSource(train=Path("data") / "train.csv").train == str(Path("data") / "train.csv")
