@@ -49,7 +49,7 @@ class CutoffSearch:
         check(
             0 < self.ffn_flops < 1, f"ffn_flops={self.ffn_flops}: must lie in (0, 1), a share of the dense FFNs' FLOPs"
         )
-        assert self.start is not None  # checks the others
+        _ = self.start  # checks the others
 
     @property
     def start(self) -> CutoffConfig:
