@@ -102,6 +102,7 @@ class GLUE(TokenizedData):
         for name, split in splits.items():
             for column in made_of.columns:
                 check_texts(split, column, name, "column", may_be_blank=True)
+        self.check_known(splits["train"][made_of.columns[0]])
         self._tests_are_validation = is_unlabelled(splits["test"])
         if self._tests_are_validation:
             validation = {name: split for name, split in splits.items() if name.startswith("validation")}

@@ -57,6 +57,7 @@ class TextClassification(TokenizedData):
             check(column != self.label_column, f"{argument}={column!r}: is the label_column; must be another")
             for name, split in splits.items():
                 check_texts(split, column, name)
+            self.check_known(splits["train"][column])
         encoded, task = self.encoded(splits)
         return {name: self.tokenized(split, self.text_columns) for name, split in encoded.items()}, task
 

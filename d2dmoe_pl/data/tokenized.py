@@ -1,7 +1,8 @@
 """What all text data shares: a tokenizer, and batches padded to their longest sample."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, ClassVar
@@ -15,6 +16,11 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedToken
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.notices import notice
+
+LOOKED_AT = 100  # texts that a tokenizer is tried on
+CHARACTERS = 1000  # of each
+KNOWN = 0.9  # of the letters and digits, at least, or it is said
 
 
 class TokenizedData(TaskData):
@@ -110,6 +116,24 @@ class TokenizedData(TaskData):
             self.max_length >= taken + num_texts,
             f"max_length={self.max_length}: must be at least {taken + num_texts}, since {put} take {taken}",
         )
+
+    def check_known(self, texts: Iterable[str | None]) -> None:
+        """Raise ``ConfigError`` if nothing of the first of these texts is in their tokens; say so if much is not.
+
+        A tokenizer for other languages, or one that is read as another class than its own, makes unknown tokens of
+        words, or none.
+        """
+        some = [text[:CHARACTERS] for text in islice(filter(None, texts), LOOKED_AT)]
+        encoded = self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"] if some else []
+        decoded = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in encoded]
+        there, kept = (sum(map(str.isalnum, "".join(each))) for each in (some, decoded))
+        named = f"tokenizer={self.tokenizer_name!r}: of the {there} letters and digits looked at in the training split"
+        check(
+            kept > 0 or there == 0,
+            f"{named}, none is in its tokens; must be a tokenizer for such texts, of the class that its folder says",
+        )
+        if kept < KNOWN * there:
+            notice(f"{named}, {kept} are in its tokens; it does not know the others, and no model can learn from them.")
 
     def ends_of_texts(self, end: int) -> dict[str, list[int]]:
         """How often each text of every split, once set up, holds the token ``end``."""

@@ -91,6 +91,7 @@ class TextEmbeddings(TokenizedData):
         check_modules(self.model)
         for name, split in splits.items():
             check_texts(split, self.text_column, name, "text_column")
+        self.check_known(splits["train"][self.text_column])
         found = {name: self._with_vectors(split) for name, split in splits.items()}
         self.width = len(found["train"][0]["labels"])
         return found, KeepingVectors(self.width)

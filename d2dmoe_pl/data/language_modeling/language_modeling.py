@@ -14,6 +14,7 @@ from d2dmoe_pl.data.generated_dataset import generated
 from d2dmoe_pl.data.language_modeling.packing import Packer
 from d2dmoe_pl.data.language_modeling.token_labels import generator_of, masked_tokens, next_tokens
 from d2dmoe_pl.data.language_modeling.token_prediction import TokenPrediction
+from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Task
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.errors import check
@@ -103,13 +104,15 @@ class LanguageModeling(TokenizedData):
         """The blocks of a split, one a row, in the column ``input_ids``; cached.
 
         Raises:
-            ConfigError: If the split's column holds no texts.
+            ConfigError: If the split's column holds no texts, or a row has none.
         """
         feature = split.features[self.text_column]
         check(
             getattr(feature, "dtype", None) in ("string", "large_string"),
             f"text_column={self.text_column!r}: has {feature} in the {name} split; must be texts",
         )
+        if name == "train":
+            self.check_known(split[self.text_column])
         features = Features({"input_ids": ListOf(Value("int32"), length=self.length)})
         blocks = generated(
             packed_rows, features, split=split.select_columns(self.text_column), packer=self.packer, name=name
@@ -140,6 +143,13 @@ class LanguageModeling(TokenizedData):
 def packed_rows(split: Dataset, packer: Packer, name: str, **_: Any) -> Iterator[dict[str, list[int]]]:
     """Rows ``input_ids``, one a block, of a dataset with one column of documents."""
     (column,) = split.column_names
-    documents = (batch[column] for batch in split.iter(DOCUMENTS_AT_ONCE))
-    for block in packer.blocks(documents, name):
+    named = iter(sample_names(split, name))
+
+    def documents() -> Iterator[list[str]]:
+        for batch in split.iter(DOCUMENTS_AT_ONCE):
+            for text, sample in zip(batch[column], named, strict=False):  # of names there are more to come
+                check(text is not None, f"text_column={column!r}: {sample} has no text")
+            yield batch[column]
+
+    for block in packer.blocks(documents(), name):
         yield {"input_ids": block}

@@ -78,6 +78,7 @@ class StreamedLanguageModeling(LanguageModeling):
             f"evaluation_documents={self.evaluation_documents}: the first shard of the training stream has only "
             f"{len(taken)} documents; must have more than {self._skipped}, for {' and '.join(missing)}",
         )
+        self.check_known(taken)
         texts = {name: head(stream, self.text_column, self.evaluation_documents) for name, stream in streams.items()}
         for place, name in enumerate(missing):
             first = place * self.evaluation_documents

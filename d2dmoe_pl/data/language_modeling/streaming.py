@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.language_modeling.packing import Packer
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.notices import notice
 
 DOCUMENTS_AT_ONCE = 100  # read and tokenised in one call
 
@@ -98,8 +99,18 @@ class PackedStream(IterableDataset):
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         reader, num_readers = number * self.num_processes + self.rank, self.num_processes * workers
         texts = documents(self.stream, self.column, self.skipped, reader, num_readers)
-        for place, block in enumerate(self.packer.blocks(texts)):
+        for place, block in enumerate(self.packer.blocks(self._noticed(texts))):
             yield {"input_ids": torch.tensor(block)}, folded(self.seed, reader, place)
+
+    def _noticed(self, texts: Iterator[list[str]]) -> Iterator[list[str]]:
+        """Missing ones are left out, since a long training may meet some; but not without a word."""
+        said = False
+        for batch in texts:
+            if None in batch and not said:
+                where = f"text_column={self.column!r}"
+                notice(f"{where}: a document of the training stream has no text; such are left out.")
+                said = True
+            yield batch
 
 
 class StreamLoader:

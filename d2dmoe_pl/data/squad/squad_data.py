@@ -114,6 +114,7 @@ class SQuAD(TokenizedData):
         for name, split in splits.items():
             for column in ("context", "question"):
                 check_texts(split, column, name, "column", may_be_blank=True)
+        self.check_known(splits["train"]["context"])
         splits = {name: with_answers(split, name) for name, split in splits.items()}
         for name, split in splits.items():
             check(

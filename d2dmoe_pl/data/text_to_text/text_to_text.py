@@ -86,9 +86,10 @@ class TextToText(TokenizedData):
         splits = self.source.load()
         columns = {"source_column": self.source_column, "target_column": self.target_column}
         check_columns(splits, columns)
-        for name, split in splits.items():
-            for argument, column in columns.items():
+        for argument, column in columns.items():
+            for name, split in splits.items():
                 check_texts(split, column, name, argument)
+            self.check_known(splits["train"][column])
         tokens = self.tokenizer.convert_ids_to_tokens(list(range(len(self.tokenizer))))
         task = TextAnswers(tokens, self.decode, self.metrics, self.max_target_length)
         return {name: self._in_tokens(split) for name, split in splits.items()}, task

@@ -97,6 +97,8 @@ class TokenClassification(TokenizedData):
                     f"labels_column={self.labels_column!r}: {where} has the label {unseen[0] if unseen else ''}, "
                     f"unseen in training; allowed are {some_of(names)}",
                 )
+            if split == "train":
+                self.check_known(map(" ".join, words))
             numbers = [[index[label] for label in sample] for sample in labels[split]]
             tokenised[split] = self._in_tokens(Dataset.from_dict({"words": words, "labels": numbers}))
         only = ", ".join(names)

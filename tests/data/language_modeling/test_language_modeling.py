@@ -213,7 +213,7 @@ class TestLanguageModeling:
 
     def test_a_corpus_of_empty_texts(self, tmp_path, tokenizers):
         empty = tmp_path / "v.jsonl"
-        empty.write_text('{"text": ""}\n{"text": null}\n')
+        empty.write_text('{"text": ""}\n' * 2)
         source = DatasetSource(train=write(tmp_path, [letters(3, 5)] * 30), validation=str(empty))
         source.test = source.train
         with pytest.raises(ConfigError, match=r"^the validation split: has no texts; must have one at least$"):
