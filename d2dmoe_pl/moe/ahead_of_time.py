@@ -19,8 +19,8 @@ from d2dmoe_pl.moe.compiled_calls import CompiledCalls, Input, Program, Relation
 from d2dmoe_pl.moe.execution.cpu import compile_failure
 from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 from d2dmoe_pl.moe.find_layers import expert_layers
+from d2dmoe_pl.moe.graph_passes import pass_over_graphs
 from d2dmoe_pl.moe.layer import MoELayer
-from d2dmoe_pl.moe.optimization import pass_over_graphs
 from d2dmoe_pl.moe.program_files import (
     CONSTANTS,
     DESCRIPTION,

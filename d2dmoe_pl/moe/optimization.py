@@ -1,8 +1,6 @@
 """A model that is done changing, made as fast as it can be on the machine at hand."""
 
-import operator
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from types import FunctionType
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import nn
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.execution.cpu import compile_failure
 from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
+from d2dmoe_pl.moe.graph_passes import pass_over_graphs
 
 CODE_GUARDS = ("BUILTIN_MATCH", "CLASS_MATCH", "CLOSURE_MATCH", "FUNCTION_MATCH", "MODULE_MATCH")
 
@@ -25,8 +24,10 @@ def optimize_(model: nn.Module) -> None:
     is compiled for batches of that shape, also when they are gone: watch a model that is not optimised.
 
     On the CPU, operators are called from C++, attention over short sequences is this package's, and linear layers in
-    int8 that share an input, such as those of queries, keys and values, round it once. What ``model`` holds is compared
-    at every call with what was compiled; that functions and classes are still the same ones is not.
+    int8 that share an input, such as those of queries, keys and values, round it once. Where these are at once followed
+    by such attention, all is one operator, and with VNNI but no matrix unit its products are of integers of 12 bits.
+    What ``model`` holds is compared at every call with what was compiled; that functions and classes are still the same
+    ones is not.
 
     Args:
         model: A model at any stage, in the type that it is to run in.
@@ -73,77 +74,6 @@ def _options(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def pass_over_graphs() -> Any:
-    """What inductor is given to have graphs for the CPU use this package's attention and join linear layers in int8."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files  # noqa: PLC0415 (takes a second)
-
-    class Pass(CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            use_short_attention_(graph)
-            join_int8_linears_(graph)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((__file__,))
-
-    return Pass()
-
-
 def of_what_is_held(guards: Sequence[Any]) -> list[bool]:
     """Of each of the compiler's guards, whether it compares anything but functions, classes and modules of Python."""
     return [guard.guard_type not in CODE_GUARDS for guard in guards]
-
-
-def use_short_attention_(graph: torch.fx.Graph) -> None:
-    """Have the attention of a graph of ATen's operators for the CPU computed by this package's, where it is plain."""
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    for node in graph.find_nodes(op="call_function", target=flash):
-        query, key, value, dropout, causal = (*node.args, 0.0, False)[:5]
-        kwargs = node.kwargs
-        outputs = list(node.users)
-        is_plain = not (kwargs.get("dropout_p", dropout) or kwargs.get("is_causal", causal))
-        if is_plain and all(user.target is operator.getitem and user.args[1] == 0 for user in outputs):
-            arguments = (query, key, value, kwargs.get("attn_mask"), kwargs.get("scale"))
-            own = _call_before(graph, node, torch.ops.d2dmoe_pl.attention_cpu.default, arguments)
-            for output in outputs:
-                output.replace_all_uses_with(own)
-                graph.erase_node(output)
-            graph.erase_node(node)
-
-
-def join_int8_linears_(graph: torch.fx.Graph) -> None:
-    """Have linear layers in int8 that share an input, such as queries, keys and values, round it once."""
-    sharing: dict[tuple[torch.fx.Node, int], list[torch.fx.Node]] = {}
-    for node in graph.find_nodes(op="call_function", target=torch.ops.d2dmoe_pl.int8_linear_cpu.default):
-        rows: Any = node.args[0]
-        weight: Any = node.args[1]  # whose width is a number, where that of rows may be a symbol
-        sharing.setdefault((_source(rows), int(weight.meta["val"].shape[1])), []).append(node)
-    places = {node: place for place, node in enumerate(graph.nodes)}
-    for nodes in sharing.values():
-        weights: list[Any] = [node.args[1:] for node in nodes]
-        first = min(nodes, key=places.__getitem__)
-        is_there = all(places[part] < places[first] for own in weights for part in own if part is not None)
-        if len(nodes) > 1 and is_there:
-            arguments = (first.args[0], *map(list, zip(*weights, strict=True)))
-            joined = _call_before(graph, first, torch.ops.d2dmoe_pl.int8_linears_cpu.default, arguments)
-            ends = [*accumulate((own[0].meta["val"].shape[0] for own in weights), initial=0)]
-            parts = [
-                _call_before(graph, first, torch.ops.aten.slice.Tensor, (joined, 1, *place)) for place in pairwise(ends)
-            ]
-            for node, part in zip(nodes, parts, strict=True):
-                node.replace_all_uses_with(part)
-                graph.erase_node(node)
-
-
-def _source(rows: Any) -> torch.fx.Node:
-    """What ``rows`` is a view of: views of the same numbers, in order, of the same width are the same rows."""
-    while rows.target in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
-        rows = rows.args[0]
-    return rows
-
-
-def _call_before(graph: torch.fx.Graph, node: torch.fx.Node, target: Any, arguments: tuple) -> torch.fx.Node:
-    """A call that is made before ``node``, which knows the shapes and strides that it gives."""
-    with graph.inserting_before(node):
-        call = graph.call_function(target, arguments)
-    call.meta["val"] = target(*torch.fx.map_arg(arguments, lambda argument: argument.meta["val"]))
-    return call

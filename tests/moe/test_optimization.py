@@ -18,7 +18,7 @@ from d2dmoe_pl import (
     set_gate_,
     set_tau_,
 )
-from d2dmoe_pl.moe.optimization import join_int8_linears_, use_short_attention_
+from d2dmoe_pl.moe.graph_passes import use_operators_
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Linear
 
 
@@ -81,14 +81,17 @@ def test_causal_attention_without_a_mask_is_atens(compiled):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("family", "joined", "alone"),
+    ("family", "joined", "alone", "fused"),
     [
-        ("bert", 2, 4),  # queries, keys and values of two layers; outputs, the pooler and the head
-        ("t5", 5, 10),  # in the decoder queries, and keys and values of what was read, too; widths that are symbols
+        ("bert", 0, 4, 2),  # outputs, the pooler and the head
+        ("timm_vit", 0, 3, 2),  # queries, keys and values of one layer
+        ("gpt2", 0, 3, 2),  # causal, by a mask
+        ("modernbert", 0, 6, 0),  # queries and keys are turned
+        ("t5", 1, 10, 4),  # in the decoder keys and values of what was read, too; widths that are symbols
     ],
 )
 @torch.no_grad()
-def test_linear_layers_in_int8_that_share_an_input_round_it_once(family, joined, alone, compiled):
+def test_linear_layers_in_int8_that_share_an_input_round_it_once(family, joined, alone, fused, compiled):
     model = tiny.routed(family, tau=0.5).eval()
     quantize_(model)
     inputs = tiny.batch(family)
@@ -96,7 +99,57 @@ def test_linear_layers_in_int8_that_share_an_input_round_it_once(family, joined,
     optimize_(model)
     assert torch.equal(tiny.logits(model, inputs), expected)
     found = [name for graph in compiled for name in graph]
-    assert (found.count("int8_linears_cpu"), found.count("int8_linear_cpu")) == (joined, alone)
+    operators = ("int8_linears_cpu", "int8_linear_cpu", "int8_self_attention_cpu")
+    assert tuple(map(found.count, operators)) == (joined, alone, fused)
+
+
+class SelfAttention(nn.Module):
+    """Four heads of 16, of a linear layer for each of three, or one for all.
+
+    Args:
+        order: Dimensions of what a layer gives for a token, heads before width or behind.
+        of_another: Whether keys are of something else.
+    """
+
+    def __init__(self, is_fused=False, order=(4, 16), of_another=False):
+        super().__init__()
+        torch.manual_seed(0)
+        number = 1 if is_fused else 3
+        self.linears = nn.ModuleList(
+            [Int8Linear(torch.randn(192 // number, 32) / 6, torch.randn(192 // number)) for _ in range(number)]
+        )
+        self.order = order
+        self.of_another = of_another
+
+    def forward(self, x):
+        inputs = (x, x + 1.0 if self.of_another else x, x)
+        given = [linear(each) for linear, each in zip(self.linears, inputs, strict=False)]
+        parts = given[0].chunk(3, dim=-1) if len(given) == 1 else given
+        heads = [part.unflatten(-1, self.order) for part in parts]
+        places = (0, 2, 1, 3) if self.order[0] == 4 else (0, 3, 1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(*(each.permute(places) for each in heads))
+        return mixed.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_found"),
+    [
+        ({}, True),
+        ({"is_fused": True}, True),
+        ({"order": (16, 4)}, False),  # heads in one another
+        ({"of_another": True}, False),
+    ],
+)
+@torch.no_grad()
+def test_self_attention_in_int8_is_one_operator(settings, is_found, compiled):
+    model = SelfAttention(**settings).eval()
+    x = torch.randn(3, 20, 32)
+    expected = model(x)
+    optimize_(model)
+    torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+    short = x[:2, :9].contiguous()
+    torch.testing.assert_close(model(short), SelfAttention(**settings)(short), rtol=2e-2, atol=2e-2)
+    assert all(graph.count("int8_self_attention_cpu") == is_found for graph in compiled)
 
 
 CHANGES = {
@@ -190,8 +243,7 @@ def compiled(monkeypatch):
     graphs = []
 
     def passed(module, inputs):
-        use_short_attention_(module.graph)
-        join_int8_linears_(module.graph)
+        use_operators_(module.graph)
         module.recompile()
         graphs.append(
             [str(node.target).split(".")[-2:][0] for node in module.graph.nodes if node.op == "call_function"]

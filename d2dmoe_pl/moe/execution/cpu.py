@@ -71,6 +71,12 @@ def _load() -> str | None:
         batch, heads, length, width = query.shape
         return query.new_empty(batch, length, heads, width).transpose(1, 2)
 
+    def shape_of_self_attention(x: Tensor, weights: list[Tensor], *arguments: Any) -> Tensor:
+        batch, length, _ = x.shape
+        heads = next(each for each in arguments if not isinstance(each, list | tuple))
+        width = sum(weight.shape[0] for weight in weights) // 3 // heads
+        return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
     def shape_of_linears(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
         return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
@@ -80,6 +86,7 @@ def _load() -> str | None:
         "int8_linear_cpu": shape_of_linear,
         "int8_linears_cpu": shape_of_linears,
         "attention_cpu": shape_of_attention,
+        "int8_self_attention_cpu": shape_of_self_attention,
     }
     for name, function in shapes.items():
         torch.library.register_fake(f"d2dmoe_pl::{name}", partial(_on_one_device, function), allow_override=True)

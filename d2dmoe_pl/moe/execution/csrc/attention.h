@@ -21,12 +21,14 @@ namespace d2dmoe {
 constexpr int64_t kLongest = 256; // keys; beyond it, ATen is as fast
 constexpr int64_t kWidestHead = 256;
 constexpr int64_t kTile = 16; // keys and the width of heads are multiples of it
-constexpr int64_t kQueries = 64; // at once
 
-// scores (padded,) of one query become exp(scale scores + mask - the largest) in `out`; their sum is returned, 0 where
-// the mask leaves no key. `padded` is a multiple of kTile.
-template <typename T>
-float softmax_row(float* scores, const float* mask, float scale, int64_t padded, T* out) {
+inline int64_t in_tiles(int64_t n) {
+  return (n + kTile - 1) / kTile * kTile;
+}
+
+// scores (padded,) of one query become exp(scale scores + mask - the largest); their sum is returned, 0 where the mask
+// leaves no key. `padded` is a multiple of kTile.
+inline float softmax_row(float* scores, const float* mask, float scale, int64_t padded) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   Vec largest(kNone);
   for (int64_t n = 0; n < padded; n += Vec::size()) {
@@ -36,8 +38,12 @@ float softmax_row(float* scores, const float* mask, float scale, int64_t padded,
   }
   const float most = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, largest);
   if (most == kNone) {
-    std::fill_n(out, padded, T(0.f));
+    std::fill_n(scores, padded, 0.f);
     return 0.f;
+  }
+  if (!std::isfinite(most)) { // which exp_u20 makes a number of
+    std::fill_n(scores, padded, std::numeric_limits<float>::quiet_NaN());
+    return std::numeric_limits<float>::quiet_NaN();
   }
   Vec sum(0.f);
   for (int64_t n = 0; n < padded; n += Vec::size()) {
@@ -45,7 +51,6 @@ float softmax_row(float* scores, const float* mask, float scale, int64_t padded,
     sum = sum + value;
     value.store(scores + n);
   }
-  at::vec::convert(scores, out, padded);
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
 }
 
@@ -69,19 +74,20 @@ void pack_keys(const T* keys, int64_t ld, int64_t length, int64_t d, int64_t pad
 }
 
 // values (length, d), rows `ld` apart, to (padded / kTogether, d, kTogether), likewise.
-inline void pack_values(const float* values, int64_t ld, int64_t length, int64_t d, int64_t padded, float* out) {
-  for (int64_t n = 0; n < length; ++n) std::copy_n(values + n * ld, d, out + n * d);
-  std::fill(out + length * d, out + padded * d, 0.f);
-}
-
-inline void pack_values(const at::BFloat16* values, int64_t ld, int64_t length, int64_t d, int64_t padded, at::BFloat16* out) {
-  const auto* rows = reinterpret_cast<const uint16_t*>(values);
-  auto* pairs = reinterpret_cast<uint32_t*>(out);
-  const std::vector<uint16_t> none(d, 0);
-  for (int64_t n = 0; n < padded; n += 2) {
-    const uint16_t* even = n < length ? rows + n * ld : none.data();
-    const uint16_t* odd = n + 1 < length ? rows + (n + 1) * ld : none.data();
-    for (int64_t i = 0; i < d; ++i) pairs[n / 2 * d + i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+template <typename T>
+void pack_values(const T* values, int64_t ld, int64_t length, int64_t d, int64_t padded, T* out) {
+  if constexpr (kTogether<T> == 1) {
+    for (int64_t n = 0; n < length; ++n) std::copy_n(values + n * ld, d, out + n * d);
+    std::fill(out + length * d, out + padded * d, 0.f);
+  } else {
+    const auto* rows = reinterpret_cast<const uint16_t*>(values);
+    auto* pairs = reinterpret_cast<uint32_t*>(out);
+    const std::vector<uint16_t> none(d, 0);
+    for (int64_t n = 0; n < padded; n += 2) {
+      const uint16_t* even = n < length ? rows + n * ld : none.data();
+      const uint16_t* odd = n + 1 < length ? rows + (n + 1) * ld : none.data();
+      for (int64_t i = 0; i < d; ++i) pairs[n / 2 * d + i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+    }
   }
 }
 
@@ -140,83 +146,91 @@ class Mask {
   const T* at_ = nullptr;
 };
 
-// out (B, Lq, H, d) of q (B, H, Lq, d), k and v (B, H, Lk, d); mask (B, H, Lq, Lk) is added to scores, or null.
+// A head's attention by ATen's brgemm.
 template <typename T>
+class BrgemmHead {
+ public:
+  static constexpr int64_t kQueries = 64; // at once
+
+  // for at most so many keys and queries at once
+  BrgemmHead(int64_t longest, int64_t queries, int64_t d)
+      : d_(d), keys_(in_tiles(longest) * d), values_(keys_.size()), block_(rounded_height(queries) * d),
+        p_(std::is_same_v<T, float> ? 0 : rounded_height(queries) * in_tiles(longest)),
+        scores_(rounded_height(queries) * in_tiles(longest)), sums_(queries), y_(block_.size()) {}
+
+  // keys and values (length, d), rows so far apart
+  void take(const T* keys, int64_t keys_apart, const T* values, int64_t values_apart, int64_t length) {
+    padded_ = in_tiles(length);
+    pack_keys(keys, keys_apart, length, d_, padded_, keys_.data());
+    pack_values(values, values_apart, length, d_, padded_, values_.data());
+  }
+
+  // out (count, d) of queries (count, d), rows so far apart; the first of these has row `first` of the mask
+  void attend(
+      const T* queries, int64_t apart, int64_t count, const Mask<T>& mask, int64_t first, float scale, T* out,
+      int64_t out_apart) {
+    const int64_t height = rounded_height(count);
+    for (int64_t m = 0; m < count; ++m) std::copy_n(queries + m * apart, d_, block_.data() + m * d_);
+    unit_.held = true;
+    at::native::cpublas::brgemm(
+        height, padded_, d_, d_, padded_, padded_, /*add_C=*/false, block_.data(), keys_.data(), scores_.data());
+    for (int64_t m = 0; m < count; ++m) {
+      sums_[m] = softmax_row(scores_.data() + m * padded_, mask.row(first + m), scale, padded_);
+    }
+    at::native::cpublas::brgemm(
+        height, d_, padded_, padded_, d_, d_, /*add_C=*/false, weights(count), values_.data(), y_.data());
+    for (int64_t m = 0; m < count; ++m) {
+      const Vec inverse(sums_[m] == 0.f ? 0.f : 1.f / sums_[m]);
+      at::vec::map([&](Vec x) { return x * inverse; }, y_.data() + m * d_, y_.data() + m * d_, d_);
+      at::vec::convert(y_.data() + m * d_, out + m * out_apart, d_);
+    }
+  }
+
+ private:
+  const T* weights(int64_t count) {
+    if constexpr (std::is_same_v<T, float>) {
+      return scores_.data();
+    } else {
+      at::vec::convert(scores_.data(), p_.data(), count * padded_);
+      return p_.data();
+    }
+  }
+
+  HeldUnit unit_;
+  int64_t d_, padded_ = 0;
+  std::vector<T> keys_, values_, block_, p_;
+  std::vector<float> scores_, sums_, y_;
+};
+
+// out (B, Lq, H, d) of q (B, H, Lq, d), k and v (B, H, Lk, d); mask (B, H, Lq, Lk) is added to scores, or null.
+template <typename T, template <typename> typename Head>
 void attend(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor* mask, float scale,
     const at::Tensor& out) {
   const int64_t heads = q.size(1), queries = q.size(2), d = q.size(3), longest = k.size(2);
-  const int64_t widest = (longest + kTile - 1) / kTile * kTile, most = std::min(kQueries, rounded_height(queries));
   const Heads<T> of_queries(q), of_keys(k), of_values(v);
   T* to = out.mutable_data_ptr<T>();
+  constexpr int64_t kQueries = Head<T>::kQueries;
   at::parallel_for(0, q.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> packed_keys(widest * d), packed_values(widest * d), block(most * d), p(most * widest);
-    std::vector<float> scores(most * widest), sums(most), y(most * d);
-    Mask<T> added(mask, queries, longest, widest);
+    Head<T> head(longest, std::min(kQueries, queries), d);
+    Mask<T> added(mask, queries, longest, in_tiles(longest));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads, h = task % heads;
       added.go_to(b, h);
-      const int64_t keys = added.seen(), padded = (keys + kTile - 1) / kTile * kTile;
-      pack_keys(of_keys.at(b, h), of_keys.row, keys, d, padded, packed_keys.data());
-      pack_values(of_values.at(b, h), of_values.row, keys, d, padded, packed_values.data());
+      const int64_t keys = added.seen(), apart = heads * d;
+      T* rows = to + (b * queries * heads + h) * d;
+      if (keys == 0) {
+        for (int64_t m = 0; m < queries; ++m) std::fill_n(rows + m * apart, d, T(0.f));
+        continue;
+      }
+      head.take(of_keys.at(b, h), of_keys.row, of_values.at(b, h), of_values.row, keys);
       for (int64_t first = 0; first < queries; first += kQueries) {
-        const int64_t count = std::min(kQueries, queries - first), height = rounded_height(count);
-        T* rows = to + ((b * queries + first) * heads + h) * d; // heads * d apart
-        if (keys == 0) {
-          for (int64_t m = 0; m < count; ++m) std::fill_n(rows + m * heads * d, d, T(0.f));
-          continue;
-        }
-        for (int64_t m = 0; m < count; ++m) {
-          std::copy_n(of_queries.at(b, h) + (first + m) * of_queries.row, d, block.data() + m * d);
-        }
-        at::native::cpublas::brgemm(
-            height, padded, d, d, padded, padded, /*add_C=*/false, block.data(), packed_keys.data(), scores.data());
-        for (int64_t m = 0; m < count; ++m) {
-          sums[m] = softmax_row(scores.data() + m * padded, added.row(first + m), scale, padded, p.data() + m * padded);
-        }
-        at::native::cpublas::brgemm(
-            height, d, padded, padded, d, d, /*add_C=*/false, p.data(), packed_values.data(), y.data());
-        for (int64_t m = 0; m < count; ++m) {
-          const Vec inverse(sums[m] == 0.f ? 0.f : 1.f / sums[m]);
-          at::vec::map([&](Vec x) { return x * inverse; }, y.data() + m * d, y.data() + m * d, d);
-          at::vec::convert(y.data() + m * d, rows + m * heads * d, d);
-        }
+        head.attend(
+            of_queries.at(b, h) + first * of_queries.row, of_queries.row, std::min(kQueries, queries - first), added,
+            first, scale, rows + first * apart, apart);
       }
     }
-    at::native::cpublas::brgemm_release();
   });
-}
-
-// (B, H, Lq, d) of queries over keys; what is not for the kernel of short sequences, ATen's own does.
-inline at::Tensor attention_cpu(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask, std::optional<double> scale) {
-  const auto type = q.scalar_type();
-  const int64_t d = q.size(-1);
-  const bool is_plain = q.dim() == 4 && q.sizes().slice(0, 2) == k.sizes().slice(0, 2) && k.sizes() == v.sizes() &&
-      k.size(3) == d && k.scalar_type() == type && v.scalar_type() == type && (!mask || mask->scalar_type() == type);
-  const bool is_known = (type == at::kFloat && has_float_brgemm()) || (type == at::kBFloat16 && has_brgemm());
-  // for few queries, as in writing, keys are not worth the packing
-  const bool is_short = is_plain && k.size(2) > 0 && k.size(2) <= std::min(kLongest, 2 * q.size(2)) && d <= kWidestHead &&
-      d % kTile == 0;
-  if (!is_short || !is_known) {
-    const at::Tensor out =
-        std::get<0>(at::_scaled_dot_product_flash_attention_for_cpu(q, k, v, 0., /*is_causal=*/false, mask, scale));
-    return out.transpose(1, 2).contiguous().transpose(1, 2); // as below, whatever it is
-  }
-  const auto dense = [](const at::Tensor& x) { // with rows that start where pairs do
-    return x.stride(-1) == 1 && x.stride(-2) % 2 == 0 ? x : x.contiguous();
-  };
-  at::Tensor added;
-  if (mask) added = dense(mask->expand({q.size(0), q.size(1), q.size(2), k.size(2)}));
-  const at::Tensor out = at::empty({q.size(0), q.size(2), q.size(1), d}, q.options());
-  const float factor = scale ? static_cast<float>(*scale) : 1.f / std::sqrt(static_cast<float>(d));
-  const auto* masked = mask ? &added : nullptr;
-  if (type == at::kFloat) {
-    attend<float>(dense(q), dense(k), dense(v), masked, factor, out);
-  } else {
-    attend<at::BFloat16>(dense(q), dense(k), dense(v), masked, factor, out);
-  }
-  return out.transpose(1, 2);
 }
 
 } // namespace d2dmoe

@@ -118,6 +118,14 @@ void few_rows_linear(
   });
 }
 
+inline void check_linear(int64_t depth, const at::Tensor& weight, const at::Tensor& scale, const Optional& bias) {
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar, "weight must be int8 (N, K)");
+  TORCH_CHECK_VALUE(depth == weight.size(1), "x is ", depth, " wide, not ", weight.size(1));
+  const int64_t columns = weight.size(0);
+  TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef{columns}, "scale has shape ", scale.sizes(), ", not ", columns);
+  TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
+}
+
 // What linear layers in int8 give for x (M, K), side by side: (M, sum of N), given each one's weight, scale and bias.
 inline at::Tensor int8_linears_cpu(
     const at::Tensor& x, at::TensorList weights, at::TensorList scales, const Optionals& biases) {
@@ -126,10 +134,9 @@ inline at::Tensor int8_linears_cpu(
   TORCH_CHECK_VALUE(x.dim() == 2, "x has shape ", x.sizes(), ", not (M, K)");
   TORCH_CHECK_VALUE(scales.size() == weights.size() && biases.size() == weights.size(), "one scale and bias a weight");
   int64_t apart = 0;
-  for (const at::Tensor& weight : weights) {
-    TORCH_CHECK_VALUE(weight.dim() == 2 && weight.scalar_type() == at::kChar, "weight must be int8 (N, K)");
-    TORCH_CHECK_VALUE(x.size(1) == weight.size(1), "x has shape ", x.sizes(), ", not (M, ", weight.size(1), ")");
-    apart += weight.size(0);
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_linear(x.size(1), weights[i], scales[i], biases[i]);
+    apart += weights[i].size(0);
   }
   const at::Tensor rows = x.contiguous(), out = at::empty({rows.size(0), apart}, x.options());
   std::vector<at::Tensor> kept; // what is read below
@@ -138,9 +145,7 @@ inline at::Tensor int8_linears_cpu(
     for (size_t i = 0; i < weights.size(); ++i) {
       const at::Tensor &weight = weights[i], &scale = scales[i];
       const int64_t columns = weight.size(0);
-      TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef{columns}, "scale has shape ", scale.sizes(), ", not ", columns);
       const Optional& bias = biases[i];
-      TORCH_CHECK_VALUE(!bias || bias->sizes() == at::IntArrayRef{columns}, "bias must be (N,)");
       const at::Tensor factors = in_fp32(scale), added = in_fp32(bias);
       const int64_t place = std::exchange(first, first + columns);
       T* to = out.mutable_data_ptr<T>() + place;

@@ -1,9 +1,10 @@
 // The operators d2dmoe_pl::moe_cpu, which runs, for every token, the experts that a mask selects; d2dmoe_pl::moe_layer_cpu,
 // which lets a router and a gate select them, and leaves padding out; and those of what is around a layer.
 
-#include "attention.h"
+#include "attention_operator.h"
 #include "few_tokens.h"
 #include "int8_linear.h"
+#include "int8_self_attention.h"
 #include "operands.h"
 #include "plan.h"
 #include "problem.h"
@@ -260,7 +261,11 @@ TORCH_LIBRARY_FRAGMENT(d2dmoe_pl, library) {
       "Tensor[]? stand_in, Tensor?[] weights, str activation, Tensor? cutoffs=None, float full_tau=1.) -> Tensor");
   library.def("int8_linear_cpu(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor");
   library.def("int8_linears_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases) -> Tensor");
-  library.def("attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale) -> Tensor");
+  library.def(
+      "attention_cpu(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool rounds=False) -> Tensor");
+  library.def(
+      "int8_self_attention_cpu(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] biases, int heads, Tensor? mask, "
+      "float? scale) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(d2dmoe_pl, CPU, library) {
@@ -269,6 +274,7 @@ TORCH_LIBRARY_IMPL(d2dmoe_pl, CPU, library) {
   library.impl("int8_linear_cpu", int8_linear_cpu);
   library.impl("int8_linears_cpu", int8_linears_cpu);
   library.impl("attention_cpu", attention_cpu);
+  library.impl("int8_self_attention_cpu", int8_self_attention_cpu);
 }
 
 } // namespace d2dmoe

@@ -1,0 +1,151 @@
+// Self-attention whose queries, keys and values come of linear layers in int8: head by head, so that none of them leaves a
+// core's cache. By VNNI; where there is none, or a matrix unit, or the sequences are long, one step after the other.
+#pragma once
+
+#include "attention_operator.h"
+#include "int8_experts.h"
+#include "int8_linear.h"
+#include "lane_products.h"
+#include "word_attention.h"
+
+namespace d2dmoe {
+
+#if defined(D2DMOE_VNNI)
+// The columns of a linear layer in int8 that give one head what it has of queries, keys or values.
+struct HeadColumns {
+  const int8_t* panels; // as `in_panels` gives it
+  const float* scale; // of each row of the weight, as are the next
+  const int32_t* less;
+  const float* bias; // or null
+  int64_t first;
+};
+
+// out (rows, columns) = x (rows, depth) w^T + bias of rows in uint8; `depth` is a multiple of 4
+inline void int8_columns(
+    const uint8_t* x, int64_t depth, const float* x_scale, int64_t rows, const HeadColumns& of, int64_t columns,
+    float* out) {
+  const auto* lanes = reinterpret_cast<const int32_t*>(x);
+  const auto* panels = reinterpret_cast<const int32_t*>(of.panels);
+  const int64_t ld = depth / 4;
+  for (int64_t n = 0; n < columns;) {
+    const int64_t at = of.first + n, inside = at % kPanel, count = std::min(kPanel - inside, columns - n);
+    lane_product<OfBytes>(
+        lanes, ld, rows, ld, panels + (at - inside) * ld + inside, kPanel, count,
+        [&](int64_t m, int64_t i, Vec sums) {
+          const Vec less = at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(of.less + at + i));
+          const Vec value = (sums - less) * Vec(x_scale[m]) * Vec::loadu(of.scale + at + i);
+          const Vec biased = of.bias == nullptr ? value : value + Vec::loadu(of.bias + at + i);
+          biased.store(out + m * columns + n + i);
+        });
+    n += count;
+  }
+}
+
+// How many heads, side by side, have their queries computed at once: as many as fill a panel.
+inline int64_t heads_at_once(int64_t batch, int64_t heads, int64_t d) {
+  const int64_t some = std::max<int64_t>(1, kPanel / d);
+  return heads % some == 0 && batch * heads / some >= at::get_num_threads() ? some : 1;
+}
+
+// out (B, L, H, d) of x (B, L, D), whose heads' columns of queries, keys and values `columns(part, head)` gives.
+template <typename T, typename F>
+void self_attend(
+    const at::Tensor& x, const F& columns, int64_t heads, int64_t d, const at::Tensor* mask, float scale,
+    const at::Tensor& out) {
+  const int64_t batch = x.size(0), length = x.size(1), width = x.size(2);
+  T* to = out.mutable_data_ptr<T>();
+  const Int8Tokens tokens = quantised_tokens<T>(x.view({batch * length, width}));
+  const uint8_t* q = tokens.values.const_data_ptr<uint8_t>();
+  const float* scales = tokens.scale.const_data_ptr<float>();
+  const int64_t group = heads_at_once(batch, heads, d), groups = heads / group, wide = group * d;
+  at::parallel_for(0, batch * groups, 1, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kQueries = WordHead<float>::kQueries;
+    WordHead<float> head(length, std::min(kQueries, length), d);
+    Mask<T> added(mask, length, length, in_tiles(length));
+    std::vector<float> parts[3], y(std::is_same_v<T, float> ? 0 : kQueries * d);
+    for (auto& part : parts) part.resize(length * wide);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / groups, first_head = task % groups * group, apart = heads * d;
+      added.go_to(b, first_head);
+      const int64_t seen = mask == nullptr || mask->stride(1) == 0 ? added.seen() : length; // by any of the heads
+      for (int64_t part = 0; part < 3; ++part) {
+        int8_columns(
+            q + b * length * width, width, scales + b * length, part == 0 ? length : seen, columns(part, first_head),
+            wide, parts[part].data());
+      }
+      for (int64_t i = 0; i < group; ++i) {
+        const int64_t h = first_head + i;
+        added.go_to(b, h);
+        const int64_t keys = added.seen();
+        T* rows = to + (b * length * heads + h) * d;
+        if (keys == 0) {
+          for (int64_t m = 0; m < length; ++m) std::fill_n(rows + m * apart, d, T(0.f));
+          continue;
+        }
+        head.take(parts[1].data() + i * d, wide, parts[2].data() + i * d, wide, keys);
+        for (int64_t first = 0; first < length; first += kQueries) {
+          const int64_t count = std::min(kQueries, length - first);
+          const float* queries = parts[0].data() + first * wide + i * d;
+          if constexpr (std::is_same_v<T, float>) {
+            head.attend(queries, wide, count, added, first, scale, rows + first * apart, apart);
+          } else {
+            head.attend(queries, wide, count, added, first, scale, y.data(), d);
+            for (int64_t m = 0; m < count; ++m) at::vec::convert(y.data() + m * d, rows + (first + m) * apart, d);
+          }
+        }
+      }
+    }
+  });
+}
+#endif
+
+// (B, H, L, d) of x (B, L, D), given weight, scale and bias of the linear layers that give queries, keys and values, side
+// by side: one for each, or one for all.
+inline at::Tensor int8_self_attention_cpu(
+    const at::Tensor& x, at::TensorList weights, at::TensorList scales, const Optionals& biases, int64_t heads,
+    const std::optional<at::Tensor>& mask, std::optional<double> scale) {
+  TORCH_CHECK_VALUE(x.dim() == 3, "x has shape ", x.sizes(), ", not (B, L, D)");
+  TORCH_CHECK_VALUE(weights.size() == 1 || weights.size() == 3, "there must be one linear layer, or three");
+  const int64_t batch = x.size(0), length = x.size(1), outputs = 3 / static_cast<int64_t>(weights.size());
+  TORCH_CHECK_VALUE(weights[0].size(0) % (outputs * heads) == 0, "heads=", heads, ": must part the outputs");
+  const int64_t d = weights[0].size(0) / outputs / heads;
+#if defined(D2DMOE_VNNI)
+  const auto type = x.scalar_type();
+  const bool is_known = (type == at::kFloat || type == at::kBFloat16) && (!mask || mask->scalar_type() == type);
+  if (is_known && !kHasMatrixUnit && length > 0 && length <= kLongest && d <= kWidestHead && d % kTile == 0 &&
+      x.size(2) % 4 == 0) {
+    std::vector<at::Tensor> kept; // what is read below
+    std::vector<HeadColumns> linears;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      check_linear(x.size(2), weights[i], scales[i], biases[i]);
+      TORCH_CHECK_VALUE(weights[i].size(0) == weights[0].size(0), "linear layers must have as many outputs each");
+      const at::Tensor panels = packed_weights().get(weights[i], Form::panels), factors = in_fp32(scales[i]);
+      const at::Tensor sums = packed_weights().get(weights[i], Form::row_sums), added = in_fp32(biases[i]);
+      linears.push_back(
+          {panels.const_data_ptr<int8_t>(), floats(factors), sums.const_data_ptr<int32_t>(), floats(added), 0});
+      kept.insert(kept.end(), {panels, factors, sums, added});
+    }
+    const auto columns = [&](int64_t part, int64_t head) {
+      HeadColumns found = linears[linears.size() == 1 ? 0 : part];
+      found.first = ((linears.size() == 1 ? part * heads : 0) + head) * d;
+      return found;
+    };
+    at::Tensor masks;
+    if (mask) masks = with_dense_rows(mask->expand({batch, heads, length, length}));
+    const at::Tensor out = at::empty({batch, length, heads, d}, x.options());
+    const float factor = scale ? static_cast<float>(*scale) : 1.f / std::sqrt(static_cast<float>(d));
+    const auto* masked = mask ? &masks : nullptr;
+    if (type == at::kFloat) {
+      self_attend<float>(x.contiguous(), columns, heads, d, masked, factor, out);
+    } else {
+      self_attend<at::BFloat16>(x.contiguous(), columns, heads, d, masked, factor, out);
+    }
+    return out.transpose(1, 2);
+  }
+#endif
+  const at::Tensor rows = int8_linears_cpu(x.reshape({batch * length, x.size(2)}), weights, scales, biases);
+  const auto parts = rows.view({batch, length, 3, heads, d}).permute({2, 0, 3, 1, 4}).unbind(); // (B, H, L, d) each
+  return attention_cpu(parts[0], parts[1], parts[2], mask, scale, /*rounds=*/true);
+}
+
+} // namespace d2dmoe
