@@ -5,6 +5,8 @@
 #include "int8_avx2.h"
 #include "int8_products.h"
 #include "int8_vnni.h"
+#include "lane_products.h"
+#include "masked_dense.h"
 #include "packed.h"
 #include "problem.h"
 #include "tiles.h"
@@ -112,12 +114,14 @@ class Int8Experts {
       const int64_t tokens = std::min(kTokensAtOnce, all - m);
       const int32_t* rows = block.rows(expert) + m;
       const bool in_tiles = tokens >= kManyTokens && up_quads_ != nullptr;
-      if (in_tiles) {
+      if (in_tiles && !in_lanes()) {
         grow(tokens_, rounded_height(tokens) * quads(d) * 4);
         gather_rows(x, d, rows, tokens, quads(d) * 4, tokens_.data());
       }
       const auto product = [&](const Int8Up& up, const int8_t* packed, int64_t n, int64_t neurons, float* out) {
-        if (in_tiles) {
+        if (in_tiles && in_lanes()) {
+          lanes_of(expert, n, neurons, up, packed, x, x_scale, rows, tokens, out, step);
+        } else if (in_tiles) {
           tile_product(expert, n, neurons, up, packed, x_scale, rows, tokens, out, step);
         } else {
           int8_dot_product(x, d, x_scale, rows, tokens, up.rows(expert * s + n, d), neurons, out, step);
@@ -172,6 +176,32 @@ class Int8Experts {
     int8_add_product(
         h, ld, depth, h_scale, from_zero(), down + n * 4, outputs, first + columns - n, scale + n, sums + n,
         y + n - first, y_ld, part.rows, part.count);
+  }
+
+  // Whether rows are read where they are: a matrix unit would have them side by side.
+  bool in_lanes() const {
+#if defined(D2DMOE_VNNI)
+    return !kHasMatrixUnit && problem_.neurons % kWidth == 0 && problem_.width % 4 == 0;
+#else
+    return false;
+#endif
+  }
+
+  // out (count, neurons) of x[rows], from neuron n of the expert on
+  void lanes_of(
+      int64_t expert, int64_t n, int64_t neurons, const Int8Up& up, const int8_t* packed, const uint8_t* x,
+      const float* x_scale, const int32_t* rows, int64_t count, float* out, int64_t ld) const {
+#if defined(D2DMOE_VNNI)
+    const int64_t s = problem_.neurons, depth = problem_.width / 4, row = expert * s + n;
+    const auto* tokens = reinterpret_cast<const int32_t*>(x);
+    const auto* w = reinterpret_cast<const int32_t*>(packed) + expert * depth * s + n;
+    lane_product<OfBytes>(
+        [&](int64_t m) { return tokens + rows[m] * depth; }, count, depth, w, s, neurons,
+        [&](int64_t m, int64_t i, Vec sums) {
+          const Vec less = at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(up.sums + row + i));
+          ((sums - less) * Vec(x_scale[rows[m]]) * Vec::loadu(up.scale + row + i)).store(out + m * ld + i);
+        });
+#endif
   }
 
   // out (count, neurons) of tokens_, from neuron n of the expert on

@@ -30,7 +30,7 @@ inline void int8_columns(
   for (int64_t n = 0; n < columns;) {
     const int64_t at = of.first + n, inside = at % kPanel, count = std::min(kPanel - inside, columns - n);
     lane_product<OfBytes>(
-        lanes, ld, rows, ld, panels + (at - inside) * ld + inside, kPanel, count,
+        [&](int64_t m) { return lanes + m * ld; }, rows, ld, panels + (at - inside) * ld + inside, kPanel, count,
         [&](int64_t m, int64_t i, Vec sums) {
           const Vec less = at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(of.less + at + i));
           const Vec value = (sums - less) * Vec(x_scale[m]) * Vec::loadu(of.scale + at + i);

@@ -18,7 +18,7 @@ struct OfWords {
 };
 
 template <typename Products, int M, int V, typename F>
-void lane_tile(const int32_t* a, int64_t ld, int64_t depth, const int32_t* b, int64_t width, const F& give) {
+void lane_tile(const int32_t* const (&a)[M], int64_t depth, const int32_t* b, int64_t width, const F& give) {
   __m512i sum[M][V];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -30,7 +30,7 @@ void lane_tile(const int32_t* a, int64_t ld, int64_t depth, const int32_t* b, in
     for (int v = 0; v < V; ++v) bv[v] = _mm512_loadu_si512(b + k * width + v * kWidth);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const __m512i av = _mm512_set1_epi32(a[m * ld + k]);
+      const __m512i av = _mm512_set1_epi32(a[m][k]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) Products::add(sum[m][v], av, bv[v]);
     }
@@ -41,18 +41,19 @@ void lane_tile(const int32_t* a, int64_t ld, int64_t depth, const int32_t* b, in
     for (int v = 0; v < V; ++v) give(m, v * kWidth, Vec(_mm512_cvtepi32_ps(sum[m][v])));
 }
 
-// give(m, n, (a b)[m][n .. n + kWidth]) of lanes a (rows, depth), `ld` apart, and b (depth, columns), `width` apart;
+// give(m, n, (a b)[m][n .. n + kWidth]) of lanes a, whose row m begins at row(m), and b (depth, columns), `width` apart;
 // `columns` is a multiple of kWidth.
-template <typename Products, typename F>
+template <typename Products, typename Row, typename F>
 void lane_product(
-    const int32_t* a, int64_t ld, int64_t rows, int64_t depth, const int32_t* b, int64_t width, int64_t columns,
-    const F& give) {
+    const Row& row, int64_t rows, int64_t depth, const int32_t* b, int64_t width, int64_t columns, const F& give) {
   for (int64_t n = 0; n < columns; n += kVectors * kWidth) {
     with_rows<kVectors>(std::min<int64_t>(kVectors, (columns - n) / kWidth), [&](auto V) {
-      for (int64_t m = 0; m < rows; m += kAddRows) {
-        with_rows<kAddRows>(std::min<int64_t>(kAddRows, rows - m), [&](auto M) {
-          lane_tile<Products, M, V>(a + m * ld, ld, depth, b + n, width, [&](int64_t row, int64_t column, Vec sums) {
-            give(m + row, n + column, sums);
+      for (int64_t first = 0; first < rows; first += kAddRows) {
+        with_rows<kAddRows>(std::min<int64_t>(kAddRows, rows - first), [&](auto M) {
+          const int32_t* a[M];
+          for (int m = 0; m < M; ++m) a[m] = row(first + m);
+          lane_tile<Products, M, V>(a, depth, b + n, width, [&](int64_t m, int64_t column, Vec sums) {
+            give(first + m, n + column, sums);
           });
         });
       }

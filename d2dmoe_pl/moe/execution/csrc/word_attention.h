@@ -53,7 +53,8 @@ class WordHead { // see BrgemmHead
     const auto store_scores = [&](int64_t m, int64_t n, Vec sums) {
       (sums * Vec(factors_[m])).store(scores_.data() + m * padded_ + n);
     };
-    lane_product<OfWords>(block_.lanes(), d_ / 2, count, d_ / 2, keys_.lanes(), padded_, padded_, store_scores);
+    const auto query = [&](int64_t m) { return block_.lanes() + m * d_ / 2; };
+    lane_product<OfWords>(query, count, d_ / 2, keys_.lanes(), padded_, padded_, store_scores);
     for (int64_t m = 0; m < count; ++m) {
       float* row = scores_.data() + m * padded_;
       const float sum = softmax_row(row, mask.row(first + m), 1.f, padded_);
@@ -68,7 +69,8 @@ class WordHead { // see BrgemmHead
         at::vec::convert_from_float<T>(value, value).store(out + m * out_apart + n, kWidth);
       }
     };
-    lane_product<OfWords>(p_.lanes(), padded_ / 2, count, padded_ / 2, values_.lanes(), d_, d_, store_values);
+    const auto weights = [&](int64_t m) { return p_.lanes() + m * padded_ / 2; };
+    lane_product<OfWords>(weights, count, padded_ / 2, values_.lanes(), d_, d_, store_values);
   }
 
  private:
