@@ -174,33 +174,6 @@ inline void int8_add_product(
   for_quad_sums(wide, count, quads, w, width, columns, add);
 }
 
-// Products of rows with panels of weights, as those of brgemm below, of rows that are widened once for all panels.
-class PanelProducts {
- public:
-  static constexpr int64_t kRows = 16 * kQuadRows; // at once
-
-  static bool are_there(int64_t rows) { return rows > kFewTokens; }
-
-  void take(const uint8_t* q, int64_t rows, int64_t depth) {
-    rows_ = rows, depth_ = depth;
-    wide_.resize(rows * depth);
-    widen(q, rows * depth, wide_.data());
-  }
-
-  // c (rows, kPanel) = q (rows, depth) w
-  void multiply(const int8_t* panel, int32_t* c) const {
-    static_assert(kPanel == kQuadColumns);
-    const auto put = [&](int64_t m, int64_t, int64_t, const __m256i& sums) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(c + m * kPanel), sums);
-    };
-    for_quad_sums(wide_.data(), rows_, depth_ / 4, panel, kPanel, kPanel, put);
-  }
-
- private:
-  int64_t rows_, depth_;
-  std::vector<int16_t> wide_;
-};
-
 } // namespace d2dmoe
 
 #endif

@@ -34,8 +34,8 @@ Int8Tokens quantised_tokens(const at::Tensor& x) {
   at::parallel_for(0, tokens, 64, [&](int64_t begin, int64_t end) {
     std::vector<float> row(width);
     for (int64_t t = begin; t < end; ++t) {
-      at::vec::convert(in + t * width, row.data(), width);
-      scale[t] = quantise(row.data(), width, /*from_zero=*/false, values + t * width);
+      const float* wide = in_floats(in + t * width, row.data(), width);
+      scale[t] = quantise(wide, width, /*from_zero=*/false, values + t * width);
     }
   });
   return made;
@@ -195,11 +195,10 @@ class Int8Experts {
     const int64_t s = problem_.neurons, depth = problem_.width / 4, row = expert * s + n;
     const auto* tokens = reinterpret_cast<const int32_t*>(x);
     const auto* w = reinterpret_cast<const int32_t*>(packed) + expert * depth * s + n;
-    lane_product<OfBytes>(
-        [&](int64_t m) { return tokens + rows[m] * depth; }, count, depth, w, s, neurons,
-        [&](int64_t m, int64_t i, Vec sums) {
-          const Vec less = at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(up.sums + row + i));
-          ((sums - less) * Vec(x_scale[rows[m]]) * Vec::loadu(up.scale + row + i)).store(out + m * ld + i);
+    picked_lane_product<OfBytes>(
+        tokens, depth, rows, count, depth, w, s, neurons,
+        [&](int64_t m, int64_t i, Whole sums) {
+          dequantised(sums, up.sums + row + i, up.scale + row + i, x_scale[rows[m]]).store(out + m * ld + i);
         });
 #endif
   }
@@ -219,9 +218,11 @@ class Int8Experts {
     quad_product(tokens_.data(), count, depth / 4, w, s, neurons, whole_.data());
 #endif
     for (int64_t i = 0; i < count; ++i) {
-      dequantise<float>(
-          whole_.data() + i * neurons, up.sums + expert * s + n, up.scale + expert * s + n, x_scale[rows[i]], nullptr,
-          neurons, out + i * ld);
+      for (int64_t at = 0; at < neurons; at += kWidth) {
+        const int64_t some = std::min(kWidth, neurons - at), row = expert * s + n + at;
+        const Whole sums = Whole::loadu(whole_.data() + i * neurons + at, some);
+        dequantised(sums, up.sums + row, up.scale + row, x_scale[rows[i]], some).store(out + i * ld + at, some);
+      }
     }
   }
 

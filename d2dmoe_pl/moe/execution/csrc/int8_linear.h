@@ -4,10 +4,10 @@
 #pragma once
 
 #include "few_tokens.h"
-#include "int8_avx2.h"
 #include "int8_products.h"
 #include "operands.h"
 #include "packed.h"
+#include "panel_products.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -31,30 +31,6 @@ struct Int8Linear {
   T* out; // rows `apart` from one another
 };
 
-#if !defined(D2DMOE_INT8) || defined(D2DMOE_VNNI)
-// Products of rows with panels of weights.
-class PanelProducts {
- public:
-  static constexpr int64_t kRows = 64; // at once
-
-  // Whether so many rows are rounded, and multiplied here.
-  static bool are_there(int64_t) { return has_int8_brgemm(); }
-
-  void take(const uint8_t* q, int64_t rows, int64_t depth) { q_ = q, rows_ = rounded_height(rows), depth_ = depth; }
-
-  // c (rows, kPanel) = q (rows, depth) w
-  void multiply(const int8_t* panel, int32_t* c) {
-    unit_.held = true;
-    at::native::cpublas::brgemm(rows_, kPanel, depth_, depth_, kPanel, kPanel, /*add_C=*/false, q_, panel, c);
-  }
-
- private:
-  HeldUnit unit_;
-  const uint8_t* q_;
-  int64_t rows_, depth_;
-};
-#endif
-
 template <typename T>
 void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int8Linear<T>>& linears, int64_t apart) {
   constexpr int64_t kRows = PanelProducts::kRows;
@@ -69,30 +45,24 @@ void int8_linears(const T* x, int64_t rows, int64_t depth, const std::vector<Int
   at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> row(depth), scales(kRows);
     std::vector<uint8_t> q(kRows * ld);
-    std::vector<int32_t> c(kRows * kPanel);
     PanelProducts products;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / shares * kRows, count = std::min(kRows, rows - first), share = task % shares;
       for (int64_t m = 0; m < count; ++m) {
-        const T* from = x + (first + m) * depth;
-        if constexpr (std::is_same_v<T, float>) {
-          scales[m] = quantise(from, depth, /*from_zero=*/false, q.data() + m * ld);
-        } else {
-          at::vec::convert(from, row.data(), depth);
-          scales[m] = quantise(row.data(), depth, /*from_zero=*/false, q.data() + m * ld);
-        }
+        const float* from = in_floats(x + (first + m) * depth, row.data(), depth);
+        scales[m] = quantise(from, depth, /*from_zero=*/false, q.data() + m * ld);
       }
       products.take(q.data(), count, ld);
       for (int64_t panel = share * count_panels / shares; panel < (share + 1) * count_panels / shares; ++panel) {
         const auto& [linear, n] = panels[panel];
         const int64_t width = std::min(kPanel, linear->columns - n);
-        products.multiply(linear->w + n * ld, c.data());
-        for (int64_t m = 0; m < count; ++m) {
-          dequantise(
-              c.data() + m * kPanel, linear->less + n, linear->scale + n, scales[m],
-              linear->bias == nullptr ? nullptr : linear->bias + n, width,
-              linear->out + (first + m) * apart + n);
-        }
+        products.multiply(linear->w + n * ld, [&](int64_t m, int64_t i, Whole sums) {
+          if (i >= width) return;
+          const int64_t count = std::min(kWidth, width - i), at = n + i;
+          const Vec value = dequantised(sums, linear->less + at, linear->scale + at, scales[m], count);
+          const Vec biased = linear->bias == nullptr ? value : value + Vec::loadu(linear->bias + at, count);
+          store_as(biased, linear->out + (first + m) * apart + at, count);
+        });
       }
     }
   });

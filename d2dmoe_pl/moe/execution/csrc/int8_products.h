@@ -22,6 +22,17 @@ namespace d2dmoe {
 
 constexpr int64_t kZeroPoint = 128;
 
+// Values in floats: where they are, or in `buffer`.
+template <typename T>
+const float* in_floats(const T* values, float* buffer, int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    return values;
+  } else {
+    at::vec::convert(values, buffer, count);
+    return buffer;
+  }
+}
+
 // q (count,) in uint8 of values, which q - zero_point times the returned scale stands for. A NaN makes the scale NaN.
 inline float quantise(const float* values, int64_t count, bool from_zero, uint8_t* q) {
   Vec largest(0.f);
@@ -59,37 +70,24 @@ inline float quantise(const float* values, int64_t count, bool from_zero, uint8_
   return scale;
 }
 
-// to = (from - less) * scale * of_row + bias, each (count,); bias may be null
-template <typename T>
-void dequantise(
-    const int32_t* from, const int32_t* less, const float* scale, float of_row, const float* bias, int64_t count, T* to) {
-  using Whole = at::vec::Vectorized<int32_t>;
-  const auto values = [&](int64_t i) {
-    const Vec value = at::vec::convert<float>(Whole::loadu(from + i) - Whole::loadu(less + i)) *
-        (Vec(of_row) * Vec::loadu(scale + i));
-    return bias == nullptr ? value : value + Vec::loadu(bias + i);
-  };
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
-    if constexpr (std::is_same_v<T, float>) {
-      values(i).store(to + i);
-      values(i + kWidth).store(to + i + kWidth);
-    } else {
-      at::vec::convert_from_float<T>(values(i), values(i + kWidth)).store(to + i);
-    }
-  }
-  if constexpr (std::is_same_v<T, float>) {
-    for (; i + kWidth <= count; i += kWidth) values(i).store(to + i);
-  }
-  for (; i < count; ++i) {
-    to[i] = static_cast<float>(from[i] - less[i]) * scale[i] * of_row + (bias == nullptr ? 0.f : bias[i]);
-  }
+using Whole = at::vec::Vectorized<int32_t>;
+
+// (sums - less) * scale * of_row, of `count` columns
+inline Vec dequantised(Whole sums, const int32_t* less, const float* scale, float of_row, int64_t count = kWidth) {
+  return at::vec::convert<float>(sums - Whole::loadu(less, count)) * (Vec(of_row) * Vec::loadu(scale, count));
+}
+
+inline void store_as(Vec values, float* to, int64_t count = kWidth) {
+  values.store(to, count);
+}
+
+inline void store_as(Vec values, at::BFloat16* to, int64_t count = kWidth) {
+  at::vec::convert_from_float<at::BFloat16>(values, values).store(to, count);
 }
 
 // to += (from - less) * scale * of_row, each (count,); less may be null
 inline void dequantise_add(
     const int32_t* from, const int32_t* less, const float* scale, float of_row, int64_t count, float* to) {
-  using Whole = at::vec::Vectorized<int32_t>;
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) {
     const Whole whole = less == nullptr ? Whole::loadu(from + i) : Whole::loadu(from + i) - Whole::loadu(less + i);

@@ -30,10 +30,9 @@ inline void int8_columns(
   for (int64_t n = 0; n < columns;) {
     const int64_t at = of.first + n, inside = at % kPanel, count = std::min(kPanel - inside, columns - n);
     lane_product<OfBytes>(
-        [&](int64_t m) { return lanes + m * ld; }, rows, ld, panels + (at - inside) * ld + inside, kPanel, count,
-        [&](int64_t m, int64_t i, Vec sums) {
-          const Vec less = at::vec::convert<float>(at::vec::Vectorized<int32_t>::loadu(of.less + at + i));
-          const Vec value = (sums - less) * Vec(x_scale[m]) * Vec::loadu(of.scale + at + i);
+        lanes, ld, rows, ld, panels + (at - inside) * ld + inside, kPanel, count,
+        [&](int64_t m, int64_t i, Whole sums) {
+          const Vec value = dequantised(sums, of.less + at + i, of.scale + at + i, x_scale[m]);
           const Vec biased = of.bias == nullptr ? value : value + Vec::loadu(of.bias + at + i);
           biased.store(out + m * columns + n + i);
         });
@@ -43,7 +42,7 @@ inline void int8_columns(
 
 // How many heads, side by side, have their queries computed at once: as many as fill a panel.
 inline int64_t heads_at_once(int64_t batch, int64_t heads, int64_t d) {
-  const int64_t some = std::max<int64_t>(1, kPanel / d);
+  const int64_t some = std::max<int64_t>(1, 2 * kPanel / d);
   return heads % some == 0 && batch * heads / some >= at::get_num_threads() ? some : 1;
 }
 

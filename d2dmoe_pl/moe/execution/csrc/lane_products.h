@@ -17,48 +17,122 @@ struct OfWords {
   static void add(__m512i& sum, __m512i a, __m512i b) { asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
 };
 
-template <typename Products, int M, int V, typename F>
-void lane_tile(const int32_t* const (&a)[M], int64_t depth, const int32_t* b, int64_t width, const F& give) {
+// Rows that lie one after the other, four to a pointer, since there are not as many registers as rows; in assembly, since
+// GCC would have one for each.
+template <int M>
+class InOrder {
+ public:
+  static constexpr int kTogether = M < 4 ? M : 4;
+
+  InOrder(const int32_t* first, int64_t apart) : bytes_(apart * sizeof(int32_t)), three_(3 * bytes_) {
+    for (int g = 0; g < M / kTogether; ++g) at_[g] = first + g * kTogether * apart;
+  }
+
+  void load(int g, __m512i (&x)[kTogether]) const {
+    const auto& read = *reinterpret_cast<const int32_t(*)[]>(at_[g]);
+    asm("vpbroadcastd (%1), %0" : "=v"(x[0]) : "r"(at_[g]), "m"(read));
+    if constexpr (kTogether > 1) asm("vpbroadcastd (%1,%2), %0" : "=v"(x[1]) : "r"(at_[g]), "r"(bytes_), "m"(read));
+    if constexpr (kTogether > 2) asm("vpbroadcastd (%1,%2,2), %0" : "=v"(x[2]) : "r"(at_[g]), "r"(bytes_), "m"(read));
+    if constexpr (kTogether > 3) asm("vpbroadcastd (%1,%2), %0" : "=v"(x[3]) : "r"(at_[g]), "r"(three_), "m"(read));
+  }
+
+  void step() {
+#pragma GCC unroll 4
+    for (int g = 0; g < M / kTogether; ++g) ++at_[g];
+  }
+
+ private:
+  const int32_t* at_[M / kTogether];
+  int64_t bytes_, three_;
+};
+
+// Rows that lie anywhere.
+template <int M>
+class Picked {
+ public:
+  static constexpr int kTogether = 1;
+
+  Picked(const int32_t* from, int64_t apart, const int32_t* rows) {
+    for (int m = 0; m < M; ++m) at_[m] = from + rows[m] * apart;
+  }
+
+  void load(int m, __m512i (&x)[1]) const { asm("vpbroadcastd %1, %0" : "=v"(x[0]) : "m"(at_[m][k_])); }
+
+  void step() { ++k_; }
+
+ private:
+  const int32_t* at_[M];
+  int64_t k_ = 0;
+};
+
+template <typename Products, int M, int V, typename Rows, typename F>
+void lane_tile(Rows rows, int64_t depth, const int32_t* b, int64_t width, const F& give) {
+  constexpr int kTogether = Rows::kTogether;
   __m512i sum[M][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[m][v] = _mm512_setzero_si512();
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k, rows.step()) {
     __m512i bv[V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < V; ++v) bv[v] = _mm512_loadu_si512(b + k * width + v * kWidth);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const __m512i av = _mm512_set1_epi32(a[m][k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) Products::add(sum[m][v], av, bv[v]);
+#pragma GCC unroll 16
+    for (int g = 0; g < M / kTogether; ++g) {
+      __m512i av[kTogether];
+      rows.load(g, av);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
+        for (int m = 0; m < kTogether; ++m) Products::add(sum[g * kTogether + m][v], av[m], bv[v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) give(m, v * kWidth, Vec(_mm512_cvtepi32_ps(sum[m][v])));
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) give(m, v * kWidth, Whole(sum[m][v]));
 }
 
-// give(m, n, (a b)[m][n .. n + kWidth]) of lanes a, whose row m begins at row(m), and b (depth, columns), `width` apart;
-// `columns` is a multiple of kWidth.
-template <typename Products, typename Row, typename F>
+// Call f with std::integral_constant<int, rows> and the first of so many rows, until all have been.
+template <int M, int... Fewer, typename F>
+void by_rows(int64_t rows, const F& f, int64_t first = 0) {
+  for (; rows - first >= M; first += M) f(std::integral_constant<int, M>(), first);
+  if constexpr (sizeof...(Fewer) > 0) by_rows<Fewer...>(rows, f, first);
+}
+
+// Call f with std::integral_constant<int, vectors> and their first column, for `columns`, a multiple of kWidth.
+template <typename F>
+void by_vectors(int64_t columns, const F& f) {
+  by_rows<2, 1>(columns / kWidth, [&](auto V, int64_t first) { f(V, first * kWidth); });
+}
+
+// give(m, n, (a b)[m][n .. n + kWidth]) of lanes a (rows, depth), `apart` from one another, and b (depth, columns), whose
+// rows are `width` apart; `columns` is a multiple of kWidth.
+template <typename Products, typename F>
 void lane_product(
-    const Row& row, int64_t rows, int64_t depth, const int32_t* b, int64_t width, int64_t columns, const F& give) {
-  for (int64_t n = 0; n < columns; n += kVectors * kWidth) {
-    with_rows<kVectors>(std::min<int64_t>(kVectors, (columns - n) / kWidth), [&](auto V) {
-      for (int64_t first = 0; first < rows; first += kAddRows) {
-        with_rows<kAddRows>(std::min<int64_t>(kAddRows, rows - first), [&](auto M) {
-          const int32_t* a[M];
-          for (int m = 0; m < M; ++m) a[m] = row(first + m);
-          lane_tile<Products, M, V>(a, depth, b + n, width, [&](int64_t m, int64_t column, Vec sums) {
-            give(first + m, n + column, sums);
-          });
-        });
-      }
+    const int32_t* a, int64_t apart, int64_t rows, int64_t depth, const int32_t* b, int64_t width, int64_t columns,
+    const F& give) {
+  by_vectors(columns, [&](auto V, int64_t n) {
+    by_rows<12, 8, 4, 2, 1>(rows, [&](auto M, int64_t first) {
+      lane_tile<Products, M, V>(
+          InOrder<M>(a + first * apart, apart), depth, b + n, width,
+          [&](int64_t m, int64_t column, Whole sums) { give(first + m, n + column, sums); });
     });
-  }
+  });
+}
+
+// The same of rows of `a` that are picked: give(m, ...) of row rows[m].
+template <typename Products, typename F>
+void picked_lane_product(
+    const int32_t* a, int64_t apart, const int32_t* rows, int64_t count, int64_t depth, const int32_t* b, int64_t width,
+    int64_t columns, const F& give) {
+  by_vectors(columns, [&](auto V, int64_t n) {
+    by_rows<6, 4, 2, 1>(count, [&](auto M, int64_t first) {
+      lane_tile<Products, M, V>(
+          Picked<M>(a, apart, rows + first), depth, b + n, width,
+          [&](int64_t m, int64_t column, Whole sums) { give(first + m, n + column, sums); });
+    });
+  });
 }
 
 } // namespace d2dmoe

@@ -75,8 +75,10 @@ inline at::Tensor in_quads(const at::Tensor& weight) {
 
 #if defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t kPanel = 8; // columns, those of a tile
-#else
+#elif defined(__AMX_INT8__)
 constexpr int64_t kPanel = 64;
+#else
+constexpr int64_t kPanel = 32; // those of a tile, which stay in the first cache
 #endif
 
 // int8 (N, K) to (ceil(N / kPanel), ceil(K / 4), kPanel, 4), of B = W^T, with zeros where there is nothing.

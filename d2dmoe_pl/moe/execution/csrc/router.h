@@ -5,6 +5,7 @@
 #include "few_tokens.h"
 #include "int8_experts.h"
 #include "packed.h"
+#include "panel_products.h"
 #include "products.h"
 
 #include <ATen/Parallel.h>
@@ -163,17 +164,13 @@ class Int8Router {
       const uint8_t* x, int64_t depth, const float* x_scale, const Int8Up& w, const int8_t* panels, int64_t columns,
       int64_t count, float* out) {
     const bool in_tiles = panels != nullptr && depth % 4 == 0 && count >= kManyTokens;
-    const int64_t tiled = in_tiles ? count / 4 * 4 : 0; // a number of rows as `rounded_height` has it
-    if (in_tiles) sums_.resize(tiled * kPanel);
-    unit_.held |= in_tiles;
+    const int64_t tiled = in_tiles ? PanelProducts::alone(count) : 0;
+    products_.take(x, tiled, depth);
     for (int64_t n = 0; in_tiles && n < columns; n += kPanel) {
-      at::native::cpublas::brgemm(
-          tiled, kPanel, depth, depth, kPanel, kPanel, /*add_C=*/false, x, panels + n * depth, sums_.data());
-      for (int64_t i = 0; i < tiled; ++i) {
-        dequantise<float>(
-            sums_.data() + i * kPanel, w.sums + n, w.scale + n, x_scale[i], nullptr, std::min(kPanel, columns - n),
-            out + i * columns + n);
-      }
+      products_.multiply(panels + n * depth, [&](int64_t m, int64_t i, Whole sums) {
+        const int64_t at = n + i, some = std::min(kWidth, columns - at);
+        if (some > 0) dequantised(sums, w.sums + at, w.scale + at, x_scale[m], some).store(out + m * columns + at, some);
+      });
     }
     if (tiled == count) return;
     while (static_cast<int64_t>(rows_.size()) < count) rows_.push_back(static_cast<int32_t>(rows_.size()));
@@ -186,8 +183,8 @@ class Int8Router {
   const float* scale_;
   Int8Up up_, down_;
   const int8_t *up_panels_, *down_panels_;
-  HeldUnit unit_;
-  std::vector<int32_t> rows_, sums_; // 0, 1, 2, ...; (count, kPanel)
+  PanelProducts products_;
+  std::vector<int32_t> rows_; // 0, 1, 2, ...
   std::vector<float> hidden_, scales_;
   std::vector<uint8_t> narrow_;
 };

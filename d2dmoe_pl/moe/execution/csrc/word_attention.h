@@ -25,7 +25,7 @@ class Words {
 template <typename T>
 class WordHead { // see BrgemmHead
  public:
-  static constexpr int64_t kQueries = 4 * kAddRows; // whose scores and weights stay in the first cache
+  static constexpr int64_t kQueries = 24; // whose scores and weights stay in the first cache
 
   WordHead(int64_t longest, int64_t queries, int64_t d)
       : d_(d), rows_(in_tiles(longest) * d), inverses_(d), steps_(d), words_(rows_.size()), keys_(rows_.size()),
@@ -43,34 +43,27 @@ class WordHead { // see BrgemmHead
       const T* queries, int64_t apart, int64_t count, const Mask<M>& mask, int64_t first, float scale, T* out,
       int64_t out_apart) {
     for (int64_t m = 0; m < count; ++m) {
-      const float* row = wide(queries + m * apart, rows_.data());
+      const float* row = in_floats(queries + m * apart, rows_.data(), d_);
       Magnitude most;
       for (int64_t i = 0; i < d_; i += kWidth) most.take(Vec::loadu(row + i));
       const float step = step_of(largest_lane(most.lanes()), kQueryKey);
       factors_[m] = step * key_step_ * scale;
       to_words(row, [&](int64_t) { return Vec(1.f / step); }, d_, block_.words() + m * d_);
     }
-    const auto store_scores = [&](int64_t m, int64_t n, Vec sums) {
-      (sums * Vec(factors_[m])).store(scores_.data() + m * padded_ + n);
+    const auto store_scores = [&](int64_t m, int64_t n, Whole sums) {
+      (at::vec::convert<float>(sums) * Vec(factors_[m])).store(scores_.data() + m * padded_ + n);
     };
-    const auto query = [&](int64_t m) { return block_.lanes() + m * d_ / 2; };
-    lane_product<OfWords>(query, count, d_ / 2, keys_.lanes(), padded_, padded_, store_scores);
+    lane_product<OfWords>(block_.lanes(), d_ / 2, count, d_ / 2, keys_.lanes(), padded_, padded_, store_scores);
     for (int64_t m = 0; m < count; ++m) {
       float* row = scores_.data() + m * padded_;
       const float sum = softmax_row(row, mask.row(first + m), 1.f, padded_);
       to_words(row, [](int64_t) { return Vec(kWeight); }, padded_, p_.words() + m * padded_);
       factors_[m] = sum == 0.f ? 0.f : 1.f / (sum * kWeight);
     }
-    const auto store_values = [&](int64_t m, int64_t n, Vec sums) {
-      const Vec value = sums * Vec(factors_[m]) * Vec::loadu(steps_.data() + n);
-      if constexpr (std::is_same_v<T, float>) {
-        value.store(out + m * out_apart + n);
-      } else {
-        at::vec::convert_from_float<T>(value, value).store(out + m * out_apart + n, kWidth);
-      }
+    const auto store_values = [&](int64_t m, int64_t n, Whole sums) {
+      store_as(at::vec::convert<float>(sums) * Vec(factors_[m]) * Vec::loadu(steps_.data() + n), out + m * out_apart + n);
     };
-    const auto weights = [&](int64_t m) { return p_.lanes() + m * padded_ / 2; };
-    lane_product<OfWords>(weights, count, padded_ / 2, values_.lanes(), d_, d_, store_values);
+    lane_product<OfWords>(p_.lanes(), padded_ / 2, count, padded_ / 2, values_.lanes(), d_, d_, store_values);
   }
 
  private:
@@ -92,15 +85,6 @@ class WordHead { // see BrgemmHead
     return most == 0.f ? 1.f : most / steps;
   }
 
-  const float* wide(const T* row, float* buffer) const {
-    if constexpr (std::is_same_v<T, float>) {
-      return row;
-    } else {
-      at::vec::convert(row, buffer, d_);
-      return buffer;
-    }
-  }
-
   template <typename F>
   static void to_words(const float* row, const F& inverse, int64_t count, int16_t* to) {
     for (int64_t i = 0; i < count; i += kWidth) {
@@ -112,12 +96,12 @@ class WordHead { // see BrgemmHead
   void take_keys(const T* keys, int64_t apart) {
     Magnitude most;
     for (int64_t n = 0; n < length_; ++n) {
-      const float* row = wide(keys + n * apart, rows_.data() + n * d_);
+      const float* row = in_floats(keys + n * apart, rows_.data() + n * d_, d_);
       for (int64_t i = 0; i < d_; i += kWidth) most.take(Vec::loadu(row + i));
     }
     key_step_ = step_of(largest_lane(most.lanes()), kQueryKey);
     for (int64_t n = 0; n < length_; ++n) {
-      const float* row = wide(keys + n * apart, rows_.data() + n * d_);
+      const float* row = in_floats(keys + n * apart, rows_.data() + n * d_, d_);
       to_words(row, [&](int64_t) { return Vec(1.f / key_step_); }, d_, words_.words() + n * d_);
     }
     pack_keys(words_.words(), d_, length_, d_, padded_, keys_.words());
@@ -127,7 +111,7 @@ class WordHead { // see BrgemmHead
     for (int64_t i = 0; i < d_; i += kWidth) {
       Magnitude most;
       for (int64_t n = 0; n < length_; ++n) {
-        if (!std::is_same_v<T, float> && i == 0) wide(values + n * apart, rows_.data() + n * d_);
+        if (!std::is_same_v<T, float> && i == 0) in_floats(values + n * apart, rows_.data() + n * d_, d_);
         most.take(value_row(values, apart, n, i));
       }
       most.lanes().store(steps_.data() + i);
@@ -137,7 +121,7 @@ class WordHead { // see BrgemmHead
       inverses_[i] = 1.f / steps_[i];
     }
     for (int64_t n = 0; n < length_; ++n) {
-      const float* row = wide(values + n * apart, rows_.data() + n * d_);
+      const float* row = in_floats(values + n * apart, rows_.data() + n * d_, d_);
       to_words(row, [&](int64_t i) { return Vec::loadu(inverses_.data() + i); }, d_, words_.words() + n * d_);
     }
     pack_values(words_.words(), d_, length_, d_, padded_, values_.words());
