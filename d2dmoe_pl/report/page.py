@@ -146,8 +146,13 @@ def commands(found: Findings) -> str:
     budget = f"\nset_budget_(model, ffn_flops={share:g})" if found.promised else ""
     names = "load_model, set_budget_" if budget else "load_model"
     timed = f" --budget {share:g}" if found.promised else ""
-    runs, models, recipes, again = (quote(str(each)) for each in (run, model, recipe, f"{found.folder}_again"))
+    places = (run, model, recipe, f"{found.folder}_again", f"{found.folder}_compiled")
+    runs, models, recipes, again, compiled = (quote(str(each)) for each in places)
     predicting = f"python main.py predict --run {runs} --output predictions.csv\n"
+    compiling = f"""
+# for CPUs like this one, compiled ahead of time; load_compiled loads it
+python main.py compile --artifact {models} --dtype int8{timed} --output_dir {compiled}
+"""
     return f"""# load; dtype="int8" or "bfloat16" and optimize=True make it faster
 from d2dmoe_pl import {names}
 model = load_model({json.dumps(str(model), ensure_ascii=False)}){budget}
@@ -155,7 +160,7 @@ model = load_model({json.dumps(str(model), ensure_ascii=False)}){budget}
 # {"predict, " if found.predicts else ""}evaluate, time
 {predicting if found.predicts else ""}python main.py test --run {runs}
 python main.py benchmark --artifact {models} --config {recipes}{timed}
-
+{compiling if found.promised else ""}
 # reproduce
 python main.py chain --config {recipes} --output_dir {again}"""
 

@@ -132,7 +132,8 @@ def test_its_commands_are_of_what_is_there(tmp_path):
     assert told(said, "--run") == [str(folder)] * 2
     assert told(said, "--config") == [str(folder / "recipe.yaml")] * 2
     assert "ffn_flops=0.331)" in said  # no less than the least
-    assert told(said, "--budget") == ["0.331"]  # as it was wished for
+    assert told(said, "--budget") == ["0.331"] * 2  # as it was wished for, to time and to compile
+    assert told(said, "--output_dir") == [f"{folder}_compiled", f"{folder}_again"]
     said = commands(replace(found, predicts=False))
     assert "predict" not in said
     assert told(said, "--run") == [str(folder)]

@@ -40,7 +40,7 @@ inline void int8_columns(
   }
 }
 
-// How many heads, side by side, have their queries computed at once: as many as fill a panel.
+// How many heads, side by side, have their queries computed at once: as many as fill two panels.
 inline int64_t heads_at_once(int64_t batch, int64_t heads, int64_t d) {
   const int64_t some = std::max<int64_t>(1, 2 * kPanel / d);
   return heads % some == 0 && batch * heads / some >= at::get_num_threads() ? some : 1;
