@@ -162,11 +162,11 @@ CHANGES = {
     ),
     "type": lambda model: model.double(),
 }
-REST = [each for each in CHANGES if each not in ("rule", "module")]  # two tell; each takes a dozen seconds
+REST = [each for each in CHANGES if each != "rule"]  # one tells; each takes a dozen seconds
 
 
 @pytest.mark.parametrize(
-    "change", ["rule", "module", *(pytest.param(each, marks=pytest.mark.thorough) for each in REST)]
+    "change", ["rule", *(pytest.param(each, marks=pytest.mark.thorough) for each in REST)]
 )
 @torch.no_grad()
 def test_what_is_changed_is_compiled_anew(change, compiled):
