@@ -16,11 +16,9 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedToken
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.notices import notice
 
 LOOKED_AT = 100  # texts that a tokenizer is tried on
 CHARACTERS = 1000  # of each
-KNOWN = 0.9  # of the letters and digits, at least, or it is said
 
 
 class TokenizedData(TaskData):
@@ -31,6 +29,7 @@ class TokenizedData(TaskData):
     Attributes:
         tokenizer: The tokenizer, once loaded.
         tokenizer_options: With which it is loaded.
+        letters: How many letters and digits of training texts were looked at, once set up, and how many are in tokens.
         cuts_texts: Whether what is behind ``max_length`` tokens of a text is left out, and goes in no other sample.
 
     Args:
@@ -51,6 +50,7 @@ class TokenizedData(TaskData):
     tokenizer: PreTrainedTokenizerBase
     tokenizer_options: Mapping[str, Any] = {}
     raw_inputs = "texts"
+    letters: tuple[int, int] = (0, 0)
     cuts_texts: ClassVar[bool] = True
 
     def __init__(
@@ -118,7 +118,7 @@ class TokenizedData(TaskData):
         )
 
     def check_known(self, texts: Iterable[str | None]) -> None:
-        """Raise ``ConfigError`` if nothing of the first of these texts is in their tokens; say so if much is not.
+        """See how much of the first of these texts is in their tokens; raise ``ConfigError`` if nothing is.
 
         A tokenizer for other languages, or one that is read as another class than its own, makes unknown tokens of
         words, or none.
@@ -127,13 +127,12 @@ class TokenizedData(TaskData):
         encoded = self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"] if some else []
         decoded = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in encoded]
         there, kept = (sum(map(str.isalnum, "".join(each))) for each in (some, decoded))
-        named = f"tokenizer={self.tokenizer_name!r}: of the {there} letters and digits looked at in the training split"
+        self.letters = (self.letters[0] + there, self.letters[1] + kept)
         check(
             kept > 0 or there == 0,
-            f"{named}, none is in its tokens; must be a tokenizer for such texts, of the class that its folder says",
+            f"tokenizer={self.tokenizer_name!r}: of the {there} letters and digits looked at in the training split, "
+            "none is in its tokens; must be a tokenizer for such texts, of the class that its folder says",
         )
-        if kept < KNOWN * there:
-            notice(f"{named}, {kept} are in its tokens; it does not know the others, and no model can learn from them.")
 
     def ends_of_texts(self, end: int) -> dict[str, list[int]]:
         """How often each text of every split, once set up, holds the token ``end``."""

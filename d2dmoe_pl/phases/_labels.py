@@ -13,6 +13,7 @@ from d2dmoe_pl.errors import check, some_of
 from d2dmoe_pl.notices import notice
 
 OFTEN_CUT = 0.1  # share of samples, from which on it is said
+KNOWN = 0.9  # of the letters and digits of texts, at least, or it is said
 
 
 def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Module:
@@ -43,9 +44,19 @@ def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Modul
         )
         notice(f"{type(model).__name__} gets a new head{labels}: {source.new_head} begin anew.")
     if isinstance(data, TokenizedData):
+        _tell_what_is_unknown(data)
         _tell_what_is_cut(data)
     answer_as_model(data, model)
     return model
+
+
+def _tell_what_is_unknown(data: TokenizedData) -> None:
+    there, kept = data.letters
+    if kept < KNOWN * there:
+        notice(
+            f"tokenizer={data.tokenizer_name!r}: of the {there} letters and digits looked at in the training split, "
+            f"{kept} are in its tokens; it does not know the others, and no model can learn from them."
+        )
 
 
 def _tell_what_is_cut(data: TokenizedData) -> None:

@@ -10,6 +10,7 @@ import transformers
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from d2dmoe_pl.adapters import HuggingFaceModel
 from d2dmoe_pl.data import (
     GLUE,
     DatasetSource,
@@ -23,6 +24,7 @@ from d2dmoe_pl.data import (
 )
 from d2dmoe_pl.data.embeddings.pooling import write_modules
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.phases._labels import build_for
 
 WORDS = ["red", "green", "blue", "name", "the", "colour"]
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<eos>")
@@ -81,13 +83,29 @@ def test_a_tokenizer_that_knows_no_word(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tokenizer_that_knows_some_says_so_once(kind, tmp_path, caplog):
+def test_what_a_tokenizer_knows(kind, tmp_path):
     source = write(tmp_path, map(row, range(16)))
-    KINDS[kind](source, tiny.tokenizer(tmp_path / "known", WORDS, SPECIAL)).setup()
-    assert "looked at" not in caplog.text
-    KINDS[kind](source, tiny.tokenizer(tmp_path / "some", WORDS[:3], SPECIAL)).setup()
-    (said,) = [message for message in caplog.messages if "looked at" in message and "blue" not in message]
-    assert said.endswith("are in its tokens; it does not know the others, and no model can learn from them.")
+    data = KINDS[kind](source, tiny.tokenizer(tmp_path / "known", WORDS, SPECIAL))
+    data.setup()
+    there, kept = data.letters
+    assert there == kept > 10
+    data = KINDS[kind](source, tiny.tokenizer(tmp_path / "some", WORDS[:3], SPECIAL))
+    data.setup()
+    assert data.letters[0] == there
+    assert 0.2 < data.letters[1] / there < 0.9
+
+
+def test_what_a_tokenizer_does_not_know_is_said_with_a_new_model(tmp_path, caplog):
+    source = write(tmp_path, map(row, range(16)))
+    data = TextClassification(source, tiny.tokenizer(tmp_path / "some", WORDS[:5], SPECIAL))
+    data.setup()
+    build_for(HuggingFaceModel("text-classification", config=tiny.bert_config()), data, makes_head=True)
+    (said,) = [message for message in caplog.messages if "looked at" in message]
+    there, kept = data.letters
+    assert said == (
+        f"tokenizer={str(tmp_path / 'some')!r}: of the {there} letters and digits looked at in the training split, "
+        f"{kept} are in its tokens; it does not know the others, and no model can learn from them."
+    )
 
 
 def test_a_tokenizer_that_makes_nothing_of_texts(tmp_path):
@@ -98,10 +116,11 @@ def test_a_tokenizer_that_makes_nothing_of_texts(tmp_path):
         data.setup()
 
 
-def test_marks_and_blanks_are_no_letters(tmp_path, caplog):
+def test_marks_and_blanks_are_no_letters(tmp_path):
     source = write(tmp_path, [{**row(i), "text": "..." if i else "red"} for i in range(16)])
-    TextClassification(source, tiny.tokenizer(tmp_path / "tokenizer", WORDS, SPECIAL)).setup()
-    assert not caplog.messages
+    data = TextClassification(source, tiny.tokenizer(tmp_path / "tokenizer", WORDS, SPECIAL))
+    data.setup()
+    assert data.letters == (3, 3)
 
 
 COLUMNS = {

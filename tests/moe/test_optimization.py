@@ -165,9 +165,7 @@ CHANGES = {
 REST = [each for each in CHANGES if each != "rule"]  # one tells; each takes a dozen seconds
 
 
-@pytest.mark.parametrize(
-    "change", ["rule", *(pytest.param(each, marks=pytest.mark.thorough) for each in REST)]
-)
+@pytest.mark.parametrize("change", ["rule", *(pytest.param(each, marks=pytest.mark.thorough) for each in REST)])
 @torch.no_grad()
 def test_what_is_changed_is_compiled_anew(change, compiled):
     model = tiny.routed("bert", tau=0.5).eval()
