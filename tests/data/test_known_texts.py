@@ -99,7 +99,7 @@ def test_what_a_tokenizer_does_not_know_is_said_with_a_new_model(tmp_path, caplo
     source = write(tmp_path, map(row, range(16)))
     data = TextClassification(source, tiny.tokenizer(tmp_path / "some", WORDS[:5], SPECIAL))
     data.setup()
-    build_for(HuggingFaceModel("text-classification", config=tiny.bert_config()), data, makes_head=True)
+    build_for(data, HuggingFaceModel("text-classification", config=tiny.bert_config()), makes_head=True)
     (said,) = [message for message in caplog.messages if "looked at" in message]
     there, kept = data.letters
     assert said == (
