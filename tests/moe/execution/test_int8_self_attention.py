@@ -119,6 +119,8 @@ def test_threads_change_nothing():
         ((5, 32), layers(32, 64), 2, r"x has shape \[5, 32\], not \(B, L, D\)"),
         ((2, 5, 32), layers(32, 64, 2), 2, "there must be one linear layer, or three"),
         ((2, 5, 32), layers(32, 64), 3, "heads=3: must part the outputs"),
+        ((2, 5, 32), layers(32, 64), 0, "heads=0: must be positive"),
+        ((2, 5, 32), (*layers(32, 64)[:2], [None]), 2, "one scale and bias a weight"),
         ((2, 5, 32), layers(16, 64), 2, "x is 32 wide, not 16"),
     ],
 )

@@ -105,6 +105,8 @@ inline at::Tensor int8_self_attention_cpu(
     const std::optional<at::Tensor>& mask, std::optional<double> scale) {
   TORCH_CHECK_VALUE(x.dim() == 3, "x has shape ", x.sizes(), ", not (B, L, D)");
   TORCH_CHECK_VALUE(weights.size() == 1 || weights.size() == 3, "there must be one linear layer, or three");
+  TORCH_CHECK_VALUE(scales.size() == weights.size() && biases.size() == weights.size(), "one scale and bias a weight");
+  TORCH_CHECK_VALUE(heads > 0, "heads=", heads, ": must be positive");
   const int64_t batch = x.size(0), length = x.size(1), outputs = 3 / static_cast<int64_t>(weights.size());
   TORCH_CHECK_VALUE(weights[0].size(0) % (outputs * heads) == 0, "heads=", heads, ": must part the outputs");
   const int64_t d = weights[0].size(0) / outputs / heads;

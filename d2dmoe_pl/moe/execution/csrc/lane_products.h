@@ -93,17 +93,18 @@ void lane_tile(Rows rows, int64_t depth, const int32_t* b, int64_t width, const 
     for (int v = 0; v < V; ++v) give(m, v * kWidth, Whole(sum[m][v]));
 }
 
-// Call f with std::integral_constant<int, rows> and the first of so many rows, until all have been.
+// Call f with std::integral_constant<int, size> and the first of so many, until all of `count` have been: parts of M, and
+// what is left in smaller ones.
 template <int M, int... Fewer, typename F>
-void by_rows(int64_t rows, const F& f, int64_t first = 0) {
-  for (; rows - first >= M; first += M) f(std::integral_constant<int, M>(), first);
-  if constexpr (sizeof...(Fewer) > 0) by_rows<Fewer...>(rows, f, first);
+void in_parts(int64_t count, const F& f, int64_t first = 0) {
+  for (; count - first >= M; first += M) f(std::integral_constant<int, M>(), first);
+  if constexpr (sizeof...(Fewer) > 0) in_parts<Fewer...>(count, f, first);
 }
 
 // Call f with std::integral_constant<int, vectors> and their first column, for `columns`, a multiple of kWidth.
 template <typename F>
 void by_vectors(int64_t columns, const F& f) {
-  by_rows<2, 1>(columns / kWidth, [&](auto V, int64_t first) { f(V, first * kWidth); });
+  in_parts<2, 1>(columns / kWidth, [&](auto V, int64_t first) { f(V, first * kWidth); });
 }
 
 // give(m, n, (a b)[m][n .. n + kWidth]) of lanes a (rows, depth), `apart` from one another, and b (depth, columns), whose
@@ -113,7 +114,7 @@ void lane_product(
     const int32_t* a, int64_t apart, int64_t rows, int64_t depth, const int32_t* b, int64_t width, int64_t columns,
     const F& give) {
   by_vectors(columns, [&](auto V, int64_t n) {
-    by_rows<12, 8, 4, 2, 1>(rows, [&](auto M, int64_t first) {
+    in_parts<12, 8, 4, 2, 1>(rows, [&](auto M, int64_t first) {
       lane_tile<Products, M, V>(
           InOrder<M>(a + first * apart, apart), depth, b + n, width,
           [&](int64_t m, int64_t column, Whole sums) { give(first + m, n + column, sums); });
@@ -127,7 +128,7 @@ void picked_lane_product(
     const int32_t* a, int64_t apart, const int32_t* rows, int64_t count, int64_t depth, const int32_t* b, int64_t width,
     int64_t columns, const F& give) {
   by_vectors(columns, [&](auto V, int64_t n) {
-    by_rows<6, 4, 2, 1>(count, [&](auto M, int64_t first) {
+    in_parts<6, 4, 2, 1>(count, [&](auto M, int64_t first) {
       lane_tile<Products, M, V>(
           Picked<M>(a, apart, rows + first), depth, b + n, width,
           [&](int64_t m, int64_t column, Whole sums) { give(first + m, n + column, sums); });
