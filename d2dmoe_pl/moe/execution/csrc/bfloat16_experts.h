@@ -30,10 +30,11 @@ class BFloat16Experts {
         gate_(gate ? gate->const_data_ptr<scalar>() : nullptr),
         down_(down.const_data_ptr<scalar>()) {}
 
-  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
-  void run(const Block& block, float* y) {
+  // y = start + the sum of expert(x[first + rows]) of a range of experts; `start` (d_out,), or null for zeros.
+  void run(const Block& block, const float* start, float* y) {
     narrow_.run(
-        block, [&](int64_t expert) { first_products(expert, block); }, [&] { second_products(block.tokens, y); });
+        block, start, problem_.outputs, y, [&](int64_t expert) { first_products(expert, block); },
+        [&] { second_products(); });
   }
 
  private:
@@ -84,15 +85,14 @@ class BFloat16Experts {
     at::native::cpublas::brgemm(rows, neurons, depth, depth, problem_.neurons, ld, /*add_C=*/false, a, weight, out);
   }
 
-  void second_products(int64_t tokens, float* y) {
+  void second_products() {
     const int64_t outputs = problem_.outputs, pairs = even(step()) / 2;
     const bool is_regular = outputs % Tiles::kColumns == 0 && problem_.neurons % step() == 0;
     if (is_regular && Tiles::may_be_used()) {
       unit_.release();
       const Tiles tiles(pairs);
-      narrow_.add_outputs(
-          tokens, outputs, Tiles::kColumns, y,
-          [&](const Part& part, int64_t first, int64_t columns, float* to, int64_t ld) {
+      narrow_.add_outputs<Tiles::kColumns>(
+          [&](const Part& part, const Part*, int64_t first, int64_t columns, float* to, int64_t ld) {
             for (int64_t n = 0; n < columns; n += Tiles::kColumns) {
               tiles.add_bfloat16(
                   narrow_.of(part), 2 * pairs, down_of(part) + 2 * (first + n), outputs, to + n, ld, part.rows,
@@ -100,9 +100,8 @@ class BFloat16Experts {
             }
           });
     } else {
-      narrow_.add_outputs(
-          tokens, outputs, kColumnsAtOnce, y,
-          [&](const Part& part, int64_t first, int64_t columns, float* to, int64_t ld) {
+      narrow_.add_outputs<kColumnsAtOnce>(
+          [&](const Part& part, const Part*, int64_t first, int64_t columns, float* to, int64_t ld) {
             add_product(part, first, columns, to, ld);
           });
     }

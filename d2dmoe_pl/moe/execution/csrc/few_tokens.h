@@ -166,11 +166,10 @@ class FewTokensExperts {
     }
   }
 
-  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
-  void run(const Block& block, float* y) {
-    block.each(
-        [&](int64_t e) { run(e, block.first, block.rows(e), block.count(e), y); },
-        [&](int64_t e) { ask_for_expert(e, problem_, weights_.up, weights_.gate, weights_.down); });
+  // y = start + the sum of expert(x[first + rows]) of a range of experts; `start` (d_out,), or null for zeros.
+  void run(const Block& block, const float* start, float* y) {
+    start_rows(start, block.tokens, problem_.outputs, y, problem_.outputs);
+    block.each([&](int64_t e) { run(e, block.first, block.rows(e), block.count(e), y); });
   }
 
  private:

@@ -3,7 +3,6 @@
 
 #include "activations.h"
 #include "plan.h"
-#include "prefetch.h"
 #include "problem.h"
 #include "products.h"
 
@@ -26,11 +25,10 @@ class FloatExperts {
         gate_(gate ? gate->const_data_ptr<float>() : nullptr),
         down_(down.const_data_ptr<float>()) {}
 
-  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
-  void run(const Block& block, float* y) {
-    block.each(
-        [&](int64_t e) { run(e, block.first, block.rows(e), block.count(e), y); },
-        [&](int64_t e) { ask_for_expert(e, problem_, up_, gate_, down_); });
+  // y = start + the sum of expert(x[first + rows]) of a range of experts; `start` (d_out,), or null for zeros.
+  void run(const Block& block, const float* start, float* y) {
+    start_rows(start, block.tokens, problem_.outputs, y, problem_.outputs);
+    block.each([&](int64_t e) { run(e, block.first, block.rows(e), block.count(e), y); });
   }
 
  private:

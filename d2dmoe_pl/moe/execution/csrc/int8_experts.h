@@ -8,6 +8,7 @@
 #include "lane_products.h"
 #include "masked_dense.h"
 #include "packed.h"
+#include "prefetch.h"
 #include "problem.h"
 #include "tiles.h"
 
@@ -89,10 +90,11 @@ class Int8Experts {
         up_quads_(up_quads),
         gate_quads_(gate_quads) {}
 
-  // y[rows] += expert(x[first + rows]) of a range of experts, without the output bias.
-  void run(const Block& block, float* y) {
+  // y = start + the sum of expert(x[first + rows]) of a range of experts; `start` (d_out,), or null for zeros.
+  void run(const Block& block, const float* start, float* y) {
     narrow_.run(
-        block, [&](int64_t expert) { first_products(expert, block); }, [&] { second_products(block.tokens, y); });
+        block, start, problem_.outputs, y, [&](int64_t expert) { first_products(expert, block); },
+        [&] { second_products(); });
   }
 
  private:
@@ -146,23 +148,40 @@ class Int8Experts {
     }
   }
 
-  void second_products(int64_t tokens, float* y) {
+  void second_products() {
     unit_.release();
     const Tiles tiles(quads(std::min(problem_.neurons, kChunk)));
-    const auto add = [&](const Part& part, int64_t first, int64_t columns, float* to, int64_t ld) {
+    const auto add = [&](const Part& part, const Part* next, int64_t first, int64_t columns, float* to, int64_t ld) {
+      if (next != nullptr) ask_for_down(*next, first, columns);
       second_product(tiles, part, first, columns, to, ld);
     };
-    narrow_.add_outputs(tokens, problem_.outputs, Tiles::kColumns, y, add);
+    narrow_.add_outputs<Tiles::kColumns>(add);
+  }
+
+  int64_t depth_of(const Part& part) const {
+    return quads(std::min(kChunk, problem_.neurons - part.chunk * kChunk));
+  }
+
+  const int8_t* down_of(const Part& part) const {
+    return down_ + (part.expert * quads(problem_.neurons) + part.chunk * kChunk / 4) * problem_.outputs * 4;
+  }
+
+  // Lets the cache know of the weights that come next, which lie too far apart for it to see.
+  void ask_for_down(const Part& part, int64_t first, int64_t columns) const {
+    const int64_t ld = problem_.outputs * 4;
+    const int8_t* down = down_of(part) + first * 4;
+    for (int64_t k = 0; k < depth_of(part); ++k) ask_for(down + k * ld, columns * 4, down + k * ld + columns * 4);
+    asm volatile(""); // an effect, without which GCC leaves out the call
   }
 
   // y[rows] += the columns from `first` on of what a part gives
   void second_product(
       const Tiles& tiles, const Part& part, int64_t first, int64_t columns, float* y, int64_t y_ld) const {
     const int64_t outputs = problem_.outputs, s = problem_.neurons, ld = hidden_ld();
-    const int64_t chunks = (s + kChunk - 1) / kChunk, depth = quads(std::min(kChunk, s - part.chunk * kChunk));
+    const int64_t chunks = (s + kChunk - 1) / kChunk, depth = depth_of(part);
     const uint8_t* h = narrow_.of(part);
     const float* h_scale = scales_.data() + part.first;
-    const int8_t* down = down_ + (part.expert * quads(s) + part.chunk * kChunk / 4) * outputs * 4;
+    const int8_t* down = down_of(part);
     const float* scale = down_scale_ + part.expert * outputs;
     const int32_t* sums = down_sums_ + (part.expert * chunks + part.chunk) * outputs;
     int64_t n = first; // by tiles up to here

@@ -59,23 +59,29 @@ void int8_dot_tile(
   }
 }
 
-// y[rows[m]][n] += (sum_k h[m][k] * w[k][n] - off * sum[n]) * h_scale[m] * scale[n], for M rows and V vectors of columns
-template <int M, int V>
+// y[rows[m]][n] += (sum_k h[m][k] * w[k][n] - off * sum[n]) * h_scale[m] * scale[n], for M rows and V vectors of columns;
+// where these are not whole, of those that are `there`. Masks are not for nothing, even if they leave nothing out.
+template <int M, int V, bool kWhole>
 void int8_add_tile(
     const uint8_t* h, int64_t ld, int64_t quads, const float* h_scale, bool from_zero, const int8_t* w, int64_t width,
     const float* scale, const int32_t* less, float* y, int64_t y_ld, const int32_t* rows, __mmask16 there) {
+  const auto whole = [&](const void* from) {
+    return kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi32(there, from);
+  };
+  const auto real = [&](const float* from) {
+    return kWhole ? _mm512_loadu_ps(from) : _mm512_maskz_loadu_ps(there, from);
+  };
   __m512i sum[M][V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    const __m512i start = from_zero ? _mm512_setzero_si512()
-                                    : _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_maskz_loadu_epi32(there, less + v * 16));
+    const __m512i none = _mm512_setzero_si512(), start = from_zero ? none : _mm512_sub_epi32(none, whole(less + v * 16));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) sum[m][v] = start;
   }
   for (int64_t k = 0; k < quads; ++k) {
     __m512i wv[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) wv[v] = _mm512_maskz_loadu_epi32(there, w + (k * width + v * 16) * 4);
+    for (int v = 0; v < V; ++v) wv[v] = whole(w + (k * width + v * 16) * 4);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const __m512i hv = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(h + m * ld + k * 4));
@@ -85,12 +91,17 @@ void int8_add_tile(
   }
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    const __m512 s = _mm512_maskz_loadu_ps(there, scale + v * 16);
+    const __m512 s = real(scale + v * 16);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       float* at = y + rows[m] * y_ld + v * 16;
       const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[m][v]), _mm512_set1_ps(h_scale[m]));
-      _mm512_mask_storeu_ps(at, there, _mm512_fmadd_ps(part, s, _mm512_maskz_loadu_ps(there, at)));
+      const __m512 sums = _mm512_fmadd_ps(part, s, real(at));
+      if constexpr (kWhole) {
+        _mm512_storeu_ps(at, sums);
+      } else {
+        _mm512_mask_storeu_ps(at, there, sums);
+      }
     }
   }
 }
@@ -105,13 +116,13 @@ inline void int8_add_product(
     with_rows<kRows>(std::min<int64_t>(kRows, count - m), [&](auto M) {
       int64_t n = 0;
       for (; n + kVectorsHere * 16 <= columns; n += kVectorsHere * 16) {
-        int8_add_tile<M, kVectorsHere>(
+        int8_add_tile<M, kVectorsHere, true>(
             h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, y_ld, rows + m,
             0xffff);
       }
       for (; n < columns; n += 16) {
         const __mmask16 there = columns - n >= 16 ? 0xffff : (1u << (columns - n)) - 1;
-        int8_add_tile<M, 1>(
+        int8_add_tile<M, 1, false>(
             h + m * ld, ld, quads, h_scale + m, from_zero, w + n * 4, width, scale + n, less + n, y + n, y_ld, rows + m,
             there);
       }

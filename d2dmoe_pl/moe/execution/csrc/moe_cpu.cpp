@@ -62,17 +62,11 @@ void execute(const Problem& problem, const Experts& experts, T* out) {
         block.resize(tokens * d);
         y = block.data();
       }
-      for (int64_t t = 0; t < tokens; ++t) {
-        if (group == 0 && problem.down_bias != nullptr) {
-          std::copy_n(problem.down_bias, d, y + t * d);
-        } else {
-          std::fill_n(y + t * d, d, 0.f);
-        }
-      }
       const int64_t begin_expert = plan.bounds[group], end_expert = plan.bounds[group + 1];
       buckets.fill(
           problem.mask + first * problem.experts + begin_expert, tokens, end_expert - begin_expert, problem.experts);
-      own.run(Block{first, tokens, begin_expert, end_expert, buckets}, y);
+      const float* start = group == 0 ? problem.down_bias : nullptr;
+      own.run(Block{first, tokens, begin_expert, end_expert, buckets}, start, y);
       if (plan.groups == 1 && !in_place) at::vec::convert(y, out + first * d, tokens * d);
     }
   });

@@ -79,18 +79,11 @@ struct Block {
   const int32_t* rows(int64_t expert) const { return buckets.rows(expert - begin); }
   int64_t count(int64_t expert) const { return buckets.count(expert - begin); }
 
-  // Runs the experts that any token chose, and lets the one behind be known of before each.
-  template <typename Run, typename Announce>
-  void each(const Run& run, const Announce& announce) const {
-    const auto chosen = [&](int64_t expert) {
-      while (expert < end && count(expert) == 0) ++expert;
-      return expert;
-    };
-    for (int64_t expert = chosen(begin); expert < end;) {
-      const int64_t next = chosen(expert + 1);
-      if (next < end) announce(next);
-      run(expert);
-      expert = next;
+  // Runs the experts that any token chose.
+  template <typename Run>
+  void each(const Run& run) const {
+    for (int64_t expert = begin; expert < end; ++expert) {
+      if (count(expert) > 0) run(expert);
     }
   }
 };

@@ -1,8 +1,6 @@
 // Weights that are asked for some time before they are read, where a CPU does not see that they will be: rows are short
-// streams, and which expert is next it cannot know.
+// streams.
 #pragma once
-
-#include "problem.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -11,7 +9,8 @@ namespace d2dmoe {
 
 constexpr int64_t kAhead = 4096; // bytes that are asked for before they are read
 
-// Asks for `count` values, those that are before `end`.
+// Asks for `count` values, those that are before `end`. A function that does nothing else is without effect to GCC, which
+// leaves out its calls unless it inlines them early.
 template <typename T>
 void ask_for(const T* values, int64_t count, const T* end) {
   constexpr int64_t kLine = 64; // bytes
@@ -23,18 +22,6 @@ void ask_for(const T* values, int64_t count, const T* end) {
 template <typename T>
 void ask_ahead(const T* values, int64_t count, const T* end) {
   ask_for(values + kAhead / static_cast<int64_t>(sizeof(T)), count, end);
-}
-
-// Asks for where the weights of an expert begin, up and gate (E, s, d), down (E, s, d_out); gate may be null.
-template <typename T>
-void ask_for_expert(int64_t expert, const Problem& problem, const T* up, const T* gate, const T* down) {
-  constexpr int64_t kFirst = kAhead / static_cast<int64_t>(sizeof(T));
-  const auto ask = [&](const T* weights, int64_t size) {
-    ask_for(weights + expert * size, kFirst, weights + (expert + 1) * size);
-  };
-  ask(up, problem.neurons * problem.width);
-  if (gate != nullptr) ask(gate, problem.neurons * problem.width);
-  ask(down, problem.neurons * problem.outputs);
 }
 
 } // namespace d2dmoe

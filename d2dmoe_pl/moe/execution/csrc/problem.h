@@ -3,6 +3,7 @@
 
 #include "activations.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -21,6 +22,17 @@ struct Problem {
   Activation activation;
   Cutoffs cutoffs;
 };
+
+// y (tokens, outputs) = `start` (outputs,) in each row, or zeros where it is null; rows `ld` apart.
+inline void start_rows(const float* start, int64_t tokens, int64_t outputs, float* y, int64_t ld) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (start == nullptr) {
+      std::fill_n(y + t * ld, outputs, 0.f);
+    } else {
+      std::copy_n(start, outputs, y + t * ld);
+    }
+  }
+}
 
 inline const float* at(const float* values, int64_t index) {
   return values == nullptr ? nullptr : values + index;
