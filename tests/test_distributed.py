@@ -79,6 +79,7 @@ def test_clustering_gives_the_numbers_of_one_process(one_process, two_processes)
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.thorough
 def test_coactivation_split_gives_that_of_one_process(one_process, tmp_path):
     recipe, one = one_process
     common = [

@@ -13,6 +13,11 @@ WITH_PYTHON = [page for page in pages.PAGES if pages.blocks(page, "python")]
 NOT_RUN = "# not run by the tests"  # the first line of a block that needs more than this project
 
 
+def _case(page):
+    compiles = page.stem == "speed"  # which takes most of a minute, and is tested by itself
+    return pytest.param(page, marks=[pytest.mark.thorough] if compiles else [])
+
+
 @pytest.fixture
 def _own_registries(monkeypatch):
     """What is registered here is forgotten afterwards."""
@@ -21,7 +26,7 @@ def _own_registries(monkeypatch):
 
 
 @pytest.mark.usefixtures("_own_registries")
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=pages.name_of)
+@pytest.mark.parametrize("page", [_case(page) for page in WITH_PYTHON], ids=pages.name_of)
 def test_python_runs(page, tmp_path, monkeypatch):
     """All of a page's blocks, one after the other in one namespace, in a folder with what the default chain leaves."""
     monkeypatch.chdir(tmp_path)

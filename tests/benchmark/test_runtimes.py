@@ -56,7 +56,7 @@ def test_a_batch_of_one_is_enough_to_export(tmp_path):
 @pytest.mark.parametrize(
     "kind", ["bert", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("timm_vit", "gpt2"))]
 )
-@pytest.mark.parametrize("in_int8", [False, True])
+@pytest.mark.parametrize("in_int8", [pytest.param(False, marks=pytest.mark.thorough), True])
 @torch.no_grad()
 def test_a_converted_model_in_onnx(kind, in_int8, tmp_path, recwarn):
     needs("onnx", "onnxscript", "onnxruntime")

@@ -107,6 +107,7 @@ def test_a_model_of_gguf(place, capsys):
     assert (source["name"], source["gguf_file"]) == ("of_llama", "tiny.gguf")
 
 
+@pytest.mark.thorough
 def test_it_does_what_was_wished_for(place):
     made = compress("model", "all.txt", target="ffn_flops=60%", output_dir="out", batch_size=8)
     assert made.test.ffn_flops_percent == pytest.approx(60, rel=0.1)

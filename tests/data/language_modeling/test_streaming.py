@@ -119,6 +119,7 @@ def test_workers_read_each_document_once(source, tokenizer):
     assert read == sorted(tuple(block) for part in parts for block in data.packer.blocks(part))
 
 
+@pytest.mark.thorough
 def test_another_number_of_processes_cannot_resume(source, tokenizer):
     data = data_of(source, tokenizer)
     data.setup()
