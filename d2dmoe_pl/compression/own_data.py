@@ -11,6 +11,7 @@ from datasets.exceptions import DatasetsError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from d2dmoe_pl.auto_classes import MODEL_TYPE
+from d2dmoe_pl.chain_status import say
 from d2dmoe_pl.compression.told_columns import (
     ANSWERED,
     FILES,
@@ -25,6 +26,7 @@ from d2dmoe_pl.compression.told_columns import (
     task_of,
     text_column_of,
     text_columns_of,
+    unread_texts,
 )
 from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, local_splits
 from d2dmoe_pl.data.load_pretrained import load_pretrained
@@ -121,6 +123,12 @@ def data_config(
     texts = text_columns_of(train, given_texts, [label])
     if task in OF_ONE_COLUMN:
         texts = [text_column_of(train, given_texts, [label], task)]
+    if given_texts is None and (unread := unread_texts(train, [*texts, label])):
+        say(
+            f"Of the columns of texts, {' and '.join(texts)} is read, and {', '.join(unread)} is not; --text_columns "
+            "says which to read.",
+            "yellow",
+        )
     named: dict[str, dict[str, Any]] = {
         "multi-label-classification": {"text_columns": texts, "label_columns": [label]},
         "token-classification": {"words_column": texts[0], "labels_column": label},

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from d2dmoe_pl.data.gguf_files import ENDING
+from d2dmoe_pl.data.listed_values import TUPLE_OR_SET, written
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.local_folders import MEDIA
 from d2dmoe_pl.errors import check
@@ -46,7 +47,11 @@ TEXTS = (
     *("text", "sentence", "content", "review", "tweet", "document", "question", "query", "title", "comment"),
     *("tokens", "words", "article"),
 )
-PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b"))
+PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text_a", "text_b")),
+    *(("sentence_a", "sentence_b"), ("text1", "text2"), ("text", "text_pair"), ("question", "sentence")),
+    *(("question", "passage"), ("query", "passage"), ("query", "document")),
+)
 WRITTEN = re.compile(r"\[\s*(['\"\d].*)?\]", re.DOTALL)  # a list as Python and JSON write it
 SAMPLED = 1000  # texts whose lengths are looked at
 
@@ -137,6 +142,11 @@ def text_columns_of(train: Dataset, given: Sequence[str] | None, others: Sequenc
     return found[:1]
 
 
+def unread_texts(train: Dataset, read: Sequence[str]) -> list[str]:
+    """The columns beside those that are read whose names say that they hold texts."""
+    return _named(TEXTS, [name for name in train.column_names if name not in read])
+
+
 def text_column_of(train: Dataset, given: Sequence[str] | None, others: Sequence[str], task: str) -> str:
     """The column of texts for a task that reads only one."""
     found = text_columns_of(train, given, others)
@@ -189,8 +199,14 @@ def _gives_numbers(model: str | None) -> bool:
 def _are_lists(values: Sequence[Any]) -> bool:
     """Whether values are lists, or texts that all stand for one."""
     given = [value for value in values if value not in (None, "")]
-    are_written = bool(given) and all(isinstance(value, str) and WRITTEN.fullmatch(value.strip()) for value in given)
+    are_written = bool(given) and all(isinstance(value, str) and _is_written(value.strip()) for value in given)
     return are_written or any(isinstance(value, list) for value in given)
+
+
+def _is_written(text: str) -> bool:
+    """Whether Python or JSON wrote a list as ``text``, or Python a tuple or a set."""
+    is_other = TUPLE_OR_SET.fullmatch(text) is not None and isinstance(written(text), tuple | set)
+    return is_other or WRITTEN.fullmatch(text) is not None
 
 
 def _are_tags(texts: Sequence[Any], labels: Sequence[Any]) -> bool:

@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetsError
 from d2dmoe_pl.data.file_rows import READERS, check_decodable, hold_articles, json_fault, lines_of, rows_of, stamps
 from d2dmoe_pl.data.generated_dataset import generated
 from d2dmoe_pl.data.local_folders import (
+    DESCRIPTIONS,
     grouped,
     has_folders,
     is_saved,
@@ -136,7 +137,8 @@ class DatasetSource:
                 return self._named_split(where, streaming)
             if Path(where).is_dir():
                 return _read_places(f"{name}={where!r}", [Path(where)], streaming)
-            files = [where] if Path(where).is_file() else sorted(glob(where))  # a name may look like a pattern
+            is_file = Path(where).is_file()  # whose name may look like a pattern
+            files = [where] if is_file else sorted(glob(where, recursive=True))
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
             return _read_files(f"{name}={where!r}", files, streaming)
         except (OSError, ValueError, DatasetsError) as error:
@@ -187,12 +189,15 @@ def local_splits(folder: Path) -> dict[str, list[Path]]:
     readme = folder / "README.md"
     is_configured = readme.is_file() and "data_files" in readme.read_text(errors="replace")
     media = media_in(folder)
-    if is_configured or (media and any(folder.glob("metadata.*"))):
+    if is_configured or (media and any((folder / name).is_file() for name in DESCRIPTIONS)):
         return {}
     if saved := saved_splits(folder):
         return saved
     inside = sorted(each for each in folder.iterdir() if each.name[0] not in "._")
-    rows = [each for each in inside if ending_of(each.name) in ENDINGS and each.name not in FILES_TO_IGNORE]
+    endings = [
+        ending for ending in ENDINGS if media is None or ending != ".txt"
+    ]  # a paragraph says of no picture what it is
+    rows = [each for each in inside if ending_of(each.name) in endings and each.name not in FILES_TO_IGNORE]
     by_name = {each: split for each in rows if (split := split_in(each.name)) is not None}
     folders = split_folders(folder)
     if folders and not (by_name and media and not has_folders(folders)):

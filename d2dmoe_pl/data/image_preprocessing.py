@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 from torch import Tensor
 
 from d2dmoe_pl.errors import ConfigError, check
@@ -165,9 +165,21 @@ def opened(value: Any, where: str) -> Image.Image:
     where = where if path is None else f"{where} ({path})"
     try:
         with Image.open(path if content is None else io.BytesIO(content)) as image:
-            return as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(upright(image))
     except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{where} cannot be read as a picture: {' '.join(str(error).split())}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its Exif data says, of which nothing else is read: other tags may be broken."""
+    image.load()  # in PNG it may stand behind the picture
+    turns = {
+        **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
+        **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE},
+        8: Image.Transpose.ROTATE_90,
+    }
+    turn = turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -7,6 +7,8 @@ from typing import Any
 
 from d2dmoe_pl.errors import check
 
+# a tuple or a set of texts as Python writes it; other texts may be in such brackets for another reason
+TUPLE_OR_SET = re.compile(r"""\(\s*\)|set\(\)|\(\s*['"].*\)|\{\s*['"].*\}""", re.DOTALL)
 UNPARTED = re.compile(r"""['"]\s+['"]""")  # as NumPy writes texts, which Python would read as a single one
 
 
@@ -14,7 +16,7 @@ def listed(value: Any, separator: str | None, where: str) -> list[Any]:
     """The parts of a list, or of a text: what Python or JSON wrote of a list, or one in which ``separator`` parts them.
 
     Args:
-        value: The list or text; None for an empty one.
+        value: The list or text, also of a tuple or a set; None or an empty text for an empty one.
         separator: As ``str.split`` takes it.
         where: The column and sample, for errors.
 
@@ -23,12 +25,16 @@ def listed(value: Any, separator: str | None, where: str) -> list[Any]:
 
     Example:
         >>> from d2dmoe_pl.data.listed_values import listed
-        >>> [listed(value, ",", "") for value in ("joy,fear", "['joy', 'fear']", ["joy"], None)]
-        [['joy', 'fear'], ['joy', 'fear'], ['joy'], []]
+        >>> [listed(value, ",", "") for value in ("joy,fear", "['joy', 'fear']", "{'joy'}", ["joy"], None, "")]
+        [['joy', 'fear'], ['joy', 'fear'], ['joy'], ['joy'], [], []]
     """
     if not isinstance(value, str):
         return list(value or [])
     text = value.strip()
+    if not text:
+        return []
+    if TUPLE_OR_SET.fullmatch(text) and isinstance(found := written(text), tuple | set) and not UNPARTED.search(text):
+        return sorted(found, key=str) if isinstance(found, set) else list(found)
     if not (text.startswith("[") and text.endswith("]")):
         return text.split(separator)
     found = written(text)

@@ -21,6 +21,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` reads them
 MEDIA = {"imagefolder": ("image", Image, IMAGE_EXTENSIONS), "audiofolder": ("audio", Audio, AUDIO_EXTENSIONS)}
 
 
@@ -66,7 +67,7 @@ def check_reads_recordings(argument: str) -> None:
 
 def is_described(folder: Path) -> bool:
     """Whether files of metadata say what the pictures or recordings in ``folder`` are."""
-    return any(file.stem == "metadata" for file in visible(folder))
+    return any(file.name in DESCRIPTIONS for file in visible(folder))
 
 
 def split_folders(folder: Path) -> dict[str, list[Path]]:

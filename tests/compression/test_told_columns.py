@@ -47,6 +47,27 @@ def test_a_name_of_labels_may_be_that_of_texts(read, tmp_path):
     assert (task, made["init_args"]["text_column"]) == ("causal-language-modeling", "summary")
 
 
+@pytest.mark.parametrize(
+    "pair",
+    [
+        *(("question", "sentence"), ("query", "document"), ("text", "text_pair"), ("text1", "text2")),
+        *(("sentence_a", "sentence_b"), ("question", "passage"), ("query", "passage"), ("premise", "hypothesis")),
+    ],
+)
+def test_pairs_are_read_as_such(read, pair, capsys):
+    made, task = read((*pair, "label"), "text-classification")
+    assert (task, made["init_args"]["text_columns"]) == ("text-classification", list(pair))
+    assert "is not; --text_columns" not in capsys.readouterr().err
+
+
+def test_which_of_two_texts_is_read_is_said(read, capsys):
+    made, _ = read(("title", "content", "label"), "text-classification")
+    assert made["init_args"]["text_columns"] == ["content"]
+    assert "Of the columns of texts, content is read, and title is not; --text_columns says" in capsys.readouterr().err
+    read(("title", "content", "label"), "text-classification", text_columns=["content"])
+    assert "is not; --text_columns" not in capsys.readouterr().err
+
+
 LANGUAGE = "causal-language-modeling"
 
 

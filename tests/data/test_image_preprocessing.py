@@ -1,6 +1,7 @@
 """Pictures of any mode and depth give what their 8-bit RGB twin gives; what is no picture is told by its name."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import timm
 import torch
 import transformers
 from datasets import Dataset
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from d2dmoe_pl.artifact import save_artifact
 from d2dmoe_pl.data import Augmentation, DatasetSource, ImageClassification
@@ -70,6 +71,24 @@ class TestModes:
         exif[0x0112] = 6  # turned by a quarter
         Image.fromarray(COLOUR).save(tmp_path / "a.png", exif=exif)
         assert opened({"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, "a").size == (6, 10)
+
+    @pytest.mark.parametrize("orientation", range(10))
+    def test_upright_by_every_orientation(self, tmp_path, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(COLOUR).save(tmp_path / "a.png", exif=exif)
+        with Image.open(tmp_path / "a.png") as image:
+            expected = np.asarray(ImageOps.exif_transpose(image))
+        assert np.array_equal(opened({"bytes": None, "path": str(tmp_path / "a.png")}, "a"), expected)
+
+    def test_upright_where_other_tags_are_broken(self, tmp_path):
+        # little-endian TIFF: orientation 6, and a resolution unit (SHORT) whose type says SLONG, and is -5
+        tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHIi", 0x0128, 9, 1, -5)
+        exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + struct.pack("<I", 0)
+        Image.fromarray(COLOUR).save(tmp_path / "a.jpg", exif=exif)
+        with Image.open(tmp_path / "a.jpg") as image, pytest.raises(struct.error):
+            ImageOps.exif_transpose(image)
+        assert opened({"bytes": None, "path": str(tmp_path / "a.jpg")}, "a").size == (6, 10)
 
 
 def png(i):

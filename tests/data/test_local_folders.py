@@ -167,3 +167,20 @@ def test_recordings_need_a_package(tmp_path):
     recordings = AudioClassification(source(tmp_path), "nowhere")
     with pytest.raises(ConfigError, match=r"audio_column='audio': recordings are read by torchcodec; pip install"):
         recordings.raw_samples(["0.wav"])
+
+
+@pytest.mark.parametrize("stray", ["metadata.txt", "cat/indoor/metadata.xml", "LICENSE.txt", "cat/notes.txt"])
+def test_a_stray_file_changes_no_class(tmp_path, stray):
+    for folder in ("cat/indoor", "cat/outdoor", "dog/indoor"):
+        write_pictures(tmp_path / "data" / folder, 4)
+    (tmp_path / "data" / stray).write_text("All images\n\nunder a licence")
+    splits = source(tmp_path / "data").load()
+    assert splits["train"].features["label"].names == ["cat", "dog"]
+    assert sum(map(len, splits.values())) == 12
+
+
+def test_a_pattern_reaches_every_depth(tmp_path):
+    for name in ("a", "x/b", "x/y/c"):
+        write_rows(tmp_path / "data" / f"{name}.csv")
+    splits = source(None, train=f"{tmp_path}/data/**/*.csv").load()
+    assert {text[0] for split in splits.values() for text in split["text"]} == {"a", "b", "c"}

@@ -19,6 +19,8 @@ COLUMNS = {
     "lists": {"labels": [["rude"], ["loud"], ["loud", "rude"], []]},
     "texts": {"labels": ["rude", "loud", "rude, loud", ""]},
     "lists of pandas": {"labels": ["['rude']", "['loud']", "['loud', 'rude']", "[]"]},
+    "tuples of pandas": {"labels": ["('rude',)", "('loud',)", "('loud', 'rude')", "()"]},
+    "sets of pandas": {"labels": ["{'rude'}", "{'loud'}", "{'rude', 'loud'}", "set()"]},
     "lists of JSON": {"labels": ['["rude"]', '["loud"]', '["loud", "rude"]', "[]"]},
 }
 SINGLE = {"label_columns": ["loud", "rude"]}
@@ -31,6 +33,8 @@ OTHER_FLAGS = {
     "places as fractions": {"labels": [list(map(float, each)) for each in PLACES]},
     "places as truth values": {"labels": [list(map(bool, each)) for each in PLACES]},
     "places as texts": {"labels": [str(each) for each in PLACES[:3]] + [None]},
+    "places as texts with an empty cell": {"labels": [str(each) for each in PLACES[:3]] + [""]},
+    "places parted by commas": {"labels": ["0,1", "1,0", "1, 1", " "]},
 }
 
 

@@ -115,7 +115,7 @@ class TokenClassification(TokenizedData):
         for sample, value in zip(sample_names(split, split_name), split[self.words_column], strict=True):
             where = f"words_column={self.words_column!r}: {sample}"
             # brackets can be words as well: only a list that somebody wrote has quotes at once behind the first
-            is_text = isinstance(value, str) and re.match(r"\[(['\"]|\])", value.strip()) is None
+            is_text = isinstance(value, str) and re.match(r"[\[(](['\"]|[\])])", value.strip()) is None
             words = value.split() if is_text else listed(value, None, where)
             check(None not in words, f"{where} has a word that is missing; must have a text for each")
             found.append([str(word).strip() for word in words])
@@ -127,7 +127,12 @@ class TokenClassification(TokenizedData):
         found = []
         for sample, value in zip(sample_names(split, split_name), split[column], strict=True):
             where = f"labels_column={column!r}: {sample}"
-            found.append([named_label(part, names, where) for part in listed(value, None, where)])
+            named = [named_label(part, names, where) for part in listed(value, None, where)]
+            for name in named:
+                check(name != "", f"{where} has the label {name!r}, which is none; must be there for each")
+                is_parted = not isinstance(value, str) or len(name) == 1 or name[-1] not in ",;"
+                check(is_parted, f"{where} has the label {name!r}; must be parted from the next by blanks alone")
+            found.append(named)
         return found
 
     def _in_tokens(self, split: Dataset) -> Dataset:

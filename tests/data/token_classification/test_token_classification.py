@@ -61,6 +61,38 @@ def test_labels_stand_at_first_tokens(kind, tmp_path):
     assert batch["input_ids"].shape == batch["labels"].shape
 
 
+@pytest.mark.parametrize(
+    ("tags", "said"),
+    [
+        (["B-PER", "", "O", "O"], r"has the label '', which is none; must be there for each"),
+        (["B-PER", " ", "O", "O"], r"has the label '', which is none; must be there for each"),
+        ("B-PER, O, O, B-LOC", r"has the label 'B-PER,'; must be parted from the next by blanks alone"),
+        ("B-PER; O; O; B-LOC", r"has the label 'B-PER;'; must be parted from the next by blanks alone"),
+    ],
+)
+def test_labels_that_are_none(tags, said, tmp_path):
+    words = " ".join(SENTENCES[0][0]) if isinstance(tags, str) else SENTENCES[0][0]
+    dataset = datasets.Dataset.from_dict({"tokens": [words] * 2, "ner_tags": [tags] * 2})
+    datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), dataset)).save_to_disk(tmp_path / "data")
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer", WORDS, SPECIAL)
+    with pytest.raises(ConfigError, match=rf"labels_column='ner_tags': sample 1 of the train split {said}"):
+        TokenClassification(DatasetSource(str(tmp_path / "data")), tokenizer).setup()
+
+
+def test_punctuation_is_a_label_of_its_own(tmp_path):
+    data = data_of(tmp_path, [(["anna", "berlin"], ["NNP", ","])], kind="text")
+    data.setup()
+    assert data.task.label_names == [",", "NNP"]
+
+
+def test_entities_are_marked_by_what_the_model_calls_the_numbers():
+    task = TokenTagging(["0", "1", "2", "3"])
+    assert (task.main_metric, list(task.scores())) == ("accuracy", ["accuracy"])
+    named = task.with_label_names(TAGS)
+    assert (named.main_metric, list(named.scores()), named.label_names) == ("f1", ["f1", "accuracy"], TAGS)
+    assert task.main_metric == "accuracy"
+
+
 def test_words_that_a_tokenizer_makes_nothing_of_have_labels_too(tmp_path):
     samples = [(["anna", "", "berlin"], ["B-PER", "O", "B-LOC"]), ([""], ["O"])]
     data = data_of(tmp_path, samples)
