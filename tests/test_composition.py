@@ -9,6 +9,7 @@ import transformers
 
 from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_, set_budget_path_
 from d2dmoe_pl.moe.budgets.second_order import SecondOrder
 from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe_, set_backend_, set_gate_, set_tau_
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
@@ -122,6 +123,12 @@ class TestPEFT:
         torch.testing.assert_close(adapted(**inputs).logits, before, rtol=1e-4, atol=1e-4)
         for layer in moe_layers(adapted).values():
             assert layer.sizes.num_experts == 8
+        names, base = tuple(moe_layers(model)), adapted.get_base_model()
+        points = tuple(BudgetPoint((tau,) * len(names), tau, tau, 0.0, 90.0) for tau in (1.0, 0.2))
+        set_budget_path_(base, BudgetPath(names, "dynk_max", "accuracy", True, True, samples=9, points=points))
+        set_budget_(base, ffn_flops=0.4)
+        assert [layer.gate.config.tau for layer in moe_layers(base).values()] == pytest.approx([0.4] * len(names))
+        set_tau_(base, 0.6)
         adapted(**inputs).logits.square().mean().backward()
         gradients = [parameter.grad for name, parameter in adapted.named_parameters() if "lora_B" in name]
         assert gradients

@@ -158,7 +158,7 @@ def layer_comparison(
     positions = {"": len(tokens)}
 
     def other(function: Backend) -> Callable[[], Tensor]:
-        return lambda: function(layer.experts, tokens, layer.choose(layer.get_router()(tokens)))
+        return lambda: function(layer.experts, tokens, layer.choose(layer.score(tokens)))
 
     own = [way(layer.experts.backend, choice, layer, lambda: layer(tokens), positions) for choice in choices]
     others = [

@@ -48,8 +48,8 @@ class PredictionFile(L.Callback):
         self.inputs = inputs
         self.rows: list[dict[str, Any]] = []
         self._flops_outside: dict[SampleSize, int] = {}
-        self._masks: dict[str, Tensor] = {}
-        self._works: dict[str, Tensor] = {}
+        self._masks: list[tuple[str, Tensor]] = []  # of each run of a layer in a batch, which some have several of
+        self._works: list[tuple[str, Tensor]] = []
 
     def on_predict_start(self, trainer: L.Trainer, phase: Phase) -> None:
         """Watch what the model's layers decide, once it is known that the file can be written."""
@@ -60,8 +60,12 @@ class PredictionFile(L.Callback):
         # what a text costs that is written token after token is not known by sample
         layers: dict[str, Any] = {} if phase.task.most_written else expert_layers(phase.model)
         self._layers: dict[str, ExpertLayer] = {name: layer for name, layer in layers.items() if _decides(layer)}
-        watching = [layer.watch(partial(self._masks.__setitem__, name)) for name, layer in self._layers.items()]
-        working = [layer.watch_work(partial(self._works.__setitem__, name)) for name, layer in self._layers.items()]
+
+        def add(found: list[tuple[str, Tensor]], name: str, value: Tensor) -> None:
+            found.append((name, value))
+
+        watching = [layer.watch(partial(add, self._masks, name)) for name, layer in self._layers.items()]
+        working = [layer.watch_work(partial(add, self._works, name)) for name, layer in self._layers.items()]
         self._watching = hooked([*watching, *working])
         self._watching.__enter__()
 
@@ -76,6 +80,11 @@ class PredictionFile(L.Callback):
             said = f"output={str(self.file)!r}: no files can be written there ({error.strerror})"
             raise ConfigError(said) from error
 
+    def on_predict_batch_start(self, *_: Any) -> None:
+        """Forget what layers did before."""
+        self._masks.clear()
+        self._works.clear()
+
     def on_predict_batch_end(
         self, trainer: L.Trainer, phase: Phase, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -85,17 +94,16 @@ class PredictionFile(L.Callback):
         rows = phase.task.rows(outputs, None if self.inputs is not None else batch["labels"])
         self.rows += rows
         if self._layers:
-            masks = [self._masks[name] for name in self._layers]
+            names = [name for name, _ in self._masks]
+            assert names == [name for name, _ in self._works]
+            masks, works = ([value for _, value in found] for found in (self._masks, self._works))
             alike = [[len(mask) // len(rows)] * len(rows) for mask in masks]
-            tokens = [
-                layer_tokens(phase.model, name, batch) or same for name, same in zip(self._layers, alike, strict=True)
-            ]
+            tokens = [layer_tokens(phase.model, name, batch) or same for name, same in zip(names, alike, strict=True)]
             sizes = sample_sizes(batch)
             for size in set(sizes) - self._flops_outside.keys():
                 self._flops_outside[size] = flops_outside_ffns(phase.model, sample_inputs(batch, size))
             outside = [self._flops_outside[size] for size in sizes]
-            works = [self._works[name] for name in self._layers]
-            cost = sample_cost(list(self._layers.values()), masks, works, tokens, outside)
+            cost = sample_cost([self._layers[name] for name in names], masks, works, tokens, outside)
             for row, share, flops in zip(rows, cost.experts_percent, cost.flops, strict=True):
                 row.update(experts_percent=share, flops=flops)
 

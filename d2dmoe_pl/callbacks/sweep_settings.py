@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe.budgets.budget_path import budget_path, set_budget_
+from d2dmoe_pl.moe.budgets.budget_path import budget_path, rounded_up, set_budget_
 from d2dmoe_pl.moe.conversion import temporary_gate
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.notices import notice
@@ -62,7 +62,7 @@ def reachable(settings: Sequence[SweepSetting], model: nn.Module) -> list[SweepS
     least = path.points[-1].ffn_flops
     found = [setting for setting in settings if setting.value >= least]
     missed = [f"{setting.value:g}" for setting in settings if setting.value < least]
-    said = f"budgets {', '.join(missed)}: less than this model can do, {least:.4f} of the dense FFNs' FLOPs"
+    said = f"budgets {', '.join(missed)}: less than this model can do, {rounded_up(least)} of the dense FFNs' FLOPs"
     check(bool(found), said)
     if missed:
         notice(f"Left out are {said}.")

@@ -179,7 +179,7 @@ class TauSweep(L.Callback):
     def _sweep_batch(self, phase: Phase, batch: Batch, split: _SplitMetrics) -> None:
         for setting, metrics, load in zip(self._settings, split.metrics, split.loads, strict=True):
             with _set(setting, phase):
-                with self._watched(load):
+                with self._watched(load), phase.trainer.precision_plugin.forward_context():
                     logits = phase.logits(batch)
                 metrics.update(logits, phase.with_written(batch))
         sizes = sample_sizes(batch)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
-from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.errors import check
+from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, CutoffConfigs, Cutoffs
 from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
 from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, check_weights_are_here, moe_layers, select_ffns
@@ -70,10 +71,7 @@ def select_moe_layers(model: nn.Module, filter_fn: LayerFilterFn | None) -> dict
         ConfigError: If there are none.
     """
     layers = moe_layers(model, filter_fn)
-    if not layers:
-        raise ConfigError(
-            f"{type(model).__name__}: no MoE layer found" + (" that the filter admits" if filter_fn else "")
-        )
+    check(bool(layers), f"{type(model).__name__}: no MoE layer found{' that the filter admits' if filter_fn else ''}")
     return layers
 
 
@@ -144,6 +142,7 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterF
     check_weights_are_here(model)
     for layer in select_moe_layers(model, filter_fn).values():
         layer.router = make_router(layer.own_experts, config)
+    set_budget_path_(model, None)  # which was measured with others, here and below
 
 
 def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilterFn | None = None) -> None:
@@ -159,6 +158,7 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
         config.check_fits(layer.own_experts, name)
     for layer in layers.values():
         layer.stand_in = None if config.rank == 0 else make_stand_in(layer.own_experts, config)
+    set_budget_path_(model, None)
 
 
 def add_cutoffs_(model: nn.Module, config: CutoffConfigs, filter_fn: LayerFilterFn | None = None) -> None:
@@ -173,6 +173,7 @@ def add_cutoffs_(model: nn.Module, config: CutoffConfigs, filter_fn: LayerFilter
         experts, own = layer.own_experts, config if isinstance(config, CutoffConfig) else config[name]
         own = own if experts.is_gated else own.without_gates()
         layer.cutoffs = None if own.leaves_out_nothing else Cutoffs(own).to(experts.down_weight.device)
+    set_budget_path_(model, None)
 
 
 def check_chosen(layers: Mapping[str, MoELayer]) -> None:
@@ -205,10 +206,8 @@ def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilte
     """
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
-        check(
-            config is None or layer.router is not None,
-            f"{name}: has no router yet; run RouterRegression or ExpertSelection first",
-        )
+        has_router = config is None or layer.router is not None
+        check(has_router, f"{name}: has no router yet; run RouterRegression or ExpertSelection first")
         check(
             config is None or config.k is None or config.k <= layer.sizes.num_experts,
             f"k={config and config.k}: must be at most the number of experts, {layer.sizes.num_experts} in {name}",

@@ -182,6 +182,14 @@ class MoELayer(ExpertLayer):
         assert self.router is not None
         return self.router
 
+    def score(self, tokens: Tensor) -> Tensor:
+        """What the router scores tokens ``(N, d_model)``, ``(N, E)``."""
+        router: Any = self.router
+        if getattr(router, "reads_experts", False):
+            return self.with_experts(lambda experts, given: router(given, experts), tokens)
+        scores: Tensor = router(tokens)
+        return scores
+
     def get_gate(self) -> Gate:
         """The gate, where there is known to be one."""
         assert self.gate is not None
@@ -200,7 +208,7 @@ class MoELayer(ExpertLayer):
         """Tokens ``(N, d_model)``, of which those not ``real`` run no expert, to ``(N, d_out)``."""
         if self.router is None or self.gate is None or self._needs_no_scores(self.router, self.gate):
             return self._run_experts(tokens, None)
-        scores = self.router(tokens)
+        scores = self.score(tokens)
         if isinstance(self.router, Router):  # where masks are given, nothing is scored
             self._check_scores(scores, tokens)
         mask = self.choose(scores)  # (N, E)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-MASK_ARGUMENT = "attention_mask"
-IDS_ARGUMENT = "input_ids"
-EMBEDDINGS_ARGUMENT = "inputs_embeds"
+MASK_ARGUMENT, IDS_ARGUMENT, EMBEDDINGS_ARGUMENT = "attention_mask", "input_ids", "inputs_embeds"
 CACHE_ARGUMENTS = ("past_key_values", "cache")  # of earlier tokens, as releases of transformers call it
 # what transformers and torch call that which runs a module now and once more in the backward pass
 CHECKPOINTING = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -72,6 +70,10 @@ class TokenContext:
         self._was_padded = False
         self._handles: list[RemovableHandle] = []
         self._parameters: list[str] = []  # of the model's forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hooks on a model that is gone, which can be neither copied nor loaded again."""
+        return self.__dict__ | {"_handles": [each for each in self._handles if each.hooks_dict_ref() is not None]}
 
     def _batch(self) -> TokenBatch | None:
         """The call that runs.

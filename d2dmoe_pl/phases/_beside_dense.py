@@ -80,17 +80,18 @@ class BesideDense:
             ends.pop(number, None)
 
     def _run(self, number: int, batch: Batch, taus: Sequence[float]) -> Tensor:
-        counts = dict(self._counts.get(number, {}))  # layers that do not run again have those of before
+        counts: dict[int, tuple[float, int]] = {}
 
         def count(index: int, work: Tensor) -> None:
-            counts[index] = float(work.sum()), len(work)
+            ran, tokens = counts.get(index, (0.0, 0))  # some run several times
+            counts[index] = ran + float(work.sum()), tokens + len(work)
 
         for layer, tau in zip(self._layers, taus, strict=True):
             layer.get_gate().set_tau(tau)
         watched = hooked(layer.watch_work(partial(count, index)) for index, layer in enumerate(self._layers))
         with watched, self._replay.running(number, taus):
             logits = self._phase.logits(batch)
-        self._counts[number] = counts
+        self._counts[number] = self._counts.get(number, {}) | counts  # those that do not run again have what was
         return logits
 
     def _run_dense(self, number: int, batch: Batch) -> None:

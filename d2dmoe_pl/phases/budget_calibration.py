@@ -24,6 +24,7 @@ from d2dmoe_pl.moe.budgets.budget_path import (
     budget_path,
     costs_in_steps,
     path_from_json,
+    rounded_up,
     set_budget_,
     set_budget_path_,
 )
@@ -196,7 +197,9 @@ class BudgetCalibration(Calibration):
         assert self.ffn_flops is not None
         least = path.points[-1].ffn_flops
         if self.ffn_flops < least:
-            notice(f"ffn_flops={self.ffn_flops:g} cannot be reached: {least:.4f} is the least here, and is taken.")
+            notice(
+                f"ffn_flops={self.ffn_flops:g} cannot be reached: {rounded_up(least)} is the least here, and is taken."
+            )
         set_budget_(model, ffn_flops=max(self.ffn_flops, least))
 
     def _estimated(self, batches: Sequence[Batch], grids: list[list[float]], predictions: int) -> list[Measured]:

@@ -52,6 +52,15 @@ class TestTauSweep:
             assert row.loss == pytest.approx(float(plain.callback_metrics["test/loss"]), rel=1e-4)
         assert {str(made["gate"]["tau"]) for made in describe(phase.model).values()} == {"0.5"}  # as it was
 
+    def test_in_the_trainers_precision(self, trainer, routed_text):
+        sweep, phase = TauSweep([0.5]), RouterRegression(8, tau=0.5, init_from=routed_text)
+        mixed = trainer(callbacks=[sweep], precision="bf16-mixed")
+        mixed.test(phase, datamodule=tiny.TextData(5), verbose=False)
+        plain, _, _ = self.sweep(trainer, routed_text, [0.5])
+        loss = float(mixed.callback_metrics["test/loss"])
+        assert sweep.rows["test"][0].loss == pytest.approx(loss, rel=1e-6)
+        assert abs(plain.rows["test"][0].loss - loss) > 1e-5 * loss
+
     def test_costs(self, trainer, routed_text):
         sweep, _, _ = self.sweep(trainer, routed_text, [0.0, 0.5, 1.0])
         low, middle, full = sweep.rows["test"]

@@ -6,6 +6,7 @@ import io
 import pytest
 import tiny
 import torch
+import transformers
 from datasets import Dataset
 from digits_models import DIGIT_LABELS
 from PIL import Image
@@ -18,6 +19,7 @@ from d2dmoe_pl.cli import given_inputs, main
 from d2dmoe_pl.data import DatasetSource, TextClassification
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.sample_cost import summed_by_sample
+from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases import FineTuning, RecoveryTuning
 
 LABELS = sorted(ANIMALS)
@@ -74,6 +76,26 @@ def test_costs_add_up_to_what_a_sweep_reports(trainer, texts, tmp_path):
     weighted = sum(float(row["experts_percent"]) * n for row, n in zip(rows, tokens, strict=True)) / sum(tokens)
     assert weighted == pytest.approx(row.experts_percent)
     assert len({row["flops"] for row in rows}) > 4
+
+
+def test_costs_of_a_layer_that_runs_several_times(trainer, texts, tmp_path):
+    config = transformers.AlbertConfig(
+        **tiny.SHAPE, embedding_size=12, vocab_size=40, num_labels=len(LABELS), max_position_embeddings=32
+    )
+    model = transformers.AlbertForSequenceClassification(config).eval()
+    tiny._spread(model)
+    model.config.id2label = dict(enumerate(LABELS))
+    save_artifact(tiny.route_(model, tau=0.3), tmp_path / "albert")
+    assert len(moe_layers(model)) == 1
+    _, data = texts
+    predicted(trainer, str(tmp_path / "albert"), data(), tmp_path / "a.csv")
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    sweep = TauSweep([0.3])
+    trainer(callbacks=[sweep]).test(
+        RecoveryTuning(init_from=str(tmp_path / "albert")), datamodule=data(), verbose=False
+    )
+    (row,) = sweep.rows["test"]
+    assert sum(int(row["flops"]) for row in rows) / len(rows) == pytest.approx(row.model_flops)
 
 
 def test_raw_texts(trainer, texts, tmp_path):

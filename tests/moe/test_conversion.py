@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from d2dmoe_pl.adapters import holder_of
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.conversion import (
     ExpertsConfig,
@@ -178,3 +179,15 @@ def test_a_layer_that_is_run_twice_is_one():
     convert_to_moe_(model, ExpertsConfig(8))
     assert len(moe_layers(model)) == 1
     torch.testing.assert_close(tiny.logits(model, inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama-causal-language-modeling", "gpt2-causal-language-modeling"])
+def test_what_is_frozen_stays_frozen(kind):
+    model = tiny.dense(kind)
+    ffn = select_ffns(model)[0]
+    for linear in filter(None, (ffn.up, ffn.gate_proj, ffn.down)):
+        holder_of(linear).requires_grad_(False)
+    convert_to_moe_(model, ExpertsConfig(8))
+    frozen, other, *_ = moe_layers(model).values()
+    assert not any(parameter.requires_grad for parameter in frozen.experts.parameters())
+    assert all(parameter.requires_grad for parameter in other.experts.parameters())

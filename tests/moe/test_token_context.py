@@ -1,6 +1,7 @@
 """Padding is neither routed, nor run, nor counted."""
 
 import copy
+import gc
 from functools import partial
 
 import pytest
@@ -164,3 +165,18 @@ def test_a_copied_model_has_a_context_of_its_own():
     assert contexts.isdisjoint(id(layer.context) for layer in moe_layers(model).values())
     inputs = tiny.batch("bert")
     assert torch.equal(tiny.logits(twin, inputs), tiny.logits(model, inputs))
+
+
+def test_a_part_of_a_model_that_is_gone_can_be_copied_and_saved(tmp_path):
+    model = tiny.routed("bert")
+    part, inputs = model.bert, {key: value for key, value in tiny.batch("bert").items() if key != "labels"}
+    with torch.no_grad():
+        expected = part(**inputs).last_hidden_state
+    del model
+    gc.collect()
+    torch.save(copy.deepcopy(part), tmp_path / "part.pt")
+    again = torch.load(tmp_path / "part.pt", weights_only=False)
+    for each in (part, copy.deepcopy(copy.deepcopy(part)), again):
+        without_padding = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        with torch.no_grad():
+            assert each(**without_padding).last_hidden_state.shape == expected.shape

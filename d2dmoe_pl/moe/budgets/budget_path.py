@@ -1,5 +1,6 @@
 """The way down from the dense model, point by point, and the budgets that it answers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -9,7 +10,7 @@ from torch import nn
 
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.moe.gating._gate import GATING_RULES, takes_k
+from d2dmoe_pl.moe.gating._gate import GATING_RULES, plain_number, takes_k
 
 ATTRIBUTE = "d2dmoe_budget_path"  # of a model
 COSTS = ("ffn_flops", "flops")
@@ -92,7 +93,8 @@ class BudgetPath:
         least = getattr(self.points[-1], cost)
         check(
             share >= least,
-            f"{cost}={share:g}: less than this model can do; must be at least {least:.4f}, with the fewest experts on",
+            f"{cost}={share:g}: less than this model can do; must be at least {rounded_up(least)}, with the fewest "
+            "experts on",
         )
         in_steps = costs_in_steps(self.rule)
         for above, below in pairwise(self.points):
@@ -115,7 +117,7 @@ class BudgetPath:
         check(drop >= 0, f"drop={drop:g}: must not be negative")
         found = self.dense
         for point in self.points:
-            if self.loss_of(point) > drop:
+            if not self.loss_of(point) <= drop:  # a NaN is no small loss
                 break
             found = point
         return found
@@ -149,6 +151,17 @@ def budget_path(model: nn.Module) -> BudgetPath | None:
     """What ``BudgetCalibration`` found for ``model``; None if it has not been through it."""
     path: BudgetPath | None = getattr(model, ATTRIBUTE, None)
     return path
+
+
+def rounded_up(share: float) -> str:
+    """The least share of four digits that is no less than ``share``, as messages name it.
+
+    Example:
+        >>> from d2dmoe_pl.moe.budgets.budget_path import rounded_up
+        >>> rounded_up(0.12341), rounded_up(0.25)
+        ('0.1235', '0.2500')
+    """
+    return f"{math.ceil(share * 1e4 - 1e-9) / 1e4:.4f}"
 
 
 def set_budget_path_(model: nn.Module, path: BudgetPath | None) -> None:
@@ -204,7 +217,10 @@ def set_budget_(
         path is not None, f"{type(model).__name__}: knows no budgets yet; run BudgetCalibration first, or use set_tau_"
     )
     assert path is not None
-    ((name, value),) = wanted.items()
+    ((name, given_value),) = wanted.items()
+    value = plain_number(given_value, float)
+    check(value is not None, f"{name}={given_value!r}: must be a number")
+    assert value is not None
     point = path.at_drop(value) if name == "drop" else path.at_cost(name, value)
     set_taus_(model, path, point.taus)
     return point
@@ -226,7 +242,7 @@ def set_taus_(model: nn.Module, path: BudgetPath, taus: Sequence[float]) -> None
         check(rule == path.rule, f"{name}: has the gating rule {rule}, and its budgets are of {path.rule}")
     for layer, tau in zip(layers.values(), taus, strict=True):
         layer.get_gate().set_tau(tau)
-        layer.experts.measured.clear()
+        layer.own_experts.measured.clear()
 
 
 def _between(above: BudgetPoint, below: BudgetPoint, part: float) -> BudgetPoint:

@@ -63,7 +63,7 @@ class SecondOrder:
         self.tokens[index] += len(tokens)
 
     def _add_chunk(self, index: int, layer: MoELayer, tokens: Tensor, slopes: Tensor) -> None:
-        experts, gate, scores = layer.own_experts, layer.get_gate(), layer.get_router()(tokens)
+        experts, gate, scores = layer.own_experts, layer.get_gate(), layer.score(tokens)
         along = along_gradients(layer, tokens, slopes)  # (N, E, s)
         in_full: Tensor | None = None  # what stands in for all experts, along the gradient
         if layer.stand_in is not None:

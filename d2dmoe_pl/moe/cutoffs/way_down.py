@@ -110,7 +110,7 @@ class _Samples:
         self.layer, self.tokens, self.reduce = layer, tokens, reduce
         self.sizes, self.gate = layer.own_experts, layer.get_gate()
         self.along = along_gradients(layer, tokens, slopes)  # (N, E, s)
-        self.scores = layer.get_router()(tokens)
+        self.scores = layer.score(tokens)
         self.order = self.gate.order(self.scores)
         shares = reduce(shares_at(self.scores.float(), self.gate.config.rule).to(tokens.device) * len(tokens))
         run = dict(zip(FINE_TAUS, (shares / number).tolist(), strict=True))

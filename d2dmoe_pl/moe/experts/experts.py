@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2dmoe_pl.adapters import FFN
+from d2dmoe_pl.adapters import FFN, holder_of
 from d2dmoe_pl.errors import check, said_of
 from d2dmoe_pl.moe.cutoffs.cutoffs import cut
 from d2dmoe_pl.moe.execution import BACKENDS, taken_cutoffs
@@ -121,16 +121,22 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.set_backend(backend)
 
-        def grouped(rows: Tensor) -> nn.Parameter:
-            return nn.Parameter(rows.detach()[order].unflatten(0, (num_experts, -1)).contiguous())  # (E, s[, d])
+        def kept(values: Tensor, linear: Any, name: str) -> nn.Parameter:
+            is_trained = getattr(holder_of(linear), name).requires_grad
+            return nn.Parameter(values.detach().clone(memory_format=torch.contiguous_format), is_trained)
 
-        self.up_weight = grouped(ffn.up.weight)
-        self.up_bias = None if ffn.up.bias is None else grouped(ffn.up.bias)
-        gate = ffn.gate_proj
-        self.gate_weight = None if gate is None else grouped(gate.weight)
-        self.gate_bias = None if gate is None or gate.bias is None else grouped(gate.bias)
-        self.down_weight = grouped(ffn.down.weight.t())
-        self.down_bias = None if ffn.down.bias is None else nn.Parameter(ffn.down.bias.detach().clone())
+        def grouped(linear: Any, name: str) -> nn.Parameter:
+            rows = getattr(linear, name).detach()  # (d_ff[, d])
+            return kept(rows[order].unflatten(0, (num_experts, -1)), linear, name)  # (E, s[, d])
+
+        up, gate, down = ffn.up, ffn.gate_proj, ffn.down
+        columns = down.weight.detach().t()[order].unflatten(0, (num_experts, -1))  # (E, s, d_out)
+        self.up_weight = grouped(up, "weight")
+        self.up_bias = None if up.bias is None else grouped(up, "bias")
+        self.gate_weight = None if gate is None else grouped(gate, "weight")
+        self.gate_bias = None if gate is None or gate.bias is None else grouped(gate, "bias")
+        self.down_weight = kept(columns, down, "weight")
+        self.down_bias = None if down.bias is None else kept(down.bias, down, "bias")
         self.activation = ffn.activation
         self._kind = (ffn.activation, activation_kind(ffn.activation))
         self.hidden_dropout = ffn.hidden_dropout

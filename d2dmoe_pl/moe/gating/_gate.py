@@ -68,13 +68,13 @@ def register_gate(name: str, rule: GatingRule) -> None:
 
 def check_tau(tau: float, argument: str = "tau") -> float:
     """``tau`` as a plain number; ``ConfigError`` unless it is one and lies in [0, 1]."""
-    number = _plain(tau, float)
+    number = plain_number(tau, float)
     if number is None or not 0.0 <= number <= 1.0:
         raise ConfigError(f"{argument}={tau!r}: must lie in [0, 1] (1 runs every expert, the dense layer)")
     return number
 
 
-def _plain(value: Any, convert: Callable[[Any], Number]) -> Number | None:
+def plain_number(value: Any, convert: Callable[[Any], Number]) -> Number | None:
     """What NumPy and torch have numbers in, as a number of Python's, which files can hold; None if it is no number."""
     if isinstance(value, bool | str | bytes):
         return None
@@ -114,7 +114,7 @@ class GateConfig:
         object.__setattr__(self, "tau", check_tau(self.tau))
         if self.k is not None:
             check(takes_k(rule), f"k={self.k}: allowed only with rule topk, not {self.rule}")
-            k = _plain(self.k, operator.index)
+            k = plain_number(self.k, operator.index)
             if k is None or k < 1:
                 raise ConfigError(f"k={self.k}: must be at least 1, the number of experts that each token runs")
             object.__setattr__(self, "k", k)

@@ -59,9 +59,12 @@ class Router(nn.Module, ABC):
 
     Attributes:
         is_gathered: As :class:`Experts` has it.
+        reads_experts: Whether ``forward`` takes the layer's experts behind the tokens, as they are in that call:
+            adapted, quantised or moved.
     """
 
     is_gathered = False
+    reads_experts = False
 
     def __init__(self, experts: Experts, config: RouterConfig) -> None:
         super().__init__()

@@ -13,14 +13,15 @@ from d2dmoe_pl.moe.routers import Router, RouterConfig, positive_sums
 class GroundTruthRouter(Router):
     """The sum of each expert's positive activations."""
 
+    reads_experts = True
+
     def __init__(self, experts: Experts, config: RouterConfig) -> None:
         super().__init__(experts, config)
-        self.hidden = experts.hidden  # a method, so that the layer's experts are no part of its router
         products = 2 if experts.is_gated else 1
         self._flops = 2 * products * experts.d_model * experts.dense_dim
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return positive_sums(self.hidden(tokens))
+    def forward(self, tokens: Tensor, experts: Experts) -> Tensor:
+        return positive_sums(experts.hidden(tokens))
 
     def flops(self) -> int:
         return self._flops

@@ -158,7 +158,7 @@ def _fit_and_run_(layer: MoELayer, config: FittingConfig, reduce: Callable[[Tens
     chosen: list[tuple[Tensor, Tensor, Tensor]] = []
     for each, at_tau in zip(gates, tokens.chunk(len(gates)), strict=True):
         for chunk in at_tau.split(CHUNK):
-            scores = layer.get_router()(chunk)
+            scores = layer.score(chunk)
             mask = layer.choose(scores, each)  # (n, E)
             hidden = layer.hidden_at(each, chunk)[0] * mask.unsqueeze(-1)  # (n, E, s)
             output = layer.with_experts(lambda experts, given: experts.combine(given), hidden)  # (n, d_out)

@@ -15,9 +15,12 @@ from d2dmoe_pl.moe.budgets.budget_path import (
     path_from_json,
     set_budget_path_,
 )
-from d2dmoe_pl.moe.conversion import set_gate_
+from d2dmoe_pl.moe.conversion import add_cutoffs_, add_routers_, add_stand_ins_, set_gate_
+from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.routers import RouterConfig
+from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig
 
 POINTS = (
     BudgetPoint((1.0, 1.0), 1.02, 1.01, 0.0, 90.0),
@@ -148,3 +151,38 @@ def test_tau_can_still_be_set(model):
     set_budget_(model, ffn_flops=0.42)
     set_tau_(model, 0.3)
     assert taus(model) == [0.3, 0.3]
+
+
+def test_a_message_names_a_share_that_is_taken(model):
+    least = 0.12341
+    set_budget_path_(model, path_of(points=(*POINTS[:3], BudgetPoint((0.0, 0.5), least, 0.56, 0.8, 89.0))))
+    with pytest.raises(ConfigError, match=r"must be at least 0\.1235, with the fewest experts on"):
+        set_budget_(model, ffn_flops=0.1234)
+    assert set_budget_(model, ffn_flops=0.1235).ffn_flops == pytest.approx(0.1235)
+
+
+def test_a_score_that_is_no_number_is_no_small_loss(model):
+    unknown = float("nan")
+    set_budget_path_(model, path_of(points=(*POINTS[:2], BudgetPoint((0.8, 0.5), 0.22, 0.61, 0.2, unknown), POINTS[3])))
+    assert set_budget_(model, drop=50.0).taus == POINTS[1].taus
+
+
+@pytest.mark.parametrize("value", ["0.3", [0.3, 0.4], True])
+@pytest.mark.parametrize("name", ["ffn_flops", "flops", "drop"])
+def test_what_is_no_number(model, name, value):
+    with pytest.raises(ConfigError, match=rf"{name}=.*: must be a number"):
+        set_budget_(model, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: add_routers_(model, RouterConfig(4)),
+        lambda model: add_stand_ins_(model, StandInConfig(2)),
+        lambda model: add_cutoffs_(model, CutoffConfig(0.5)),
+    ],
+)
+def test_parts_that_budgets_were_not_measured_with(model, change):
+    change(model)
+    with pytest.raises(ConfigError, match="knows no budgets yet; run BudgetCalibration first"):
+        set_budget_(model, ffn_flops=0.5)

@@ -16,7 +16,8 @@ from d2dmoe_pl.moe.conversion import ExpertsConfig, add_routers_, convert_to_moe
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
-from d2dmoe_pl.moe.routers import ROUTERS, RouterConfig, make_router
+from d2dmoe_pl.moe.quantization.quantize import quantize_
+from d2dmoe_pl.moe.routers import ROUTERS, RouterConfig, make_router, positive_sums
 from d2dmoe_pl.structure import describe
 
 KINDS = ROUTERS.names()
@@ -27,6 +28,10 @@ def make(kind, d_model=10, d_ff=24, num_experts=4, gated=False):
     """A router and the experts it is for."""
     experts = Experts(make_ffn(d_model, d_ff, gated=gated), num_experts)
     return make_router(experts, RouterConfig(6, kind)), experts
+
+
+def score(router, experts, tokens):
+    return router(tokens, experts) if router.reads_experts else router(tokens)
 
 
 def routed(kind, model_kind="timm_vit"):
@@ -45,20 +50,20 @@ def test_those_of_the_papers_are_there():
 @pytest.mark.parametrize("kind", KINDS)
 class TestContract:
     def test_scores_are_not_negative_and_tokens_do_not_see_each_other(self, kind):
-        router, _ = make(kind)
+        router, experts = make(kind)
         tokens = torch.randn(9, 10)
-        scores = router(tokens)
+        scores = score(router, experts, tokens)
         assert scores.shape == (9, 4)
         assert (scores >= 0).all()
         for row, token in zip(scores, tokens, strict=True):
-            torch.testing.assert_close(router(token[None])[0], row, rtol=1e-4, atol=1e-4)
-        assert router(torch.zeros(0, 10)).shape == (0, 4)
+            torch.testing.assert_close(score(router, experts, token[None])[0], row, rtol=1e-4, atol=1e-4)
+        assert score(router, experts, torch.zeros(0, 10)).shape == (0, 4)
 
     @pytest.mark.parametrize("gated", [False, True])
     def test_flops_are_those_of_the_products_run(self, kind, gated):
-        router, _ = make(kind, gated=gated)
+        router, experts = make(kind, gated=gated)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            router(torch.randn(5, 10))
+            score(router, experts, torch.randn(5, 10))
         assert 5 * router.flops() == counter.get_total_flops()
 
     def test_an_artifact_keeps_it(self, kind, tmp_path):
@@ -124,7 +129,7 @@ def planted_experts(d_model=16, num_experts=4, size=8):
 def share_of_activation(router, experts, tokens, k=1):
     """Of all positive activation, how much the router's ``k`` best experts have."""
     sums = experts.hidden(tokens).clamp(min=0).sum(dim=-1)
-    best = router(tokens).topk(k, dim=-1).indices
+    best = score(router, experts, tokens).topk(k, dim=-1).indices
     return (sums.gather(1, best).sum() / sums.sum()).item()
 
 
@@ -161,7 +166,7 @@ def test_ground_truth_equals_a_loop(gated):
                 if gated:
                     fires = fires * (experts.up_weight[expert, neuron] @ token + experts.up_bias[expert, neuron])
                 total += max(fires.item(), 0.0)
-            assert router(tokens)[n, expert].item() == pytest.approx(total, rel=1e-4, abs=1e-5)
+            assert router(tokens, experts)[n, expert].item() == pytest.approx(total, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -222,3 +227,18 @@ def test_unknown_kind_and_too_many_experts():
     with pytest.raises(ConfigError, match=r"k=9: must be at most the number of experts, 8 in blocks.0.mlp"):
         set_gate_(model, GateConfig("topk", k=9))
     assert {layer.gate.config.k for layer in moe_layers(model).values()} == {3}
+
+
+def test_the_oracle_reads_experts_as_the_layer_has_them(tmp_path):
+    model = routed("ground_truth")
+    layer = next(iter(moe_layers(model).values()))
+    tokens = torch.randn(5, layer.sizes.d_model)
+    before = layer.score(tokens)
+    quantize_(model)
+    assert layer.experts.is_quantized
+    assert torch.equal(layer.score(tokens), positive_sums(layer.experts.hidden(tokens)))
+    assert not torch.equal(layer.score(tokens), before)
+    save_artifact(model, tmp_path / "artifact")
+    pictures = tiny.batch()["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "artifact")(pictures), model.eval()(pictures))
