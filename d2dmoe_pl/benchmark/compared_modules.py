@@ -48,7 +48,7 @@ class LayerInput:
     """What a MoE layer is given.
 
     Attributes:
-        tokens: Those that are no padding, ``(N, d_model)``.
+        tokens: Those that are no padding, ``(N, d_model)``, of all runs in a call.
         positions: How many there are with padding, which the dense FFN computes too.
     """
 
@@ -86,7 +86,11 @@ def layer_inputs(model: nn.Module, batch: Batch) -> dict[str, LayerInput]:
     def register(name: str, layer: MoELayer) -> RemovableHandle:
         def hook(module: nn.Module, args: tuple[Tensor]) -> None:
             positions = args[0].flatten(0, -2)  # (B * L, d)
-            found[name] = LayerInput(real_tokens(positions, layer.context.token_index), len(positions))
+            tokens, before = real_tokens(positions, layer.context.token_index), found.get(name)
+            if before is not None:  # some layers run several times a call
+                found[name] = LayerInput(torch.cat([before.tokens, tokens]), before.positions + len(positions))
+            else:
+                found[name] = LayerInput(tokens, len(positions))
 
         return layer.register_forward_pre_hook(hook)
 

@@ -21,6 +21,7 @@ from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Module
 from d2dmoe_pl.moe.quantization.quantize import quantize_
@@ -186,12 +187,13 @@ def _steps(model: nn.Module, choice: Choice, prompts: Batch, num_tokens: int) ->
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     with choice.context(), uncompiled(model), hooked(layer.watch(seen[name].append) for name, layer in layers.items()):
         _write(model, prompts, num_tokens)
+        idle = sum(map(_idle_bytes, layers.values()))
     masks = {name: torch.stack(some[1:]) for name, some in seen.items()}  # (N - 1, B, E), without the prompts
     unread = sum(
         _bytes_of_experts(layer) * (1 - float(masks[name].any(dim=1).float().mean())) for name, layer in layers.items()
     )
     share = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
-    return share, _bytes(model) - unread
+    return share, _bytes(model) - unread - idle
 
 
 def _bytes(model: nn.Module) -> int:
@@ -210,9 +212,20 @@ def _numbers(module: nn.Module) -> list[Tensor]:
 
 
 def _bytes_of_experts(layer: MoELayer) -> int:
+    """Of what only experts that run are multiplied by; an oracle multiplies by all first weights to choose."""
     experts = layer.own_experts
     tensors = dict(experts.named_parameters(recurse=False)) | dict(experts.named_buffers(recurse=False))
-    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name != "down_bias")
+    is_oracle = getattr(layer.router, "reads_experts", False)
+    read = {name for name in tensors if name == "down_bias" or (is_oracle and not name.startswith("down_"))}
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name not in read)
+
+
+def _idle_bytes(layer: MoELayer) -> int:
+    """Of a layer's router and stand-in, where they have nothing to do since every expert runs."""
+    gate = layer.gate
+    if not (isinstance(gate, Gate) and gate.admits_all(layer.sizes.num_experts, layer.all_above)):
+        return 0
+    return sum(_bytes(part) for part in (layer.router, layer.stand_in) if part is not None)
 
 
 def _in_type(dense: nn.Module, dtype: torch.dtype, floating: torch.dtype) -> nn.Module:

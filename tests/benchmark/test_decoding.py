@@ -15,7 +15,10 @@ from d2dmoe_pl.benchmark.result_rows import as_table, draw_speed_up
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.data import DatasetSource, LanguageModeling
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import add_routers_, set_gate_
 from d2dmoe_pl.moe.find_layers import moe_layers
+from d2dmoe_pl.moe.gating import GateConfig
+from d2dmoe_pl.moe.routers import RouterConfig
 
 LLAMA, GPT2 = "llama-causal-language-modeling", "gpt2-causal-language-modeling"
 NEW = 5
@@ -47,7 +50,7 @@ def test_at_tau_one_the_dense_models_text_is_written(kind, tmp_path):
         assert torch.equal(full.contender.call(), text)
     assert full.agreement == 100.0 >= low.agreement
     assert low.share < full.share == 1.0
-    assert low.bytes_share < full.bytes_share
+    assert low.bytes_share < full.bytes_share == 1.0  # where routers have nothing to do
     assert (whole.scope, whole.batch_size, whole.tokens, whole.new_tokens) == ("decode", 3, 18, NEW)
 
 
@@ -70,6 +73,22 @@ def test_the_bytes_of_one_text_are_those_of_the_experts_that_run_and_of_all_else
     unread = 0 if embedding is head else size([embedding])
     dense = everything - routers - unread
     assert way.bytes_share == pytest.approx((dense + routers - (1 - way.share) * experts) / dense)
+
+
+def test_an_oracle_reads_all_first_weights(tmp_path):
+    def oracle(kind):
+        model = tiny.routed(kind)
+        add_routers_(model, RouterConfig(kind="ground_truth"))
+        set_gate_(model, GateConfig("dynk_max", 0.3))
+        return model
+
+    model, [whole] = comparisons(LLAMA, tmp_path, [0.3], make=oracle)
+    [way] = whole.ways
+    layers = moe_layers(model).values()
+    second = size(layer.experts.down_weight for layer in layers)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    dense = size(model.parameters()) - (0 if embedding is head else size([embedding]))
+    assert way.bytes_share == pytest.approx((dense - (1 - way.share) * second) / dense)
 
 
 def test_an_expert_is_read_once_for_all_texts_of_a_batch(tmp_path):
