@@ -194,9 +194,8 @@ def local_splits(folder: Path) -> dict[str, list[Path]]:
     if saved := saved_splits(folder):
         return saved
     inside = sorted(each for each in folder.iterdir() if each.name[0] not in "._")
-    endings = [
-        ending for ending in ENDINGS if media is None or ending != ".txt"
-    ]  # a paragraph says of no picture what it is
+    # a paragraph does not say what a picture is
+    endings = [ending for ending in ENDINGS if media is None or ending != ".txt"]
     rows = [each for each in inside if ending_of(each.name) in endings and each.name not in FILES_TO_IGNORE]
     by_name = {each: split for each in rows if (split := split_in(each.name)) is not None}
     folders = split_folders(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 from d2dmoe_pl.errors import check
 
-# a tuple or a set of texts as Python writes it; other texts may be in such brackets for another reason
+# a tuple or a set of texts as Python writes it, unless what is in the brackets is none
 TUPLE_OR_SET = re.compile(r"""\(\s*\)|set\(\)|\(\s*['"].*\)|\{\s*['"].*\}""", re.DOTALL)
 UNPARTED = re.compile(r"""['"]\s+['"]""")  # as NumPy writes texts, which Python would read as a single one
 
@@ -21,7 +21,7 @@ def listed(value: Any, separator: str | None, where: str) -> list[Any]:
         where: The column and sample, for errors.
 
     Raises:
-        ConfigError: For a text in brackets that is no list, as NumPy writes them.
+        ConfigError: For a text in brackets that is no list, as NumPy writes them, nor a tuple or a set of texts.
 
     Example:
         >>> from d2dmoe_pl.data.listed_values import listed
@@ -33,17 +33,15 @@ def listed(value: Any, separator: str | None, where: str) -> list[Any]:
     text = value.strip()
     if not text:
         return []
-    if TUPLE_OR_SET.fullmatch(text) and isinstance(found := written(text), tuple | set) and not UNPARTED.search(text):
-        return sorted(found, key=str) if isinstance(found, set) else list(found)
-    if not (text.startswith("[") and text.endswith("]")):
+    if not (text.startswith("[") and text.endswith("]")) and TUPLE_OR_SET.fullmatch(text) is None:
         return text.split(separator)
     found = written(text)
     check(
-        isinstance(found, list) and not UNPARTED.search(text),
+        isinstance(found, list | tuple | set) and not UNPARTED.search(text),
         f"{where} has {text[:60]!r}; must be a list as Python or JSON writes it, or its parts without brackets",
     )
-    assert isinstance(found, list)
-    return found
+    assert isinstance(found, list | tuple | set)
+    return sorted(found, key=str) if isinstance(found, set) else list(found)
 
 
 def written(text: str) -> Any:

@@ -32,11 +32,15 @@ def test_one_in_a_tuple():
     assert listed("('fear',)", ",", "") == ["fear"]
 
 
-@pytest.mark.parametrize("text", ["(fear)", "('fear') and ('joy')", "{'fear': 1}", "('fear' 'joy')", '("a" b)'])
+@pytest.mark.parametrize("text", ["(fear)", "{fear}", "(fear joy)", "fear (mild)"])
 def test_other_texts_in_brackets_are_texts(text):
     assert listed(text, None, "") == text.split()
 
 
-def test_brackets_of_no_list():
+@pytest.mark.parametrize("separator", [",", None])
+@pytest.mark.parametrize(
+    "text", ["['fear' 'joy']", "('fear') and ('joy')", "{'fear': 1}", "('fear' 'joy')", '("a" b)', "{'a' 'b'}", "('a')"]
+)
+def test_brackets_of_no_list(text, separator):
     with pytest.raises(ConfigError, match=r"column has .*; must be a list as Python or JSON writes it"):
-        listed("['fear' 'joy']", ",", "column")
+        listed(text, separator, "column")

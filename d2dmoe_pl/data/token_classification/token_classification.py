@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.language_modeling.token_prediction import NOT_PREDICTED
-from d2dmoe_pl.data.listed_values import listed
+from d2dmoe_pl.data.listed_values import TUPLE_OR_SET, listed, written
 from d2dmoe_pl.data.output_names import named_label, plain_name
 from d2dmoe_pl.data.sample_names import sample_names
 from d2dmoe_pl.data.task import Task
@@ -115,7 +115,8 @@ class TokenClassification(TokenizedData):
         for sample, value in zip(sample_names(split, split_name), split[self.words_column], strict=True):
             where = f"words_column={self.words_column!r}: {sample}"
             # brackets can be words as well: only a list that somebody wrote has quotes at once behind the first
-            is_text = isinstance(value, str) and re.match(r"[\[(](['\"]|[\])])", value.strip()) is None
+            is_text = isinstance(value, str) and re.match(r"\[(['\"]|\])", value.strip()) is None
+            is_text = is_text and not (TUPLE_OR_SET.fullmatch(value.strip()) and isinstance(written(value), tuple))
             words = value.split() if is_text else listed(value, None, where)
             check(None not in words, f"{where} has a word that is missing; must have a text for each")
             found.append([str(word).strip() for word in words])

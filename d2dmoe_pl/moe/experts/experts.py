@@ -123,7 +123,7 @@ class Experts(nn.Module):
 
         def kept(values: Tensor, linear: Any, name: str) -> nn.Parameter:
             is_trained = getattr(holder_of(linear), name).requires_grad
-            return nn.Parameter(values.detach().clone(memory_format=torch.contiguous_format), is_trained)
+            return nn.Parameter(values.contiguous(), is_trained)
 
         def grouped(linear: Any, name: str) -> nn.Parameter:
             rows = getattr(linear, name).detach()  # (d_ff[, d])
@@ -136,7 +136,7 @@ class Experts(nn.Module):
         self.gate_weight = None if gate is None else grouped(gate, "weight")
         self.gate_bias = None if gate is None or gate.bias is None else grouped(gate, "bias")
         self.down_weight = kept(columns, down, "weight")
-        self.down_bias = None if down.bias is None else kept(down.bias, down, "bias")
+        self.down_bias = None if down.bias is None else kept(down.bias.detach().clone(), down, "bias")
         self.activation = ffn.activation
         self._kind = (ffn.activation, activation_kind(ffn.activation))
         self.hidden_dropout = ffn.hidden_dropout

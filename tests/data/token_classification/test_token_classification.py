@@ -79,6 +79,15 @@ def test_labels_that_are_none(tags, said, tmp_path):
         TokenClassification(DatasetSource(str(tmp_path / "data")), tokenizer).setup()
 
 
+@pytest.mark.parametrize("words", ['("anna" berlin)', "( anna )", "('anna', 'berlin')"])
+def test_words_in_brackets(words, tmp_path):
+    number = 2 if words.startswith("('") else len(words.split())
+    dataset = datasets.Dataset.from_dict({"tokens": [words] * 2, "ner_tags": [["O", "B-PER", "O"][:number]] * 2})
+    datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), dataset)).save_to_disk(tmp_path / "data")
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer", WORDS, SPECIAL)
+    TokenClassification(DatasetSource(str(tmp_path / "data")), tokenizer).setup()
+
+
 def test_punctuation_is_a_label_of_its_own(tmp_path):
     data = data_of(tmp_path, [(["anna", "berlin"], ["NNP", ","])], kind="text")
     data.setup()
