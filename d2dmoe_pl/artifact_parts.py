@@ -14,7 +14,7 @@ from torch import Tensor
 from d2dmoe_pl.adapters import KEY
 from d2dmoe_pl.errors import ConfigError, SettingTypeError, check, one_line
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, path_from_json
-from d2dmoe_pl.moe.program_files import DESCRIPTION, PROGRAMS
+from d2dmoe_pl.moe.program_files import DESCRIPTION, OPERATORS, PROGRAMS
 from d2dmoe_pl.structure import stage_of
 from d2dmoe_pl.whole_files import is_file_name
 
@@ -192,5 +192,5 @@ def copy_processor(artifact: Path, aside: Path) -> None:
     for file in artifact.iterdir():
         if file.is_dir():  # such as the pooling of sentence-transformers
             shutil.copytree(file, aside / file.name)
-        elif file.suffix != ".safetensors" and file.name not in ("config.json", PROGRAMS, DESCRIPTION):
+        elif file.suffix != ".safetensors" and file.name not in ("config.json", PROGRAMS, OPERATORS, DESCRIPTION):
             shutil.copy(file, aside / file.name)

@@ -9,7 +9,7 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
 from d2dmoe_pl.artifact_parts import PhaseRecord
 from d2dmoe_pl.moe.ahead_of_time import attach_programs_, write_programs
-from d2dmoe_pl.moe.program_files import read_description
+from d2dmoe_pl.moe.program_files import ready_programs
 
 LENGTH = 8  # tokens of the noise that shows how a model is called; programs are for any number of them
 
@@ -23,7 +23,8 @@ def save_compiled(
 ) -> None:
     """Write ``model`` to the folder ``path``, as :func:`save_artifact` does, with programs compiled from it.
 
-    It takes about a minute. There is a program for one sample, and one for more, of texts of two tokens or more.
+    It takes about a minute. The operators of this package that they call lie beside them, so that no compiler is needed
+    where they run. There is a program for one sample, and one for more, of texts of two tokens or more.
     ``tau`` and budgets stay free; the gating rule, the types and the arguments that the model is called with do not.
 
     Args:
@@ -92,7 +93,7 @@ def load_compiled(path: str | Path) -> nn.Module:
     """
     folder = Path(path)
     read_artifact(folder, "path")
-    read_description(folder)  # before the weights, which may be many
+    ready_programs(folder)  # before the weights, whose layers would compile operators of their own
     model = load_model(folder)
     attach_programs_(model, folder)
     return model

@@ -1,6 +1,11 @@
 """What cannot be compiled ahead of time, and programs that must not run here, end in a line."""
 
+import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -57,27 +62,67 @@ def test_a_folder_without_programs_is_refused(compiled_folders, tmp_path):
         load_compiled(compiled_folders[0])
     folder = changed(compiled_folders[1], tmp_path)
     (folder / "programs.json").write_text('{"format": 99}')
-    with pytest.raises(ConfigError, match=r"has programs of format 99; this release reads 1$"):
+    with pytest.raises(ConfigError, match=r"has programs of format 99; this release reads 2$"):
         load_compiled(folder)
 
 
 def test_programs_that_are_not_as_they_were_written_are_refused(compiled_folders, tmp_path):
     folder = changed(compiled_folders[1], tmp_path)
-    programs = (folder / "programs.pt2").read_bytes()
-    for broken in (programs[:-1000], b"", None):
-        (folder / "programs.pt2").unlink()
-        if broken is not None:
-            (folder / "programs.pt2").write_bytes(broken)
-        with pytest.raises(ConfigError, match=r"programs\.pt2 is missing, or not as it was written; must be compiled"):
-            load_compiled(folder)
-        (folder / "programs.pt2").touch()
-    (folder / "programs.pt2").write_bytes(programs)
+    for file in (folder / "programs.pt2", folder / "programs.so"):
+        content = file.read_bytes()
+        for broken in (content[:-1000], b"", None):
+            file.unlink()
+            if broken is not None:
+                file.write_bytes(broken)
+            with pytest.raises(ConfigError, match=rf"{file.name} is missing, or not as it was written; must be comp"):
+                load_compiled(folder)
+            file.touch()
+        file.write_bytes(content)
     described = json.loads((folder / "programs.json").read_text())
     broken = [(name, 5) for name in ("programs", "output", "settings", "tensors")]
     for name, value in [*broken, *((name, {"one": 5}) for name in ("programs", "output", "tensors"))]:
         (folder / "programs.json").write_text(json.dumps({**described, name: value}))
         with pytest.raises(ConfigError, match=r"programs\.json describes no programs|was compiled from another model"):
             load_compiled(folder)
+
+
+def without_compiler(tmp_path, folder, code):
+    """What a process prints that has no compiler, nor a library that was compiled before."""
+    environment = {**os.environ, "CXX": str(tmp_path / "none"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "empty")}
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_where_there_is_no_compiler_operators_are_those_beside_the_programs(compiled_folders, tmp_path):
+    given = texts()
+    torch.save((given, load_compiled(compiled_folders[1])(**given).logits), tmp_path / "expected")
+    code = f"""if True:
+        import sys, torch
+        from d2dmoe_pl import load_compiled
+        model = load_compiled(sys.argv[1])
+        given, expected = torch.load({str(tmp_path / "expected")!r})
+        assert torch.equal(model(**given).logits, expected)
+        assert [*model._compiled_call_impl._known.values()] != [None]
+        plain = model.forward(**given).logits  # by operators as well
+        print(float((plain - expected).detach().norm()))
+    """
+    ran = without_compiler(tmp_path, compiled_folders[1], code)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) < 1e-4
+    assert "compil" not in ran.stderr
+    assert not list((tmp_path / "empty").glob("**/*.so"))
+
+
+def test_operators_that_cannot_be_loaded_end_in_a_line(compiled_folders, tmp_path):
+    folder = changed(compiled_folders[1], tmp_path)
+    (folder / "programs.so").write_bytes(b"of another system")
+    described = json.loads((folder / "programs.json").read_text())
+    described["checksums"]["programs.so"] = hashlib.sha256(b"of another system").hexdigest()
+    (folder / "programs.json").write_text(json.dumps(described))
+    code = "import sys; from d2dmoe_pl import load_compiled; load_compiled(sys.argv[1])"
+    ran = without_compiler(tmp_path, folder, code)
+    said = rf"ConfigError: '{folder}': its operators cannot be loaded \(.*\), and the compiler says: .*none"
+    assert re.search(said, ran.stderr.strip().splitlines()[-1]), ran.stderr
 
 
 def test_a_model_is_compiled_once(compiled_folders, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.errors import ConfigError, check, one_line, said_of
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.compiled_calls import CompiledCalls, Input, Program, Relation, held_tensors, named_arguments
-from d2dmoe_pl.moe.execution.cpu import compile_failure
+from d2dmoe_pl.moe.execution.cpu import compile_failure, operators_library
 from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.graph_passes import pass_over_graphs
@@ -25,10 +26,11 @@ from d2dmoe_pl.moe.program_files import (
     CONSTANTS,
     DESCRIPTION,
     FORMAT,
+    OPERATORS,
     PROGRAMS,
     checksum,
     made_on,
-    read_description,
+    ready_programs,
 )
 from d2dmoe_pl.whole_files import replaced_file
 
@@ -99,13 +101,15 @@ def write_programs(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) 
         made = aside.with_suffix(".pt2")  # the only ending it takes
         package_aoti(str(made), files)
         made.replace(aside)
+    with replaced_file(folder / OPERATORS) as aside:
+        shutil.copyfile(operators_library(), aside)
     with replaced_file(folder / CONSTANTS) as aside:
         values = {key: value.detach().clone().contiguous() for key, value in literals.items()}
         safetensors.torch.save_file(values, str(aside))
     described = {
         "format": FORMAT,
         "made_on": made_on(),
-        "checksum": checksum(folder / PROGRAMS),
+        "checksums": {name: checksum(folder / name) for name in (PROGRAMS, OPERATORS)},
         "settings": call.settings,
         "programs": {key: program.as_json() for key, program in programs.items()},
         "output": pytree.treespec_dumps(output),
@@ -128,15 +132,11 @@ def attach_programs_(model: nn.Module, folder: Path) -> None:
         folder: That :func:`write_programs` wrote to.
 
     Raises:
-        ConfigError: If there are no programs, or those of another model, machine or release, or not as written.
+        ConfigError: If there are no programs, or those of another model, machine or release, or not as written, or
+            their operators cannot be had.
     """
     check(model._compiled_call_impl is None, f"{type(model).__name__}: is optimised already")
-    described = read_description(folder)
-    failure = compile_failure()
-    check(
-        failure is None,
-        f"{str(folder)!r}: its programs need this package's operators, and the compiler says: {failure}",
-    )
+    described = ready_programs(folder)
     leave_inference_mode_(model)
     model.eval().requires_grad_(False)
     try:

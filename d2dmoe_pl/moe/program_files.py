@@ -11,21 +11,36 @@ from typing import Any
 import torch
 
 from d2dmoe_pl.errors import ConfigError, check
-from d2dmoe_pl.moe.execution.cpu import operators_version
+from d2dmoe_pl.moe.execution.cpu import compile_failure, operators_version, take_operators
 
 PROGRAMS = "programs.pt2"
+OPERATORS = "programs.so"  # of this package, which programs call
 CONSTANTS = "programs.safetensors"  # what programs read beside the model's own tensors
 DESCRIPTION = "programs.json"  # written last: without it there are none
-FORMAT = 1
+FORMAT = 2
 ADVICE = "must be compiled here: main.py compile"
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """What :func:`write_programs` said of its programs.
+def ready_programs(folder: Path) -> dict[str, Any]:
+    """What :func:`write_programs` said of its programs, whose operators this process has from here on.
 
     Raises:
-        ConfigError: If there are none, they are not as they were written, or were made for another machine or release.
+        ConfigError: If there are none, they are not as they were written, or were made for another machine or release;
+            or if their operators cannot be loaded here, and cannot be compiled either.
     """
+    described = _read_description(folder)
+    try:
+        take_operators(folder / OPERATORS)
+    except OSError as error:
+        failure = compile_failure()
+        check(
+            failure is None,
+            f"{str(folder)!r}: its operators cannot be loaded ({error}), and the compiler says: {failure}",
+        )
+    return described
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
     try:
         described = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError) as error:
@@ -33,8 +48,9 @@ def read_description(folder: Path) -> dict[str, Any]:
     written = described.get("format") if isinstance(described, dict) else None
     check(written == FORMAT, f"{str(folder)!r}: has programs of format {written}; this release reads {FORMAT}")
     _check_made_here(described.get("made_on", {}), folder)
-    is_whole = (folder / PROGRAMS).is_file() and checksum(folder / PROGRAMS) == described.get("checksum")
-    check(is_whole, f"{str(folder)!r}: {PROGRAMS} is missing, or not as it was written; {ADVICE}")
+    for name in (PROGRAMS, OPERATORS):
+        is_whole = (folder / name).is_file() and checksum(folder / name) == described.get("checksums", {}).get(name)
+        check(is_whole, f"{str(folder)!r}: {name} is missing, or not as it was written; {ADVICE}")
     return described
 
 

@@ -44,14 +44,22 @@ def load_extension(name: str, source: Path) -> None:
         CompileError: If there is no compiler, it fails, or no folder can be written.
     """
     try:
-        command = _command()
-        library = _compiled(f"{name}_{_version(command, source)}", source, command)
+        library = compiled_extension(name, source)
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
             _LOG.warning("%s cannot be loaded (%s): it is compiled anew", library.name, error)
             _forget(library)
-            torch.ops.load_library(str(_compiled(library.stem, source, command)))
+            torch.ops.load_library(str(compiled_extension(name, source)))
+    except OSError as error:
+        raise CompileError(str(error)) from error
+
+
+def compiled_extension(name: str, source: Path) -> Path:
+    """The library that :func:`load_extension` loads, which is compiled if need be; its arguments and errors."""
+    try:
+        command = _command()
+        return _compiled(f"{name}_{_version(command, source)}", source, command)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         raise CompileError(str(error)) from error
 

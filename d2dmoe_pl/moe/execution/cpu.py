@@ -30,11 +30,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves
 
 from d2dmoe_pl.errors import ConfigError
-from d2dmoe_pl.moe.execution._cpp_build import CompileError, load_extension
+from d2dmoe_pl.moe.execution._cpp_build import CompileError, compiled_extension, load_extension
 from d2dmoe_pl.moe.execution._eligibility import obstacle, run_type
 from d2dmoe_pl.moe.experts.experts import Experts, weights_to_pack
 
 TYPES = (torch.float32, torch.bfloat16)
+NAME = "d2dmoe_pl_moe_cpu"
 SOURCE = Path(__file__).parent / "csrc" / "moe_cpu.cpp"
 
 
@@ -51,10 +52,35 @@ def compile_failure() -> str | None:
     return _load()
 
 
+def operators_library() -> Path:
+    """The compiled operators, which are compiled if need be.
+
+    Raises:
+        CompileError: If there is no compiler, it fails, or no folder can be written.
+    """
+    return compiled_extension(NAME, SOURCE)
+
+
+def take_operators(library: Path) -> None:
+    """Have this process run the operators in ``library``, compiled from the same sources, unless it has some already.
+
+    Raises:
+        OSError: If it cannot be loaded here.
+    """
+    if not _has_operators():
+        torch.ops.load_library(str(library))
+        _load.cache_clear()
+
+
+def _has_operators() -> bool:
+    return hasattr(torch.ops.d2dmoe_pl, "moe_layer_cpu")
+
+
 @functools.cache
 def _load() -> str | None:
     try:
-        load_extension("d2dmoe_pl_moe_cpu", SOURCE)
+        if not _has_operators():
+            load_extension(NAME, SOURCE)
         torch.ops.d2dmoe_pl.moe_layer_cpu  # noqa: B018 (whether it is there)
     except (CompileError, AttributeError) as error:
         return str(error)
