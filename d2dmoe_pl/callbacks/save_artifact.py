@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from d2dmoe_pl.artifact import save_artifact
+from d2dmoe_pl.artifact import CONFIG, read_artifact, save_artifact
 from d2dmoe_pl.artifact_parts import PhaseRecord
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.sharded_tensors import is_sharded
@@ -23,9 +23,16 @@ class SaveArtifact(L.Callback):
         takes_part = trainer.is_global_zero or is_sharded(phase.model)
         if takes_part and not trainer.fast_dev_run:
             metrics = phase.measured
-            if phase.best is not None:  # the others are of the last epoch
-                metrics = {phase.best.monitor: phase.best.score}
+            if phase.best is not None:  # which may be none of validation's
+                metrics = {phase.best.monitor: phase.best.score, **metrics}
             record = PhaseRecord(type(phase).__name__, metrics)
             processor = phase.data.save_processor
             save_artifact(phase.model, Path(folder) / FOLDER, [*phase.history, record], processor, phase.tensors())
         trainer.strategy.barrier()
+
+
+def is_wished(wished: Path, last: Path) -> bool:
+    """Whether ``wished`` is the artifact of the phase ``last``, set to a wish; one that is redone leaves an older."""
+    if not (wished / CONFIG).is_file():
+        return False
+    return read_artifact(wished).history == read_artifact(last / FOLDER).history

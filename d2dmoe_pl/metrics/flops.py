@@ -41,7 +41,7 @@ SampleSize = tuple[tuple[str, int], ...]
 def sample_sizes(batch: Mapping[str, Tensor]) -> list[SampleSize]:
     """What decides the cost of each of ``B`` samples: its real tokens by the mask that tells them from padding.
 
-    Samples without padding have nothing to tell them apart, and are all alike.
+    Where there is no mask, the samples of a batch are all alike, of the shape that they have.
 
     Example:
         >>> import torch
@@ -50,12 +50,16 @@ def sample_sizes(batch: Mapping[str, Tensor]) -> list[SampleSize]:
         [(('attention_mask', 2),), (('attention_mask', 1),)]
     """
     masks = {key: mask.sum(dim=1).tolist() for key, mask in batch.items() if key.endswith(MASK)}
-    return [tuple((key, lengths[i]) for key, lengths in masks.items()) for i in range(len(next(iter(batch.values()))))]
+    samples = len(next(iter(batch.values())))
+    if not masks:
+        shapes = {key: value.shape[1:] for key, value in batch.items()}
+        return [tuple((f"{key}[{i}]", size) for key, shape in shapes.items() for i, size in enumerate(shape))] * samples
+    return [tuple((key, lengths[i]) for key, lengths in masks.items()) for i in range(samples)]
 
 
 def sample_inputs(batch: Mapping[str, Tensor], size: SampleSize) -> dict[str, Tensor]:
     """The shapes of one unpadded sample of a batch that is of ``size``, on the meta device."""
-    lengths = dict(size)
+    lengths = {key: length for key, length in size if key.endswith(MASK)}
 
     def cut(key: str, value: Tensor) -> Tensor:
         one = value[:1]  # (1, ...)

@@ -68,30 +68,28 @@ class Importance:
             mask: Of the tokens that the FFN of a name sees: ``(B, L)``, nonzero for real ones; None where all are.
             samples: Boolean ``(B,)``, the samples that count.
         """
-        first: list[Tensor] = []  # on the way back to it, every gradient that is needed is met
-        down: dict[str, Tensor] = {}  # (B, d_ff) of the FFNs that the backward pass is in
+        watched: list[Tensor] = []
+        found: dict[str, Tensor] = {}  # (B, d_ff), of both weights and of all times that an FFN runs
 
-        def contributions(name: str, inner: Tensor, gradient: Tensor) -> Tensor:
+        def meet(name: str, inner: Tensor, gradient: Tensor) -> None:
             shape = (len(samples), -1, inner.shape[-1])  # some flatten tokens before FFNs, or have rows and columns
             real = mask(name)
             counted = None if real is None else real != 0
-            return weight_contributions(inner.reshape(shape), gradient.reshape(shape), counted)
-
-        def meet_post(name: str, post: Tensor, gradient: Tensor) -> None:
-            down[name] = contributions(name, post, gradient)
+            contributions = weight_contributions(inner.reshape(shape), gradient.reshape(shape), counted)
+            found[name] = found[name] + contributions if name in found else contributions
 
         def meet_pre(name: str, pre: Tensor, gradient: Tensor) -> None:
             bias = self._ffns[name].up.bias
-            inner = pre if bias is None else pre - bias.detach()
-            score = (contributions(name, inner, gradient) + down.pop(name)).abs()  # (B, d_ff)
-            self.scores[name] += score[samples].double().sum(dim=0)
+            meet(name, pre if bias is None else pre - bias.detach(), gradient)
 
         def watch(name: str, pre: Tensor, post: Tensor) -> None:
             pre.register_hook(partial(meet_pre, name, pre.detach()))
-            post.register_hook(partial(meet_post, name, post.detach()))
-            if not first:
-                first.append(pre)
+            post.register_hook(partial(meet, name, post.detach()))
+            watched.append(pre)
 
         with torch.enable_grad(), watched_activations(list(self._ffns.values()), watch):
             total = loss()
-        torch.autograd.grad(total, first)  # of activations alone: no gradient of a weight is computed
+        # of activations alone: no gradient of a weight is computed; what ran for nothing has none
+        torch.autograd.grad(total, watched, allow_unused=True)
+        for name, contributions in found.items():
+            self.scores[name] += contributions.abs()[samples].double().sum(dim=0)

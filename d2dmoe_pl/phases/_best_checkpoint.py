@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from d2dmoe_pl.notices import notice
+from d2dmoe_pl.phases._exact_averages import put_averages_
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,19 @@ class BestEpoch:
         monitor: Name of the metric.
         score: Its value.
         epoch: Which epoch it was, from 0.
+        step: After which step.
     """
 
     monitor: str
     score: float
     epoch: int
+    step: int
 
 
 def restore_best_(module: L.LightningModule) -> BestEpoch | None:
     """Give a fitted module the weights of its best checkpoint, by the first ``ModelCheckpoint`` that monitors a metric.
+
+    Where none does, it is given their averages over its steps, if it has some.
 
     Args:
         module: Still in its trainer.
@@ -37,6 +42,7 @@ def restore_best_(module: L.LightningModule) -> BestEpoch | None:
         What the best epoch was; None if none is monitored, or was judged.
     """
     trainer = module.trainer
+    put_averages_(module)
     monitored = next((callback for callback in _keeping(trainer) if callback.monitor is not None), None)
     if monitored is None:
         return None
@@ -48,7 +54,8 @@ def restore_best_(module: L.LightningModule) -> BestEpoch | None:
     checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
     trainer.strategy.load_model_state_dict(checkpoint, strict=True)
     assert monitored.monitor is not None
-    best = BestEpoch(monitored.monitor, float(monitored.best_model_score), int(checkpoint["epoch"]))  # type: ignore[arg-type]
+    score, epoch, step = monitored.best_model_score, checkpoint["epoch"], checkpoint["global_step"]
+    best = BestEpoch(monitored.monitor, float(score), int(epoch), int(step))  # type: ignore[arg-type]
     notice(f"Epoch {best.epoch + 1} goes on, the best by {best.monitor}: {best.score:.6g} ({Path(path).name}).")
     return best
 

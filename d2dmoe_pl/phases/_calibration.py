@@ -49,6 +49,7 @@ class Calibration(OrderedPass):
         self.trainer.limit_train_batches = 1  # an epoch of none would have no validation at its end
 
     def teardown(self, stage: str) -> None:
+        super().teardown(stage)
         self.trainer.limit_train_batches = self._limit
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:

@@ -1,6 +1,7 @@
 """Lightning's callbacks that no phase can run with."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -10,13 +11,14 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
 
 from d2dmoe_pl.errors import check
 
 
-def check_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Raise ``ConfigError`` for a callback that would break a phase, or do nothing."""
+def check_callbacks(callbacks: Sequence[Callback], phase: Any) -> None:
+    """Raise ``ConfigError`` for a callback that would break a phase, do nothing, or undo what the phase does."""
     kept_as = [callback.state_key for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     # by these a trainer tells apart whose state in a checkpoint is whose
     check(
@@ -30,6 +32,11 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
         check(
             not isinstance(callback, StochasticWeightAveraging),
             f"callbacks={name}: must be WeightAveraging or EMAWeightAveraging, which know the model of a phase",
+        )
+        # what it has when a phase begins is given back at the end, unless there were steps of an optimizer
+        check(
+            not (isinstance(callback, WeightAveraging) and phase.takes_samples_in_order),
+            f"callbacks={name}: must be left out of {type(phase).__name__}, which has no steps to average over",
         )
         # they try the training out before a phase has begun, and end it
         check(

@@ -30,22 +30,22 @@ class HiddenStateKeeping:
         self.weight = weight
         self._before: Teacher | None = None
 
-    def begin(self, model: nn.Module) -> None:
-        """Take ``model`` as it is now; until :meth:`place`, on its own memory.
+    def begin(self, model: nn.Module, phase: "Phase") -> None:
+        """Take ``model`` as it is now, before ``phase`` changes it, or is given what a checkpoint has.
 
         Raises:
             ConfigError: If its hidden states cannot be told.
         """
         check_hidden_states(model, self.weight)
         if self.weight > 0:
-            self._before = Teacher(on_same_memory(model))
+            # one that is to be parted among processes is read as it is needed, and not written to
+            is_read_only = next(model.parameters()).is_meta or shares_model(phase)
+            self._before = Teacher(on_same_memory(model) if is_read_only else copy.deepcopy(model))
 
     def place(self, phase: "Phase") -> None:
-        """Part what was taken among processes as the model of ``phase`` is, or copy it, before that is trained."""
+        """Have what was taken where the model of ``phase`` is, and parted among processes as that is."""
         if self._before is None:
             return
-        if not shares_model(phase):
-            self._before = Teacher(copy.deepcopy(self._before.model))
         self._before.prepare(phase)
         self._before.to(phase.device)
 

@@ -1,8 +1,9 @@
 """What layers do in the course of a training, as one picture of all of them: a curve for each would be dozens."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -26,6 +27,13 @@ class LayersOverSteps:
         if len(course) > MOST:
             del course[1::2]
         self._added[kind] += 1
+
+    def draw(self, loggers: Iterable[object], step: int, is_last: bool = False) -> None:
+        """Have every TensorBoard among ``loggers`` show what :meth:`figures` gives."""
+        for kind, figure in self.figures(is_last).items():
+            for logger in loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure(f"layers/{kind}", figure, step)
 
     def figures(self, is_last: bool = False) -> dict[str, Figure]:
         """A heat map of each kind that has twice the values of its picture before: layers down and steps across.

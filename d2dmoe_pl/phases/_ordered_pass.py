@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._phase import Phase
 
 PASS = "ordered_pass"  # key in checkpoints
@@ -27,6 +29,10 @@ class OrderedPass(Phase):
         """The statistics of this process by name, each of which adds up over processes, and is changed in place."""
         return {}
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timers: dict[Timer, float | None] = {}
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.automatic_optimization = False
@@ -34,6 +40,15 @@ class OrderedPass(Phase):
         trainer.fit_loop.max_epochs = 1
         # once, at the end, whatever is set for trainings; an interval of batches can be more than there are
         trainer.check_val_every_n_epoch, trainer.val_check_interval = 1, 1.0
+        for timer in (each for each in trainer.callbacks if isinstance(each, Timer) and stage == "fit"):
+            if timer._duration is not None:
+                notice(f"max_time: {type(self).__name__} goes on to its end; a part of its samples would be wrong.")
+            self._timers[timer], timer._duration = timer._duration, None
+
+    def teardown(self, stage: str) -> None:
+        for timer, duration in self._timers.items():
+            timer._duration = duration
+        self._timers.clear()
 
     def configure_optimizers(self) -> None:
         """Nothing is trained."""

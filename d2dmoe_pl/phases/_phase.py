@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, cast
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -18,8 +17,10 @@ from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, find_moved_, restore_best_
+from d2dmoe_pl.phases._exact_averages import ExactAverages
 from d2dmoe_pl.phases._exact_types import ExactTypes
 from d2dmoe_pl.phases._labels import build_for, number_as_model
+from d2dmoe_pl.phases._last_validation import validate_again
 from d2dmoe_pl.phases._layers_over_steps import LayersOverSteps
 from d2dmoe_pl.phases._model_checks import change_in_place, check_fits, check_head
 from d2dmoe_pl.phases._seeded_course import SeededCourse
@@ -57,6 +58,7 @@ class Phase(ExactTypes):
         history: The phases that it went through before this one.
         measured: What the last validation during the fit found, by name.
         best: Once fitted, the epoch whose weights it has, where a metric is monitored; None for the last.
+        goes_on_otherwise: Whether its weights are, in the end, others than those of the last step, and measured anew.
 
     Args:
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.
@@ -89,6 +91,7 @@ class Phase(ExactTypes):
         self.task = None  # type: ignore[assignment] # until configure_model
         self.history: list[PhaseRecord] = []
         self.best: BestEpoch | None = None
+        self.goes_on_otherwise = False
         self.measured: dict[str, float] = {}
         self._is_ended = False
         self._layers_over_steps = LayersOverSteps()
@@ -200,10 +203,10 @@ class Phase(ExactTypes):
         shard_(self.model, self)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [SeededCourse()]
+        return [SeededCourse(), ExactAverages()]
 
     def on_train_end(self) -> None:
-        self._draw_layers(is_last=True)
+        self._layers_over_steps.draw(self.loggers, self.global_step, is_last=True)
         self.end_training()
 
     def end_training(self) -> None:
@@ -216,7 +219,12 @@ class Phase(ExactTypes):
         self._is_ended = True
         self._keep_measured()
         self.best = restore_best_(self)
+        self.goes_on_otherwise = self.best is not None and self.best.step != self.global_step
         self.conclude()
+        if self.goes_on_otherwise:
+            self.measured = {}
+            validate_again(self.trainer)
+            self._keep_measured()
         change_in_place(self.finish_, self.model)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -262,24 +270,13 @@ class Phase(ExactTypes):
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("validation")
-        self._draw_layers()
+        self._layers_over_steps.draw(self.loggers, self.global_step)
 
     def log_by_layer(self, kind: str, values: Mapping[str, Tensor]) -> None:
-        """Log a scalar of each layer: one picture of all in TensorBoard, as often as curves have a point.
-
-        Args:
-            kind: What it is.
-            values: By the layer's name.
-        """
+        """Log a scalar of each layer, by its name: a picture in TensorBoard, as often as curves have a point."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # 0 for never
         if not self.trainer.training or (every > 0 and (self.global_step + 1) % every == 0):
             self._layers_over_steps.add(kind, self.global_step, values)
-
-    def _draw_layers(self, is_last: bool = False) -> None:
-        for kind, figure in self._layers_over_steps.figures(is_last).items():
-            for logger in self.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure(f"layers/{kind}", figure, self.global_step)
 
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test")

@@ -1,5 +1,6 @@
 """What routers learn from, kept from the one epoch in which the frozen model computes it."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 import lightning as L
@@ -33,14 +34,14 @@ class RouterCache:
     def __init__(self, rows: RowCache, seed: int) -> None:
         self.rows = rows
         self.seed = seed
-        self._batch: dict[str, tuple[Tensor, Tensor]] = {}
+        self._batch: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of each of a layer's runs
         self._widths: dict[str, tuple[int, int]] = {}
 
     def add(self, name: str, tokens: Tensor, target: Tensor) -> None:
         """Take in what the router of the layer ``name`` learns from a batch: ``(N, d_model)`` and ``(N, E)``."""
         kind = tokens.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
-        self._batch[name] = tokens.to("cpu", dtype), target.cpu()
+        self._batch[name].append((tokens.to("cpu", dtype), target.cpu()))
 
     def end_batch(self) -> None:
         """Go on to the next batch, after all layers of one are added.
@@ -49,13 +50,13 @@ class RouterCache:
             OSError: As :meth:`RowCache.add` does.
             UnevenTokensError: If the layers were given different numbers of tokens.
         """
-        numbers = {len(tokens) for tokens, _ in self._batch.values()}
+        batch = {name: [torch.cat(parts) for parts in zip(*runs, strict=True)] for name, runs in self._batch.items()}
+        self._batch.clear()
+        numbers = {len(tokens) for tokens, _ in batch.values()}
         if len(numbers) > 1:
             raise UnevenTokensError(f"layers see different numbers of tokens, {', '.join(map(str, sorted(numbers)))}")
-        self._widths = {name: (tokens.shape[1], target.shape[1]) for name, (tokens, target) in self._batch.items()}
-        rows = torch.cat([part for pair in self._batch.values() for part in pair], dim=1)  # (N, columns)
-        self._batch.clear()
-        self.rows.add(rows)
+        self._widths = {name: (tokens.shape[1], target.shape[1]) for name, (tokens, target) in batch.items()}
+        self.rows.add(torch.cat([part for pair in batch.values() for part in pair], dim=1))  # (N, columns)
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
         """Those of one epoch."""

@@ -2,8 +2,10 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +23,7 @@ from d2dmoe_pl.moe.layer import observed
 from d2dmoe_pl.moe.routers import RouterConfig
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
+from d2dmoe_pl.phases._repeated_layers import mean_over_runs
 from d2dmoe_pl.phases._router_cache import MIB, RouterCache, UnevenTokensError, is_one_epoch, why_not_cached
 from d2dmoe_pl.phases._row_cache import RowCache
 
@@ -76,12 +79,19 @@ class RouterTraining(OptimizedPhase):
 
     def prepare_evaluation_(self, model: nn.Module) -> None:
         """Keep the gate that the model was saved with, unless another is asked for, which is said."""
-        saved = {None if layer.gate is None else layer.gate.config for layer in moe_layers(model).values()}
-        wanted = self.evaluation_gate(next(iter(saved), None))
-        if saved != {wanted}:
-            told = ", ".join(sorted(map(str, saved - {wanted})))
-            notice(f"Evaluated with {wanted}, which is asked for, in the place of what was saved, {told}.")
-            set_gate_(model, wanted)
+        layers = moe_layers(model)
+        saved = {name: None if layer.gate is None else layer.gate.config for name, layer in layers.items()}
+        wanted = {name: self.evaluation_gate(gate) for name, gate in saved.items()}
+        changed = [name for name in layers if wanted[name] != saved[name]]
+        if changed:
+            asked, before = ({str(gates[name]): None for name in changed} for gates in (wanted, saved))
+            notice(
+                f"Evaluated with {', '.join(asked)}, which is asked for, in the place of what was saved, "
+                f"{', '.join(sorted(before))}."
+            )
+            for gate in {wanted[name] for name in changed}:
+                given = [name for name in changed if wanted[name] == gate]
+                set_gate_(model, gate, partial(_is_among, given))
 
     def evaluation_gate(self, saved: GateConfig | None) -> GateConfig:
         """The gate to evaluate a model with that was saved with ``saved``."""
@@ -166,21 +176,21 @@ class RouterTraining(OptimizedPhase):
 
     def _router_losses(self, batch: Batch) -> dict[str, Tensor]:
         """The loss of each router, by layer, from one pass of the frozen model."""
-        losses: dict[str, Tensor] = {}
+        losses: defaultdict[str, list[Tensor]] = defaultdict(list)
 
         def learn(name: str, tokens: Tensor, hidden: Tensor) -> None:
             target = self.targets(name, hidden)  # (N, E)
             if self._cache is not None:
                 self._cache.add(name, tokens, target)
             with torch.enable_grad():
-                losses[name] = self._layers[name].get_router().loss(tokens, target)
+                losses[name].append(self._layers[name].get_router().loss(tokens, target))
 
         with observed(self._layers, learn), torch.no_grad():
             self.run_layers(batch)
         if self._cache is not None:
             with self._cache_can_fail():
                 self._cache.end_batch()
-        return losses
+        return mean_over_runs(losses)
 
     @contextmanager
     def _cache_can_fail(self) -> Iterator[None]:
@@ -196,3 +206,7 @@ class RouterTraining(OptimizedPhase):
         assert self._cache is not None
         examples = self._cache.examples(rows)
         return {name: self._layers[name].get_router().loss(*example) for name, example in examples.items()}
+
+
+def _is_among(names: Sequence[str], layer: nn.Module, name: str) -> bool:
+    return name in names

@@ -16,7 +16,7 @@ class SeededCourse(L.Callback):
     """
 
     def setup(self, trainer: Any, phase: Any, stage: str) -> None:
-        check_callbacks(trainer.callbacks)
+        check_callbacks(trainer.callbacks, phase)
         # with max_steps, Lightning counts epochs otherwise where it resumes, and samples and the last step are others
         trainer.fit_loop._iteration_based_training = _never
 

@@ -14,12 +14,12 @@ WORSE = 5.0
 
 
 class WeightAverage:
-    """The mean of a model's parameters over its steps.
+    """The mean over its steps of what training moves in a model.
 
     Attributes:
         steps: How many it is of.
-        mean: By the parameter's name, in no narrower type than float32, in which it would stand still; empty before the
-            first.
+        mean: By the name in the model, in no narrower type than float32, in which it would stand still; empty before
+            the first.
     """
 
     def __init__(self) -> None:
@@ -28,15 +28,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def add(self, model: nn.Module) -> None:
-        """Add the parameters as they are."""
+        """Add the model as it is."""
         self.steps += 1
-        for name, parameter in model.named_parameters():
+        for name, value in moving_tensors(model).items():
             if name in self.mean:  # from a checkpoint it comes on the CPU
-                self.mean[name] = sharded_like(self.mean[name], parameter).lerp_(
-                    at_least_single(parameter), 1 / self.steps
-                )
+                self.mean[name] = sharded_like(self.mean[name], value).lerp_(at_least_single(value), 1 / self.steps)
             else:
-                self.mean[name] = at_least_single(parameter.detach().clone())
+                self.mean[name] = at_least_single(value.clone())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and numbers; tensors are whole."""
@@ -49,26 +47,37 @@ class WeightAverage:
         self.mean = {name: at_least_single(value) for name, value in state["mean"].items()}
 
     def mean_like(self, model: nn.Module) -> dict[str, Tensor]:
-        """The mean on the devices of the parameters of ``model``, and sharded as they are."""
-        return {name: sharded_like(self.mean[name], parameter) for name, parameter in model.named_parameters()}
+        """The mean on the devices that ``model`` is on, and sharded as that is."""
+        return {name: sharded_like(self.mean[name], value) for name, value in moving_tensors(model).items()}
 
 
-def parameters_like(model: nn.Module, other: nn.Module) -> dict[str, Tensor]:
-    """The parameters of ``other`` by name, on the devices of those of ``model``, and sharded as they are."""
-    own = dict(model.named_parameters())
-    return {name: sharded_like(parameter.detach(), own[name]) for name, parameter in other.named_parameters()}
+def moving_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training moves in a model, by name: parameters, and statistics that are saved, such as a batch norm's."""
+    statistics = {
+        f"{path}.{name}" if path else name: buffer
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+    }
+    return {name: value.detach() for name, value in (*model.named_parameters(), *statistics.items())}
 
 
-def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's parameters by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+def state_like(model: nn.Module, other: nn.Module) -> dict[str, Tensor]:
+    """What training moved in ``other``, by name, on the devices that ``model`` is on, and sharded as that is."""
+    own = moving_tensors(model)
+    return {name: sharded_like(value, own[name]) for name, value in moving_tensors(other).items()}
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what training moves in a model, by name."""
+    return {name: value.clone() for name, value in moving_tensors(model).items()}
 
 
 @torch.no_grad()
-def put_parameters_(model: nn.Module, state: State) -> None:
-    """Give a model parameters by name."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(sharded_like(state[name], parameter))
+def put_state_(model: nn.Module, state: State) -> None:
+    """Give a model what training moves, by name."""
+    for name, value in moving_tensors(model).items():
+        value.copy_(sharded_like(state[name], value))
 
 
 def between(one: State, other: State, part: float) -> dict[str, Tensor]:
@@ -98,12 +107,12 @@ def put_best_(
     found: dict[str, float] = {}
     first: Tensor | None = None
     for name, state in states.items():
-        put_parameters_(model, state())
+        put_state_(model, state())
         measured = torch.tensor(losses(), dtype=torch.float64).clamp(min=torch.finfo(torch.float32).tiny)
         if first is None:
             first = measured
         ratios = measured / first
         found[name] = float(ratios.mean() + WORSE * (ratios.max() - 1).clamp(min=0))
     best = min(found, key=lambda name: found[name])
-    put_parameters_(model, states[best]())
+    put_state_(model, states[best]())
     return best, found

@@ -1,6 +1,7 @@
 """Between phases 1 and 2, where projections are to become experts too: MLPs in their place that learn to be them."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,6 +27,7 @@ from d2dmoe_pl.moe.sparsity_penalties import PENALTIES, Penalty, Schedule, alpha
 from d2dmoe_pl.moe.token_context import real_tokens
 from d2dmoe_pl.moe.token_streams import TokenIndices
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
+from d2dmoe_pl.phases._repeated_layers import mean_over_runs
 from d2dmoe_pl.phases._teacher import Teacher
 
 DEFAULT_PROJECTIONS: list[Role] = list(ROLES)
@@ -117,8 +119,8 @@ class AttentionDistillation(OptimizedPhase):
         What is kept for the backward pass is what training the MLPs inside the model would keep of them.
         """
         indices = TokenIndices(self.model, batch)
-        errors: dict[str, Tensor] = {}
-        relative: dict[str, Tensor] = {}
+        errors: defaultdict[str, list[Tensor]] = defaultdict(list)
+        relative: defaultdict[str, list[Tensor]] = defaultdict(list)
         penalties: list[Tensor] = []
 
         def penalise(name: str, pre: Tensor, post: Tensor) -> None:
@@ -129,14 +131,15 @@ class AttentionDistillation(OptimizedPhase):
                 real_tokens(values.flatten(0, -2), indices(name)) for values in (inputs, target)
             )  # (N, ...)
             with torch.enable_grad():
-                errors[name] = F.mse_loss(self._mlps[name](tokens).float(), goal.float())
-            relative[name] = (errors[name].detach() / goal.float().square().mean()).sqrt()
+                error = F.mse_loss(self._mlps[name](tokens).float(), goal.float())
+            errors[name].append(error)
+            relative[name].append((error.detach() / goal.float().square().mean()).sqrt())
 
         assert self._original is not None
         watched = _watched(self._original.model, self._projections, learn)
         with watched_activations(self._ffns, penalise), watched:
             self._original.run_layers(batch)
-        return errors, relative, penalties
+        return mean_over_runs(errors), mean_over_runs(relative), penalties
 
 
 def _same_tensors(model: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ class FineTuning(OptimizedPhase):
         self._kept = HiddenStateKeeping(hidden_weight)
 
     def transform_(self, model: nn.Module) -> None:
-        self._kept.begin(model)
+        self._kept.begin(model, self)
         if self.activation == "relu" and all(ffn.is_sparse for ffn in select_ffns(model)):
             if not next(model.parameters()).is_meta:  # and not in the checks beforehand
                 notice(f"{type(model).__name__}: has ReLU already; activation=relu changes nothing.")

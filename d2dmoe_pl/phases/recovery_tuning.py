@@ -1,5 +1,6 @@
 """Phase 5, beyond the paper: let experts get used to being alone."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -22,12 +23,14 @@ from d2dmoe_pl.phases._held_out import check_held_out, held_out, moved, summed
 from d2dmoe_pl.phases._hidden_states import check_hidden_states, hidden_state_error, logits_and_weighed_states
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase
 from d2dmoe_pl.phases._phase import Phase
+from d2dmoe_pl.phases._repeated_layers import mean_over_runs
 from d2dmoe_pl.phases._teacher import Teacher, check_taught, described_teacher, read_teacher
-from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_like, parameters_of, put_best_
+from d2dmoe_pl.phases._weight_average import WeightAverage, between, put_best_, state_like, state_of
 
 FULL_WEIGHT_SAMPLES = 100_000
 DEFAULT_ALPHA = 1e-3
 AVERAGE = "weight_average"  # key in checkpoints
+LAST = "100% of the way to the end"  # among the weights that may go on
 
 
 class RecoveryTuning(OptimizedPhase):
@@ -212,8 +215,8 @@ class RecoveryTuning(OptimizedPhase):
         if self.num_held_out == 0:
             return
         assert self.init_from is not None
-        before = parameters_like(self.model, load_model(self.init_from, mapped=True))
-        ends = {"the end": parameters_of(self.model)}
+        before = state_like(self.model, load_model(self.init_from, mapped=True))
+        ends = {"the end": state_of(self.model)}
         if self._average.steps > 0:
             ends["their mean"] = self._average.mean_like(self.model)
         states = {"those before": lambda: before} | {
@@ -226,9 +229,10 @@ class RecoveryTuning(OptimizedPhase):
         with self.trainer.precision_plugin.forward_context():
             best, found = put_best_(self.model, states, partial(self._losses, held_out(self, self.num_held_out)))
         self.model.train(was_training)
+        self.goes_on_otherwise |= best != LAST
         notice(
             f"Of the weights, {best} go on: their loss on held-out samples is {found[best]:.3f} of what it was before, "
-            f"over all tau; {found['100% of the way to the end']:.3f} at the end."
+            f"over all tau; {found[LAST]:.3f} at the end."
         )
 
     def _losses(self, batches: Sequence[Batch]) -> list[float]:
@@ -254,7 +258,7 @@ class RecoveryTuning(OptimizedPhase):
 
     def _forward(self, batch: Batch, tau: float) -> tuple[Tensor, list[Tensor], Mapping[str, Tensor], Sequence[Tensor]]:
         """Logits at ``tau``, the layers' penalties if any, the loss of each router that learns, and hidden states."""
-        losses: dict[str, Tensor] = {}
+        losses: defaultdict[str, list[Tensor]] = defaultdict(list)
         penalties: list[Tensor] = []
 
         def learn(name: str, tokens: Tensor, hidden: Tensor) -> None:
@@ -267,9 +271,9 @@ class RecoveryTuning(OptimizedPhase):
                 with torch.no_grad():
                     gram = gram_matrices(layer.experts.down_weight)
                     target = router_targets(router.config.target, hidden, gram)  # (N, E)
-                losses[name] = router.loss(tokens.detach(), target)
+                losses[name].append(router.loss(tokens.detach(), target))
 
         rule = next(iter(self._layers.values())).get_gate().config.rule
         with temporary_gate(self.model, GateConfig(rule, tau)), observed(self._layers, learn):
             logits, states = logits_and_weighed_states(self.model, batch, self.hidden_weight)
-        return logits, penalties, losses, states
+        return logits, penalties, mean_over_runs(losses), states

@@ -61,7 +61,7 @@ class SparsityEnforcement(OptimizedPhase):
             f"{dense[0].name if dense else ''} has {dense[0].activation_name if dense else ''}, which gives no exact "
             "zeros; set displacement (e.g. -10 or 0), or fine-tune with activation=relu first",
         )
-        self._kept.begin(model)
+        self._kept.begin(model, self)
 
     def on_fit_start(self) -> None:
         self._kept.place(self)

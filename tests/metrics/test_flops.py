@@ -161,8 +161,19 @@ def test_sample_sizes_and_inputs():
         "input_ids": (1, 4),
         "labels": (1,),
     }
-    assert sample_sizes(tiny.batch("vit")) == [()] * 3
-    assert sample_inputs(tiny.batch("vit"), ())["pixel_values"].shape == (1, 1, 8, 8)
+    pictures = tiny.batch("vit")
+    (size,) = set(sample_sizes(pictures))
+    assert dict(size) == {"pixel_values[0]": 1, "pixel_values[1]": 8, "pixel_values[2]": 8}
+    assert sample_inputs(pictures, size)["pixel_values"].shape == (1, 1, 8, 8)
+
+
+def test_texts_without_a_mask_cost_by_their_length():
+    model, costs = tiny.routed("bert"), []
+    for length in (3, 9):
+        inputs = {"input_ids": torch.ones(2, length, dtype=torch.int64), "labels": torch.zeros(2)}
+        costs.append({flops_outside_ffns(model, sample_inputs(inputs, size)) for size in sample_sizes(inputs)})
+    assert sample_sizes({"input_ids": torch.ones(2, 3)}) != sample_sizes({"input_ids": torch.ones(2, 9)})
+    assert min(costs[1]) > max(costs[0])
 
 
 def test_sizes_of_texts_and_their_answers():

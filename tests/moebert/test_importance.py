@@ -1,8 +1,10 @@
 """Importance scores against per-sample autograd."""
 
 import pytest
+import timm
 import tiny
 import torch
+import transformers
 from torch.nn import functional as F
 
 from d2dmoe_pl.adapters import TransposedLinear
@@ -59,6 +61,37 @@ def test_equals_one_backward_pass_a_sample(kind, activation):
     for name, score in scores.items():
         assert score.max() > 0
         torch.testing.assert_close(score.float(), expected[name], rtol=1e-5, atol=1e-5 * float(expected[name].max()))
+
+
+def shared_layers():
+    """A model whose one layer runs three times."""
+    shape = {**tiny.SHAPE, "num_hidden_layers": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.AlbertConfig(**shape, embedding_size=12, vocab_size=40, num_labels=4)
+    return transformers.AlbertForSequenceClassification(config)
+
+
+def branches():
+    """A model whose FFNs lie in branches beside each other."""
+    config = {"img_size": 240, "embed_dim": (8, 16), "num_heads": (1, 2), "mlp_ratio": (2.0, 2.0, 1.0), "depth": None}
+    sizes = {key: value for key, value in config.items() if value is not None}
+    return timm.create_model("crossvit_9_240", in_chans=1, num_classes=4, **sizes)
+
+
+@pytest.mark.parametrize("make", [shared_layers, branches])
+def test_layers_that_run_again_or_beside_each_other(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    tiny._spread(model)
+    inputs = (
+        {"pixel_values": torch.randn(2, 1, 240, 240), "labels": torch.tensor([1, 2])}
+        if make is branches
+        else tiny.batch("bert", size=4)
+    )
+    scores, expected = scored(model, inputs), naive(model, inputs)
+    assert list(scores) == list(expected)
+    for name, score in scores.items():
+        assert score.max() > 0
+        torch.testing.assert_close(score.float(), expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].max()))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

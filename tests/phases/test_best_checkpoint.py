@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from digits_models import digits_source, state
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from d2dmoe_pl.artifact import load_model
-from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.callbacks import SaveArtifact, TauSweep
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.moe.find_layers import moe_layers
-from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, RecoveryTuning, RouterRegression
 
 
 class Worse(FineTuning):
@@ -21,7 +22,7 @@ class Worse(FineTuning):
 
     def on_validation_epoch_end(self):
         super().on_validation_epoch_end()
-        self.log("quality", float([1, 3, 2, 0][self.current_epoch]))
+        self.log("quality", float([1, 3, 2, 0, 3][self.current_epoch]))  # the last is looked at once it is over
 
 
 class Keep(SaveArtifact):
@@ -60,7 +61,7 @@ def test_the_best_epoch_goes_on(trainer, tmp_path, caplog, kwargs):
     fitted(trainer, phase, keep, monitored(tmp_path, **kwargs))
     assert same(load_model(tmp_path / "run" / "artifact"), keep.epochs[1])
     assert not same(phase.model, keep.epochs[-1])
-    assert record(tmp_path)["metrics"] == {"quality": 3.0}
+    assert record(tmp_path)["metrics"]["quality"] == 3.0
     said = [message for message in caplog.messages if "goes on" in message]
     assert len(said) == 1
     assert said[0].startswith("Epoch 2 goes on, the best by quality: 3 (epoch=1-step=8")
@@ -116,6 +117,32 @@ def test_a_metric_that_was_never_judged(trainer, tmp_path, caplog):
     fitted(trainer, Worse(source=digits_source()), keep, monitored(tmp_path), limit_val_batches=0)
     assert same(load_model(tmp_path / "run" / "artifact"), keep.epochs[-1])
     assert "No checkpoint of the best quality is there: the last epoch goes on." in caplog.messages
+
+
+def test_what_is_recorded_is_of_the_epoch_that_goes_on(trainer, tmp_path):
+    fitted(trainer, Worse(source=digits_source()), Keep(), monitored(tmp_path), limit_val_batches=1.0)
+    phase = FineTuning(init_from=str(tmp_path / "run" / "artifact"))
+    (found,) = trainer(limit_val_batches=1.0).validate(phase, datamodule=Digits(16), verbose=False)
+    recorded = record(tmp_path)["metrics"]
+    assert recorded == pytest.approx({"quality": 3.0, **found})
+    assert len(list((tmp_path / "best").iterdir())) == 1
+
+
+def test_what_recovery_records_is_of_the_weights_that_go_on(trainer, tmp_path, artifact, caplog):
+    torch.manual_seed(0)
+    phase = RecoveryTuning(init_from=artifact("routed"), optimizer=partial(torch.optim.SGD, lr=5.0))
+    sweep = TauSweep([0.5, 1.0])
+    settings = {"callbacks": [SaveArtifact(), sweep], "limit_val_batches": 1.0, "max_epochs": 2}
+    trainer(limit_train_batches=1.0, **settings).fit(phase, datamodule=Digits(16))
+    assert "those before go on" in next(message for message in caplog.messages if message.startswith("Of the weights"))
+    recorded, rows = record(tmp_path)["metrics"], sweep.rows["validation"]
+    again = RecoveryTuning(init_from=str(tmp_path / "run" / "artifact"))
+    settings["callbacks"] = [TauSweep([0.5, 1.0])]
+    (found,) = trainer(**settings).validate(again, datamodule=Digits(16), verbose=False)
+    assert recorded == pytest.approx(found)
+    assert [row.loss for row in rows] == pytest.approx(
+        [row.loss for row in settings["callbacks"][0].rows["validation"]]
+    )
 
 
 class TestGates:

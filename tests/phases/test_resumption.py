@@ -27,6 +27,8 @@ from d2dmoe_pl.phases import (
 BATCHES = 4
 PHASES = {
     "fine-tuning": ("dense", lambda start: FineTuning(source=digits_source(), activation="relu")),
+    "hidden-states": ("dense", lambda start: FineTuning(hidden_weight=5.0, init_from=start)),
+    "hidden-states-and-penalty": ("dense", lambda start: SparsityEnforcement(hidden_weight=5.0, init_from=start)),
     "projections": ("dense", lambda start: AttentionDistillation(["output"], init_from=start)),
     "sparsity": ("dense", lambda start: SparsityEnforcement(init_from=start)),
     "importance": ("dense", lambda start: ImportanceScoring(init_from=start)),

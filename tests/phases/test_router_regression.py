@@ -8,11 +8,30 @@ import tiny
 import torch
 from digits_models import state
 
+from d2dmoe_pl.artifact import PhaseRecord, save_artifact
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases import RouterRegression
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.structure import describe
+
+
+def test_an_evaluation_keeps_gates_that_differ_by_layer(trainer, tmp_path, caplog):
+    model = tiny.routed("bert")
+    first, second = moe_layers(model)
+    set_tau_(model, 0.3, lambda _, name: name == first)
+    set_tau_(model, 0.9, lambda _, name: name == second)
+    save_artifact(model, tmp_path / "routed", [PhaseRecord("RouterRegression")])
+    for given, taus in (({}, [0.3, 0.9]), ({"tau": 0.9}, [0.9, 0.9]), ({"rule": "dynk_cumulative"}, [0.3, 0.9])):
+        caplog.clear()
+        phase = RouterRegression(init_from=str(tmp_path / "routed"), **given)
+        trainer().validate(phase, datamodule=tiny.TextData(8), verbose=False)
+        gates = [layer.get_gate().config for layer in moe_layers(phase.model).values()]
+        assert [gate.tau for gate in gates] == taus
+        assert {gate.rule for gate in gates} == {given.get("rule", "dynk_max")}
+        said = [message for message in caplog.messages if message.startswith("Evaluated with")]
+        assert len(said) == bool(given)
 
 
 class TestRouterRegression:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from d2dmoe_pl.phases._weight_average import WeightAverage, between, parameters_of, put_best_
+from d2dmoe_pl.phases._weight_average import WeightAverage, between, put_best_, state_of
 
 
 def test_the_mean_is_that_of_all_steps():
@@ -57,11 +57,30 @@ def test_what_is_better_and_nowhere_worse_is_taken(losses, best):
     assert torch.equal(model.weight, states[best]["weight"])
 
 
+def test_statistics_go_with_the_weights():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    average, before = WeightAverage(), state_of(model)
+    for _ in range(4):
+        model(torch.randn(8, 2) + 5)
+        average.add(model)
+    means = model[0].running_mean.clone()
+    assert average.mean["0.running_mean"].abs().sum() > 0
+    found, _ = put_best_(
+        model,
+        {"before": lambda: before, "after": lambda: state_of(model)},
+        lambda: [float(1 + model[0].running_mean.sum())],
+    )
+    assert found == "before"
+    assert torch.equal(model[0].running_mean, torch.zeros(2))
+    assert not torch.equal(means, torch.zeros(2))
+    assert "0.num_batches_tracked" not in before
+
+
 def test_between():
     one, other = ({"a": torch.tensor([value])} for value in (1.0, 3.0))
     assert between(one, other, 0.25)["a"].item() == 1.5
     model = nn.Linear(1, 1)
-    copied = parameters_of(model)
+    copied = state_of(model)
     with torch.no_grad():
         model.weight.add_(1)
     assert not torch.equal(copied["weight"], model.weight)

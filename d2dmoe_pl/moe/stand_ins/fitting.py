@@ -133,8 +133,13 @@ def fit_stand_ins_(
 def _fitted_when_run(
     layers: Mapping[str, MoELayer], config: FittingConfig, reduce: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
+    sums = {
+        layer: SkippedSums(layer.sizes.d_model, layer.sizes.d_out, next(layer.parameters()).device)
+        for layer in layers.values()
+    }
+
     def forward(layer: MoELayer, x: Tensor) -> Tensor:
-        fit = partial(_fit_and_run_, layer, config, reduce)
+        fit = partial(_fit_and_run_, layer, sums[layer], config, reduce)
         flat = run_on_real_tokens(fit, x.reshape(-1, x.shape[-1]), layer.context.token_index)  # (P, d_out)
         return layer.output_dropout(flat.view(*x.shape[:-1], flat.shape[-1]))
 
@@ -147,13 +152,18 @@ def _fitted_when_run(
             del layer.forward
 
 
-def _fit_and_run_(layer: MoELayer, config: FittingConfig, reduce: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    """Fit a layer on tokens ``(T * N, d)``, those of each setting after one another; what it then gives."""
+def _fit_and_run_(
+    layer: MoELayer, sums: SkippedSums, config: FittingConfig, reduce: Callable[[Tensor], Tensor], tokens: Tensor
+) -> Tensor:
+    """Fit a layer on tokens ``(T * N, d)``, those of each setting after one another; what it then gives.
+
+    ``sums`` are those of its runs so far, of all processes: a layer may run several times in a pass.
+    """
     gate = layer.get_gate()
     gates = [Gate(replace(gate.config, tau=tau, k=None)) for tau in config.taus]
     stand_in = layer.stand_in
     assert isinstance(stand_in, StandIn)
-    sums = SkippedSums(layer.sizes.d_model, layer.sizes.d_out, tokens.device)
+    own = SkippedSums(layer.sizes.d_model, layer.sizes.d_out, tokens.device)
     ran: list[Tensor] = []
     chosen: list[tuple[Tensor, Tensor, Tensor]] = []
     for each, at_tau in zip(gates, tokens.chunk(len(gates)), strict=True):
@@ -162,10 +172,10 @@ def _fit_and_run_(layer: MoELayer, config: FittingConfig, reduce: Callable[[Tens
             mask = layer.choose(scores, each)  # (n, E)
             hidden = layer.hidden_at(each, chunk)[0] * mask.unsqueeze(-1)  # (n, E, s)
             output = layer.with_experts(lambda experts, given: experts.combine(given), hidden)  # (n, d_out)
-            sums.add(chunk, skipped_share(scores, mask), layer.experts(chunk) - output)
+            own.add(chunk, skipped_share(scores, mask), layer.experts(chunk) - output)
             ran.append(output)
             chosen.append((chunk, scores, mask))
-    sums.sums = reduce(sums.sums)
+    sums.sums += reduce(own.sums)
     for parameter, value in zip(
         (stand_in.down, stand_in.up), sums.solve(stand_in.config.rank, config.ridge), strict=True
     ):
