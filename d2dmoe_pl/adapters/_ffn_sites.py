@@ -146,7 +146,8 @@ def _site(name: str, call: Call, sources: set[Node], trace: Trace, modules: Mapp
     if other := [each.kind for each in drops if each.kind != PLAIN]:
         return f"is dropped from by {other[0]}"
     # what drops as a function stays where it is, and must meet nothing there
-    is_plain = path is not None and gate is None and behind and not _rates(hidden)
+    are_own = all(_is_own(each, trace, name) for each in _modules(hidden))  # and drop nothing elsewhere
+    is_plain = path is not None and gate is None and behind and are_own and not _rates(hidden)
     return Site(
         shape=without_reshaping(x).shape,
         name=own if own is not None else up if is_plain else name,

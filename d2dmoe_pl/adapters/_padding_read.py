@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from d2dmoe_pl.adapters._adapter import MASK, stream_of
 from d2dmoe_pl.adapters._ffn_sites import Site
-from d2dmoe_pl.adapters._unchanged import unchanged
+from d2dmoe_pl.adapters._unchanged import nothing_silent, unchanged
 from d2dmoe_pl.hooks import hooked
 
 
@@ -37,7 +37,7 @@ def reads_padding(
     for row, half in zip(behind, (behind.shape[1] // 2, behind.shape[1] // 2 + 1), strict=True):
         row[half:] = 0  # where some pool pairs, one of the two ends within a pair
     for mask in (behind, behind.flip(1)):
-        with unchanged(model):
+        with unchanged(model), nothing_silent(model):
             model.eval()
             kept, silenced = (
                 _seen(adapter, model, sites, adapter.masked(model, texts, mask), streams, is_silent)

@@ -1,7 +1,6 @@
 """FFNs of models that no family describes: found by tracing a call, and proved before anything is replaced."""
 
 import math
-import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -16,11 +15,13 @@ from d2dmoe_pl.adapters._ffn import FFN, AnyLinear, LinearRows
 from d2dmoe_pl.adapters._ffn_proof import prove
 from d2dmoe_pl.adapters._ffn_sites import Site, find_sites
 from d2dmoe_pl.adapters._ffn_tracing import Trace, trace
+from d2dmoe_pl.adapters._handed_over import HandedOver, Silent
 from d2dmoe_pl.adapters._outside_activation import OutsideActivation
-from d2dmoe_pl.adapters._unchanged import unchanged
+from d2dmoe_pl.adapters._unchanged import nothing_silent, unchanged
 from d2dmoe_pl.errors import ConfigError, check
 
 FOUND = "_d2dmoe_sites"  # attribute of a model
+PROVED = "_d2dmoe_sites_proved"  # attribute of one whose weights were there when they were found
 LENGTH = 6  # of texts to trace with; no divisor or multiple of anything common
 SHOWN = 3
 
@@ -42,14 +43,13 @@ class StructuralAdapter(Adapter):
             ConfigError: If none is found, or what is found is not what the model computes.
         """
         modules = dict(model.named_modules())
-        return [
-            self._ffn(site, model, modules)
-            for site in self._sites(model)
-            if all(self.as_linear(modules.get(path)) is not None for path in site.linear)
-        ]
+        return [self._ffn(site, model, modules) for site in self._sites(model) if self._are_dense(modules, [site])]
 
     def put_(self, model: Any, ffn: FFN, module: nn.Module) -> None:
-        site = self._site(model, ffn.name)
+        self._put_(model, self._site(model, ffn.name), ffn, module)
+
+    @staticmethod
+    def _put_(model: Any, site: Site, ffn: FFN, module: nn.Module) -> None:
         if site.outside is not None:
             site.outside.remove()
         if site.form == "layer":
@@ -57,7 +57,7 @@ class StructuralAdapter(Adapter):
                 model.set_submodule(path, nn.Identity())
         if site.form == "handed over":
             whole = ffn.d_ff if site.up_rows is None else 2 * ffn.d_ff
-            handed = HandedOver(1 if site.is_any_width else whole)
+            handed = HandedOver(1 if site.is_any_width else whole, ffn.up.weight.dtype)
             for path in dict.fromkeys((site.gate or site.up, site.up)):
                 model.set_submodule(path, handed)
             module.register_forward_pre_hook(handed.hand_over)
@@ -85,10 +85,19 @@ class StructuralAdapter(Adapter):
 
     def _sites(self, model: Any) -> list[Site]:
         found: list[Site] | None = model.__dict__.get(FOUND)
-        if found is None:
+        is_here = not any(parameter.is_meta for parameter in model.parameters())
+        if found is None or (is_here and not model.__dict__.get(PROVED) and self.is_dense(model, found)):
             found = self._find(model)
-            model.__dict__[FOUND] = found
+            model.__dict__[FOUND], model.__dict__[PROVED] = found, is_here
         return found
+
+    def is_dense(self, model: Any, sites: Sequence[Site]) -> bool:
+        """Whether nothing has been put in the place of any of ``sites``, nor of its activation outside of modules."""
+        is_replaced = any(site.outside is not None and site.outside.is_replaced for site in sites)
+        return not is_replaced and self._are_dense(dict(model.named_modules()), sites)
+
+    def _are_dense(self, modules: Mapping[str, nn.Module], sites: Sequence[Site]) -> bool:
+        return all(self.as_linear(modules.get(path)) is not None for site in sites for path in site.linear)
 
     def _find(self, model: Any) -> list[Site]:
         with unchanged(model):
@@ -103,6 +112,7 @@ class StructuralAdapter(Adapter):
                     site.outside = OutsideActivation(site, site.activation)
             if not any(parameter.is_meta for parameter in model.parameters()):
                 self._prove(model, sites, examples)
+                self._try_out(model, sites, examples[0])
                 left = "" if not reasons else f" (left alone: {_said(reasons)})"
                 say = resolve_name("d2dmoe_pl.notices:notice")  # which brings Lightning, for what is said seldom
                 say(
@@ -113,7 +123,49 @@ class StructuralAdapter(Adapter):
 
     def _prove(self, model: Any, sites: Sequence[Site], examples: Sequence[Mapping[str, Tensor]]) -> None:
         modules = dict(model.named_modules())
-        prove(model, sites, [self._ffn(site, model, modules) for site in sites], examples, self.logits)
+        with nothing_silent(model):
+            prove(model, sites, [self._ffn(site, model, modules) for site in sites], examples, self.logits)
+
+    @torch.no_grad()
+    def _try_out(self, model: Any, sites: list[Site], example: Mapping[str, Tensor]) -> None:
+        """Call the model with something else in the place of its FFNs, as experts will be, and take that away again.
+
+        Where what is between an FFN's parts does not take that, these are left in their full width.
+
+        Raises:
+            ConfigError: If the model cannot be called so either.
+        """
+        error = self._failure(model, sites, example)
+        if error is not None and any(site.form == "layer" or site.is_any_width for site in sites):
+            for site in sites:
+                site.is_any_width = False
+                if site.form == "layer":
+                    site.form, site.name = "handed over", site.down
+            error = self._failure(model, sites, example)
+        check(
+            error is None,
+            f"{type(model).__name__}: no adapter knows it, and its FFNs, e.g. {sites[0].name}, cannot be replaced: its "
+            f"code looks into their parts ({error})",
+        )
+
+    def _failure(self, model: Any, sites: Sequence[Site], example: Mapping[str, Tensor]) -> str | None:
+        """What a call says of a model whose FFNs have been replaced; it has them again then."""
+        modules = dict(model.named_modules())
+        parts = [(site.name, *site.linear, site.activation_path, *site.hidden_dropouts) for site in sites]
+        try:
+            for site in sites:
+                ffn = self._ffn(site, model, modules)
+                self._put_(model, site, ffn, Silent(ffn.down.weight.shape[0]))
+            self.logits(model, example)
+        except Exception as error:  # whatever a model raises
+            return (str(error).strip() or repr(error)).splitlines()[0]
+        finally:
+            for path in dict.fromkeys(path for each in parts for path in each if path is not None):
+                model.set_submodule(path, modules[path])
+            for site in sites:
+                if site.outside is not None:
+                    site.outside.take_back(model)
+        return None
 
     def _traced(
         self, model: Any, linear: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]
@@ -188,28 +240,6 @@ class StructuralAdapter(Adapter):
             output_dropout=_dropout([modules[path] for path in site.output_dropouts], site.output_rates),
             called=tuple if outside is None else partial(outside.called, model),
         )
-
-
-class HandedOver(nn.Module):
-    """Stands for the first products of an FFN that is computed where its last one was: gives zeros, and hands over.
-
-    Args:
-        width: Of the zeros.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self._given: dict[int, Tensor] = {}  # by thread
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., d_model)`` to zeros ``(..., width)``."""
-        self._given[threading.get_ident()] = x
-        return x.new_zeros(*x.shape[:-1], self.width)
-
-    def hand_over(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        """A forward pre-hook of what computes the FFN: gives it the FFN's input."""
-        return (self._given.pop(threading.get_ident()),)
 
 
 def fitting(example: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

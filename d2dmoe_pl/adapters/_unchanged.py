@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+SILENT = 1e-3  # the largest of parameters that are next to nothing
 
 
 @contextmanager
@@ -23,6 +26,28 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module._modules.clear()
             module._modules.update(parts)
             vars(module).update(settings)
+
+
+@contextmanager
+def nothing_silent(model: nn.Module) -> Iterator[None]:
+    """Give noise in the body to parameters of ``model`` that are next to nothing, by which parts of it show nothing.
+
+    Residual branches often begin so, and a proof of what they compute would be one of nothing.
+    """
+    silent = [
+        (parameter, parameter.detach().clone())
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and parameter.numel() > 0 and float(parameter.detach().abs().max()) < SILENT
+    ]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # what is drawn is none of a training's
+            for parameter, _ in silent:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, device="cpu"))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in silent:
+                parameter.copy_(value)
 
 
 def _is_plain(value: object) -> bool:

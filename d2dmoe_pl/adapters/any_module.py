@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from d2dmoe_pl.adapters._adapter import MASK, NO_MASK
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.adapters._padding_read import reads_padding
-from d2dmoe_pl.adapters._structural import StructuralAdapter, fitting
+from d2dmoe_pl.adapters._structural import FOUND, PROVED, StructuralAdapter, fitting
 from d2dmoe_pl.data.head import Head
 from d2dmoe_pl.errors import ConfigError, check, said_of
 
@@ -65,10 +65,12 @@ def adopt_(model: nn.Module, example: Mapping[str, Tensor]) -> None:
     known = set(inspect.signature(model.forward).parameters)
     unknown = sorted(set(example) - known)
     check(not unknown, f"example: {', '.join(unknown)} are no arguments of {type(model).__name__}; it takes {known}")
+    if model.__dict__.get(EXAMPLE) is not None and ADAPTER.is_dense(model, model.__dict__.get(FOUND, [])):
+        for found in (FOUND, PROVED, TELLS_PADDING):  # by another example
+            model.__dict__.pop(found, None)
     model.__dict__[EXAMPLE] = {name: tensor.detach().clone() for name, tensor in example.items()}
     try:
         ADAPTER.ffns(model)
-        ADAPTER.try_mask(model)
     except Exception:  # the model's own too, of an example that it cannot be called with
         del model.__dict__[EXAMPLE]
         raise
@@ -97,7 +99,14 @@ class AnyModuleAdapter(StructuralAdapter):
 
     def streams(self, model: Any) -> Mapping[str, str]:
         """See :meth:`Adapter.streams`; none where a mask says something else than what is padding."""
-        return {"": MASK if model.__dict__.get(TELLS_PADDING, True) else NO_MASK}
+        takes_none = MASK not in inspect.signature(model.forward).parameters
+        return {"": MASK if model.__dict__.get(TELLS_PADDING, takes_none) else NO_MASK}
+
+    def ffns(self, model: Any) -> list[FFN]:
+        found = super().ffns(model)
+        if len(found) == len(self._sites(model)):  # later, what has experts cannot be asked
+            self.try_mask(model)
+        return found
 
     def try_mask(self, model: Any) -> None:
         """Find out, once, whether the model's mask, if it takes one, says what is padding, which nothing reads."""
@@ -118,7 +127,7 @@ class AnyModuleAdapter(StructuralAdapter):
         if any(site.shape[1:-1] != whole.shape[1:] for site in sites) or not bool(whole.all()):
             return False
         try:
-            return not reads_padding(self, model, sites, texts, torch.ones_like(whole), self.streams(model))
+            return not reads_padding(self, model, sites, texts, torch.ones_like(whole), {"": MASK})
         except Exception:  # whatever a model raises that takes no such mask
             return False
 

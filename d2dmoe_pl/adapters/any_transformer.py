@@ -86,7 +86,8 @@ class AnyTransformerAdapter(StructuralAdapter, HuggingFaceAdapter):
     def streams(self, model: Any) -> Mapping[str, str]:
         """See :meth:`Adapter.streams`; where padding is read as text, nothing is told to be padding."""
         masks = self.masks(model)
-        return dict.fromkeys(masks, NO_MASK) if self.reads_padding(model) else masks
+        is_taken = any(name in inspect.signature(model.forward).parameters for name in masks.values())
+        return masks if is_taken and not self.reads_padding(model) else dict.fromkeys(masks, NO_MASK)
 
     def masks(self, model: Any) -> Mapping[str, str]:
         """What :meth:`streams` gives where padding is not read."""

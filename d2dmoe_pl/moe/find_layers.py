@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import (
@@ -21,6 +22,9 @@ from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 
+# what weights of FFNs may be in
+TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+KNOWN_CODE = {"torch", "transformers", "timm", "d2dmoe_pl"}  # libraries whose FFNs the adapters' tests have proved
 FilterFn = Callable[[FFN, str], bool]
 LayerFilterFn = Callable[[MoELayer, str], bool]
 
@@ -31,8 +35,9 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     MLPs in the place of attention projections, ``ffn.is_projection``, are among them, after the architecture's own.
 
     Raises:
-        ConfigError: If there are none, or one is quantised or shares weights with something else, or accelerate has put
-            weights elsewhere, or an adapter from outside of the package takes one for what it is not.
+        ConfigError: If there are none, or one of them is quantised, adapted, shares weights with something else or
+            computes something else than its family's do, or accelerate has put weights elsewhere, or an adapter from
+            outside of the package takes one for what it is not.
     """
     check_not_quantized(model)
     check_weights_are_here(model)
@@ -41,10 +46,10 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     if is_foreign:
         check_foreign(adapter, model, own)
     ffns = [*own, *projection_ffns(model)]
-    _check_replaceable(model, ffns)
-    if is_foreign:
-        prove_foreign(adapter, model, own)
     found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
+    _check_replaceable(model, found)
+    unproved = own if is_foreign else [ffn for ffn in found if not ffn.is_projection and _has_own_code(model, ffn)]
+    prove_foreign(adapter, model, unproved, not is_foreign)
     if not found:
         raise ConfigError(
             f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else "")
@@ -66,19 +71,38 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
         for linear in parts:
             holder = holder_of(linear)
             weight: Any = getattr(holder, "weight", None)  # others pack theirs, so that there is none, or a method
-            is_plain = isinstance(weight, Tensor) and weight.is_floating_point()
+            is_plain = isinstance(weight, Tensor) and weight.dtype in TYPES
             check(
                 is_plain and not type(weight).__module__.startswith("torchao"),
                 f"{ffn.name}: is quantised already, its weights are {getattr(weight, 'dtype', 'packed')} of "
                 f"{type(holder).__name__}; must be made into experts first, and then put into int8 by quantize_",
             )
+            there = [name for name in ("weight", "bias") if getattr(holder, name, None) is not None]
+            computed = [name for name in there if name not in holder._parameters]
+            is_linear = isinstance(linear, nn.Linear | TransposedLinear | LinearRows)
             check(
-                isinstance(linear, nn.Linear | TransposedLinear | LinearRows),
+                not (is_linear and computed),
+                f"{ffn.name}: the {computed[0] if computed else ''} of its {type(holder).__name__} is computed at each "
+                "call, as by pruning or weight_norm, which experts would not do; must be made permanent first, as by "
+                "prune.remove, remove_weight_norm or remove_parametrizations",
+            )
+            check(
+                is_linear and {name for name, _ in holder.named_parameters()} <= {"weight", "bias"},
                 f"{ffn.name}: its {type(holder).__name__} of {type(holder).__module__} is no plain linear module, and "
                 "what it adds to one would be lost; must be merged into one first, as merge_and_unload of PEFT does",
             )
             shared = [name for parameter in holder.parameters() for name in holders.get(id(parameter), ())[1:]]
             check(not shared, f"{ffn.name}: shares weights with {', '.join(shared)}, which would no longer be the same")
+        a_neuron = [
+            name
+            for name, tensor in (*ffn.activation.named_parameters(), *ffn.activation.named_buffers())
+            if ffn.d_ff in tensor.shape
+        ]
+        check(
+            not a_neuron,
+            f"{ffn.name}: its {ffn.activation_name} has {a_neuron[0] if a_neuron else ''} of a number a neuron; must "
+            "have the same for all, as experts have them in another order",
+        )
         types = sorted({str(holder_of(linear).weight.dtype) for linear in parts})
         check(len(types) == 1, f"{ffn.name}: its weights are {' and '.join(types)}; must be of one type, see model.to")
         others = places[id(model.get_submodule(ffn.name))]
@@ -86,6 +110,18 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
         check(
             len(parents) == 1, f"{ffn.name}: is the same module as {', '.join(others[1:])}; must have one place alone"
         )
+
+
+def _has_own_code(model: nn.Module, ffn: FFN) -> bool:
+    """Whether an FFN has parts of classes that are from elsewhere than the libraries, or do more than theirs."""
+    parts = [holder_of(linear) for linear in (ffn.up, ffn.gate_proj, ffn.down) if linear is not None]
+    modules = [*model.get_submodule(ffn.name).modules(), *parts, *ffn.activation.modules()]
+    return any(
+        type(module).__module__.partition(".")[0] not in KNOWN_CODE
+        or (isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward)
+        or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))  # accelerate's is around the module's own
+        for module in modules
+    )
 
 
 def check_weights_are_here(model: nn.Module) -> None:

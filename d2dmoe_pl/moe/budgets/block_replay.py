@@ -36,7 +36,7 @@ class BlockReplay:
     """Hands out what the first blocks gave before, as long as none of their layers has another setting since.
 
     Blocks run one after another, each on what the one before gives, as those of Transformers do; a model whose layers
-    are in no list of blocks is run whole each time.
+    are in no list of blocks, or in blocks that run in turns, is run whole each time.
 
     What every block gave last stays on the device, for each batch: of Transformers ``tokens * d_model`` values a block,
     padding in. A caller who has many batches and few settings needs one replay a batch, not one for all.
@@ -75,8 +75,10 @@ class BlockReplay:
         self._recorded[batch] = ((), {})  # of a call that is broken off
         for index, block in enumerate(self._blocks[:still]):
             block.forward = partial(_give, kept[index])
+        order: list[int] = []
         handles = [
-            block.register_forward_hook(partial(_record, kept, index)) for index, block in enumerate(self._blocks)
+            block.register_forward_hook(partial(_record, kept, order, index))
+            for index, block in enumerate(self._blocks)
         ]
         try:
             yield sum(place < still for place in self._places)
@@ -85,7 +87,10 @@ class BlockReplay:
                 del block.forward
             for handle in handles:
                 handle.remove()
-        self._recorded[batch] = (tuple(settings), kept)
+        if _is_in_turn(order, len(self._blocks)):
+            self._recorded[batch] = (tuple(settings), kept)
+        else:
+            self._blocks, self._places = [], []
 
     def forget(self, batch: Hashable) -> None:
         """Keep nothing of a batch."""
@@ -96,5 +101,11 @@ def _give(output: Any, *args: object, **kwargs: object) -> Any:
     return output
 
 
-def _record(outputs: dict[int, Any], index: int, block: nn.Module, args: object, output: Any) -> None:
+def _record(outputs: dict[int, Any], order: list[int], index: int, block: nn.Module, args: object, output: Any) -> None:
     outputs[index] = output
+    order.append(index)
+
+
+def _is_in_turn(order: Sequence[int], blocks: int) -> bool:
+    """Whether so many blocks ran one after the other, each but the last once."""
+    return len(order) >= blocks and list(order) == [*range(blocks), *[blocks - 1] * (len(order) - blocks)]

@@ -39,12 +39,15 @@ def output_gradients(
         layer.get_gate().set_tau(1.0)
     outputs: list[list[Tensor]] = [[] for _ in layers]
 
-    def keep(index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-        outputs[index].append(output if output.requires_grad else output.requires_grad_())
+    def keep(index: int, layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        outputs[index].append(output if output.requires_grad else output.detach().requires_grad_())
+        return outputs[index][-1].clone()  # some add to it in place
 
     with torch.enable_grad(), _frozen(model), _after_each(layers, keep):
         total = loss()
-    gradients = iter(torch.autograd.grad(total, [output for called in outputs for output in called]))
+    kept = [output for called in outputs for output in called]
+    found = torch.autograd.grad(total, kept, allow_unused=True)  # what the loss does not hang on has none
+    gradients = iter(torch.zeros_like(one) if each is None else each for one, each in zip(kept, found, strict=True))
     of_calls = [[next(gradients).float() for _ in called] for called in outputs]
     outputs.clear()
     for index, called in enumerate(of_calls):
@@ -81,7 +84,7 @@ def along_gradients(layer: MoELayer, tokens: Tensor, slopes: Tensor) -> Tensor:
     return (slopes @ down.flatten(0, 1).t()).unflatten(1, (layer.own_experts.num_experts, -1))
 
 
-def _after_each(layers: Sequence[MoELayer], hook: Callable[..., None]) -> Any:
+def _after_each(layers: Sequence[MoELayer], hook: Callable[..., Tensor | None]) -> Any:
     return hooked(
         layer.register_forward_hook(partial(hook, index), with_kwargs=True) for index, layer in enumerate(layers)
     )

@@ -13,17 +13,25 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+FAR = (20, 50, 100, 1e3, 7e4)
 
 
 def activation_kind(activation: nn.Module) -> str | None:
     """The name in ``KNOWN`` of the function that ``activation`` computes, or ``None`` if it is none of them.
 
     Libraries have many classes for one function, so it is told by its values (equal to 1e-9 in float64 at points that
-    tell the known ones apart), not by its class.
+    tell the known ones apart, and at some far out, where others are clipped), not by its class. One with parameters or
+    buffers of its own is none, as it can become another.
     """
-    points = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu")
-    with torch.no_grad():
-        values = activation(points.clone())
+    if any(True for _ in (*activation.parameters(), *activation.buffers())):
+        return None
+    near = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu")
+    points = torch.cat([near, *(near.new_tensor([-far, far]) for far in FAR)])
+    try:
+        with torch.no_grad():
+            values = activation(points.clone())
+    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes no such type, or no numbers by themselves
+        return None
     for name, function in KNOWN.items():
         if values.shape == points.shape and torch.allclose(values, function(points), rtol=0, atol=1e-9):
             return name

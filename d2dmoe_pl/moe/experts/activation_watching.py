@@ -20,10 +20,16 @@ def watched_activations(ffns: Sequence[FFN], watcher: Watcher) -> AbstractContex
     """
 
     def register(ffn: FFN) -> Iterator[Removable]:
+        given: list[Tensor] = []  # of one that changes it in place
+
+        def keep(module: nn.Module, args: tuple[Tensor]) -> None:
+            given[:] = [args[0].clone()] if getattr(module, "inplace", False) else []
+
         def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            watcher(ffn.name, args[0], output)
+            watcher(ffn.name, given.pop() if given else args[0], output)
 
         yield from ffn.called()
+        yield ffn.activation.register_forward_pre_hook(keep)
         yield ffn.activation.register_forward_hook(hook)
 
     return hooked(handle for ffn in ffns for handle in register(ffn))

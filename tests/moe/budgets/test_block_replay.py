@@ -63,6 +63,31 @@ def test_any_order_of_settings(order):
         assert torch.equal(got, tiny.logits(model, batch))
 
 
+class InTurns(nn.Module):
+    """Runs its two blocks twice, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([tiny.routed("bert").bert.encoder.layer[0].intermediate for _ in range(2)])
+
+    def forward(self, x):
+        for block in (*self.blocks, *self.blocks):
+            x = x + block(x)
+        return x
+
+
+@torch.no_grad()
+def test_blocks_that_run_in_turns_are_run_each_time():
+    model, x = InTurns(), torch.randn(2, 5, 24)
+    replay = BlockReplay(model, list(moe_layers(model)))
+    for taus in ([1.0, 1.0], [1.0, 0.2], [1.0, 0.0], [0.3, 0.0]):
+        at(model, taus)
+        with replay.running(0, taus) as still:
+            got = model(x)
+        assert torch.equal(got, model(x))
+        assert still == 0
+
+
 @torch.no_grad()
 def test_layers_in_no_list_are_run_each_time():
     model = nn.ModuleDict({"a": nn.Linear(2, 2)})

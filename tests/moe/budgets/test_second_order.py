@@ -116,3 +116,28 @@ class ByKeyword(torch.nn.Module):
 
     def forward(self, x):
         return self.layer(x=x)
+
+
+class Sum(torch.nn.Module):
+    """Adds to what its first layer gives in place; its last layer is not read."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x):
+        y = self.layers[0](x)
+        y += x
+        z = self.layers[1](y)
+        self.layers[2](z)
+        return y + z
+
+
+def test_outputs_that_are_changed_in_place_or_lead_nowhere():
+    torch.manual_seed(0)
+    layers = [next(iter(moe_layers(tiny.routed("bert")).values())) for _ in range(3)]
+    model, x = Sum(layers).requires_grad_(False), torch.randn(2, 5, 24)
+    found = SecondOrder(model, [GRID] * 3)
+    found.add(lambda: model(x), lambda: model(x).square().sum())
+    assert (found.divergences[:2, 1:] > 0).all()
+    assert (found.divergences[2] == 0).all()  # nothing hangs on it

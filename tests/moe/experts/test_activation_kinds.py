@@ -21,6 +21,13 @@ from d2dmoe_pl.moe.experts.activation_kinds import KNOWN, activation_kind
         (ACT2FN["quick_gelu"], None),
         (nn.ReLU6(), None),
         (nn.LeakyReLU(), None),
+        (nn.Hardtanh(0, 20), None),
+        (nn.Hardtanh(0, 1000), None),
+        (nn.Threshold(-15, 0), None),
+        (nn.PReLU(), None),
+        (nn.PReLU(8, init=0.0), None),
+        (nn.BatchNorm1d(4), None),
+        (nn.GLU(), None),
     ],
 )
 def test_a_function_is_told_by_its_values(activation, kind):
