@@ -1,9 +1,8 @@
 """Phases in order, each from the artifact of the one before; run again after an interruption, it goes on."""
 
-import json
 import logging
 from argparse import ArgumentError
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -18,6 +17,7 @@ from d2dmoe_pl.artifact import load_model, record_metrics
 from d2dmoe_pl.callbacks.check_later_phases import CheckLaterPhases
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.chain_lock import locked
+from d2dmoe_pl.chain_settings import check_left_to_chain, phase_arguments, split_settings
 from d2dmoe_pl.chain_status import (
     Todo,
     begin_redo,
@@ -40,8 +40,8 @@ from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._preflight import preflight
-from d2dmoe_pl.recipe import PARTS, check_phase_name, phase_config, recipe_file
-from d2dmoe_pl.report.writing import HTML, write_report
+from d2dmoe_pl.recipe import check_phase_name, recipe_file
+from d2dmoe_pl.report.writing import HTML, discard_report, write_report
 from d2dmoe_pl.run_folders import RUN, with_run
 from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.whole_files import clean_up, is_file_name, named_folder
@@ -66,14 +66,18 @@ def run_chain(config: Namespace) -> None:
         check_phase_name(name, f"phases: {name!r}")
     start_over = config.get("from")
     check(start_over is None or start_over in names, f"from={start_over!r}: allowed are {', '.join(names)}")
-    settings = _split_settings(config.get("set", []), names)
+    settings = split_settings(config.get("set", []), names)
     output_dir = named_folder(config.output_dir, "output_dir")
     config.output_dir = str(output_dir)
-    check(0 <= config.seed < 2**32, f"seed={config.seed}: must lie in [0, 2**32)")
+    seed = config.seed
+    check(seed is not None and 0 <= seed < 2**32, f"seed={seed}: must lie in [0, 2**32)")
+    check_left_to_chain(config, settings)
     check_writable(output_dir)
 
     with quiet_lightning():
-        _run_phases(names, [_arguments(config, settings, index) for index in range(len(names))], output_dir, start_over)
+        _run_phases(
+            names, [phase_arguments(config, settings, index) for index in range(len(names))], output_dir, start_over
+        )
 
 
 def _run_phases(names: Sequence[str], arguments: Sequence[list[str]], output_dir: Path, start_over: str | None) -> None:
@@ -141,6 +145,7 @@ def _run_what_is_left(
     openings.clear()
     if start_over is not None and not goes_on:
         begin_redo(output_dir, start_over)
+    discard_report(output_dir)
 
     for index in range(first, len(names)):
         say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")
@@ -206,41 +211,6 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
-
-
-def _split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str | None, list[str]]:
-    """``--set`` as command-line arguments: those of all phases under None, those of one under its name."""
-    arguments: dict[str | None, list[str]] = {None: [], **{name: [] for name in names}}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        first, _, rest = key.partition(".")
-        check(equals == "=" and rest != "", f"set={setting!r}: must look like trainer.max_epochs=1")
-        owner = first if first in names else None
-        check(
-            owner is not None or first in PARTS,
-            f"set={setting!r}: must begin with trainer, data or model, or with a phase: {', '.join(names)}",
-        )
-        check(
-            not key.endswith("trainer.default_root_dir"),
-            f"set={setting!r}: a chain gives each phase the folder of its name; must be --output_dir",
-        )
-        arguments[owner].append(f"--{key if owner is None else rest}={value}")
-    return arguments
-
-
-def _arguments(config: Namespace, settings: Mapping[str | None, list[str]], index: int) -> list[str]:
-    """The arguments of one phase, as ``fit`` takes them."""
-    names = list(config.phases)
-    settings_of_phase = phase_config(config.as_dict(), names[index])
-    previous = Path(config.output_dir) / names[index - 1] / FOLDER
-    return [
-        *["--config", json.dumps(settings_of_phase)],
-        f"--seed_everything={config.seed}",
-        f"--trainer.default_root_dir={Path(config.output_dir) / names[index]}",
-        *settings[None],
-        *settings[names[index]],
-        *([f"--model.init_args.init_from={previous}"] if index > 0 else []),
-    ]
 
 
 @rank_zero_only

@@ -6,6 +6,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from d2dmoe_pl.errors import check
 from d2dmoe_pl.recipe import read_recipe
 
 
@@ -13,8 +14,12 @@ class RecipeFile(ActionConfigFile):
     """``--config`` of a chain: a recipe."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Take the recipe with all that it takes from others as if it had been written on the command line."""
-        super().__call__(parser, cfg, json.dumps(read_recipe(values)), option_string)
+        """Take the recipe with all that it takes from others as if it had been written first on the command line."""
+        check(not cfg.get("config"), f"config={values!r}: is a second recipe; must be one, which extends the other")
+        recipe, told = read_recipe(values), cfg.get("set") or []
+        super().__call__(parser, cfg, json.dumps(recipe), option_string)
+        if told:
+            cfg["set"] = [*recipe.get("set", []), *told]
 
 
 def chain_parser() -> ArgumentParser:
@@ -42,6 +47,7 @@ def chain_parser() -> ArgumentParser:
         type=str,
         default=SUPPRESS,
         nargs="*",
+        action="extend",
         help="KEY=VALUE as in fit, for all phases (trainer.devices=2) or for one (PHASE.trainer.max_epochs=1).",
     )
     return parser

@@ -65,7 +65,9 @@ class D2DMoECLI(PhaseCLI):
         predict = self._subcommand_parsers["predict"]
         predict.set_defaults(return_predictions=False)
         predict.add_argument("--output", type=str, default="predictions.csv", help="Gets a row a sample; or .parquet.")
-        predict.add_argument("--text", type=str, nargs="+", default=None, help="Texts in the place of the test split.")
+        predict.add_argument(
+            "--text", type=str, nargs="+", action="extend", default=None, help="Texts in the place of the test split."
+        )
         predict.add_argument("--text_file", type=str, default=None, help="The same, a line each; - is standard input.")
         predict.add_argument("--images", type=str, default=None, help="A picture, or a folder of them, in its place.")
         predict.add_argument("--recordings", type=str, default=None, help="The same of recordings.")
@@ -210,11 +212,28 @@ def _prepared(arguments: list[str]) -> list[str]:
     """Arguments with what goes without saying: the embedded recipe, the model of a finished run."""
     if arguments[:1] and arguments[0] in EVALUATING:
         arguments[1:] = with_run(arguments[1:])
+    if arguments[:1] and arguments[0] in OWN:
+        _check_own(arguments[1:])
     if arguments[:1] == [CHAIN] and not any(
         argument.startswith(("--config", "-c", "-h", "--help")) for argument in arguments
     ):
         arguments[1:1] = ["--config", str(default_recipe())]
     return arguments
+
+
+def _check_own(arguments: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for an option that is given twice, or in part, of which the parser would drop the rest."""
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    for option in options:
+        check(
+            options.count(option) == 1 or option in ("--set", "--config"),
+            f"{option}: is given {options.count(option)} times; must be given once",
+        )
+        part = option.removeprefix("--").partition(".")[0]
+        check(
+            not option.startswith(("--shared.", "--phases.")),
+            f"{option}: would be all that is left of {part}; must be --set {option.partition('.')[2]}=VALUE",
+        )
 
 
 def _say(error: Exception) -> int:

@@ -2,9 +2,10 @@
 
 import glob
 import hashlib
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ SETTINGS = {
     "init_from",
     "model",
     "name",
+    "processor",
     "teacher",
     "test",
     "tokenizer",
@@ -25,14 +27,15 @@ SETTINGS = {
 }
 FURTHER = ".more."  # before further splits, whose names are free
 CONTENT = "content of "  # before a path, what keys of words begin with
-BLOCK, BLOCKS = 1 << 16, 16  # bytes of a file that are read at once, and how often at most
+BLOCK, LEAST = 1 << 16, 16  # bytes that are read at once, and how often at least of a file that is read in parts
+MOST = 1 << 27  # bytes that are read of all files; larger ones are read in as many even parts
 MOST_READ, MOST_SEEN = 500, 50_000  # files of a folder
 
 
 def contents(config: Mapping[str, Any], output_dir: Path, phases: Collection[str] = ()) -> dict[str, str]:
     """What is in the files that a config names, in a word for each.
 
-    Of large files only parts are read, and of many files only names and sizes.
+    Of more than 128 MiB only parts are read, evenly, and of more than 500 files only names and sizes.
 
     Args:
         config: Flat, from dotted settings to values.
@@ -80,13 +83,14 @@ def content(path: str, besides: Path | None = None, phases: Collection[str] = ()
     """
     try:
         files = sorted(_files(path, None if besides is None else besides.resolve(), phases))
+        described = [file.stat() for file in files]
+        share = min(1.0, MOST / max(1, sum(each.st_size for each in described)))
         said = hashlib.blake2b(digest_size=6)
-        for file in files:
-            size = file.stat().st_size
-            said.update(f"{os.path.relpath(file, path)} {size}\n".encode())
+        for file, each in zip(files, described, strict=True):
+            said.update(f"{os.path.relpath(file, path)} {each.st_size}\n".encode())
             if len(files) <= MOST_READ:
-                for block in _blocks(file, size):
-                    said.update(block)
+                blocks = max(LEAST, math.ceil(share * each.st_size / BLOCK))
+                said.update(_word(file, each.st_size, blocks, each.st_mtime_ns, each.st_ino))
     except OSError:  # for what reads them to say
         return None
     return said.hexdigest() if files else None
@@ -101,8 +105,11 @@ def _files(path: str, besides: Path | None, phases: Collection[str]) -> Iterator
         if os.path.isfile(place):
             yield Path(place)
         seen = 0
-        for folder, folders, names in os.walk(place):
-            folders[:] = sorted(each for each in folders if each[0] != "." and Path(folder, each).resolve() != besides)
+        walked = {resolved}  # links may lead round in a ring
+        for folder, folders, names in os.walk(place, followlinks=True):
+            inside = {each: Path(folder, each).resolve() for each in sorted(folders) if each[0] != "."}
+            folders[:] = [each for each, real in inside.items() if real != besides and real not in walked]
+            walked.update(inside[each] for each in folders)
             for name in sorted(names):
                 seen += 1
                 if seen > MOST_SEEN:
@@ -111,9 +118,13 @@ def _files(path: str, besides: Path | None, phases: Collection[str]) -> Iterator
                     yield Path(folder, name)
 
 
-def _blocks(file: Path, size: int) -> Iterator[bytes]:
+@lru_cache(maxsize=1000)
+def _word(file: Path, size: int, blocks: int, *changed: int) -> bytes:
+    """What is in a file, or in so many blocks of it; read once a process, as long as nothing has ``changed`` it."""
+    said = hashlib.blake2b(digest_size=16)
     with file.open("rb") as opened:
-        for index in range(BLOCKS):
-            if size > BLOCK * BLOCKS:
-                opened.seek((size - BLOCK) * index // (BLOCKS - 1))
-            yield opened.read(BLOCK)
+        for index in range(blocks):
+            if size > BLOCK * blocks:
+                opened.seek((size - BLOCK) * index // (blocks - 1))
+            said.update(opened.read(BLOCK))
+    return said.digest()

@@ -1,6 +1,7 @@
 """A finished model on the Hugging Face hub, with a card that says how it was made, what it costs and how good it is."""
 
 import csv
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from d2dmoe_pl.artifact_parts import Artifact
 
 CARD = "README.md"
 SWEEP = "tau_sweep.csv"  # beside an artifact, where a run has made one
+EVALUATION = "evaluation"  # where ``compress`` leaves what it measured of the model that is set to a wish
 METHODS = {
     "MoEBERTDistillation": "MoEBERT ([arXiv 2204.07675](https://arxiv.org/abs/2204.07675))",
     "ExpertSelection": "MoEfication ([arXiv 2110.01786](https://arxiv.org/abs/2110.01786))",
@@ -71,7 +73,8 @@ def model_card(artifact: Artifact, repo_id: str) -> str:
         f"# {repo_id.rpartition('/')[2]}",
         f"A model of the family {artifact.family}, at stage {artifact.stage}, {layers}: made {made}, in the phases "
         f"{', '.join(phases)}.",
-        f"```python\nfrom d2dmoe_pl import load_model, set_tau_\n\nmodel = load_model({repo_id!r})\n```",
+        _how_to_load(artifact, repo_id),
+        *_setting(artifact),
         "## Accuracy after each phase",
         _table(["phase", *metrics], rows),
         *_costs(artifact),
@@ -79,10 +82,32 @@ def model_card(artifact: Artifact, repo_id: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _how_to_load(artifact: Artifact, repo_id: str) -> str:
+    names, setting = "load_model", ""
+    if artifact.budgets is not None:
+        share = artifact.budgets.points[-1].ffn_flops
+        names = "load_model, set_budget_"
+        told = max(0.25, math.ceil(1000 * share) / 1000)
+        setting = f"\nset_budget_(model, ffn_flops={told:g})  # if it is to be another; {100 * share:.2g}% is the least"
+    elif any((made.get("gate") or {}).get("tau") is not None for made in artifact.layers.values()):
+        names, setting = "load_model, set_tau_", "\nset_tau_(model, 0.9)  # if it is to be another"
+    return f"```python\nfrom d2dmoe_pl import {names}\n\nmodel = load_model({repo_id!r}){setting}\n```"
+
+
+def _setting(artifact: Artifact) -> list[str]:
+    """What its gates are set to."""
+    gates = [made["gate"] for made in artifact.layers.values() if made.get("gate")]
+    shown = {key: list(dict.fromkeys(gate[key] for gate in gates if gate[key] is not None)) for key in ("tau", "k")}
+    told = [f"`{key}` {', '.join(f'{each:.4g}' for each in values)}" for key, values in shown.items() if values]
+    rules = ", ".join(dict.fromkeys(gate["rule"] for gate in gates))
+    return [f"It is set to {' and '.join(told)} of the rule {rules}, by layer."] if told else []
+
+
 def _costs(artifact: Artifact) -> list[str]:
     """What was measured at each setting of the gate, where the run has left it beside the artifact."""
-    file = artifact.path.parent / SWEEP
-    if not file.is_file():
+    beside = (artifact.path.parent / SWEEP, artifact.path.parent / EVALUATION / SWEEP)  # the latter of ``compress``
+    file = next((file for file in beside if file.is_file()), None)
+    if file is None:
         return []
     with file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))

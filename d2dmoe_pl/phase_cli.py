@@ -188,7 +188,7 @@ class PhaseCLI(LightningCLI):
         if trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
             own = self.trainer_defaults["callbacks"] = [each for each in own if not isinstance(each, ModelCheckpoint)]
         given = self._get(self.config_init, "trainer").get("callbacks") or []
-        check_callbacks([*(given if isinstance(given, list) else [given]), *own])
+        check_callbacks([*(given if isinstance(given, list) else [given]), *own], self.model)
 
     def _set_seed(self) -> None:
         config = self.config if self.subcommand is None else self.config[self.subcommand]

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from d2dmoe_pl.artifact import CONFIG as ARTIFACT_CONFIG
 from d2dmoe_pl.artifact import read_artifact
-from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
+from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED, is_wished
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.given_files import CONTENT, content
 from d2dmoe_pl.notices import notice
@@ -45,7 +45,7 @@ def with_run(arguments: Sequence[str]) -> list[str]:
             continue
         artifact, as_saved = folder / FOLDER, []
         if key == RUN and folder != Path(value):
-            if _is_set(Path(value) / WISHED, folder):
+            if is_wished(Path(value) / WISHED, folder):
                 artifact, as_saved = Path(value) / WISHED, ["--model.init_args.ffn_flops=null"]
                 notice(f"{artifact} is evaluated, as compress has set it.")
             else:
@@ -74,13 +74,6 @@ def finished_run(folder: str) -> Path:
         return runs[0]
     valid = [run for run in runs if _is_valid(run)] or runs
     return max(valid, key=lambda run: len(read_artifact(run / FOLDER).history))
-
-
-def _is_set(wished: Path, last: Path) -> bool:
-    """Whether ``wished`` is the artifact of the phase ``last``, set to a wish; one that is redone leaves an older."""
-    if not (wished / ARTIFACT_CONFIG).is_file():
-        return False
-    return read_artifact(wished).history == read_artifact(last / FOLDER).history
 
 
 def _is_valid(run: Path) -> bool:

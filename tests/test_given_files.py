@@ -49,10 +49,31 @@ def test_what_a_chain_leaves_beside_its_data_is_not_of_it(folder):
     assert content(str(folder / "runs"), folder / "runs") is None
 
 
+def test_any_byte_of_what_is_not_huge_counts(tmp_path):
+    file, lines = tmp_path / "train.csv", [f"some text number {i},cat" for i in range(200_000)]
+    file.write_text("\n".join(lines))
+    before = content(str(file))
+    lines[123_456] = lines[123_456].replace("cat", "dog")
+    file.write_text("\n".join(lines))
+    assert content(str(file)) != before
+
+
+def test_linked_folders_count_and_rings_end(folder, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "data").symlink_to(folder)
+    before = content(str(tmp_path / "links"))
+    assert before is not None
+    (folder / "train.csv").write_text("TRAIN.csv")
+    assert content(str(tmp_path / "links")) != before
+    (folder / "round").symlink_to(tmp_path / "links")
+    assert content(str(tmp_path / "links")) is not None
+
+
 @pytest.mark.parametrize("place", [0, 1, -1])
-def test_a_large_file_is_told_by_its_ends_and_parts(tmp_path, place):
+def test_a_large_file_is_told_by_its_ends_and_parts(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(given_files, "MOST", 0)
     file = tmp_path / "model.safetensors"
-    size = given_files.BLOCK * (given_files.BLOCKS + 5)
+    size = given_files.BLOCK * (given_files.LEAST + 5)
     values = bytearray(size)
     file.write_bytes(values)
     before = content(str(file), tmp_path / "runs")

@@ -11,6 +11,8 @@ from d2dmoe_pl import load_model, push_to_hub
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.hub import model_card
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_path_, set_taus_
+from d2dmoe_pl.moe.find_layers import moe_layers
 
 HISTORY = [
     PhaseRecord("FineTuning", {"test/accuracy": 0.925}),
@@ -37,7 +39,8 @@ def test_a_card_states_method_cost_and_accuracy(artifact):
         "| RouterRegression | 0.9000 | 0.3000 |",
         "| stage | tau | accuracy | experts_percent | ffn_flops_percent |",
         "| test | 0.5 | 91.25 | 12.5 | 14 |",
-        "model = load_model('me/cheaper')",
+        "model = load_model('me/cheaper')\nset_tau_(model, 0.9)  # if it is to be another",
+        "It is set to `tau` 0.5 of the rule dynk_max, by layer.",
     ):
         assert text in card
     assert model_card(read_artifact(artifact), "x").startswith("---\nlibrary_name: d2dmoe_pl\n")
@@ -69,3 +72,20 @@ def test_what_is_pushed_is_what_is_loaded(artifact, tmp_path, monkeypatch):
 def test_what_is_no_artifact_is_not_pushed(tmp_path):
     with pytest.raises(ConfigError, match=r"path='.*': no artifact"):
         push_to_hub(tmp_path, "me/cheaper")
+
+
+def test_a_card_of_a_compressed_model_has_what_was_measured_of_it(tmp_path):
+    model = tiny.routed("bert")
+    points = (BudgetPoint((1.0, 1.0), 1.0, 1.0, 0.0, 90.0), BudgetPoint((0.4, 0.2), 0.3, 0.4, 0.1, 85.0))
+    set_budget_path_(model, BudgetPath(tuple(moe_layers(model)), "dynk_max", "accuracy", True, True, 100, points))
+    set_taus_(model, BudgetPath(tuple(moe_layers(model)), "dynk_max", "accuracy", True, True, 100, points), (0.4, 0.2))
+    save_artifact(model, tmp_path / "model", [PhaseRecord("RouterRegression"), PhaseRecord("BudgetCalibration")])
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "tau_sweep.csv").write_text("stage,budget,accuracy\ntest,0.3,84.5\n")
+    card = model_card(read_artifact(tmp_path / "model"), "me/cheaper")
+    for text in (
+        "| test | 0.3 | 84.5 |",
+        "It is set to `tau` 0.4, 0.2 of the rule dynk_max, by layer.",
+        "set_budget_(model, ffn_flops=0.3)  # if it is to be another; 30% is the least",
+    ):
+        assert text in card

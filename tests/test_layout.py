@@ -8,8 +8,8 @@ import pages
 import pytest
 import transformers
 
-from d2dmoe_pl.chain import _arguments
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.chain_settings import phase_arguments
 from d2dmoe_pl.data.embeddings import pooling
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.phases._preflight import preflight
@@ -50,7 +50,7 @@ FLOW = [
     ["report"],
     ["run_folders"],
     ["phase_cli"],
-    ["chain_lock", "chain_status"],
+    ["chain_lock", "chain_settings", "chain_status"],
     ["chain"],
     ["compile_command", "compression"],
     ["cli"],
@@ -145,7 +145,7 @@ def test_requirements_have_a_floor_and_a_ceiling():
 def test_every_recipe_parses_and_fits_together(recipe, tmp_path, monkeypatch):
     config = chain_parser().parse_args(["--config", str(recipe), "--output_dir", str(tmp_path / "run")])
     settings = {None: [], **{name: [] for name in config.phases}}
-    openings = [PhaseCLI(args=_arguments(config, settings, i), run=False) for i in range(len(config.phases))]
+    openings = [PhaseCLI(args=phase_arguments(config, settings, i), run=False) for i in range(len(config.phases))]
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", ON_HUB.__getitem__)
     monkeypatch.setattr(pooling, "_file", lambda model, name: None)  # what the hub has of a model beside its config
     for opening in openings:

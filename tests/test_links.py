@@ -7,8 +7,8 @@ import pages
 import pytest
 from registries import REGISTRIES
 
-from d2dmoe_pl.chain import _arguments, _split_settings
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.chain_settings import phase_arguments, split_settings
 from d2dmoe_pl.compile_arguments import compile_parser
 from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.phase_cli import PhaseCLI
@@ -84,9 +84,9 @@ def test_phases_are_run_by_commands_that_can_be_parsed(page, tmp_path, monkeypat
         elif subcommand == "chain":
             config = chain_parser().parse_args([word for word in arguments if word != "--print_config"])
             names = list(config.phases)
-            settings = _split_settings(config.get("set", []), names)
+            settings = split_settings(config.get("set", []), names)
             for index in range(len(names)):
-                PhaseCLI(args=_arguments(config, settings, index), run=False)
+                PhaseCLI(args=phase_arguments(config, settings, index), run=False)
         elif subcommand != "benchmark" and "--run" not in arguments:  # test_command.py, test_run_folders.py have those
             PhaseCLI(args=arguments, run=False)
 

@@ -13,31 +13,31 @@ import yaml
 from jsonargparse import Namespace
 from torch import nn
 
-from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
+from d2dmoe_pl.adapters import KEY, adapter_for
+from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
 from d2dmoe_pl.artifact_parts import copy_processor
 from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
 from d2dmoe_pl.chain import check_writable, quiet_lightning, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
+from d2dmoe_pl.chain_lock import locked
 from d2dmoe_pl.chain_status import say, seconds_of
 from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
+from d2dmoe_pl.compression.budget_for_target import budget_for
 from d2dmoe_pl.compression.recipe_for_model import recipe_for
 from d2dmoe_pl.compression.target import Target, parse_target
-from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.activations import own_activations
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, budget_path, set_taus_
 from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phase_cli import PhaseCLI
-from d2dmoe_pl.phases._labels import answer_as_model
 from d2dmoe_pl.recipe import phase_config, read_recipe
-from d2dmoe_pl.report.measured_speed import measured_times
 from d2dmoe_pl.report.writing import write_report
 from d2dmoe_pl.whole_files import named_folder, replaced_file
 
 RECIPE = "recipe.yaml"
 LAST = "budget_calibration"  # the phase that finds budgets
-STEPS = 9  # from the least to every expert on, whose speed is measured
 START = "start"  # in the output folder, the model that was given in memory
 
 
@@ -51,6 +51,7 @@ class Compressed:
         promised: What the budget costs and gives on the validation split.
         test: The same on the test split.
         dense: With every expert on, on the test split.
+        path: The budgets of the model, among which ``promised`` is.
     """
 
     folder: Path
@@ -58,10 +59,21 @@ class Compressed:
     promised: BudgetPoint
     test: SweepRow
     dense: SweepRow
+    path: BudgetPath
 
     def load(self) -> nn.Module:
-        """The model."""
-        return load_model(self.folder / WISHED)
+        """The model, set to what was wished for; another wish may have set what is in the folder since.
+
+        Raises:
+            ConfigError: If another model has since been made in the folder.
+        """
+        model = load_model(self.folder / WISHED)
+        check(
+            budget_path(model) == self.path,
+            f"{self.folder / WISHED}: has been made anew since; must be what this compress made, which runs again",
+        )
+        set_taus_(model, self.path, self.promised.taus)
+        return model
 
 
 def compress(
@@ -137,11 +149,13 @@ def run_compress(given: Namespace) -> Compressed | None:
     if given.print_config is not None:
         print(yaml.safe_dump(recipe, sort_keys=False), end="")
         return None
-    _write_recipe(folder / RECIPE, recipe, given.effort)
-    arguments = [f"--config={folder / RECIPE}", f"--output_dir={folder}", f"--seed={given.seed}"]
+    with locked(folder):
+        _write_recipe(folder / RECIPE, recipe, given.effort)
+    arguments = [f"--config={folder / RECIPE}", f"--output_dir={folder}"]
     arguments += [] if given["from"] is None else [f"--from={given['from']}"]
     run_chain(chain_parser().parse_args(arguments))
-    return _set_and_measured(target, folder, given)
+    with locked(folder):
+        return _set_and_measured(target, folder, given)
 
 
 def _kept(model: nn.Module, folder: Path) -> Path:
@@ -149,9 +163,18 @@ def _kept(model: nn.Module, folder: Path) -> Path:
     if not folder.is_dir() or not (folder.parent / RECIPE).is_file():
         save_artifact(model, folder)
         return folder
-    before, now = load_model(folder).state_dict(), model.state_dict()
-    same = before.keys() == now.keys() and all(torch.equal(before[name], now[name].cpu()) for name in now)
-    check(same, f"{folder}: is of another model than the one that is given; must be another output_dir")
+    before, now = load_model(folder), model.state_dict()
+    config = json.loads((folder / CONFIG).read_text())
+    del config[KEY]
+    is_same = config == json.loads(json.dumps(adapter_for(model).config(model)))
+    is_same = is_same and own_activations(before) == own_activations(model)
+    known = before.state_dict()
+    is_same = is_same and known.keys() == now.keys()
+    is_same = is_same and all(torch.equal(known[name], now[name].cpu()) for name in now)
+    check(
+        is_same,
+        f"{folder}: is of another model than the one that is given; must be another output_dir",
+    )
     return folder
 
 
@@ -166,6 +189,11 @@ def _write_recipe(file: Path, recipe: Mapping[str, Any], effort: str) -> None:
             f"--output_dir for effort={effort}",
         )
         check(
+            recipe["seed"] in (0, there.get("seed", 0)),
+            f"{file}: is there already, of seed={there.get('seed', 0)}; must be another --output_dir for "
+            f"seed={recipe['seed']}",
+        )
+        check(
             _subject(there) == _subject(recipe),
             f"{file}: is there already, for another model or other data; must be another --output_dir",
         )
@@ -174,7 +202,7 @@ def _write_recipe(file: Path, recipe: Mapping[str, Any], effort: str) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(file) as aside:
-        comment = f"# effort {effort}; python main.py chain --config {file}\n"
+        comment = f"# effort {effort}; python main.py chain --config {file} --output_dir {file.parent}\n"
         aside.write_text(comment + yaml.safe_dump(dict(recipe), sort_keys=False))
 
 
@@ -198,7 +226,7 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     assert path is not None
     opening = _opened(folder, folder / WISHED)
     trainer: Any = opening.trainer
-    point = _point(target, path, model, opening.datamodule, given.batch_size)
+    point = budget_for(target, path, model, opening.datamodule, given.batch_size)
     set_taus_(model, path, point.taus)
     save_artifact(model, folder / WISHED, artifact.history, lambda aside: copy_processor(artifact.path, aside))
     sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
@@ -209,7 +237,7 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     seconds = {name: seconds_of(folder / name) for name in read_recipe(folder / RECIPE)["phases"]}
     page = write_report(folder, seconds, opening.model, str(target), point, rows)
     say(f"{headline_of(target, point, rows)} The model: {folder / WISHED}. Report: {page}", "bold")
-    return Compressed(folder, target, point, rows[0], rows[-1])
+    return Compressed(folder, target, point, rows[0], rows[-1], path)
 
 
 def headline_of(target: Target, promised: BudgetPoint, rows: Sequence[SweepRow]) -> str:
@@ -236,51 +264,3 @@ def _opened(folder: Path, artifact: Path) -> PhaseCLI:
         ],
         run=False,
     )
-
-
-def _point(target: Target, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
-    """The budget that does what is wished for; the nearest that there is, which is said."""
-    if path.in_percent and path.higher_is_better and path.dense.score <= 0:
-        wish = (f"{target}", ", or a target in FLOPs") if target.kind == "drop" else (f"What {target} loses", "")
-        say(
-            f"{wish[0]} cannot be told here: {path.metric.replace('_', ' ')} is 0 with every expert on, so that no "
-            f"setting is worse. Another metric of the data tells more{wish[1]}.",
-            "yellow",
-        )
-    if target.kind == "drop":
-        return path.at_drop(target.value)
-    if target.kind == "speed":
-        return _fast_enough(target.value, path, model, data, batch_size)
-    least = getattr(path.points[-1], target.kind)
-    if target.value < least:
-        say(
-            f"{target} cannot be reached: {100 * least:.1f}% is the least of this model, and what it is set to.",
-            "yellow",
-        )
-    return path.at_cost(target.kind, max(target.value, least))
-
-
-def _fast_enough(speed: float, path: BudgetPath, model: nn.Module, data: TaskData, batch_size: int) -> BudgetPoint:
-    """The largest budget that is so many times as fast as dense, by times that are measured here."""
-    least = path.points[-1].ffn_flops
-    budgets = [least ** (1 - step / STEPS) for step in range(STEPS + 1)]
-    data.setup()
-    answer_as_model(data, model)
-    loader: Any = data.drawn_loader("test", batch_size)
-    batch = {key: value for key, value in next(iter(loader)).items() if key != "labels"}
-    dense, times = measured_times(model, batch, budgets)
-    check(
-        not dense.is_noisy,
-        f"target='speed={speed:g}x': this machine is too noisy to tell, the dense model's times are spread by "
-        f"{dense.spread / dense.median:.0%}; stop what else runs, and run this again: nothing is trained anew",
-    )
-    found = {budget: dense.median / timing.median for budget, timing in times.items()}
-    enough = [budget for budget, times_as_fast in found.items() if times_as_fast >= speed]
-    if not enough:
-        budget = max(found, key=lambda each: found[each])
-        say(
-            f"speed={speed:g}x cannot be reached here: {found[budget]:.2f}x is the most, and what it is set to.",
-            "yellow",
-        )
-        return path.at_cost("ffn_flops", budget)
-    return path.at_cost("ffn_flops", max(enough))

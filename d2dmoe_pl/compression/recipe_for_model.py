@@ -15,6 +15,7 @@ from d2dmoe_pl import data as data_classes
 from d2dmoe_pl.adapters import HEADS, KEY, HuggingFaceModel, ModelSource, TimmModel
 from d2dmoe_pl.artifact import CONFIG, build_structure, read_artifact
 from d2dmoe_pl.chain import default_recipe
+from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.compression.chosen_recipe import Sizes, chosen_phases, sizes_of
 from d2dmoe_pl.compression.language_recipe import language_phases, language_trainer
 from d2dmoe_pl.compression.own_data import data_config
@@ -32,6 +33,8 @@ from d2dmoe_pl.phases._slow_types import bfloat16_slowdown
 from d2dmoe_pl.phases.budget_calibration import check_enough
 from d2dmoe_pl.recipe import read_recipe
 
+# options that say what is read of files
+OF_FILES = ("text_columns", "label_column", "image_column", "audio_column", "tokenizer")
 FASTER = 0.8  # of float32's time, at which what is around products does not eat up what bfloat16 saves
 PROCESSORS = {"image-classification": AutoImageProcessor, "audio-classification": AutoFeatureExtractor}
 
@@ -43,7 +46,8 @@ def recipe_for(given: Namespace, target: Target) -> dict[str, Any]:
         ConfigError: As :func:`compress`.
     """
     if given.model is None and given.data is None:
-        return read_recipe(default_recipe())
+        _check_unread(given, ("task", *OF_FILES), "neither model nor data is given")
+        return read_recipe(default_recipe()) | {"seed": given.seed}
     check(given.model is not None, "model=None: must be given with data")
     check(given.data is not None, "data=None: must be given with model")
     is_timm = not Path(given.model).exists() and timm.is_model(given.model.removeprefix("timm/"))
@@ -98,6 +102,7 @@ def _data(given: Namespace, place: str | None) -> tuple[dict[str, Any], str]:
         check(given.task is not None, "task=None: must be given with data that is no name")
         check("class_path" in given.data, f"data={given.data!r}: must say its class_path, as a recipe does")
         check(given.task in HEADS, f"task={given.task!r}: allowed are {', '.join(HEADS)}")
+        _check_unread(given, OF_FILES, "data says its own, in its init_args")
         return dict(given.data), given.task
     columns = {name: given[name] for name in ("text_columns", "label_column", "image_column", "audio_column")}
     picture: dict[str, Any] = {}
@@ -108,6 +113,13 @@ def _data(given: Namespace, place: str | None) -> tuple[dict[str, Any], str]:
         picture |= {"image_size": found["input_size"][-1], "crop_pct": found["crop_pct"]}
         picture |= {"interpolation": found["interpolation"], "keeps_ratio": found["crop_mode"] != "squash"}
     return data_config(given.data, given.task, place, given.tokenizer, columns, picture, given.batch_size)
+
+
+def _check_unread(given: Namespace, options: Sequence[str], reason: str) -> None:
+    """Raise ``ConfigError`` for one of ``options`` that is given where nothing would read it."""
+    usual = compress_parser().get_defaults()
+    for name in options:
+        check(given[name] == usual[name], f"{name}={given[name]!r}: must be left out, since {reason}")
 
 
 def _start(model: str, task: str, is_timm: bool) -> tuple[ModelSource | None, dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from shlex import quote
 
-from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
+from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED, is_wished
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, score_name
 from d2dmoe_pl.report.drawings import courses, curve, drawn_or_none, layers, loads, pictures, speeds
 from d2dmoe_pl.report.findings import Findings
@@ -138,7 +138,7 @@ def time_table(found: Findings) -> Table:
 def commands(found: Findings) -> str:
     """How to load, serve, evaluate and reproduce."""
     last = found.folder / found.phases[-1].name
-    is_set = (found.folder / WISHED).is_dir()
+    is_set = is_wished(found.folder / WISHED, last)
     model, run = (found.folder / WISHED, found.folder) if is_set else (last / FOLDER, last)
     recipe = found.folder / "recipe.yaml" if (found.folder / "recipe.yaml").is_file() else "RECIPE"
     # rounded up, since less than the least is refused

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 
 from d2dmoe_pl.benchmark.machine import this_machine
 from d2dmoe_pl.benchmark.timing import Timing
@@ -76,6 +77,13 @@ def write_report(
         with replaced_file(folder / name) as aside:
             aside.write_text(text, encoding="utf-8")
     return folder / HTML
+
+
+@rank_zero_only
+def discard_report(folder: Path) -> None:
+    """Take a report away that is of an earlier run of a chain's phases."""
+    for name in (HTML, MARKDOWN):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _times(phase: Phase, promised: BudgetPoint | None) -> tuple[Mapping[float | None, Timing], str]:

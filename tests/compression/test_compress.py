@@ -283,7 +283,7 @@ def calibrated(place, finished):
     ],
 )
 def test_a_speed_is_found_by_the_clock(calibrated, monkeypatch, capfd, wanted, seconds, share, said):
-    monkeypatch.setattr("d2dmoe_pl.compression.command.measured_times", clock(seconds))
+    monkeypatch.setattr("d2dmoe_pl.compression.budget_for_target.measured_times", clock(seconds))
     made = compress("model", "texts", target=wanted, output_dir="out")
     assert made.promised.ffn_flops <= share + 0.01
     assert made.promised.ffn_flops > share * 0.85  # the next step up would be too slow
@@ -291,7 +291,7 @@ def test_a_speed_is_found_by_the_clock(calibrated, monkeypatch, capfd, wanted, s
 
 
 def test_a_machine_too_noisy_to_tell(calibrated, monkeypatch):
-    monkeypatch.setattr("d2dmoe_pl.compression.command.measured_times", clock(1.0, spread=0.3))
+    monkeypatch.setattr("d2dmoe_pl.compression.budget_for_target.measured_times", clock(1.0, spread=0.3))
     with pytest.raises(ConfigError) as error:
         compress("model", "texts", target="speed=2x", output_dir="out")
     assert str(error.value) == (

@@ -14,7 +14,8 @@ from d2dmoe_pl import compress
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.cli import main
-from d2dmoe_pl.compression import command, recipe_for_model
+from d2dmoe_pl.compression import budget_for_target, recipe_for_model
+from d2dmoe_pl.compression.budget_for_target import budget_for
 from d2dmoe_pl.compression.recipe_for_model import _loaded
 from d2dmoe_pl.compression.target import parse_target
 from d2dmoe_pl.errors import ConfigError
@@ -116,11 +117,11 @@ def test_data_of_ones_own(tmp_path, monkeypatch):
 def test_a_drop_from_nothing_is_told(capfd, dense, is_said):
     points = (BudgetPoint((1.0,), 1.0, 1.0, 0.0, dense), BudgetPoint((0.0,), 0.2, 0.6, 0.4, 0.0))
     path = BudgetPath(("layer",), "dynk_max", "exact_match", True, True, 100, points)
-    found = command._point(parse_target("drop=0.5"), path, None, None, 1)
+    found = budget_for(parse_target("drop=0.5"), path, None, None, 1)
     assert (found == points[1]) == is_said
     said = "drop=0.5 cannot be told here: exact match is 0 with every expert on"
     assert (said in capfd.readouterr().err) == is_said
-    command._point(parse_target("ffn_flops=50%"), path, None, None, 1)
+    budget_for(parse_target("ffn_flops=50%"), path, None, None, 1)
     said = "What ffn_flops=50% loses cannot be told here: exact match is 0 with every expert on"
     assert (said in capfd.readouterr().err) == is_said
 
@@ -142,10 +143,10 @@ def test_the_speed_of_answers(tmp_path, monkeypatch, kind):
         given.append(batch)
         return Timing(1.0, 0.0), {budget: Timing(budget, 0.0) for budget in budgets}
 
-    monkeypatch.setattr(command, "measured_times", measured)
+    monkeypatch.setattr(budget_for_target, "measured_times", measured)
     points = (BudgetPoint((1.0,), 1.0, 1.0, 0.0, 9.0), BudgetPoint((0.0,), 0.2, 0.6, 0.4, 8.0))
     path = BudgetPath(("layer",), "dynk_max", "exact_match", True, True, 100, points)
-    command._point(parse_target("speed=2x"), path, model, data, 2)
+    budget_for(parse_target("speed=2x"), path, model, data, 2)
     start, _ = adapter_for(model).answer_tokens(model)
     assert given[0]["decoder_input_ids"][:, 0].tolist() == [start, start]
 
