@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "d2dmoe_pl"
 ANY = "…"
 REFUSALS = {"ConfigError", "NonFiniteLossError", "OSError", "SettingTypeError", "ValueError", "check"}
-WARNINGS = {"_warn_once", "notice", "rank_zero_info", "warn", "warning"}
+WARNINGS = {"warn_once", "notice", "rank_zero_info", "warn", "warning"}
 
 
 def template(node: ast.AST) -> str | None:

@@ -121,6 +121,19 @@ def test_other_calls_run_as_if_it_were_not_compiled(both, given, caplog):
     assert programs_run(compiled) == 1
 
 
+def test_gradients_of_weights_are_given(both, caplog):
+    plain, compiled = both
+    given = texts()
+    for model in both:
+        model.requires_grad_(True)
+        model(**given).logits.sum().backward()
+    torch.testing.assert_close(compiled.classifier.weight.grad, plain.classifier.weight.grad)
+    assert any("gradients are wanted of its weights; such calls are" in each for each in caplog.messages)
+    with torch.no_grad():
+        compiled(**given)
+    assert programs_run(compiled) == 1
+
+
 def test_too_long_a_text_is_the_models_own_error(both):
     errors = []
     for model in both:

@@ -209,7 +209,8 @@ class Unchanged:
 
     def __init__(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
-        self._config = vars(config) if hasattr(config, "__dict__") else {}
+        parts = [config, *(each for each in getattr(config, "__dict__", {}).values() if hasattr(each, "to_dict"))]
+        self._configs = [vars(each) for each in parts if hasattr(each, "__dict__")]
         self._modules = modules = list(model.modules())
         self._tensors = [place for each in modules for place in (each._parameters, each._buffers) if place]
         self._children = [each._modules for each in modules if each._modules]
@@ -230,7 +231,9 @@ class Unchanged:
         # mapped and chained: a loop in Python over all that a model is made of would take as long as a layer
         return {
             "it is in training mode": sum(map(attrgetter("training"), self._modules)),
-            "its configuration is another": dict(self._config),
+            "its configuration is another": [*map(dict, self._configs)],
+            "gradients are wanted of its weights": torch.is_grad_enabled()
+            and any(map(attrgetter("requires_grad"), self._parameters)),
             "modules of it were replaced": _ids(self._children),
             "something watches it by hooks": sum(map(len, self._hooks)),
             "weights of it were replaced": _ids(self._tensors),

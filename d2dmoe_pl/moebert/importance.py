@@ -9,6 +9,7 @@ from torch import Tensor
 from d2dmoe_pl.adapters import FFN
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.experts.activation_watching import watched_activations
+from d2dmoe_pl.moe.gradient_types import without_float16
 
 
 def weight_contributions(inner: Tensor, gradient: Tensor, counted: Tensor | None) -> Tensor:
@@ -87,9 +88,10 @@ class Importance:
             post.register_hook(partial(meet, name, post.detach()))
             watched.append(pre)
 
-        with torch.enable_grad(), watched_activations(list(self._ffns.values()), watch):
-            total = loss()
-        # of activations alone: no gradient of a weight is computed; what ran for nothing has none
-        torch.autograd.grad(total, watched, allow_unused=True)
+        with torch.enable_grad(), without_float16(samples.device.type):
+            with watched_activations(list(self._ffns.values()), watch):
+                total = loss()
+            # of activations alone: no gradient of a weight is computed; what ran for nothing has none
+            torch.autograd.grad(total, watched, allow_unused=True)
         for name, contributions in found.items():
             self.scores[name] += contributions.abs()[samples].double().sum(dim=0)

@@ -94,6 +94,18 @@ def test_layers_that_run_again_or_beside_each_other(make):
         torch.testing.assert_close(score.float(), expected[name], rtol=1e-4, atol=1e-5 * float(expected[name].max()))
 
 
+def test_small_gradients_are_none_in_float16_and_some_here():
+    model, inputs = tiny.dense("bert"), tiny.batch("bert", size=4)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-7)
+    expected = scored(model, inputs)
+    with torch.autocast("cpu", torch.float16):
+        found = scored(model, inputs)
+    for name, score in found.items():
+        assert score.max() > 0
+        torch.testing.assert_close(score, expected[name])
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_same_at_any_batch_size(batch_size):
     model, inputs = tiny.dense("bert", "gelu"), tiny.batch("bert", size=6)

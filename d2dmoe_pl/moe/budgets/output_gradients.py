@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.hooks import first_given, hooked
+from d2dmoe_pl.moe.gradient_types import without_float16
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.token_context import real_tokens
 
@@ -43,10 +44,12 @@ def output_gradients(
         outputs[index].append(output if output.requires_grad else output.detach().requires_grad_())
         return outputs[index][-1].clone()  # some add to it in place
 
-    with torch.enable_grad(), _frozen(model), _after_each(layers, keep):
-        total = loss()
-    kept = [output for called in outputs for output in called]
-    found = torch.autograd.grad(total, kept, allow_unused=True)  # what the loss does not hang on has none
+    device_type = layers[0].own_experts.up_weight.device.type
+    with torch.enable_grad(), _frozen(model), without_float16(device_type):
+        with _after_each(layers, keep):
+            total = loss()
+        kept = [output for called in outputs for output in called]
+        found = torch.autograd.grad(total, kept, allow_unused=True)  # what the loss does not hang on has none
     gradients = iter(torch.zeros_like(one) if each is None else each for one, each in zip(kept, found, strict=True))
     of_calls = [[next(gradients).float() for _ in called] for called in outputs]
     outputs.clear()

@@ -36,7 +36,7 @@ def choose(experts: Experts, tokens: Tensor) -> Backend:
     """
     device = tokens.device.type
     if is_traced():
-        _warn_once(
+        warn_once(
             "backend='auto': traced or exported to ONNX, every expert is computed and masked, which saves no time"
         )
         return reference
@@ -47,14 +47,14 @@ def choose(experts: Experts, tokens: Tensor) -> Backend:
             return grouped
         if _has_triton():
             return _on_triton
-        _warn_once("backend='auto': Triton is not installed, and experts run by 'grouped', one after the other")
+        warn_once("backend='auto': Triton is not installed, and experts run by 'grouped', one after the other")
         return grouped
     if obstacle(experts, tokens, on_cpu.TYPES):
         return grouped
     failure = on_cpu.compile_failure()
     if failure is None:
         return on_cpu.cpu
-    _warn_once(
+    warn_once(
         "backend='auto': the CPU kernel cannot be compiled here, and experts run by 'grouped', which takes about "
         f"three times as long; the compiler says: {failure}"
     )
@@ -90,7 +90,8 @@ def _on_triton(
 
 
 @torch.compiler.assume_constant_result
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn, once a process."""
     _warn(message)
 
 

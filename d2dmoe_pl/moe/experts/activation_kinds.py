@@ -14,6 +14,7 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 FAR = (20, 50, 100, 1e3, 7e4)
+PARTS = (1.0, 0.6180339887, 0.0917, 0.00731, 0.000523)  # near zero too, and on no grid, for thresholds and steps
 
 
 def activation_kind(activation: nn.Module) -> str | None:
@@ -26,7 +27,7 @@ def activation_kind(activation: nn.Module) -> str | None:
     if any(True for _ in (*activation.parameters(), *activation.buffers())):
         return None
     near = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu")
-    points = torch.cat([near, *(near.new_tensor([-far, far]) for far in FAR)])
+    points = torch.cat([*(near * part for part in PARTS), *(near.new_tensor([-far, far]) for far in FAR)])
     try:
         with torch.no_grad():
             values = activation(points.clone())

@@ -164,6 +164,9 @@ class Gate(nn.Module):
         assert config.rule == self.config.rule
         self.config = config
         self._count = {} if config.k is None else {"k": config.k}
+        if self.tau.is_inference():  # a copy that was made in inference mode, and may be set outside of it
+            with torch.inference_mode(False):
+                self.tau = torch.tensor(config.tau, dtype=torch.float64, device="cpu")
         self.tau.fill_(config.tau)
 
     def admits_all(self, num_experts: int, all_above: float = 1.0) -> bool:

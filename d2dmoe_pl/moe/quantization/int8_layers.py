@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.execution._eligibility import needs_gradients
+from d2dmoe_pl.moe.execution.auto import warn_once
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
 from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 
@@ -44,6 +46,14 @@ class Int8Module(nn.Module):
         numbers, scale = (None, None) if weight is None else quantized(weight, dim)
         self.register_buffer(f"{name}weight", numbers)
         self.register_buffer(f"{name}scale", scale)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(f"{prefix}{name}")
+            if buffer is not None and buffer.dtype == torch.int8 and given is not None and given.dtype != torch.int8:
+                errors.append(f"{prefix}{name}: is {given.dtype}, and the model is in int8; load it before quantize_")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         exact = {name: scale for name, scale in self._buffers.items() if name.endswith("scale") and scale is not None}
@@ -175,7 +185,17 @@ def _runs_in_int8(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in TYPES
-        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not needs_gradients((x,))
         and not torch.onnx.is_in_onnx_export()
-        and compile_failure() is None
+        and _can_be_compiled()
     )
+
+
+def _can_be_compiled() -> bool:
+    failure = compile_failure()
+    if failure is not None:
+        warn_once(
+            "int8: the CPU kernel cannot be compiled here, and linear layers multiply their numbers out at every call, "
+            f"which takes longer than in float32; the compiler says: {failure}"
+        )
+    return failure is None

@@ -16,10 +16,13 @@ from d2dmoe_pl.moe.find_layers import check_not_adapted, check_weights_are_here,
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, Int8Module, check_not_quantized
+from d2dmoe_pl.moe.quantization.trial import Trial, why_left
 from d2dmoe_pl.moe.routers._router import RouterLinear
+from d2dmoe_pl.notices import notice
 from d2dmoe_pl.typed_settings import check_types_
 
 DTYPES = ("int8",)
+WIDEST = 133_000  # inputs of a linear layer, of which sums of 127 * 127 stay below 2 ** 31
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,26 @@ def quantize_(
             f"{name}: {type(layer).__name__} has experts that quantize_ cannot take; must be what convert_to_moe_ made",
         )
     adapter = adapter_for(model)
-    called = _called(model, adapter)
+    candidates = dict(_candidates(model, adapter, config.embeddings))
+    left = {name: reason for name, module in candidates.items() if (reason := why_left(module)) is not None}
+    called, trial = _tried(model, adapter, candidates)
     # what stands beside them for the same weight, as one that encoder and decoder share, would keep it as it is
     tied = {id(weight) for module in called if (weight := module._parameters.get("weight")) is not None}
-    found = {
-        name: module
-        for name, module in _candidates(model, adapter, config.embeddings)
-        if (module in called or id(module._parameters.get("weight")) in tied)
-        and (filter_fn is None or filter_fn(module, name))
-    }
+    found = {}
+    for name, module in candidates.items():
+        weight = module._parameters.get("weight")
+        if name in left or not (module in called or id(weight) in tied):
+            continue
+        if id(weight) in trial.read:
+            left[name] = "has a weight that other code computes with"
+        elif module in trial.unlike:
+            left[name] = "gives something else than the product with its weight"
+        elif filter_fn is None or filter_fn(module, name):
+            found[name] = module
+    kept = {id(candidates[name]._parameters.get("weight")) for name in left} - {id(None)}
+    for name in [name for name, module in found.items() if id(module._parameters.get("weight")) in kept]:
+        del found[name]
+        left[name] = "shares its weight with one that is left as it is"
     if not found:
         raise ConfigError(
             f"{type(model).__name__}: no experts, linear layers or embeddings found"
@@ -99,6 +113,9 @@ def quantize_(
         )
     check_finite(model.named_parameters(), "the weights", "nothing is in int8")
     _put_in_int8_(model, found, adapter)
+    if left:
+        name, reason = next(iter(left.items()))
+        notice(f"{type(model).__name__}: {len(left)} modules are not put in int8, the first {name}, which {reason}.")
 
 
 def _put_in_int8_(model: nn.Module, found: Mapping[str, nn.Module], adapter: Adapter) -> None:
@@ -112,6 +129,7 @@ def _put_in_int8_(model: nn.Module, found: Mapping[str, nn.Module], adapter: Ada
             elif weight is not None:
                 made[id(weight)] = int8
         model.set_submodule(name, made[id(module)])
+    adapter.mark_converted_(model)
 
 
 def quantize_layer_(layer: MoELayer) -> None:
@@ -131,8 +149,8 @@ def restore_quantized_(model: nn.Module, names: Collection[str]) -> None:
 
 
 @torch.no_grad()
-def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
-    """The modules that run when ``model`` does; those whose weights others read, instead of calling them, do not.
+def _tried(model: nn.Module, adapter: Adapter, candidates: Mapping[str, nn.Module]) -> tuple[set[nn.Module], Trial]:
+    """The modules that run when ``model`` does, and what else a call of it has shown.
 
     Those of layers with experts all are, since which of them run depends on the tokens, but for what routers only read.
     """
@@ -140,9 +158,8 @@ def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
     fused = {
         part for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for part in layer.modules()
     }
-    called: set[nn.Module] = set()
-    handles = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in model.modules()]
-    was_training = model.training
+    trial = Trial(model, candidates)
+    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     inputs = {
@@ -150,15 +167,17 @@ def _called(model: nn.Module, adapter: Adapter) -> set[nn.Module]:
         for key, value in adapter.random_inputs(model, 1, 2).items()
     }
     try:
-        adapter.logits(model.eval(), inputs)
+        model.eval()
+        with trial.watching():
+            adapter.logits(model, inputs)
         for layer in moe_layers(model).values():
             if layer.router is not None:
                 of_experts -= _only_read(layer, layer.router)
     finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return called - fused | of_experts  # torch has a kernel for all of such a layer, but not where there are hooks
+        for module, is_training in modes.items():
+            module.training = is_training
+    # torch has a kernel for all of such a layer, but not where there are hooks
+    return trial.called - fused | of_experts, trial
 
 
 def _only_read(layer: MoELayer, router: nn.Module) -> set[nn.Module]:
@@ -176,7 +195,10 @@ def _only_read(layer: MoELayer, router: nn.Module) -> set[nn.Module]:
 
 def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
-        is_taken = isinstance(module, Experts | RouterLinear) or adapter.as_linear(module) is not None
+        linear = adapter.as_linear(module)
+        is_taken = isinstance(module, Experts | RouterLinear) or (
+            linear is not None and linear.weight.shape[1] <= WIDEST
+        )
         if is_taken or (embeddings and adapter.embedding_scale(module) is not None):
             yield name, module
 

@@ -118,6 +118,18 @@ class ByKeyword(torch.nn.Module):
         return self.layer(x=x)
 
 
+def test_small_gradients_in_float16():
+    torch.manual_seed(0)
+    layer = next(iter(moe_layers(tiny.routed("bert")).values()))
+    x, found = torch.randn(2, 5, 24), []
+    for dtype in (None, torch.float16):
+        found.append(SecondOrder(layer, [GRID]))
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            found[-1].add(lambda: layer(x), lambda: 1e-9 * layer(x).square().sum())
+    assert (found[1].divergences[0, 1:] > 0).all()
+    torch.testing.assert_close(found[1].divergences, found[0].divergences, rtol=0.05, atol=0)
+
+
 class Sum(torch.nn.Module):
     """Adds to what its first layer gives in place; its last layer is not read."""
 

@@ -6,6 +6,13 @@ from transformers.activations import ACT2FN
 from d2dmoe_pl.moe.experts.activation_kinds import KNOWN, activation_kind
 
 
+class Stepped(nn.Module):
+    """ReLU in steps of a sixteenth."""
+
+    def forward(self, x):
+        return (torch.relu(x) * 16).round() / 16
+
+
 @pytest.mark.parametrize(
     ("activation", "kind"),
     [
@@ -24,6 +31,9 @@ from d2dmoe_pl.moe.experts.activation_kinds import KNOWN, activation_kind
         (nn.Hardtanh(0, 20), None),
         (nn.Hardtanh(0, 1000), None),
         (nn.Threshold(-15, 0), None),
+        (nn.Threshold(0.1, 0.0), None),
+        (nn.Threshold(0.001, 0.0), None),
+        (Stepped(), None),
         (nn.PReLU(), None),
         (nn.PReLU(8, init=0.0), None),
         (nn.BatchNorm1d(4), None),
