@@ -213,7 +213,7 @@ def _prepared(arguments: list[str]) -> list[str]:
     if arguments[:1] and arguments[0] in EVALUATING:
         arguments[1:] = with_run(arguments[1:])
     if arguments[:1] and arguments[0] in OWN:
-        _check_own(arguments[1:])
+        _check_own(arguments[0], arguments[1:])
     if arguments[:1] == [CHAIN] and not any(
         argument.startswith(("--config", "-c", "-h", "--help")) for argument in arguments
     ):
@@ -221,14 +221,18 @@ def _prepared(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _check_own(arguments: Sequence[str]) -> None:
-    """Raise ``ConfigError`` for an option that is given twice, or in part, of which the parser would drop the rest."""
+def _check_own(subcommand: str, arguments: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for a list given in parts, or a part of a mapping: the parser would drop the rest."""
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    for option in options:
+    repeated = {option for option in options if options.count(option) > 1}
+    defaults = vars(OWN[subcommand][0]().get_defaults()) if repeated else {}
+    for option in sorted(repeated):
+        name = option.removeprefix("--")
         check(
-            options.count(option) == 1 or option in ("--set", "--config"),
-            f"{option}: is given {options.count(option)} times; must be given once",
+            not isinstance(defaults.get(name), list) and name != "text_columns",
+            f"{option}: is given {options.count(option)} times; must be given once, with all of its values",
         )
+    for option in options:
         part = option.removeprefix("--").partition(".")[0]
         check(
             not option.startswith(("--shared.", "--phases.")),

@@ -90,7 +90,10 @@ def content(path: str, besides: Path | None = None, phases: Collection[str] = ()
             said.update(f"{os.path.relpath(file, path)} {each.st_size}\n".encode())
             if len(files) <= MOST_READ:
                 blocks = max(LEAST, math.ceil(share * each.st_size / BLOCK))
-                said.update(_word(file, each.st_size, blocks, each.st_mtime_ns, each.st_ino))
+                is_small = each.st_size <= BLOCK * LEAST
+                said.update(
+                    file.read_bytes() if is_small else _word(file, each.st_size, blocks, each.st_mtime_ns, each.st_ino)
+                )
     except OSError:  # for what reads them to say
         return None
     return said.hexdigest() if files else None
@@ -120,7 +123,7 @@ def _files(path: str, besides: Path | None, phases: Collection[str]) -> Iterator
 
 @lru_cache(maxsize=1000)
 def _word(file: Path, size: int, blocks: int, *changed: int) -> bytes:
-    """What is in a file, or in so many blocks of it; read once a process, as long as nothing has ``changed`` it."""
+    """What is in a file, or in so many blocks of it; read once a process, unless something has ``changed`` it."""
     said = hashlib.blake2b(digest_size=16)
     with file.open("rb") as opened:
         for index in range(blocks):

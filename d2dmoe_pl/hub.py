@@ -97,10 +97,13 @@ def _how_to_load(artifact: Artifact, repo_id: str) -> str:
 def _setting(artifact: Artifact) -> list[str]:
     """What its gates are set to."""
     gates = [made["gate"] for made in artifact.layers.values() if made.get("gate")]
-    shown = {key: list(dict.fromkeys(gate[key] for gate in gates if gate[key] is not None)) for key in ("tau", "k")}
-    told = [f"`{key}` {', '.join(f'{each:.4g}' for each in values)}" for key, values in shown.items() if values]
-    rules = ", ".join(dict.fromkeys(gate["rule"] for gate in gates))
-    return [f"It is set to {' and '.join(told)} of the rule {rules}, by layer."] if told else []
+    told = []
+    for key in ("tau", "k"):
+        values = [f"{gate[key]:.4g}" for gate in gates if gate[key] is not None]
+        if values:
+            told.append(f"`{key}` {values[0]}" if len(set(values)) == 1 else f"`{key}` {', '.join(values)}, by layer")
+    rules = " and ".join(dict.fromkeys(gate["rule"] for gate in gates))
+    return [f"By the rule {rules}, it is set to {' and '.join(told)}."] if told else []
 
 
 def _costs(artifact: Artifact) -> list[str]:

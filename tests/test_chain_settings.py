@@ -56,7 +56,6 @@ def test_what_is_for_the_chain_to_say(tmp_path, capsys, part, told, said):
             "expert_clustering.model.init_args.init_from='runs/NOWHERE': each phase of a chain but the first begins",
         ),
         (["--set", "nonsense.key=1", "--set", "trainer.max_epochs=2"], "set='nonsense.key=1': must begin with trainer"),
-        (["--seed", "1", "--seed=2"], "--seed: is given 2 times; must be given once"),
         (
             ["--shared.trainer.max_epochs=7"],
             "--shared.trainer.max_epochs: would be all that is left of shared; must be",
@@ -70,6 +69,20 @@ def test_nothing_that_is_given_is_passed_over(tmp_path, capsys, more, said):
         main([*arguments(recipe, output), *more])
     assert f"error: {said}" in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "option"),
+    [
+        (["compress", "--text_columns", "a", "--text_columns=b"], "--text_columns"),
+        (["benchmark", "--tau", "0.5", "--device", "cpu", "--tau", "0.7", "--device", "cpu"], "--tau"),
+    ],
+)
+def test_lists_are_given_once(capsys, given, option):
+    with pytest.raises(SystemExit):
+        main(given)
+    said = f"error: {option}: is given 2 times; must be given once, with all of its values\n"
+    assert capsys.readouterr().err == said
 
 
 def test_settings_add_up_those_of_the_recipe_first(tmp_path):

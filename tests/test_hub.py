@@ -40,7 +40,7 @@ def test_a_card_states_method_cost_and_accuracy(artifact):
         "| stage | tau | accuracy | experts_percent | ffn_flops_percent |",
         "| test | 0.5 | 91.25 | 12.5 | 14 |",
         "model = load_model('me/cheaper')\nset_tau_(model, 0.9)  # if it is to be another",
-        "It is set to `tau` 0.5 of the rule dynk_max, by layer.",
+        "By the rule dynk_max, it is set to `tau` 0.5.\n",
     ):
         assert text in card
     assert model_card(read_artifact(artifact), "x").startswith("---\nlibrary_name: d2dmoe_pl\n")
@@ -85,7 +85,7 @@ def test_a_card_of_a_compressed_model_has_what_was_measured_of_it(tmp_path):
     card = model_card(read_artifact(tmp_path / "model"), "me/cheaper")
     for text in (
         "| test | 0.3 | 84.5 |",
-        "It is set to `tau` 0.4, 0.2 of the rule dynk_max, by layer.",
+        "By the rule dynk_max, it is set to `tau` 0.4, 0.2, by layer.\n",
         "set_budget_(model, ffn_flops=0.3)  # if it is to be another; 30% is the least",
     ):
         assert text in card

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from recipe import PHASES, arguments, write_recipe
 
+from d2dmoe_pl import chain
 from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.chain_status import LEFT
 from d2dmoe_pl.cli import main
@@ -38,6 +39,18 @@ def interrupted(monkeypatch, owner, hook, chain):
         with pytest.raises(SystemExit) as exit_info:
             main(chain)
     assert exit_info.value.code == 130
+
+
+def test_no_report_is_that_of_an_earlier_run(short, tmp_path, monkeypatch):
+    recipe, output = short("fine_tuning"), tmp_path / "run"
+    main(arguments(recipe, output))
+    before = (output / "report.md").read_text()
+    more = ["--from", "fine_tuning", "--set", "fine_tuning.trainer.limit_train_batches=2"]
+    interrupted(monkeypatch, chain, "write_report", arguments(recipe, output, *more))
+    assert not (output / "report.html").exists()
+    main(arguments(recipe, output, *more[2:]))
+    assert (output / "report.html").is_file()
+    assert (output / "report.md").read_text() != before
 
 
 def phases_that_start(said):

@@ -112,7 +112,7 @@ class PredictionFile(L.Callback):
         self._watching.__exit__(None, None, None)
         self.rows = [{"sample": number, **row} for number, row in enumerate(phase.task.joined(self.rows), 1)]
         if self.inputs is not None:
-            named = zip(self.inputs, self.rows, strict=True)
+            named = zip(self.inputs[: len(self.rows)], self.rows, strict=True)  # batches may have been limited
             self.rows = [{"input": given, **row} for given, row in named]
         with replaced_file(self.file) as aside:
             WRITERS[self.file.suffix](Dataset.from_list(self.rows), aside)

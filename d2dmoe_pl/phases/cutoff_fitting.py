@@ -38,7 +38,8 @@ class CutoffFitting(TrainingTokens):
         full_tau: The ``tau`` up to which so much is left out.
         gate_proj: Share of a gated FFN's neurons, those with the largest gates, that are computed further; 1 for all.
             If not given, each layer's own is found; but all are where both of the others are given.
-        num_tokens: Of training samples, without padding; so many, or some more, are looked at over all processes.
+        num_tokens: Of training samples, without padding; so many, or some more, are looked at over all processes. Of an
+            encoder-decoder, the encoder's are counted.
         ffn_flops: The budget that shares are found for, of the dense FFNs' FLOPs. What is found serves others as well:
             better below the budgets that are to be used than above.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.

@@ -22,7 +22,8 @@ class StandInFitting(TrainingTokens):
 
     Args:
         rank: Of each map; 16 costs 1% of an FFN of 384 x 1,536. 0 takes stand-ins away.
-        num_tokens: Of training samples, without padding; so many, or some more, are gathered over all processes.
+        num_tokens: Of training samples, without padding; so many, or some more, are gathered over all processes. Of an
+            encoder-decoder, the encoder's are counted.
         taus: Settings that are fitted together; the model holds ``num_tokens`` for each of them at once.
         ridge: Weight of the penalty on the maps, in units of their inputs' mean variance.
         init_from: Artifact folder of an earlier phase. To evaluate: of this one.

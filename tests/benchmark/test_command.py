@@ -156,7 +156,7 @@ def test_a_noisy_machine_is_said(tmp_path, monkeypatch, capsys):
 )
 def test_a_wrong_setting_ends_in_one_line(tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as exit_info:
-        main(["benchmark", "--output_dir", str(tmp_path / "out"), "--device", "cpu", "--scope", "model", *more])
+        main(["benchmark", "--output_dir", str(tmp_path / "out"), "--device", "cpu", *more])
     assert exit_info.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -2,6 +2,8 @@
 
 import csv
 import io
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -111,6 +113,14 @@ def test_raw_texts(trainer, texts, tmp_path):
         encoded = with_texts.tokenizer(inputs[1], return_tensors="pt")
         logits = phase.model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits[0]
     assert rows[1]["prediction"] == LABELS[::-1][int(logits.argmax())]
+
+
+def test_of_limited_batches_the_first_are_named(tmp_path):
+    callback = PredictionFile(str(tmp_path / "a.csv"), ["a", "b", "c"])
+    callback.rows, callback._watching = [{"prediction": "x"}, {"prediction": "y"}], nullcontext()
+    callback.on_predict_end(None, SimpleNamespace(task=SimpleNamespace(joined=list)))
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [(row["input"], row["prediction"]) for row in rows] == [("a", "x"), ("b", "y")]
 
 
 def test_numbers_and_dense_models(trainer, digits, tmp_path):

@@ -126,7 +126,11 @@ def test_its_commands_are_of_what_is_there(tmp_path):
     assert told(commands(found), "--run") == [str(folder / "last")] * 2
     assert told(commands(found), "--config") == ["RECIPE"] * 2
     assert f'load_model("{folder / "last" / "artifact"}")' in commands(found)
-    (folder / "model").mkdir()
+    history = [PhaseRecord("FineTuning"), PhaseRecord("RouterRegression")]
+    save_artifact(tiny.routed("bert"), folder / "last" / "artifact", history)
+    save_artifact(tiny.routed("bert"), folder / "model", history[:1])  # of an earlier run
+    assert told(commands(found), "--run") == [str(folder / "last")] * 2
+    save_artifact(tiny.routed("bert"), folder / "model", history)
     (folder / "recipe.yaml").touch()
     said = commands(replace(found, promised=point))
     assert told(said, "--run") == [str(folder)] * 2
