@@ -1,6 +1,7 @@
 """``compile``: loads a model in the type that it is to run in, compiles it ahead of time, and tries what came of it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -82,12 +83,22 @@ def _noise(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _check_predictions(compiled: nn.Module, model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Raise ``ConfigError`` if programs give anything but what ``model`` gives, up to the rounding of its types."""
+    """Raise ``ConfigError`` unless there are programs for one sample and for several that give what ``model`` gives.
+
+    Up to the rounding of its types, that is.
+    """
     floating = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    expected, got = (adapter_for(each).logits(each, batch).float() for each in (model, compiled))
-    difference = ((got - expected).norm() / expected.norm()).item()
     is_exact = floating == torch.float32 and not quantized_names(model)
+    for samples in (1, len(next(iter(batch.values())))):
+        given = {name: value[:samples] for name, value in batch.items()}
+        expected, got = (adapter_for(each).logits(each, given).float() for each in (model, compiled))
+        difference = ((got - expected).norm() / expected.norm()).item()
+        check(
+            difference <= (EXACT if is_exact else ROUNDED),
+            f"{type(model).__name__}: what was compiled differs by {difference:.1%} on noise; must not be used",
+        )
+    calls: Any = compiled._compiled_call_impl
     check(
-        difference <= (EXACT if is_exact else ROUNDED),
-        f"{type(model).__name__}: what was compiled differs by {difference:.1%} on noise; must not be used",
+        not calls.passed_over,
+        f"{type(model).__name__}: no program takes what the model is called with ({'; '.join(calls.passed_over)})",
     )

@@ -146,6 +146,11 @@ class CompiledCalls:
         self._before = Unchanged(model)
         self._said: set[str] = set()
 
+    @property
+    def passed_over(self) -> list[str]:
+        """Why calls were run as if there were no programs, if any were."""
+        return sorted(self._said)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives."""
         tensors = self._tensors(args, kwargs)

@@ -17,6 +17,7 @@ from d2dmoe_pl.adapters import (
     prove_foreign,
 )
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.hooks import has_own_forward
 from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
@@ -119,7 +120,7 @@ def _has_own_code(model: nn.Module, ffn: FFN) -> bool:
     return any(
         type(module).__module__.partition(".")[0] not in KNOWN_CODE
         or (isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward)
-        or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))  # accelerate's is around the module's own
+        or has_own_forward(module)
         for module in modules
     )
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from d2dmoe_pl.hooks import hooked
+from d2dmoe_pl.hooks import has_own_forward, hooked
 
 
 class Trial:
@@ -101,7 +101,7 @@ def why_left(module: nn.Module) -> str | None:
     hooks = bool(module._forward_hooks) or (bool(module._forward_pre_hooks) and not is_computed)
     if hooks:
         return "has hooks"
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's is around the module's own
+    if has_own_forward(module):
         return "has a forward of its own"
     own = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
     if isinstance(module, nn.Linear) and not is_computed and own:
