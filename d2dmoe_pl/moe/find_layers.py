@@ -50,7 +50,8 @@ def select_ffns(model: nn.Module, filter_fn: FilterFn | None = None) -> list[FFN
     found = [ffn for ffn in ffns if filter_fn is None or filter_fn(ffn, ffn.name)]
     _check_replaceable(model, found)
     unproved = own if is_foreign else [ffn for ffn in found if not ffn.is_projection and _has_own_code(model, ffn)]
-    prove_foreign(adapter, model, unproved, not is_foreign)
+    if unproved:
+        prove_foreign(adapter, model, unproved, not is_foreign)
     if not found:
         raise ConfigError(
             f"{type(model).__name__}: no dense FFN found" + (" that the filter admits" if filter_fn else "")

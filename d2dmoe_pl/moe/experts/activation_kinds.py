@@ -24,7 +24,7 @@ def activation_kind(activation: nn.Module) -> str | None:
     tell the known ones apart, and at some far out, where others are clipped), not by its class. One with parameters or
     buffers of its own is none, as it can become another.
     """
-    if any(True for _ in (*activation.parameters(), *activation.buffers())):
+    if [*activation.parameters(), *activation.buffers()]:
         return None
     near = torch.linspace(-12, 12, 193, dtype=torch.float64, device="cpu")
     points = torch.cat([*(near * part for part in PARTS), *(near.new_tensor([-far, far]) for far in FAR)])
