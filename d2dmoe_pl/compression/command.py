@@ -163,19 +163,24 @@ def _kept(model: nn.Module, folder: Path) -> Path:
     if not folder.is_dir() or not (folder.parent / RECIPE).is_file():
         save_artifact(model, folder)
         return folder
-    before, now = load_model(folder), model.state_dict()
-    config = json.loads((folder / CONFIG).read_text())
-    del config[KEY]
-    is_same = config == json.loads(json.dumps(adapter_for(model).config(model)))
-    is_same = is_same and own_activations(before) == own_activations(model)
-    known = before.state_dict()
-    is_same = is_same and known.keys() == now.keys()
-    is_same = is_same and all(torch.equal(known[name], now[name].cpu()) for name in now)
     check(
-        is_same,
+        _is_same(model, folder),
         f"{folder}: is of another model than the one that is given; must be another output_dir",
     )
     return folder
+
+
+def _is_same(model: nn.Module, folder: Path) -> bool:
+    """Whether the artifact in ``folder`` has the weights of a model, and computes the same with them."""
+    before, now = load_model(folder), model.state_dict()
+    config, known = json.loads((folder / CONFIG).read_text()), before.state_dict()
+    del config[KEY]
+    return (
+        config == json.loads(json.dumps(adapter_for(model).config(model)))
+        and own_activations(before) == own_activations(model)
+        and known.keys() == now.keys()
+        and all(torch.equal(known[name], now[name].cpu()) for name in now)
+    )
 
 
 def _write_recipe(file: Path, recipe: Mapping[str, Any], effort: str) -> None:

@@ -87,12 +87,13 @@ def quantize_(
         )
     adapter = adapter_for(model)
     candidates = dict(_candidates(model, adapter, config.embeddings))
-    left = {name: reason for name, module in candidates.items() if (reason := why_left(module)) is not None}
+    wanted = {name: each for name, each in candidates.items() if filter_fn is None or filter_fn(each, name)}
+    left = {name: reason for name, each in wanted.items() if (reason := _why_left(each, adapter)) is not None}
     called, trial = _tried(model, adapter, candidates)
     # what stands beside them for the same weight, as one that encoder and decoder share, would keep it as it is
     tied = {id(weight) for module in called if (weight := module._parameters.get("weight")) is not None}
     found = {}
-    for name, module in candidates.items():
+    for name, module in wanted.items():
         weight = module._parameters.get("weight")
         if name in left or not (module in called or id(weight) in tied):
             continue
@@ -100,7 +101,7 @@ def quantize_(
             left[name] = "has a weight that other code computes with"
         elif module in trial.unlike:
             left[name] = "gives something else than the product with its weight"
-        elif filter_fn is None or filter_fn(module, name):
+        else:
             found[name] = module
     kept = {id(candidates[name]._parameters.get("weight")) for name in left} - {id(None)}
     for name in [name for name, module in found.items() if id(module._parameters.get("weight")) in kept]:
@@ -195,12 +196,16 @@ def _only_read(layer: MoELayer, router: nn.Module) -> set[nn.Module]:
 
 def _candidates(model: nn.Module, adapter: Adapter, embeddings: bool) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules(remove_duplicate=False):
-        linear = adapter.as_linear(module)
-        is_taken = isinstance(module, Experts | RouterLinear) or (
-            linear is not None and linear.weight.shape[1] <= WIDEST
-        )
+        is_taken = isinstance(module, Experts | RouterLinear) or adapter.as_linear(module) is not None
         if is_taken or (embeddings and adapter.embedding_scale(module) is not None):
             yield name, module
+
+
+def _why_left(module: nn.Module, adapter: Adapter) -> str | None:
+    linear = adapter.as_linear(module)
+    if linear is not None and linear.weight.shape[1] > WIDEST:
+        return f"has more than {WIDEST} inputs"
+    return why_left(module)
 
 
 def _in_int8(module: nn.Module, adapter: Adapter) -> Int8Module:
