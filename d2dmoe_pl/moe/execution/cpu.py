@@ -12,8 +12,8 @@ either; what optimizers write is noticed, whatever they write it by. Without ``b
 for bf16, that copy is in fp32, and so are the products.
 
 Where that is faster, as for many chosen experts or small ones, all are computed at once by dense products, 1,024
-tokens at a time, and what the mask leaves out is set to zero. With weights in int8 that is in bf16, on AMX alone, and
-keeps a copy of the weights in it.
+tokens at a time, and what the mask leaves out is set to zero. With weights in int8 that is in int8 too, by another copy
+of the weights, whose outputs have one scale a column for all experts, and a token's activations are rounded together.
 """
 
 import functools

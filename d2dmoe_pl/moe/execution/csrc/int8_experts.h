@@ -100,6 +100,7 @@ class Int8Experts {
  private:
   static constexpr int64_t kTokensAtOnce = 96;
   static constexpr int64_t kSomeTokens = 8; // from which on tiles are worth it in second products
+  static constexpr int64_t kSomeInLanes = 4; // from which on lanes are in first ones
 
   int64_t hidden_ld() const { return quads(std::min(problem_.neurons, kChunk)) * 4; }
   bool from_zero() const { return problem_.activation == Activation::relu && gate_.weight == nullptr; }
@@ -115,7 +116,7 @@ class Int8Experts {
     for (int64_t m = 0; m < all; m += kTokensAtOnce) {
       const int64_t tokens = std::min(kTokensAtOnce, all - m);
       const int32_t* rows = block.rows(expert) + m;
-      const bool in_tiles = tokens >= kManyTokens && up_quads_ != nullptr;
+      const bool in_tiles = tokens >= (in_lanes() ? kSomeInLanes : kManyTokens) && up_quads_ != nullptr;
       if (in_tiles && !in_lanes()) {
         grow(tokens_, rounded_height(tokens) * quads(d) * 4);
         gather_rows(x, d, rows, tokens, quads(d) * 4, tokens_.data());
@@ -200,7 +201,7 @@ class Int8Experts {
   // Whether rows are read where they are: a matrix unit would have them side by side.
   bool in_lanes() const {
 #if defined(D2DMOE_VNNI)
-    return !kHasMatrixUnit && problem_.neurons % kWidth == 0 && problem_.width % 4 == 0;
+    return !kHasMatrixUnit && problem_.neurons >= kWidth && problem_.width % 4 == 0;
 #else
     return false;
 #endif
@@ -217,7 +218,8 @@ class Int8Experts {
     picked_lane_product<OfBytes>(
         tokens, depth, rows, count, depth, w, s, neurons,
         [&](int64_t m, int64_t i, Whole sums) {
-          dequantised(sums, up.sums + row + i, up.scale + row + i, x_scale[rows[m]]).store(out + m * ld + i);
+          const int64_t some = std::min(kWidth, neurons - i);
+          dequantised(sums, up.sums + row + i, up.scale + row + i, x_scale[rows[m]], some).store(out + m * ld + i, some);
         });
 #endif
   }

@@ -4,7 +4,7 @@
 
 #include "attention_operator.h"
 #include "int8_experts.h"
-#include "int8_linear.h"
+#include "int8_linear_operator.h"
 #include "lane_products.h"
 #include "word_attention.h"
 

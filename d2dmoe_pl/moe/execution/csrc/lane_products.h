@@ -101,14 +101,14 @@ void in_parts(int64_t count, const F& f, int64_t first = 0) {
   if constexpr (sizeof...(Fewer) > 0) in_parts<Fewer...>(count, f, first);
 }
 
-// Call f with std::integral_constant<int, vectors> and their first column, for `columns`, a multiple of kWidth.
+// Call f with std::integral_constant<int, vectors> and their first column, for `columns`.
 template <typename F>
 void by_vectors(int64_t columns, const F& f) {
-  in_parts<2, 1>(columns / kWidth, [&](auto V, int64_t first) { f(V, first * kWidth); });
+  in_parts<2, 1>((columns + kWidth - 1) / kWidth, [&](auto V, int64_t first) { f(V, first * kWidth); });
 }
 
 // give(m, n, (a b)[m][n .. n + kWidth]) of lanes a (rows, depth), `apart` from one another, and b (depth, columns), whose
-// rows are `width` apart; `columns` is a multiple of kWidth.
+// rows are `width` apart. Where `columns` are no multiple of kWidth, vectors of b are read, and sums given, as if they were.
 template <typename Products, typename F>
 void lane_product(
     const int32_t* a, int64_t apart, int64_t rows, int64_t depth, const int32_t* b, int64_t width, int64_t columns,

@@ -5,7 +5,9 @@
 
 #include "activations.h"
 #include "few_tokens.h"
+#include "int8_products.h"
 #include "problem.h"
+#include "products.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -17,76 +19,92 @@
 
 namespace d2dmoe {
 
-// Microseconds on one core of a Xeon (Sapphire Rapids), fitted to measurements of 11 shapes, 1 to 1,024 tokens and 10%
-// to 100% of the experts. Only ratios matter, and they are alike for several threads.
+// Microseconds on one core, fitted to measurements of 11 to 14 shapes, 1 to 1,024 tokens and 5% to 100% of the experts: of
+// a Xeon with AMX (Sapphire Rapids) for floats, of one without for int8, whose costs by AVX2 are that one's too. Only ratios
+// matter, and they are alike for several threads.
 struct Costs {
   double dense_call;     // to begin with dense products
-  double dense_byte;     // to load a weight for a dense product
+  double dense_weight;   // to load a weight for a dense product
   double dense_product;  // a token times a neuron times a column of a matrix
   double expert;         // to begin with an expert
-  double expert_byte;    // to load a weight of it
+  double expert_weight;  // to load a weight of it
   double pair;           // to gather and scatter a column of a token for an expert
   double pair_in_memory; // in addition, where a block of outputs is larger than the cache
   double expert_product; // as `dense_product`
 };
 
-constexpr Costs kOfFewTokens{50, 8.3e-5, 1.9e-6, 0.1, 5e-5, 0.0, 0.0, 3.6e-5}; // in bf16
-constexpr Costs kInFloat{30, 7.1e-5, 9.9e-6, 0.3, 5e-5, 1.2e-4, 0.0, 1.38e-5};
-// Of experts in int8, beside dense products in bf16.
-constexpr Costs kInInt8{50, 8.3e-5, 1.9e-6, 1.2, 5e-5, 1.0e-4, 0.0, 1.7e-6};
+constexpr Costs kFewInBFloat16{50, 1.66e-4, 1.9e-6, 0.1, 1e-4, 0.0, 0.0, 3.6e-5};
+constexpr Costs kInFloat{30, 2.84e-4, 9.9e-6, 0.3, 2e-4, 1.2e-4, 0.0, 1.38e-5};
 #if defined(__AMX_BF16__)
 constexpr bool kHasMatrixUnit = true;
-constexpr Costs kInBFloat16{50, 8.3e-5, 1.9e-6, 1.2, 5e-5, 1.0e-4, 1.6e-4, 2.9e-6};
+constexpr Costs kInBFloat16{50, 1.66e-4, 1.9e-6, 1.2, 1e-4, 1.0e-4, 1.6e-4, 2.9e-6};
+constexpr Costs kInInt8{10, 2.5e-5, 1.5e-6, 1.2, 1e-4, 1.0e-4, 0.0, 1.7e-6}; // dense ones as of linear layers there
 #else
 constexpr bool kHasMatrixUnit = false;
 constexpr Costs kInBFloat16 = kInFloat; // the units are those of fp32
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr Costs kInInt8{10, 2.5e-5, 4.6e-6, 0.4, 3.5e-5, 3.0e-4, 0.0, 4.1e-6};
+#else
+constexpr Costs kInInt8{40, 0.0, 2.7e-5, 0.18, 9.7e-5, 6.3e-4, 0.0, 3.2e-5};
 #endif
+#endif
+constexpr Costs kInInt8OfFloats{40, 0.0, 2.7e-5, 0.1, 1.7e-4, 1.1e-4, 0.0, 4.4e-5}; // all at once alone are in int8
 
-// Below that, the difference is some microseconds.
+// Of dense products: below that, the difference is some microseconds.
 constexpr int64_t kFewProducts = int64_t(1) << 19;
 
-inline bool dense_is_faster(const Problem& problem, bool is_gated, at::ScalarType type) {
+inline bool dense_is_faster(const Problem& problem, bool is_gated, const Costs& costs) {
   const int64_t n = problem.tokens, experts = problem.experts;
   const double matrix = static_cast<double>(problem.neurons) * (problem.width * (is_gated ? 2 : 1) + problem.outputs);
-  if (matrix * experts < kFewProducts) return false;
+  if (n * matrix * experts < kFewProducts) return false;
   std::vector<int64_t> counts(experts, 0);
   for (int64_t t = 0; t < n; ++t) {
     for (int64_t e = 0; e < experts; ++e) counts[e] += problem.mask[t * experts + e];
   }
   int64_t pairs = 0, running = 0;
   for (const int64_t count : counts) pairs += count, running += count > 0;
-  const Costs& costs = type == at::kFloat ? kInFloat
-      : type == at::kChar                 ? kInInt8
-      : n <= kFewTokens                   ? kOfFewTokens
-                                          : kInBFloat16;
-  const double bytes = matrix * (type == at::kFloat ? 4 : 2);
-  const double dense = costs.dense_call + experts * (bytes * costs.dense_byte + n * matrix * costs.dense_product);
+  const double dense = costs.dense_call + experts * matrix * (costs.dense_weight + n * costs.dense_product);
   const double moved = costs.pair + costs.pair_in_memory * std::min(1.0, n / 512.0);
-  const double chosen = running * (costs.expert + bytes * costs.expert_byte) +
+  const double chosen = running * (costs.expert + matrix * costs.expert_weight) +
       pairs * (problem.outputs * moved + matrix * costs.expert_product);
   return dense < chosen;
 }
 
+// Zeros in a row of activations (E * s,) where a mask (E,) is not set.
+inline void keep_chosen(const bool* mask, int64_t experts, int64_t s, float* row) {
+  // by bits, since a product would let NaN through; no branch to mispredict
+  const auto keep = [&](auto count) {
+    for (int64_t e = 0; e < experts; ++e) {
+      const uint32_t kept = mask[e] ? ~uint32_t(0) : 0;
+      float* from = row + e * s;
+      for (int64_t i = 0; i < count; ++i) from[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(from[i]) & kept);
+    }
+  };
+  if (s > kWidth) return keep(s);
+  with_rows<kWidth>(s, [&](auto count) { keep(count); }); // known to the compiler
+}
+
 // hidden (count, E * s) becomes act(gate) * hidden, or act(hidden), where the mask (count, E) is set, and 0 elsewhere.
-// Rows of `T` go through a buffer of floats, so that the functions are those of the other way.
+// Rows of another type go through a buffer of floats, so that the functions are those of the other way.
 template <typename T>
 void activate_masked(const Problem& problem, const bool* mask, int64_t count, const T* gate, T* hidden) {
+  constexpr bool kInPlace = std::is_same_v<T, float>;
   const int64_t experts = problem.experts, s = problem.neurons, size = experts * s;
   at::parallel_for(0, count, 8, [&](int64_t begin, int64_t end) {
-    std::vector<float> up(size), gated(gate == nullptr ? 0 : size);
+    std::vector<float> up(kInPlace ? 0 : size), gated(kInPlace || gate == nullptr ? 0 : size);
     for (int64_t t = begin; t < end; ++t) {
       T* row = hidden + t * size;
-      at::vec::convert(row, up.data(), size);
-      if (gate != nullptr) at::vec::convert(gate + t * size, gated.data(), size);
-      activate(
-          problem.activation, up.data(), nullptr, gate == nullptr ? nullptr : gated.data(), nullptr, 1, size, size,
-          problem.cutoffs);
-      const bool* chosen = mask + t * experts;
-      for (int64_t e = 0; e < experts; ++e) { // by bits, since a product would let NaN through; no branch to mispredict
-        const uint32_t kept = chosen[e] ? ~uint32_t(0) : 0;
-        for (int64_t i = e * s; i < (e + 1) * s; ++i) up[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(up[i]) & kept);
+      float* wide;
+      if constexpr (kInPlace) {
+        wide = row;
+      } else {
+        wide = up.data();
+        at::vec::convert(row, wide, size);
       }
-      at::vec::convert(up.data(), row, size);
+      const float* factors = gate == nullptr ? nullptr : in_floats(gate + t * size, gated.data(), size);
+      activate(problem.activation, wide, nullptr, factors, nullptr, 1, size, size, problem.cutoffs);
+      keep_chosen(mask + t * experts, experts, s, wide);
+      if constexpr (!kInPlace) at::vec::convert(wide, row, size);
     }
   });
 }

@@ -3,7 +3,7 @@
 
 #include "attention_operator.h"
 #include "few_tokens.h"
-#include "int8_linear.h"
+#include "int8_linear_operator.h"
 #include "int8_self_attention.h"
 #include "operands.h"
 #include "plan.h"

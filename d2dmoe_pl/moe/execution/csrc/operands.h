@@ -5,6 +5,7 @@
 #include "few_tokens.h"
 #include "float_experts.h"
 #include "int8_experts.h"
+#include "int8_masked_dense.h"
 #include "masked_dense.h"
 #include "packed.h"
 #include "problem.h"
@@ -20,11 +21,6 @@ namespace d2dmoe {
 
 using Optional = std::optional<at::Tensor>;
 using Optionals = c10::List<Optional>;
-
-inline PackedWeights& packed_weights() {
-  static PackedWeights& packed = *new PackedWeights; // lives to the end: tensors must not outlive their allocator
-  return packed;
-}
 
 // Whether tokens are rounded to int8 for experts of so many neurons in int8. Without VNNI, a handful of tokens is not,
 // whose time is that of reading weights; and experts so small that they are sums of few numbers take as long in fp32.
@@ -69,7 +65,8 @@ class Operands {
     TORCH_CHECK_VALUE(tokens.size(0) <= INT32_MAX, "more tokens than a 32-bit number counts");
     is_int8_ = up.scalar_type() == at::kChar;
     TORCH_CHECK_VALUE(is_int8_ == (weights.size() == 9), "weights in int8, and no others, have scales");
-    experts_ = up.size(0), neurons_ = up.size(1), width_ = tokens.size(1), outputs_ = down.size(-1);
+    tokens_ = tokens.size(0), width_ = tokens.size(1);
+    experts_ = up.size(0), neurons_ = up.size(1), outputs_ = down.size(-1);
     check("tokens", tokens, {tokens.size(0), width_}, false);
     check("up_weight", up, {experts_, neurons_, width_}, is_int8_);
     check("up_bias", given(1), {experts_, neurons_}, false);
@@ -114,35 +111,25 @@ class Operands {
   bool prefers_dense(const Problem& problem, const Inputs& inputs) const {
     if (problem.tokens == 0) return false;
     const bool is_gated = gate_.defined();
-    if (is_in_float()) return dense_is_faster(problem, is_gated, at::kFloat);
-#if !defined(D2DMOE_VNNI)
-    if (rounds_) return dense_is_faster(problem, is_gated, at::kFloat);
-#endif
-    if (is_int8_) return kHasMatrixUnit && dense_is_faster(problem, is_gated, at::kChar);
+    if (joins()) return dense_is_faster(problem, is_gated, rounds_ ? kInInt8 : kInInt8OfFloats);
+    if (is_int8_) return is_in_float() && dense_is_faster(problem, is_gated, kInFloat);
     const auto type = inputs.x.scalar_type();
-    return are_of(type) && dense_is_faster(problem, is_gated, type);
+    if (type_ == at::kFloat) return dense_is_faster(problem, is_gated, kInFloat);
+    const Costs& costs = problem.tokens <= kFewTokens ? kFewInBFloat16 : kInBFloat16;
+    return are_of(type) && dense_is_faster(problem, is_gated, costs);
   }
 
-  // Each expert in int8 has scales of its own, so that all at once are computed in bf16, or in fp32 where that is faster.
   at::Tensor dense(const Problem& problem, const Inputs& inputs) const {
     const auto& w = weights_;
+    if (joins()) {
+      const Int8Weights weights{*w[0], up_scale_, w[2], gate_scale_, *w[4], down_scale_};
+      return int8_masked_dense(problem, inputs.x, weights);
+    }
     if (is_in_float()) {
       const Optional gate = gate_.defined() ? Optional(gate_) : Optional();
       return masked_dense(problem, inputs.x, up_, w[1], gate, w[3], down_, w[5]);
     }
-    if (!is_int8_) return masked_dense(problem, inputs.x, *w[0], w[1], w[2], w[3], *w[4], w[5]);
-#if defined(D2DMOE_VNNI)
-    constexpr Form rows = Form::bfloat16_rows, columns = Form::bfloat16_columns;
-    constexpr auto type = at::kBFloat16;
-#else
-    constexpr Form rows = Form::dequantised_rows, columns = Form::dequantised_columns;
-    constexpr auto type = at::kFloat;
-#endif
-    auto& packed = packed_weights();
-    const at::Tensor up = packed.get(*w[0], rows, up_scale_);
-    const Optional gate = w[2] ? Optional(packed.get(*w[2], rows, gate_scale_)) : Optional();
-    const at::Tensor down = packed.get(*w[4], columns, down_scale_);
-    return masked_dense(problem, inputs.x.to(type), up, w[1], gate, w[3], down, w[5]);
+    return masked_dense(problem, inputs.x, *w[0], w[1], w[2], w[3], *w[4], w[5]);
   }
 
   // Call f with the experts of the type at hand.
@@ -249,6 +236,9 @@ class Operands {
   // Whether `up_`, `gate_` and `down_` are in fp32, whatever the weights that were given are in.
   bool is_in_float() const { return type_ == at::kFloat && !rounds_ && !reads_int8_; }
 
+  // Whether all experts in int8 can be multiplied at once, in int8.
+  bool joins() const { return is_int8_ && PanelProducts::are_there(tokens_) && experts_ * neurons_ <= kDeepest; }
+
   // Whether the weights as they were given are all of `type`.
   bool are_of(at::ScalarType type) const {
     const auto is_of = [&](const Optional& w) { return !w || w->scalar_type() == type; };
@@ -295,7 +285,7 @@ class Operands {
   bool rounds_ = false; // tokens, to int8
   bool reads_int8_ = false; // a handful of tokens, which are not rounded, on the numbers as they are
   at::ScalarType type_; // of products, but for those in int8
-  int64_t experts_, neurons_, width_, outputs_;
+  int64_t tokens_, experts_, neurons_, width_, outputs_;
   std::array<Optional, 6> weights_; // as they were given
   at::Tensor up_, gate_, down_, up_bias_, gate_bias_, down_bias_;
   at::Tensor up_scale_, gate_scale_, down_scale_, up_sums_, gate_sums_, down_sums_, up_quads_, gate_quads_; // of int8

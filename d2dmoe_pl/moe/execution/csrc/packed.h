@@ -73,6 +73,12 @@ inline at::Tensor in_quads(const at::Tensor& weight) {
   return padded.unflatten(1, {-1, 4}).transpose(2, 3).contiguous(); // (E, s / 4, 4, d) -> (E, s / 4, d, 4)
 }
 
+// The same tensor, with a vector of memory that may be read behind it.
+inline at::Tensor readable_behind(const at::Tensor& packed) {
+  const at::Tensor longer = at::zeros({packed.numel() + 64}, packed.options());
+  return longer.narrow(0, 0, packed.numel()).view(packed.sizes()).copy_(packed);
+}
+
 #if defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t kPanel = 8; // columns, those of a tile
 #elif defined(__AMX_INT8__)
@@ -81,8 +87,10 @@ constexpr int64_t kPanel = 64;
 constexpr int64_t kPanel = 32; // those of a tile, which stay in the first cache
 #endif
 
-// int8 (N, K) to (ceil(N / kPanel), ceil(K / 4), kPanel, 4), of B = W^T, with zeros where there is nothing.
-inline at::Tensor in_panels(const at::Tensor& weight) {
+// int8 (N, K), or (E, s, K) of E * s = N, to (ceil(N / kPanel), ceil(K / 4), kPanel, 4), of B = W^T, with zeros where there
+// is nothing.
+inline at::Tensor in_panels(const at::Tensor& given) {
+  const at::Tensor weight = given.flatten(0, -2);
   const int64_t rest = (kPanel - weight.size(0) % kPanel) % kPanel;
   const at::Tensor padded = at::constant_pad_nd(weight, {0, 0, 0, rest});
   return in_quads(padded.unflatten(0, {-1, kPanel}).transpose(1, 2)); // (panels, K, kPanel)
@@ -100,10 +108,23 @@ inline at::Tensor chunk_sums(const at::Tensor& weight) {
   return at::stack(sums, 1).contiguous();
 }
 
+// Of int8 (E, s, d) with scales (E, d): the scale of each column (d,) that holds all experts' numbers.
+inline at::Tensor joined_scale(const at::Tensor& weight, const at::Tensor& scale) {
+  const at::Tensor most = std::get<0>(weight.to(at::kFloat).mul_(scale.unsqueeze(1)).abs_().flatten(0, 1).max(0));
+  return at::where(most == 0, at::ones_like(most), most / 127);
+}
+
+// The same weight as one linear layer's, (d, E * s), rounded to these scales.
+inline at::Tensor joined(const at::Tensor& weight, const at::Tensor& scale) {
+  const at::Tensor factors = scale / joined_scale(weight, scale); // (E, d)
+  return weight.to(at::kFloat).mul_(factors.unsqueeze(1)).round_().to(at::kChar).flatten(0, 1).t();
+}
+
 // How a copy of a weight (E, s, d) is kept.
 enum class Form {
   fp32, pairs, transposed_pairs, quads, transposed_quads, panels, row_sums, chunk_sums,
-  dequantised_rows, dequantised_columns, bfloat16_rows, bfloat16_columns // of int8, multiplied out
+  joined_panels, joined_scale, joined_sums, // of all experts' int8 by common scales
+  dequantised_rows, dequantised_columns // of int8, multiplied out
 };
 
 inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<at::Tensor>& scale) {
@@ -118,21 +139,23 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
     case Form::quads:
       return in_quads(weight);
     case Form::transposed_quads: // (E, ceil(d / 4), s, 4), of B = W^T
-      return in_quads(weight.transpose(1, 2));
+      return readable_behind(in_quads(weight.transpose(1, 2)));
     case Form::panels:
       return in_panels(weight);
     case Form::row_sums:
       return row_sums(weight);
     case Form::chunk_sums:
       return chunk_sums(weight);
+    case Form::joined_panels:
+      return in_panels(joined(weight, *scale));
+    case Form::joined_scale:
+      return joined_scale(weight, *scale);
+    case Form::joined_sums:
+      return row_sums(joined(weight, *scale));
     case Form::dequantised_rows:
       return weight * scale->unsqueeze(-1); // (E, s, d) * (E, s, 1)
     case Form::dequantised_columns:
       return weight * scale->unsqueeze(1); // (E, s, d) * (E, 1, d)
-    case Form::bfloat16_rows:
-      return pack(weight, Form::dequantised_rows, scale).to(at::kBFloat16);
-    case Form::bfloat16_columns:
-      return pack(weight, Form::dequantised_columns, scale).to(at::kBFloat16);
   }
 }
 
@@ -195,6 +218,11 @@ class PackedWeights {
   std::mutex mutex_;
   std::map<Key, Entry> entries_;
 };
+
+inline PackedWeights& packed_weights() {
+  static PackedWeights& packed = *new PackedWeights; // lives to the end: tensors must not outlive their allocator
+  return packed;
+}
 
 // Whether ATen's brgemm multiplies `depth` interleaved numbers of these types on this machine, by trying.
 template <typename A, typename B, typename C, int depth>
