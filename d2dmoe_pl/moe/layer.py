@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from d2dmoe_pl.errors import ConfigError, said_of
 from d2dmoe_pl.moe.cutoffs.cutoffs import Cutoffs, cut, work_of_pairs
 from d2dmoe_pl.moe.execution._eligibility import is_watched_by_itself
-from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
+from d2dmoe_pl.moe.execution._whole_layer import run_whole
 from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.gating import Gate
@@ -102,8 +102,9 @@ class MoELayer(ExpertLayer):
                 f"{x.numel() // x.shape[-1]} do; the model adds or drops some inside, and padding is not known there"
             )
         is_plain = is_own and self.softness is None and not self._is_observed()
-        if is_plain and can_run_whole(experts, router, gate, stand_in, x):
-            output = run_whole(experts, router, gate, stand_in, parts.get("cutoffs"), x, real)
+        whole = run_whole(experts, router, gate, stand_in, parts.get("cutoffs"), x, real) if is_plain else None
+        if whole is not None:
+            output = whole
         else:
             positions = x.reshape(-1, x.shape[-1])  # (P, d)
             output = self._run_parts(positions, real)  # (P, d_out)

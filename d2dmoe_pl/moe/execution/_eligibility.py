@@ -16,10 +16,19 @@ def needs_gradients(tensors: Iterable[Tensor | None]) -> bool:
     """Whether autograd would want to go back through what is computed from these; or forward, or many times at once."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return True
-    # of torch.func's transforms and dual tensors, which require no gradients
-    return not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
-    )
+    return not torch.compiler.is_compiling() and _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether a call is one of torch.func's transforms, or of dual tensors, which require no gradients."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None
+
+
+def is_transformed_or_traced() -> bool:
+    """Both at once, as it is asked of every layer at every call."""
+    if torch.compiler.is_compiling():
+        return is_traced()
+    return _is_transformed() or torch._C._is_tracing()
 
 
 def is_watched(*modules: nn.Module) -> bool:
@@ -27,8 +36,12 @@ def is_watched(*modules: nn.Module) -> bool:
 
     The latter is how accelerate brings weights that it keeps elsewhere, for the call alone.
     """
-    everywhere = _everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks
-    return bool(everywhere) or any(map(is_watched_by_itself, modules))
+    if _everywhere._global_forward_hooks or _everywhere._global_forward_pre_hooks:
+        return True
+    for module in modules:  # noqa: SIM110 (any() takes longer, and this is asked of every layer at every call)
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return True
+    return False
 
 
 def is_watched_by_itself(module: nn.Module) -> bool:

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2dmoe_pl.moe.execution._eligibility import has_active_dropout, is_traced, is_watched, needs_gradients
+from d2dmoe_pl.moe.execution._eligibility import (
+    has_active_dropout,
+    is_transformed_or_traced,
+    is_watched,
+    needs_gradients,
+)
 from d2dmoe_pl.moe.execution.cpu import TYPES, compile_failure
-from d2dmoe_pl.moe.experts.experts import Experts, own_tensors, weights_to_pack
+from d2dmoe_pl.moe.experts.experts import Experts, own_tensors, to_pack
 from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.routers import Router
 from d2dmoe_pl.moe.routers.regression import RegressionRouter
@@ -22,40 +27,20 @@ BACKENDS_TOO = ("auto", "cpu")  # that experts alone would run on the operator b
 STAND_IN = ("down", "up")
 
 
-def can_run_whole(
-    experts: Experts, router: Router | None, gate: Gate | None, stand_in: StandIn | None, x: Tensor
-) -> bool:
-    """Whether :func:`run_whole` can run this call."""
-    inside: Any = experts._modules
-    # asked at every call: past nn.Module's lookup, and what takes longest last
-    return (
-        gate is not None
-        and x.is_cpu
-        and type(router) is RegressionRouter
-        and gate.config.rule in RULES
-        and experts.backend in BACKENDS_TOO
-        and experts.activation_kind is not None
-        and x.dtype in TYPES
-        and not is_watched(experts, router, gate, inside["activation"], inside["hidden_dropout"])
-        and not torch.is_autocast_enabled("cpu")
-        and (experts.is_quantized or x.dtype == own_tensors(experts, ("up_weight",))[0].dtype)
-        and router.is_quantized == experts.is_quantized
-        and (stand_in is None or _can_stand_in(stand_in, x))
-        and not needs_gradients(_tensors(experts, router, stand_in, x))
-        and not has_active_dropout(experts)
-        and not is_traced()
-        and compile_failure() is None
-    )
-
-
 def run_whole(
-    experts: Experts, router: Any, gate: Any, stand_in: Any, cutoffs: Any, x: Tensor, real: Tensor | None
-) -> Tensor:
+    experts: Experts,
+    router: Router | None,
+    gate: Gate | None,
+    stand_in: StandIn | None,
+    cutoffs: Any,
+    x: Tensor,
+    real: Tensor | None,
+) -> Tensor | None:
     """What the experts that the gate admits by the router's scores give, and what stands in for the others.
 
     Args:
         experts: Of the layer.
-        router: The same; a ``RegressionRouter``.
+        router: The same.
         gate: The same.
         stand_in: The same; None for nothing.
         cutoffs: The same.
@@ -63,32 +48,41 @@ def run_whole(
         real: Which of them hold tokens, ``(P,)`` boolean; None if all do.
 
     Returns:
-        ``(..., d_out)``; rows of padding are zeros.
+        ``(..., d_out)``, in which rows of padding are zeros; None where the operator cannot run this call.
     """
-    config = gate.config
+    # All of this is asked at every call: each once, past nn.Module's lookup, and what takes longest last.
+    if gate is None or type(router) is not RegressionRouter or not x.is_cpu or x.dtype not in TYPES:
+        return None
+    config: Any = gate.config
+    kind, inside = experts.activation_kind, experts._modules
+    activation: Any = inside["activation"]
+    dropout: Any = inside["hidden_dropout"]
+    if kind is None or config.rule not in RULES or experts.backend not in BACKENDS_TOO:
+        return None
+    if is_watched(experts, router, gate, activation, dropout) or has_active_dropout(experts):
+        return None
+    weights, of_router, is_quantized = experts.weights, router.weights, experts.is_quantized
+    if router.is_quantized != is_quantized or not (is_quantized or x.dtype == weights[0].dtype):
+        return None
+    of_stand_in = None if stand_in is None else own_tensors(stand_in, STAND_IN)
+    if of_stand_in is not None and not (
+        type(stand_in) is StandIn and of_stand_in[0].dtype == x.dtype and not is_watched(stand_in)
+    ):
+        return None
+    if torch.is_autocast_enabled("cpu") or is_transformed_or_traced() or compile_failure() is not None:
+        return None
+    if torch.is_grad_enabled() and needs_gradients((x, *weights, *of_router, *(of_stand_in or ()))):
+        return None
     return torch.ops.d2dmoe_pl.moe_layer_cpu.default(
         x,
         real,
-        weights_to_pack(router),
+        to_pack(router, of_router),
         config.rule,
         gate.tau,
         config.k or 0,
-        None if stand_in is None else own_tensors(stand_in, STAND_IN),
-        weights_to_pack(experts),
-        experts.activation_kind,
+        of_stand_in,
+        to_pack(experts, weights),
+        kind,
         None if cutoffs is None else cutoffs.values,
         1.0 if cutoffs is None else cutoffs.config.full_tau,
-    )
-
-
-def _tensors(experts: Experts, router: Any, stand_in: StandIn | None, x: Tensor) -> list[Tensor | None]:
-    """All that gradients may be wanted of; none where they are not, which is what mostly happens."""
-    if not torch.is_grad_enabled():
-        return []
-    return [x, *experts.weights, *router.weights, *([] if stand_in is None else own_tensors(stand_in, STAND_IN))]
-
-
-def _can_stand_in(stand_in: StandIn, x: Tensor) -> bool:
-    return (
-        type(stand_in) is StandIn and own_tensors(stand_in, STAND_IN)[0].dtype == x.dtype and not is_watched(stand_in)
     )

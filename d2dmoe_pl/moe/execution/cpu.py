@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.execution._cpp_build import CompileError, compiled_extension, load_extension
 from d2dmoe_pl.moe.execution._eligibility import obstacle, run_type
-from d2dmoe_pl.moe.experts.experts import Experts, weights_to_pack
+from d2dmoe_pl.moe.experts.experts import Experts, to_pack
 
 TYPES = (torch.float32, torch.bfloat16)
 NAME = "d2dmoe_pl_moe_cpu"
@@ -151,7 +151,7 @@ def cpu(
         why_not = f"the compiler says: {failure}"
     if why_not is not None:
         raise ConfigError(f"backend='cpu': {why_not}")
-    weights, tokens = weights_to_pack(experts), tokens.to(run_type(experts, tokens))
+    weights, tokens = to_pack(experts, experts.weights), tokens.to(run_type(experts, tokens))
     kind = experts.activation_kind
     return torch.ops.d2dmoe_pl.moe_cpu.default(tokens, mask, weights, kind, cutoff, gate_cutoff)
 

@@ -65,9 +65,8 @@ def own_tensors(module: nn.Module, names: Iterable[str]) -> Weights:
     ]
 
 
-def weights_to_pack(module: Any) -> Weights:
+def to_pack(module: Any, weights: Weights) -> Weights:
     """The weights of experts or a router as kernels may take them that keep a packed copy until they see a change."""
-    weights: Weights = module.weights
     if not torch.compiler.is_compiling() and weights[0].is_inference():
         leave_inference_mode_(module)
         weights = module.weights

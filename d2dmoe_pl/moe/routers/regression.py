@@ -11,6 +11,7 @@ from d2dmoe_pl.moe.routers import Router, RouterConfig
 from d2dmoe_pl.moe.routers._router import RouterLinear
 
 LINEAR = ("weight", "bias")
+PLAIN = (nn.Linear, RouterLinear)  # not an adapter's, which is more than its weights
 
 
 class RegressionRouter(Router):
@@ -28,14 +29,20 @@ class RegressionRouter(Router):
     def weights(self) -> list[Tensor | None]:
         """All parameters, in the order that kernels take them; those in int8 have their scales after them."""
         up, down = self._layers
-        scales = [layer._buffers["scale"] for layer in (up, down) if "scale" in layer._buffers]
-        return [*_own(up), *_own(down), *scales]
+        first, second = up._buffers, down._buffers
+        if "scale" in first and "scale" in second:  # in int8, where all are buffers
+            numbers = [first["weight"], first["bias"], second["weight"], second["bias"]]
+            return [*numbers, first["scale"], second["scale"]]
+        return own_tensors(up, LINEAR) + own_tensors(down, LINEAR)
 
     @property
     def is_quantized(self) -> bool | None:
         up, down = self._layers
-        is_up = _is_quantized(up)
-        return is_up if is_up == _is_quantized(down) else None
+        if is_watched(up, down):  # each is then more than its weights
+            return None
+        if type(up) in PLAIN and type(down) in PLAIN:
+            return False
+        return True if "scale" in up._buffers and "scale" in down._buffers else None
 
     @property
     def _layers(self) -> tuple[Any, Any]:
@@ -46,21 +53,6 @@ class RegressionRouter(Router):
 
     def loss(self, tokens: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(self(tokens).float(), target.float())  # squares overflow in float16
-
-
-def _own(layer: Any) -> list[Tensor | None]:
-    if "scale" in layer._buffers:  # in int8, where all are buffers
-        return [layer._buffers[name] for name in LINEAR]
-    return own_tensors(layer, LINEAR)
-
-
-def _is_quantized(layer: Any) -> bool | None:
-    """None for a layer of another kind, as an adapter's, or one that is watched, too: it is more than its weights."""
-    if not isinstance(layer, nn.Module) or is_watched(layer):
-        return None
-    if type(layer) in (nn.Linear, RouterLinear):
-        return False
-    return True if "scale" in layer._buffers else None
 
 
 ROUTER = RegressionRouter

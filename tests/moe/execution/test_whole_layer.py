@@ -13,7 +13,7 @@ from torch import nn
 from d2dmoe_pl import set_tau_
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, Cutoffs, cut
 from d2dmoe_pl.moe.execution import cpu
-from d2dmoe_pl.moe.execution._whole_layer import can_run_whole, run_whole
+from d2dmoe_pl.moe.execution._whole_layer import run_whole
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import Gate, GateConfig
@@ -82,10 +82,10 @@ def layer_of(case, dtype=torch.float32):
 
 
 def can_run(layer, positions):
-    return can_run_whole(layer.experts, layer.router, layer.gate, layer.stand_in, positions)
+    return whole(layer, positions) is not None
 
 
-def whole(layer, positions, real):
+def whole(layer, positions, real=None):
     return run_whole(layer.experts, layer.router, layer.gate, layer.stand_in, layer.cutoffs, positions, real)
 
 
