@@ -67,18 +67,10 @@ def run_compile(config: Namespace) -> None:
 
 
 def _noise(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """A batch with all that the tokenizer beside the model gives to it."""
-    adapter = adapter_for(model)
-    batch = noise_for(model)
-    if "input_ids" not in batch or not any(folder.glob("tokenizer*")):
-        return batch
-    tokenizer = load_pretrained(AutoTokenizer, str(folder), "artifact")
-    takes = getattr(adapter, "inputs", ())
-    made = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
-    for name, make in made.items():
-        if name in tokenizer.model_input_names and name in takes:
-            batch.setdefault(name, make(batch["input_ids"]))
-    return batch
+    """A batch with what the tokenizer beside the model gives to it, where there is one."""
+    if not any(folder.glob("tokenizer*")):
+        return noise_for(model)
+    return noise_for(model, load_pretrained(AutoTokenizer, str(folder), "artifact").model_input_names)
 
 
 @torch.inference_mode()

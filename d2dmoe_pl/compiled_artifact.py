@@ -1,8 +1,10 @@
 """Artifacts with programs: a model that is compiled once, and runs wherever the processor can do the same."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import adapter_for
@@ -12,6 +14,7 @@ from d2dmoe_pl.moe.ahead_of_time import attach_programs_, write_programs
 from d2dmoe_pl.moe.program_files import ready_programs
 
 LENGTH = 8  # tokens of the noise that shows how a model is called; programs are for any number of them
+BESIDE_IDS = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}  # of one text without padding
 
 
 def save_compiled(
@@ -32,7 +35,7 @@ def save_compiled(
             package's operators run. It is set to evaluation, without gradients.
         path: The folder; an artifact that is there is replaced.
         batch: What the model will be given, such as ``input_ids`` and ``attention_mask``, of two tokens a text at
-            least; noise without a mask if not given.
+            least; if not given, noise, with all that tokenizers give such a model.
         history: As of :func:`save_artifact`.
         save_processor: As of :func:`save_artifact`.
 
@@ -60,10 +63,19 @@ def save_compiled(
     save_artifact(model, path, history, save_beside)
 
 
-def noise_for(model: nn.Module) -> dict[str, Tensor]:
-    """A batch of two samples of noise, in the type that ``model`` is in."""
+def noise_for(model: nn.Module, names: Collection[str] = BESIDE_IDS) -> dict[str, Tensor]:
+    """A batch of two samples of noise, in the type that ``model`` is in.
+
+    Texts have those of ``names``, of what tokenizers give beside ids, that the model takes.
+    """
     floating = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    batch = adapter_for(model).random_inputs(model, 2, LENGTH)
+    adapter = adapter_for(model)
+    batch = adapter.random_inputs(model, 2, LENGTH)
+    if "input_ids" in batch:
+        takes = {*getattr(adapter, "inputs", ())} & {*inspect.signature(model.forward).parameters}
+        for name, made in BESIDE_IDS.items():
+            if name in names and name in takes:
+                batch.setdefault(name, made(batch["input_ids"]))
     return {key: value.to(floating) if value.is_floating_point() else value for key, value in batch.items()}
 
 

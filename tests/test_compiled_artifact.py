@@ -20,6 +20,7 @@ from d2dmoe_pl import (
     set_tau_,
 )
 from d2dmoe_pl.cli import main
+from d2dmoe_pl.compiled_artifact import noise_for
 from d2dmoe_pl.moe.find_layers import moe_layers
 
 TAUS = (0.2, 0.7, 1.0)
@@ -265,3 +266,22 @@ def test_pictures_are_given_in_the_type_of_the_model(tmp_path):
     expected = load_model(tmp_path / "before", dtype="bfloat16")(pictures)
     assert (compiled(pictures) - expected).norm() < 0.05 * expected.norm()
     assert programs_run(compiled) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "beside"),
+    [
+        ("bert", {"attention_mask", "token_type_ids"}),
+        ("distilbert", {"attention_mask"}),
+        ("gpt2", {"attention_mask"}),
+        ("mpnet", {"attention_mask"}),
+        ("timm_vit", set()),
+    ],
+)
+@torch.no_grad()
+def test_noise_is_what_tokenizers_give(kind, beside):
+    model = tiny.dense(kind).eval()
+    noise = noise_for(model)
+    assert set(noise) - {"input_ids", "pixel_values", "x", "image"} == beside
+    assert tiny.logits(model, noise).isfinite().all()
+    assert set(noise_for(model, ["input_ids", "attention_mask"])) & {"token_type_ids"} == set()

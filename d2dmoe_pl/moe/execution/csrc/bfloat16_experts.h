@@ -19,6 +19,7 @@ namespace d2dmoe {
 class BFloat16Experts {
  public:
   using scalar = at::BFloat16;
+  static constexpr int64_t kMinBlock = 32; // tokens a thread, below which experts are dealt out to threads as well
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
   // Weights as `pack` gives them: up and gate transposed, down not.
   BFloat16Experts(

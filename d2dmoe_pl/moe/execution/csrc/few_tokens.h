@@ -152,7 +152,7 @@ struct FewTokensWeights {
 template <typename W>
 class FewTokensExperts {
  public:
-  static constexpr int64_t kMaxBlock = kFewTokens;
+  static constexpr int64_t kMinBlock = 32, kMaxBlock = kFewTokens;
   FewTokensExperts(const Problem& problem, const at::Tensor& x, const FewTokensWeights<W>& weights)
       : problem_(problem),
         weights_(weights),

@@ -15,6 +15,7 @@ namespace d2dmoe {
 
 class FloatExperts {
  public:
+  static constexpr int64_t kMinBlock = 96; // tokens a thread, below which experts are dealt out to threads as well
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
   FloatExperts(
       const Problem& problem, const at::Tensor& x, const at::Tensor& up, const std::optional<at::Tensor>& gate,

@@ -72,6 +72,7 @@ struct Int8Up {
 
 class Int8Experts {
  public:
+  static constexpr int64_t kMinBlock = 32; // tokens a thread, below which experts are dealt out to threads as well
   static constexpr int64_t kMaxBlock = 512; // tokens of a task
 
   // `down` in quads, whose output channels are its columns: scale (E, d_out); sums (E, chunks, d_out), of `chunk_sums`.

@@ -24,8 +24,6 @@
 namespace d2dmoe {
 namespace {
 
-constexpr int64_t kMinBlock = 32; // tokens a thread, below which experts are dealt out to threads as well
-
 // out (tokens, d_out) = sum over groups of partial (groups, tokens, d_out)
 template <typename T>
 void sum_groups(const float* partial, int64_t groups, int64_t size, T* out) {
@@ -42,7 +40,7 @@ template <typename Experts, typename T>
 void execute(const Problem& problem, const Experts& experts, T* out) {
   const int64_t d = problem.outputs;
   const Plan plan = make_plan(
-      problem.mask, problem.tokens, problem.experts, at::get_num_threads(), kMinBlock, Experts::kMaxBlock);
+      problem.mask, problem.tokens, problem.experts, at::get_num_threads(), Experts::kMinBlock, Experts::kMaxBlock);
   const bool in_place = std::is_same_v<T, float> && plan.groups == 1;
   const at::Tensor partial = plan.groups == 1 ? at::Tensor() : at::empty({plan.groups, problem.tokens, d}, at::kFloat);
   at::parallel_for(0, plan.blocks * plan.groups, 1, [&](int64_t begin, int64_t end) {
