@@ -77,8 +77,8 @@ def artifact_comparisons(
     batches = partial(random_batches, some, length=length) if data is None else partial(first_batches, some, data)
     scoring = None if data is None else scoring_of(some, data, settings.scored_samples)
     if "model" in settings.scope:
+        compared = _writing if settings.decode else partial(_whole, plain=_plain(path, moes, settings))
         for batch_size in settings.batch_size:
-            compared = _writing if settings.decode else _whole
             yield compared(dense, moes, batches(batch_size), taus, scoring, settings)
     if "layer" in settings.scope:
         for dtype, moe in moes.items():
@@ -95,6 +95,13 @@ def _converted(path: str, dtype: torch.dtype, settings: Settings) -> nn.Module:
     return moe
 
 
+def _plain(path: str, moes: dict[torch.dtype, nn.Module], settings: Settings) -> nn.Module | None:
+    """A model in the type of the dense one, to tell how long it takes outside its FFNs; of compiled ones, none."""
+    if settings.optimize:
+        return None
+    return moes.get(settings.dense_dtype) or _converted(path, settings.dense_dtype, settings)
+
+
 def _whole(
     dense: nn.Module,
     moes: dict[torch.dtype, nn.Module],
@@ -102,6 +109,7 @@ def _whole(
     taus: Sequence[float],
     scoring: Scoring | None,
     settings: Settings,
+    plain: nn.Module | None,
 ) -> Comparison:
     _place_(dense, settings.device, settings.dense_dtype)
     rivals = {name: RUNTIMES[name](dense, batches) for name in settings.compare if name in RUNTIMES}
@@ -114,7 +122,7 @@ def _whole(
     with temporary_gate(moes[first], None):
         inputs = [layer_inputs(moes[first], batch) for batch in batches_in[settings.floating(first)]]
     _optimize(moes, batches[0], settings)
-    return model_comparison(dense, moes, batches_in, inputs, choices, rivals, scoring)
+    return model_comparison(dense, moes, batches_in, inputs, choices, rivals, scoring, plain)
 
 
 def _writing(

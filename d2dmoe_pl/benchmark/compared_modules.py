@@ -188,6 +188,7 @@ def model_comparison(
     choices: Mapping[torch.dtype, list[Choice]],
     rivals: Mapping[str, Predict],
     scoring: Scoring | None = None,
+    plain: nn.Module | None = None,
 ) -> Comparison:
     """A model with experts, in one or more types, against its dense twin, on the same batches.
 
@@ -199,6 +200,8 @@ def model_comparison(
         choices: To be timed, by type.
         rivals: The dense model on other runtimes, by name.
         scoring: By what predictions are judged; None if they are not.
+        plain: One with experts in the type of the dense model, not compiled, of which the time outside FFNs is taken;
+            None if that is not to be known.
     """
     dense_type = next(dense.parameters()).dtype
     first = next(iter(moes))
@@ -232,10 +235,8 @@ def model_comparison(
             with uncompiled(moe):  # which experts run is the same
                 made = way(backend, choice, moe, over(own, floating), positions, parts)
             ways.append(replace(made, dtype=dtype, around=floating, score=score(own, choice)))
-    experts, moe = next(iter(moe_layers(moes[first]).values())).experts, moes[first]
-    floating = floating_type(moes[first])
+    experts = next(iter(moe_layers(moes[first]).values())).experts
     tokens = [len(next(iter(given.values())).tokens) for given in inputs]
-    plain = moe if moe._compiled_call_impl is None else None
     return Comparison(
         scope="model",
         name=type(dense).__name__,
@@ -247,7 +248,7 @@ def model_comparison(
         ways=ways,
         rest=None
         if plain is None
-        else Contender(over(predict_by(moe), floating), lambda: skipped(moe_layers(moe).values()), parts),
+        else Contender(over(predict_by(plain), dense_type), lambda: skipped(moe_layers(plain).values()), parts),
         scoring=scoring,
         dense_score=score(predict_by(dense)),
     )

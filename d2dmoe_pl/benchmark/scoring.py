@@ -60,6 +60,9 @@ def scoring_of(model: nn.Module, data: TaskData, samples: int) -> Scoring | None
     assert data.task is not None
     check_outputs(model, data.task)
     batches = _batches(model, data, SCORED_BATCH, -(-samples // SCORED_BATCH))
+    if batches:
+        left = samples - sum(len(batch["labels"]) for batch in batches[:-1])
+        batches[-1] = {name: value[:left] for name, value in batches[-1].items()}
     return Scoring(batches, data.task)
 
 

@@ -164,6 +164,10 @@ def _model_comparisons(shape: Shape, num_experts: int, settings: Settings) -> It
         _route_(moe, shape)
         _cast_(moe, dtype, settings)
         moes[dtype] = moe
+    plain = moes.get(settings.dense_dtype)
+    if plain is None:
+        plain = copy.deepcopy(dense)
+        convert_to_moe_(plain, ExpertsConfig(num_experts))
     for batch_size in settings.batch_size:
         noise = adapter_for(dense).random_inputs(dense, batch_size, length=1)
         batches = {
@@ -175,14 +179,15 @@ def _model_comparisons(shape: Shape, num_experts: int, settings: Settings) -> It
         positions = {name: len(given.tokens) for name, given in inputs.items()}
         choices = {}
         for dtype, moe in moes.items():
-            plain, routed = _choices(moe, positions, shape)
-            choices[dtype] = [*plain, *routed]
+            choices[dtype] = [choice for each in _choices(moe, positions, shape) for choice in each]
             if settings.optimize and moe._compiled_call_impl is None:
                 optimize_(moe)
         rivals = {
             name: RUNTIMES[name](dense, batches[settings.dense_dtype]) for name in settings.compare if name in RUNTIMES
         }
-        yield model_comparison(dense, moes, batches, [inputs], choices, rivals)
+        yield model_comparison(
+            dense, moes, batches, [inputs], choices, rivals, plain=None if settings.optimize else plain
+        )
 
 
 def _cast_(module: nn.Module, dtype: torch.dtype, settings: Settings) -> torch.dtype:

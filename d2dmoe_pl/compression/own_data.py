@@ -28,7 +28,8 @@ from d2dmoe_pl.compression.told_columns import (
     text_columns_of,
     unread_texts,
 )
-from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, ending_of, local_splits
+from d2dmoe_pl.data.dataset_source import ENDINGS, DatasetSource, local_splits
+from d2dmoe_pl.data.file_names import ending_of
 from d2dmoe_pl.data.load_pretrained import load_pretrained
 from d2dmoe_pl.data.squad.given_answers import with_answers
 from d2dmoe_pl.data.text_classification import check_texts

@@ -49,7 +49,8 @@ def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str,
         "split, which are no classes; for numbers there is TextRegression with the task text-regression, for answers "
         "TextToText with text-to-text",
     )
-    check(len(names) > 1, f"label_column={column!r}: has one class only, {names[0]}; must have two at least")
+    there = list(dict.fromkeys(labels["train"]))
+    check(len(there) > 1, f"label_column={column!r}: has one class only, {there[0]}; must have two at least")
     index = {name: i for i, name in enumerate(names)}
     encoded = {}
     for name, split in splits.items():
@@ -140,7 +141,8 @@ def with_column(split: Dataset, column: str, labels: Sequence[Any]) -> Dataset:
 
 def _sorted(names: set[str]) -> list[str]:
     """In the order of numbers, if all are, else of letters."""
-    return sorted(names, key=int) if all(re.fullmatch(r"[+-]?\d+", name) for name in names) else sorted(names)
+    are_numbers = all(re.fullmatch(r"[+-]?\d+", name) for name in names)
+    return sorted(names, key=lambda name: (int(name), name)) if are_numbers else sorted(names)  # 7 and 007 are two
 
 
 def _check_whole(names: Sequence[str], column: str, samples: Sequence[str]) -> None:

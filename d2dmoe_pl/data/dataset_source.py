@@ -1,7 +1,9 @@
 """Splits of any Hugging Face dataset, on the hub or in local files, loaded whole or streamed."""
 
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import escape, glob
@@ -21,8 +23,10 @@ from datasets import (
 from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetsError
 
+from d2dmoe_pl.data.file_names import check_not_twice, ending_of
 from d2dmoe_pl.data.file_rows import READERS, check_decodable, hold_articles, json_fault, lines_of, rows_of, stamps
 from d2dmoe_pl.data.generated_dataset import generated
+from d2dmoe_pl.data.held_out_rows import held_out
 from d2dmoe_pl.data.local_folders import (
     DESCRIPTIONS,
     grouped,
@@ -43,8 +47,8 @@ from d2dmoe_pl.typed_settings import check_types_
 # what reads the kinds of files that are not read row by row here
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ENDINGS = (*READERS, *BUILDERS)
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz")
+CUT_SHORT = (EOFError, zlib.error, lzma.LZMAError)  # compressed files
 PATTERN = set("*?[]")  # what datasets takes for a pattern in the path of a folder
 
 
@@ -85,8 +89,11 @@ class DatasetSource:
     def __post_init__(self) -> None:
         check_types_(self)
 
-    def load(self) -> dict[str, Dataset]:
+    def load(self, together: str | None = None) -> dict[str, Dataset]:
         """The splits by name: ``train``, ``validation``, ``test`` and those in ``more``.
+
+        Args:
+            together: Column of which rows that are alike are held out together, so that none is in two splits.
 
         Raises:
             ConfigError: If a split cannot be loaded; the message says which and why, with file and line where a file is
@@ -102,7 +109,7 @@ class DatasetSource:
         splits = {name: self._load_split(name, where) for name, where in wanted.items() if where is not None}
         for name in SPLITS:
             if name not in splits:
-                splits |= self._hold_out(splits["train"], name)
+                splits |= held_out(splits["train"], name, self.held_out, self.seed, together)
         return splits
 
     def stream(self) -> dict[str, IterableDataset]:
@@ -121,16 +128,6 @@ class DatasetSource:
             return Path(self.dataset) if Path(self.dataset).is_dir() else None
         return Path(where) if Path(where).is_dir() else Path(where).parent
 
-    def _hold_out(self, train: Dataset, name: str) -> dict[str, Dataset]:
-        try:
-            parts = train.train_test_split(self.held_out, seed=self.seed)
-        except ValueError as error:
-            raise ConfigError(
-                f"{name}=None: is held out of the train split, whose {len(train)} samples are too few for the share "
-                f"held_out={self.held_out}"
-            ) from error
-        return {"train": parts["train"], name: parts["test"]}
-
     def _load_split(self, name: str, where: str, streaming: bool = False) -> Dataset | IterableDataset:
         try:
             if self.dataset is not None and not _is_path(where):
@@ -141,7 +138,7 @@ class DatasetSource:
             files = [where] if is_file else sorted(glob(where, recursive=True))
             check(bool(files), f"{name}={where!r}: no such file or folder (with no dataset given, it must be a path)")
             return _read_files(f"{name}={where!r}", files, streaming)
-        except (OSError, ValueError, DatasetsError) as error:
+        except (OSError, ValueError, DatasetsError, *CUT_SHORT) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
@@ -231,6 +228,7 @@ def _read_files(argument: str, files: list[str], streaming: bool) -> Dataset | I
     check(ending in ENDINGS, f"{argument}: the ending must be one of {', '.join(ENDINGS)}")
     other = next((file for file in files if ending_of(file) != ending), None)
     check(other is None, f"{argument}: all files must end in {ending}, as {files[0]} does, but there is {other}")
+    check_not_twice(argument, files)
     if ending in READERS:
         articles = hold_articles(files) if ending == ".txt" else [False] * len(files)
         if streaming:  # each file of a list is a shard, and those of a tuple are read one after another
@@ -274,12 +272,6 @@ def _first_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def ending_of(path: str) -> str:
-    """The last ending of ``path`` that is not a compression's; empty if there is none."""
-    endings = [ending for ending in Path(path).suffixes if ending not in COMPRESSIONS]
-    return endings[-1] if endings else ""
 
 
 def _is_path(where: str) -> bool:

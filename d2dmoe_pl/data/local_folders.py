@@ -16,10 +16,12 @@ from datasets.packaged_modules.imagefolder.imagefolder import IMAGE_EXTENSIONS
 
 from d2dmoe_pl.errors import check
 
+EVALUATION = "evaluation"  # a test split as on the hub, but for validation beside one that is called test
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("eval", "evaluation"), EVALUATION),
 }
 DESCRIPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` reads them
 MEDIA = {"imagefolder": ("image", Image, IMAGE_EXTENSIONS), "audiofolder": ("audio", Audio, AUDIO_EXTENSIONS)}
@@ -112,7 +114,10 @@ def split_in(name: str) -> str | None:
 
 def grouped(splits: Mapping[Path, str]) -> dict[str, list[Path]]:
     """What is of each split, by the split's name."""
-    return {split: [each for each in splits if splits[each] == split] for split in dict.fromkeys(splits.values())}
+    there = set(splits.values())
+    meant = "validation" if "test" in there and "validation" not in there else "test"
+    named = {each: meant if split == EVALUATION else split for each, split in splits.items()}
+    return {split: [each for each in named if named[each] == split] for split in dict.fromkeys(named.values())}
 
 
 def has_folders(splits: Mapping[str, Sequence[Path]]) -> bool:

@@ -10,7 +10,7 @@ from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
 from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
 from d2dmoe_pl.benchmark.comparison import Settings, measure
 from d2dmoe_pl.benchmark.result_rows import as_table
-from d2dmoe_pl.benchmark.scoring import first_batches
+from d2dmoe_pl.benchmark.scoring import first_batches, scoring_of
 from d2dmoe_pl.data import Digits
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.errors import ConfigError
@@ -211,3 +211,24 @@ def test_budgets_of_a_whole_model(tmp_path):
     save_artifact(tiny.routed("bert"), tmp_path / "routed", [PhaseRecord("RouterRegression")])
     with pytest.raises(ConfigError, match="knows no budgets; must be what BudgetCalibration left, or have taus"):
         list(artifact_comparisons(str(tmp_path / "routed"), [0.9], None, 6, settings(scope=["model"], budgets=[0.6])))
+
+
+@pytest.mark.parametrize("dtypes", [["int8"], ["int8", "float32"], ["bfloat16", "float32"]])
+@torch.no_grad()
+def test_what_is_outside_ffns_is_timed_in_the_type_of_the_dense_model(dtypes, tmp_path):
+    path = saved(tiny.routed("bert").eval(), tmp_path)
+    given = settings(scope=["model"], dtype=[getattr(torch, name) for name in dtypes])
+    [whole] = artifact_comparisons(path, [0.3], None, 6, given)
+    with whole.rest.setting():
+        got = whole.rest.call()
+    assert got.dtype == whole.dtype == torch.float32
+    with whole.rest.setting():
+        assert torch.equal(got, whole.rest.call())
+    assert not torch.allclose(got, whole.dense.call(), atol=1e-4)
+
+
+def test_as_many_samples_are_scored_as_were_asked_for(tmp_path):
+    model = tiny.routed("bert").eval()
+    for number in (3, 5):
+        scoring = scoring_of(model, tiny.TextData(), number)
+        assert sum(len(batch["labels"]) for batch in scoring.batches) == number

@@ -256,3 +256,15 @@ class TestNumbers:
         data = TextRegression(source(tmp_path, **tables), tiny.tokenizer(tmp_path / "tok", "abcxyz"))
         with pytest.raises(ConfigError, match=f"label_column='label': all numbers of the {split} split are 2; must di"):
             data.setup()
+
+
+def test_the_order_of_numbers_is_one_even_if_they_are_written_in_several_ways():
+    names = ["1", "01", "+1", "2", "007", "7"]
+    _, found = encode_labels({"train": labelled(names * 3)}, "label")
+    assert found == ["+1", "01", "1", "2", "007", "7"]
+
+
+def test_one_class_only_whatever_names_there_are():
+    splits = {"train": labelled([0] * 9, ["neg", "pos"]), "test": labelled([0], ["neg", "pos"])}
+    with pytest.raises(ConfigError, match="label_column='label': has one class only, neg; must have two at least"):
+        encode_labels(splits, "label")

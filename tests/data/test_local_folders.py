@@ -1,5 +1,6 @@
 """Local folders: which are splits, which class a picture is of, and files of rows in them."""
 
+import gzip
 from importlib.util import find_spec
 
 import numpy as np
@@ -8,6 +9,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from d2dmoe_pl.data import AudioClassification, DatasetSource
+from d2dmoe_pl.data.held_out_rows import held_out
 from d2dmoe_pl.data.local_folders import split_folders
 from d2dmoe_pl.errors import ConfigError
 
@@ -184,3 +186,50 @@ def test_a_pattern_reaches_every_depth(tmp_path):
         write_rows(tmp_path / "data" / f"{name}.csv")
     splits = source(None, train=f"{tmp_path}/data/**/*.csv").load()
     assert {text[0] for split in splits.values() for text in split["text"]} == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["train", "eval", "test"], {"train": 4, "validation": 5, "test": 6}),
+        (["train", "eval"], {"train": 4, "test": 5}),
+        (["train", "evaluation", "validation"], {"train": 4, "test": 5, "validation": 6}),
+    ],
+)
+def test_eval_is_for_validation_beside_a_test(files, expected, tmp_path):
+    for number, name in enumerate(files, 4):
+        write_rows(tmp_path / f"{name}.csv", number)
+    splits = {name: name if name in expected else None for name in ("validation", "test")}
+    source = DatasetSource(dataset=str(tmp_path), held_out=0.3, **splits)
+    assert {name: len(split) for name, split in source.load().items() if splits.get(name)} == {
+        name: number for name, number in expected.items() if name != "train"
+    }
+
+
+@pytest.mark.parametrize("where", ["folder", "pattern", "dataset"])
+def test_a_file_and_the_same_compressed(where, tmp_path):
+    write_rows(tmp_path / "train.csv")
+    (tmp_path / "train.csv.gz").write_bytes(gzip.compress((tmp_path / "train.csv").read_bytes()))
+    given = {"folder": str(tmp_path), "pattern": str(tmp_path / "train.*"), "dataset": "train"}[where]
+    source = DatasetSource(str(tmp_path) if where == "dataset" else None, train=given, validation=None, test=None)
+    with pytest.raises(ConfigError, match=r"train.csv and .*train.csv.gz are one file, compressed and not; remove one"):
+        source.load()
+
+
+def test_a_compressed_file_that_was_cut_short(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a", "label": 1}\n' * 999)[:-9])
+    source = DatasetSource(train=str(tmp_path / "a.jsonl.gz"), validation=None, test=None)
+    with pytest.raises(ConfigError, match=r"train='.*a.jsonl.gz' of dataset=None: cannot be loaded: Compressed file"):
+        source.load()
+
+
+def test_rows_that_are_held_out_together():
+    rows = {"context": [f"text {i // 5}" for i in range(200)], "question": [f"{i}" for i in range(200)]}
+    parts = held_out(Dataset.from_dict(rows), "test", 0.1, 0, "context")
+    assert {name: len(part) for name, part in parts.items()} == {"train": 180, "test": 20}
+    assert not set(parts["train"]["context"]) & set(parts["test"]["context"])
+    again = held_out(Dataset.from_dict(rows), "test", 0.1, 0, "context")
+    assert again["test"]["question"] == parts["test"]["question"]
+    assert held_out(Dataset.from_dict(rows), "test", 0.1, 1, "context")["test"]["question"] != parts["test"]["question"]
+    with pytest.raises(ConfigError, match=r"test=None: .* whose 1 different values in 'context' are too few for the"):
+        held_out(Dataset.from_dict({"context": ["one"] * 9}), "test", 0.1, 0, "context")

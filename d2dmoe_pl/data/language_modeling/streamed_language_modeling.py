@@ -72,7 +72,8 @@ class StreamedLanguageModeling(LanguageModeling):
         self._stream = streams.pop("train")
         missing = [name for name in SPLITS[1:] if name not in streams]
         self._skipped = len(missing) * self.evaluation_documents
-        taken = head(self._stream, self.text_column, self._skipped + 1)
+        first_shard = self._stream.shard(self._stream.num_shards, 0)
+        taken = head(first_shard, self.text_column, self._skipped + 1)
         check(
             len(taken) > self._skipped,
             f"evaluation_documents={self.evaluation_documents}: the first shard of the training stream has only "

@@ -57,10 +57,8 @@ def documents(
 
 
 def head(stream: datasets.IterableDataset, column: str, number: int) -> list[str]:
-    """The first ``number`` texts of the first shard, or all that it has."""
-    return list(
-        islice((text for texts in documents(stream.shard(stream.num_shards, 0), column) for text in texts), number)
-    )
+    """The first ``number`` texts of a stream, or all that it has."""
+    return list(islice((text for texts in documents(stream, column) for text in texts), number))
 
 
 class PackedStream(IterableDataset):

@@ -84,6 +84,15 @@ def test_a_split_of_its_own_is_evaluated_on(source, tokenizer, tmp_path):
     assert data._splits["test"]["input_ids"][:].tolist() == list(data.packer.blocks([DOCUMENTS[0][:3]]))
 
 
+def test_all_files_of_a_split_of_its_own_are_evaluated_on(source, tokenizer, tmp_path):
+    for number in range(3):
+        (tmp_path / f"held_{number}.txt").write_text("\n\n".join(["q r s t u v"] * 3))
+    source.validation = str(tmp_path / "held_*.txt")
+    data = data_of(source, tokenizer, evaluation_documents=8)
+    data.setup()
+    assert len(data._splits["validation"]) == 8 * 7 // 6
+
+
 def test_epochs_go_on_where_the_last_ended(source, tokenizer):
     one, other = data_of(source, tokenizer), data_of(source, tokenizer, epoch_blocks=16)
     one.setup()
