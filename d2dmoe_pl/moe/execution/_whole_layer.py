@@ -61,13 +61,14 @@ def run_whole(
         return None
     if is_watched(experts, router, gate, activation, dropout) or has_active_dropout(experts):
         return None
-    weights, of_router, is_quantized = experts.weights, router.weights, experts.is_quantized
+    weights, is_quantized = experts.weights, experts.is_quantized
     if router.is_quantized != is_quantized or not (is_quantized or x.dtype == weights[0].dtype):
         return None
+    if stand_in is not None and (type(stand_in) is not StandIn or is_watched(stand_in)):
+        return None
+    of_router = router.weights
     of_stand_in = None if stand_in is None else own_tensors(stand_in, STAND_IN)
-    if of_stand_in is not None and not (
-        type(stand_in) is StandIn and of_stand_in[0].dtype == x.dtype and not is_watched(stand_in)
-    ):
+    if of_stand_in is not None and of_stand_in[0].dtype != x.dtype:
         return None
     if torch.is_autocast_enabled("cpu") or is_transformed_or_traced() or compile_failure() is not None:
         return None

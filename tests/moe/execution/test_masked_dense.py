@@ -151,3 +151,19 @@ def test_int8_that_changes_is_seen():
     torch.testing.assert_close(int8(tokens, mask), 2 * before)
     int8.down_weight.neg_()
     torch.testing.assert_close(int8(tokens, mask), -2 * before)
+
+
+@needs_int8
+@torch.no_grad()
+def test_int8_of_an_expert_far_larger_than_others():
+    """One scale a column for all would leave nothing of the others, so that each is computed by itself."""
+    torch.manual_seed(0)
+    case = {"tokens": 300, "num_experts": 128, "expert_dim": 12, "d_model": 128, "d_out": 128, "bias": True}
+    experts, tokens, mask = experts_and_tokens({**case, "gated": False, "activation": "relu", "density": 1.0}, "cpu")
+    experts.down_weight[0] *= 1000
+    mask[:, 0] = False
+    int8 = Int8Experts(experts)
+    got, expected = int8(tokens, mask), reference(experts, tokens, mask)
+    assert (got - expected).norm() < 0.02 * expected.norm()
+    int8.down_scale[0] = torch.inf
+    assert torch.equal(int8(tokens, mask), got)

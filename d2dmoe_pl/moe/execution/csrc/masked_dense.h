@@ -14,59 +14,66 @@
 
 #include <algorithm>
 #include <bit>
+#include <numeric>
 #include <optional>
 #include <vector>
 
 namespace d2dmoe {
 
-// Microseconds on one core, fitted to measurements of 11 to 14 shapes, 1 to 1,024 tokens and 5% to 100% of the experts: of
+// Microseconds on one core, fitted to measurements of 11 to 21 shapes, 1 to 1,024 tokens and 5% to 100% of the experts: of
 // a Xeon with AMX (Sapphire Rapids) for floats, of one without for int8, whose costs by AVX2 are that one's too. Only ratios
 // matter, and they are alike for several threads.
 struct Costs {
   double dense_call;     // to begin with dense products
   double dense_weight;   // to load a weight for a dense product
   double dense_product;  // a token times a neuron times a column of a matrix
+  double dense_neuron;   // to round and mask an activation of a token
   double expert;         // to begin with an expert
   double expert_weight;  // to load a weight of it
-  double pair;           // to gather and scatter a column of a token for an expert
+  double pair;           // to begin with a token for an expert
+  double pair_column;    // to gather and scatter a column of it
   double pair_in_memory; // in addition, where a block of outputs is larger than the cache
   double expert_product; // as `dense_product`
 };
 
-constexpr Costs kFewInBFloat16{50, 1.66e-4, 1.9e-6, 0.1, 1e-4, 0.0, 0.0, 3.6e-5};
-constexpr Costs kInFloat{30, 2.84e-4, 9.9e-6, 0.3, 2e-4, 1.2e-4, 0.0, 1.38e-5};
+constexpr Costs kFewInBFloat16{50, 1.66e-4, 1.9e-6, 0.0, 0.1, 1e-4, 0.0, 0.0, 0.0, 3.6e-5};
+constexpr Costs kInFloat{30, 2.84e-4, 9.9e-6, 0.0, 0.3, 2e-4, 0.0, 1.2e-4, 0.0, 1.38e-5};
 #if defined(__AMX_BF16__)
 constexpr bool kHasMatrixUnit = true;
-constexpr Costs kInBFloat16{50, 1.66e-4, 1.9e-6, 1.2, 1e-4, 1.0e-4, 1.6e-4, 2.9e-6};
-constexpr Costs kInInt8{10, 2.5e-5, 1.5e-6, 1.2, 1e-4, 1.0e-4, 0.0, 1.7e-6}; // dense ones as of linear layers there
+constexpr Costs kInBFloat16{50, 1.66e-4, 1.9e-6, 0.0, 1.2, 1e-4, 0.0, 1.0e-4, 1.6e-4, 2.9e-6};
+constexpr Costs kInInt8{10, 4e-5, 1.5e-6, 1e-3, 1.2, 1e-4, 0.0, 1.0e-4, 0.0, 1.7e-6}; // dense ones as linear layers' there
 #else
 constexpr bool kHasMatrixUnit = false;
 constexpr Costs kInBFloat16 = kInFloat; // the units are those of fp32
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr Costs kInInt8{10, 2.5e-5, 4.6e-6, 0.4, 3.5e-5, 3.0e-4, 0.0, 4.1e-6};
+constexpr Costs kInInt8{11, 4.1e-5, 4.3e-6, 1.2e-3, 0.3, 6.4e-5, 0.052, 2.0e-4, 0.0, 5.0e-6};
 #else
-constexpr Costs kInInt8{40, 0.0, 2.7e-5, 0.18, 9.7e-5, 6.3e-4, 0.0, 3.2e-5};
+constexpr Costs kInInt8{10, 1.9e-5, 2.2e-5, 5e-3, 0.0, 1.0e-4, 0.31, 2.3e-4, 0.0, 3.1e-5};
 #endif
 #endif
-constexpr Costs kInInt8OfFloats{40, 0.0, 2.7e-5, 0.1, 1.7e-4, 1.1e-4, 0.0, 4.4e-5}; // all at once alone are in int8
+constexpr Costs kInInt8OfFloats{21, 1.3e-5, 2.1e-5, 4.6e-3, 0.08, 1.7e-4, 0.01, 9.2e-5, 0.0, 4.4e-5}; // all at once in int8
 
 // Of dense products: below that, the difference is some microseconds.
-constexpr int64_t kFewProducts = int64_t(1) << 19;
+constexpr int64_t kFewProducts = int64_t(1) << 16;
 
 inline bool dense_is_faster(const Problem& problem, bool is_gated, const Costs& costs) {
   const int64_t n = problem.tokens, experts = problem.experts;
   const double matrix = static_cast<double>(problem.neurons) * (problem.width * (is_gated ? 2 : 1) + problem.outputs);
   if (n * matrix * experts < kFewProducts) return false;
-  std::vector<int64_t> counts(experts, 0);
-  for (int64_t t = 0; t < n; ++t) {
-    for (int64_t e = 0; e < experts; ++e) counts[e] += problem.mask[t * experts + e];
+  std::vector<uint8_t> runs(experts, 0);
+  int64_t pairs = 0;
+  for (int64_t t = 0; t < n; ++t) { // by bytes, many at once
+    const auto* row = reinterpret_cast<const uint8_t*>(problem.mask) + t * experts;
+    for (int64_t e = 0; e < experts; ++e) runs[e] |= row[e], pairs += row[e];
   }
-  int64_t pairs = 0, running = 0;
-  for (const int64_t count : counts) pairs += count, running += count > 0;
-  const double dense = costs.dense_call + experts * matrix * (costs.dense_weight + n * costs.dense_product);
-  const double moved = costs.pair + costs.pair_in_memory * std::min(1.0, n / 512.0);
+  const int64_t running = std::accumulate(runs.begin(), runs.end(), int64_t(0));
+  const double neurons = static_cast<double>(experts) * problem.neurons * (is_gated ? 2 : 1);
+  const double dense = costs.dense_call + experts * matrix * (costs.dense_weight + n * costs.dense_product) +
+      n * neurons * costs.dense_neuron;
+  const double columns = (problem.width + problem.outputs) / 2.0;
+  const double moved = costs.pair_column + costs.pair_in_memory * std::min(1.0, n / 512.0);
   const double chosen = running * (costs.expert + matrix * costs.expert_weight) +
-      pairs * (problem.outputs * moved + matrix * costs.expert_product);
+      pairs * (costs.pair + columns * moved + matrix * costs.expert_product);
   return dense < chosen;
 }
 

@@ -111,7 +111,10 @@ class Operands {
   bool prefers_dense(const Problem& problem, const Inputs& inputs) const {
     if (problem.tokens == 0) return false;
     const bool is_gated = gate_.defined();
-    if (joins()) return dense_is_faster(problem, is_gated, rounds_ ? kInInt8 : kInInt8OfFloats);
+    if (may_join()) {
+      const auto joins = [&] { return packed_weights().get(*weights_[4], Form::joins_well, down_scale_).item<bool>(); };
+      return dense_is_faster(problem, is_gated, rounds_ ? kInInt8 : kInInt8OfFloats) && joins();
+    }
     if (is_int8_) return is_in_float() && dense_is_faster(problem, is_gated, kInFloat);
     const auto type = inputs.x.scalar_type();
     if (type_ == at::kFloat) return dense_is_faster(problem, is_gated, kInFloat);
@@ -121,7 +124,7 @@ class Operands {
 
   at::Tensor dense(const Problem& problem, const Inputs& inputs) const {
     const auto& w = weights_;
-    if (joins()) {
+    if (may_join()) {
       const Int8Weights weights{*w[0], up_scale_, w[2], gate_scale_, *w[4], down_scale_};
       return int8_masked_dense(problem, inputs.x, weights);
     }
@@ -237,7 +240,9 @@ class Operands {
   bool is_in_float() const { return type_ == at::kFloat && !rounds_ && !reads_int8_; }
 
   // Whether all experts in int8 can be multiplied at once, in int8.
-  bool joins() const { return is_int8_ && PanelProducts::are_there(tokens_) && experts_ * neurons_ <= kDeepest; }
+  bool may_join() const {
+    return is_int8_ && PanelProducts::are_there(tokens_) && experts_ * neurons_ <= kDeepest && width_ > 0 && outputs_ > 0;
+  }
 
   // Whether the weights as they were given are all of `type`.
   bool are_of(at::ScalarType type) const {

@@ -120,10 +120,18 @@ inline at::Tensor joined(const at::Tensor& weight, const at::Tensor& scale) {
   return weight.to(at::kFloat).mul_(factors.unsqueeze(1)).round_().to(at::kChar).flatten(0, 1).t();
 }
 
+// Whether that rounds every expert by at most some hundredths of its norm, unlike one that is far smaller than others.
+inline at::Tensor joins_well(const at::Tensor& weight, const at::Tensor& scale) {
+  constexpr double kMost = 0.03;
+  const at::Tensor norm = weight.to(at::kFloat).mul_(scale.unsqueeze(1)).square_().sum({1, 2}); // squared, (E,)
+  const at::Tensor step = joined_scale(weight, scale).square().sum() / 12; // the mean square of what rounding leaves
+  return (step * weight.size(1)).le(norm * (kMost * kMost)).logical_or(norm.eq(0)).all();
+}
+
 // How a copy of a weight (E, s, d) is kept.
 enum class Form {
   fp32, pairs, transposed_pairs, quads, transposed_quads, panels, row_sums, chunk_sums,
-  joined_panels, joined_scale, joined_sums, // of all experts' int8 by common scales
+  joined_panels, joined_scale, joined_sums, joins_well, // of all experts' int8 by common scales
   dequantised_rows, dequantised_columns // of int8, multiplied out
 };
 
@@ -152,6 +160,8 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
       return joined_scale(weight, *scale);
     case Form::joined_sums:
       return row_sums(joined(weight, *scale));
+    case Form::joins_well:
+      return joins_well(weight, *scale);
     case Form::dequantised_rows:
       return weight * scale->unsqueeze(-1); // (E, s, d) * (E, s, 1)
     case Form::dequantised_columns:

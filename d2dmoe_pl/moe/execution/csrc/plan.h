@@ -20,25 +20,34 @@ struct Plan {
 inline Plan make_plan(
     const bool* mask, int64_t tokens, int64_t experts, int64_t threads, int64_t min_block, int64_t max_block) {
   Plan plan;
-  if (tokens >= threads * min_block) {
+  const auto deal = [&](int64_t blocks, int64_t groups) {
+    plan.blocks = blocks, plan.block = (tokens + blocks - 1) / blocks, plan.groups = groups;
+    plan.bounds.assign(groups + 1, experts);
+    plan.bounds[0] = 0;
+  };
+  const auto deal_tokens = [&] {
     const int64_t share = (tokens + threads - 1) / threads;
-    plan.blocks = threads * ((share + max_block - 1) / max_block);
-    plan.groups = 1;
-  } else {
-    plan.blocks = std::max<int64_t>(1, tokens / min_block);
-    plan.groups = std::min(experts, (threads + plan.blocks - 1) / plan.blocks);
+    deal(threads * ((share + max_block - 1) / max_block), 1);
+  };
+  if (threads == 1 || tokens >= threads * min_block) {
+    deal_tokens();
+    return plan;
   }
-  plan.block = (tokens + plan.blocks - 1) / plan.blocks;
-  plan.bounds.assign(plan.groups + 1, experts);
-  plan.bounds[0] = 0;
-  if (plan.groups == 1) return plan;
   constexpr int64_t kLoading = 4; // what loading an expert's weights costs, in tokens
   std::vector<int64_t> cost(experts + 1, 0); // of all experts before this one
+  int64_t most = 0;
   for (int64_t e = 0; e < experts; ++e) {
     int64_t count = 0;
     for (int64_t t = 0; t < tokens; ++t) count += mask[t * experts + e];
-    cost[e + 1] = cost[e] + (count > 0 ? count + kLoading : 0);
+    const int64_t own = count > 0 ? count + kLoading : 0;
+    cost[e + 1] = cost[e] + own, most = std::max(most, own);
   }
+  const int64_t blocks = std::max<int64_t>(1, tokens / min_block);
+  if (2 * most * threads > 3 * cost[experts] * blocks) { // the others would wait for the thread with that expert
+    deal_tokens();
+    return plan;
+  }
+  deal(blocks, std::min(experts, (threads + blocks - 1) / blocks));
   for (int64_t g = 1; g < plan.groups; ++g) {
     const int64_t target = cost[experts] * g / plan.groups;
     plan.bounds[g] = std::lower_bound(cost.begin(), cost.end(), target) - cost.begin();
