@@ -64,9 +64,11 @@ class ConvertedModel:
                 raise ValueError(f"{key}={value!r}: a converted model is loaded as it was saved; must be left out")
         model: Any = load_model(folder, dtype=None if dtype == "auto" else dtype)
         heads = cls.auto._model_mapping.get(type(model.config), ())
-        if cls.auto.__name__ == "AutoModel":
+        is_bare = cls.auto.__name__ == "AutoModel"
+        if is_bare:
             model = resolve_name("d2dmoe_pl.moe.base_model:without_head")(model)
-        elif not isinstance(model, heads):
+        has_head = "For" in type(model).__name__  # as transformers names them; some have no part without it
+        if not isinstance(model, heads) and (has_head or not is_bare):
             raise ValueError(f"{pretrained_model_name_or_path}: is a {type(model).__name__}, no {cls.auto.__name__}")
         if attention is not None:
             model.set_attn_implementation(attention)

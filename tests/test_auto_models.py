@@ -91,6 +91,13 @@ def test_another_head_is_refused(saved):
         transformers.AutoModelForQuestionAnswering.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", ["t5-text-to-text", "whisper", "clip", "siglip"])
+def test_what_has_no_part_without_its_head_is_refused(saved, kind):
+    model, folder = saved(kind)
+    with pytest.raises(ValueError, match=f"is a {type(model).__name__}, no AutoModel"):
+        transformers.AutoModel.from_pretrained(folder)
+
+
 def test_a_pipeline_runs_it(saved):
     model, folder = saved("bert")
     tiny.tokenizer(folder, "abcd", ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))

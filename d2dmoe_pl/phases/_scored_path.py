@@ -1,6 +1,7 @@
 """Costs and scores of a way down, on many samples: measured at some of its points, those between interpolated."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -12,6 +13,9 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.phases._beside_dense import BesideDense
 from d2dmoe_pl.phases._held_out import held_out, moved, summed
 from d2dmoe_pl.phases._phase import Phase
+
+UNEVEN = 0.02  # of a cost, by which what lies between two points may be off
+HALVINGS = 2  # of gaps in which it may be more
 
 
 def scored_path(phase: Phase, way: Sequence[Measured], rule: str, num_samples: int, num_points: int) -> BudgetPath:
@@ -32,10 +36,12 @@ def scored_path(phase: Phase, way: Sequence[Measured], rule: str, num_samples: i
     for number in (num_points - 3 * later, *[later] * 3):
         if steps := next_places(scores, len(way), number, task.higher_is_better):
             _measure(phase, way, steps, samples, sums, scores)
+    for _ in range(HALVINGS):
+        if steps := _uneven(_factors(sums, way), later):
+            _measure(phase, way, steps, samples, sums, scores)
     beside = _flops_outside(phase, batches)
     share_outside = beside / (beside + sums[0][2])  # of the dense model's
-    # costs on few samples are off by a factor that hardly changes from one point to the next
-    factors = {step: flops / dense / way[step].cost for step, (_, flops, dense, _) in sums.items()}
+    factors = _factors(sums, way)
     divergences = {step: divergence / weight for step, (divergence, _, _, weight) in sums.items()}
     points = []
     for step, each in enumerate(way):
@@ -52,6 +58,21 @@ def scored_path(phase: Phase, way: Sequence[Measured], rule: str, num_samples: i
         falling(points),
         task.is_share_of_samples,
     )
+
+
+def _factors(sums: Mapping[int, Sequence[float]], way: Sequence[Measured]) -> dict[int, float]:
+    """By what the costs of few samples are off: by what hardly changes from one point to the next, mostly."""
+    return {step: flops / dense / way[step].cost for step, (_, flops, dense, _) in sums.items()}
+
+
+def _uneven(factors: Mapping[int, float], most: int) -> list[int]:
+    """Halfway between points whose factors differ, as where cutoffs begin to count: those that differ most."""
+    gaps = [
+        (abs(factors[after] / factors[before] - 1), (before + after) // 2)
+        for before, after in pairwise(sorted(factors))
+        if after - before > 1
+    ]
+    return [place for difference, place in sorted(gaps, reverse=True)[:most] if difference > UNEVEN]
 
 
 def _measure(

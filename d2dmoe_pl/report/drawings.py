@@ -176,14 +176,13 @@ def pictures(samples: Sequence[SampleCompute]) -> Figure:
     """Pictures, each beside the share of experts that its patches run."""
     rows = len(samples)
     figure, axes = _figure(1.7 * ceil(rows / 3), 6, ceil(rows / 3))
-    largest = max(max(sample.shares) for sample in samples)
+    largest = max(np.max(sample.shares) for sample in samples)
     for axis in axes.flat:
         axis.set_axis_off()
     for (one, other), sample in zip(axes.reshape(-1, 2), samples, strict=False):
         assert sample.picture is not None
         one.imshow(sample.picture.numpy(), cmap="gray")
-        side = round(len(sample.shares) ** 0.5)
-        grid = np.array(sample.shares).reshape(side, side)
+        grid = np.array(sample.shares)  # (rows, columns)
         other.imshow(100 * grid, cmap="magma", vmin=0, vmax=100 * largest)
         one.set_title(sample.said, fontsize=7, loc="left", parse_math=False)  # a label may have any signs
         other.set_title(f"{100 * grid.mean():.1f}% of experts", fontsize=7, loc="left")

@@ -18,6 +18,7 @@ from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases import Phase
 
 ENOUGH_TOKENS = 8192  # to tell how busy experts are
+MOST_BESIDE = 16  # tokens of a picture that are no patches, such as those for the class, and registers
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,13 @@ class SampleCompute:
     Attributes:
         words: Its tokens as text; empty for a picture.
         picture: ``(H, W)`` or ``(H, W, 3)`` in [0, 1]; None for a text.
-        shares: Of experts that each token runs, mean over layers; in a picture, of its patches, row by row.
+        shares: Of experts that each token runs, mean over layers; in a picture, rows of those of its patches.
         said: What the model says of it, and its label, where both have names.
     """
 
     words: Sequence[str]
     picture: Tensor | None
-    shares: Sequence[float]
+    shares: Sequence[Any]
     said: str
 
 
@@ -122,7 +123,11 @@ def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Sequence[Tenso
             ids = ids if mask is None else ids[mask[index].bool()]
             words = list(data.tokenizer.convert_ids_to_tokens(ids.tolist()))
         elif "pixel_values" in batch:
-            picture, own = _picture(batch["pixel_values"][index]), _patches(own)
+            pixels = batch["pixel_values"][index]
+            found_patches = patches(own, *pixels.shape[-2:])
+            if found_patches is None:
+                continue
+            picture, own = _picture(pixels), found_patches
         found.append(SampleCompute(words, picture, own.tolist(), _said(phase, batch, logits, index)))
     return [sample for sample in found if sample.words or sample.picture is not None]
 
@@ -144,7 +149,25 @@ def _picture(pixels: Tensor) -> Tensor:
     return seen[0] if len(seen) != 3 else seen.permute(1, 2, 0)
 
 
-def _patches(shares: Tensor) -> Tensor:
-    """The shares of those tokens that are patches, which are a square number and come last."""
-    side = int(len(shares) ** 0.5)
-    return shares[len(shares) - side * side :]
+def patches(shares: Tensor, height: int, width: int) -> Tensor | None:
+    """The shares of those tokens that are patches of a picture, ``(rows, columns)``.
+
+    Args:
+        shares: Of all tokens ``(L,)``, of which patches come last.
+        height: Of the picture.
+        width: Of the picture.
+
+    Returns:
+        Those of as many square patches as there can be; None where that would leave more tokens than classes and
+        registers have.
+    """
+    side = next((side for side in range(1, min(height, width) + 1) if _fits(side, len(shares), height, width)), None)
+    if side is None:
+        return None
+    rows, columns = height // side, width // side
+    return shares[len(shares) - rows * columns :].unflatten(0, (rows, columns))
+
+
+def _fits(side: int, tokens: int, height: int, width: int) -> bool:
+    is_whole = height % side == 0 and width % side == 0
+    return is_whole and 0 <= tokens - height // side * (width // side) <= MOST_BESIDE

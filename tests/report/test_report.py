@@ -26,7 +26,7 @@ from d2dmoe_pl.phases import BudgetCalibration
 from d2dmoe_pl.report.drawings import as_svg, layers, loads, pictures, shortened
 from d2dmoe_pl.report.findings import Findings, PhaseFinding
 from d2dmoe_pl.report.page import as_markdown, commands
-from d2dmoe_pl.report.single_samples import SampleCompute, _patches, expert_loads, single_samples
+from d2dmoe_pl.report.single_samples import SampleCompute, expert_loads, patches, single_samples
 from d2dmoe_pl.report.writing import write_report
 
 pytestmark = pytest.mark.drawn
@@ -225,13 +225,16 @@ def test_no_predictions_are_promised_of_what_writes_none(trainer, tmp_path, monk
 
 
 def test_patches_come_last():
-    assert _patches(torch.arange(5.0)).tolist() == [1, 2, 3, 4]
-    assert len(_patches(torch.arange(18.0))) == 16
+    assert patches(torch.arange(5.0), 8, 8).tolist() == [[1, 2], [3, 4]]
+    assert patches(torch.arange(18.0), 16, 16).shape == (4, 4)
+    assert patches(torch.arange(9.0), 8, 8).tolist() == [[5, 6], [7, 8]]  # behind a class and four registers
+    assert patches(torch.arange(33.0), 16, 32).tolist() == torch.arange(1.0, 33).view(4, 8).tolist()
+    assert patches(torch.arange(40.0), 7, 11) is None
 
 
 @pytest.mark.parametrize("said", ["#$ & up (label: $x)", "1{ and $", "a\\x $1 $2"])
 def test_labels_may_have_signs_that_mean_something_to_who_draws(said):
-    sample = SampleCompute([], torch.rand(4, 4), [0.1, 0.2, 0.3, 0.4], said)
+    sample = SampleCompute([], torch.rand(4, 4), [[0.1, 0.2], [0.3, 0.4]], said)
     assert as_svg(pictures([sample])).startswith("<svg")
 
 
