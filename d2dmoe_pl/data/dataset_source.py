@@ -281,6 +281,12 @@ def _is_path(where: str) -> bool:
 
 def check_columns(splits: Mapping[str, Dataset], columns: Mapping[str, str]) -> None:
     """Raise ``ConfigError`` unless every split has the columns; ``columns`` maps argument names to column names."""
+    labelled = next((columns[argument] for argument in ("label_column", "labels_column") if argument in columns), None)
+    for argument, column in columns.items():
+        check(
+            column != "labels" or labelled in (None, "labels"),
+            f"{argument}={column!r}: is what the labels are kept as; must be renamed",
+        )
     for name, split in splits.items():
         for argument, column in columns.items():
             check(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from table_files import ROWS, source, table
 
-from d2dmoe_pl.data import GLUE, TextClassification, TextRegression
+from d2dmoe_pl.data import GLUE, DatasetSource, TextClassification, TextRegression
 from d2dmoe_pl.data.class_labels import encode_labels
 from d2dmoe_pl.data.output_names import places, renumbered
 from d2dmoe_pl.data.task import Classification
@@ -268,3 +268,14 @@ def test_one_class_only_whatever_names_there_are():
     splits = {"train": labelled([0] * 9, ["neg", "pos"]), "test": labelled([0], ["neg", "pos"])}
     with pytest.raises(ConfigError, match="label_column='label': has one class only, neg; must have two at least"):
         encode_labels(splits, "label")
+
+
+def test_texts_in_a_column_that_is_called_as_labels_are_kept(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("labels,mood\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(9)))
+    where = DatasetSource(train=str(file), validation=None, test=None, held_out=0.3)
+    data = TextClassification(where, "tokenizer", text_columns=["labels"], label_column="mood")
+    with pytest.raises(
+        ConfigError, match=r"text_columns\[0\]='labels': is what the labels are kept as; must be renamed"
+    ):
+        data.load()
