@@ -101,7 +101,7 @@ def test_what_is_not_chosen_is_not_seen(threads):
     ("sizes", "density", "at_once"),
     [
         ({"num_experts": 128, "expert_dim": 12}, 0.95, True),
-        ({"num_experts": 192, "expert_dim": 3, "gated": True, "activation": "silu"}, 0.6, True),
+        ({"num_experts": 192, "expert_dim": 3, "gated": True, "activation": "silu"}, 0.95, True),
         ({"num_experts": 64, "expert_dim": 32, "activation": "gelu", "d_out": 70}, 1.0, True),
         ({"num_experts": 64, "expert_dim": 33, "bias": False}, 1.0, True),
         ({"num_experts": 16, "expert_dim": 128}, 0.05, False),
@@ -134,10 +134,10 @@ def test_int8_that_is_not_chosen_is_not_seen(threads):
     torch.set_num_threads(threads)
     try:
         got = int8(tokens, mask)
+        int8.up_bias[::2] = 0.0
+        assert torch.equal(got, int8(tokens, mask))
     finally:
         torch.set_num_threads(before)
-    int8.up_bias[::2] = 0.0
-    torch.testing.assert_close(got, int8(tokens, mask), rtol=0, atol=0)
 
 
 @torch.no_grad()
