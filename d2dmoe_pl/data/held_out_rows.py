@@ -33,7 +33,8 @@ def held_out(train: Dataset, name: str, share: float, seed: int, together: str |
 
 
 def _held_out_together(train: Dataset, name: str, share: float, seed: int, column: str) -> dict[str, Dataset]:
-    _, groups, sizes = np.unique(np.asarray(train[column], dtype=object), return_inverse=True, return_counts=True)
+    values = [str(value) for value in train[column]]  # whatever they are: those that may not be are refused later
+    _, groups, sizes = np.unique(values, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(sizes))
     number = int(np.searchsorted(np.cumsum(sizes[order]), share * len(train))) + 1  # of groups, as few as are enough
     check(

@@ -230,6 +230,8 @@ def test_rows_that_are_held_out_together():
     assert not set(parts["train"]["context"]) & set(parts["test"]["context"])
     again = held_out(Dataset.from_dict(rows), "test", 0.1, 0, "context")
     assert again["test"]["question"] == parts["test"]["question"]
+    odd = held_out(Dataset.from_dict({"context": ["a", None, "b", None]}), "test", 0.1, 0, "context")
+    assert sorted(map(len, odd.values())) in ([1, 3], [2, 2])
     assert held_out(Dataset.from_dict(rows), "test", 0.1, 1, "context")["test"]["question"] != parts["test"]["question"]
     with pytest.raises(ConfigError, match=r"test=None: .* whose 1 different values in 'context' are too few for the"):
         held_out(Dataset.from_dict({"context": ["one"] * 9}), "test", 0.1, 0, "context")
