@@ -20,6 +20,13 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(is_sharded_tensor, model.parameters()))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` without gradients, gathered if it is sharded, which every process must ask for at once."""
+    values: Any = tensor.detach()
+    gathered: Tensor = values.full_tensor() if is_sharded_tensor(values) else values
+    return gathered
+
+
 def whole_on_cpu(tensor: Tensor, wanted: bool = True) -> Tensor | None:
     """The values of ``tensor`` on the CPU; of a sharded one every process must ask at once.
 
@@ -27,9 +34,7 @@ def whole_on_cpu(tensor: Tensor, wanted: bool = True) -> Tensor | None:
         tensor: Whole or sharded.
         wanted: Whether this process keeps it; None is given where it does not.
     """
-    values: Any = tensor.detach()
-    if is_sharded_tensor(values):
-        values = values.full_tensor()
+    values = whole(tensor)
     return values.cpu() if wanted else None
 
 
@@ -60,9 +65,6 @@ def without_gathering(model: nn.Module) -> Iterator[None]:
 def is_finite(values: Tensor) -> bool:
     """Whether all numbers are finite; of a sharded tensor every process must ask at once, and is told the same."""
     # a sum that is finite says it at no cost of memory; one that is not can also have overflown
-    total: Any = values.sum(dtype=torch.float32)
-    total = total.full_tensor() if is_sharded_tensor(total) else total
-    if bool(torch.isfinite(total)):
+    if bool(torch.isfinite(whole(values.sum(dtype=torch.float32)))):
         return True
-    whole: Any = values
-    return bool(torch.isfinite(whole.full_tensor() if is_sharded_tensor(whole) else whole).all())
+    return bool(torch.isfinite(whole(values)).all())

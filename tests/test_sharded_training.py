@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.phase_cli import PhaseCLI
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 TWO = ["trainer.devices=2", "trainer.strategy=fsdp2", "data.init_args.batch_size=4"]
+BESIDE = [TWO[0], "trainer.strategy=ddp", TWO[2]]  # two processes, each with the whole model
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 # documents of 25 tokens; of the 41 blocks to validate on, processes have 20 and 21, which are 5 and 6 batches of 4
 SIZES = (("train", 40), ("validation", 20))
@@ -53,8 +55,8 @@ def write(folder, phases):
     return str(file)
 
 
-def phase(class_path, callbacks=(), **settings):
-    made = {"model": {"class_path": class_path, "init_args": {**COURSE, **settings}}}
+def phase(class_path, callbacks=(), course=COURSE, **settings):
+    made = {"model": {"class_path": class_path, "init_args": {**course, **settings}}}
     return {**made, "trainer": {"callbacks": list(callbacks)}} if callbacks else made
 
 
@@ -75,6 +77,14 @@ def assert_same(one, two):
 def dense(tmp_path):
     save_artifact(tiny.dense(LLAMA), tmp_path / "dense", [PhaseRecord("FineTuning")])
     return str(tmp_path / "dense")
+
+
+@pytest.fixture
+def experts(tmp_path):
+    model = tiny.dense(LLAMA)
+    convert_to_moe_(model, ExpertsConfig(8))
+    save_artifact(model, tmp_path / "experts", [PhaseRecord("ExpertClustering")])
+    return str(tmp_path / "experts")
 
 
 @pytest.fixture
@@ -112,8 +122,11 @@ def test_recovery_tuning(tmp_path, routed):
 
 
 @pytest.mark.thorough
-def test_a_training_goes_on_from_its_checkpoint(tmp_path, dense):
-    recipe = write(tmp_path, {"tuning": phase("FineTuning", init_from=dense)})
+@pytest.mark.parametrize("class_path", ["FineTuning", "RouterRegression"])
+def test_a_training_goes_on_from_its_checkpoint(tmp_path, dense, experts, class_path):
+    recipe = write(
+        tmp_path, {"tuning": phase(class_path, init_from=experts if class_path == "RouterRegression" else dense)}
+    )
     command = ["fit", f"--config={recipe}:tuning"]
     two = [f"--{setting}" for setting in TWO]
     main([*command, f"--trainer.default_root_dir={tmp_path / 'one'}"])
@@ -123,11 +136,40 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path, dense):
     assert_same(*(tmp_path / name / "lightning_logs" / "version_0" for name in ("one", "two")))
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])  # gated; transposed weights; gate and up in one
+@pytest.mark.parametrize("routers", [phase("RouterRegression", width=8), phase("ExpertSelection", k=3)])
+def test_clustering_and_routers(tmp_path, family, routers):
+    kind = f"{family}-causal-language-modeling"
+    save_artifact(tiny.dense(kind), tmp_path / "dense", [PhaseRecord("FineTuning")])
+    experts = phase("ExpertClustering", course={}, init_from=str(tmp_path / "dense"), num_experts=8, num_samples=32)
+    recipe = write(tmp_path, {"experts": experts, "routers": routers})
+    run(arguments(recipe, tmp_path / "beside", "--set", *BESIDE))
+    assert run(arguments(recipe, tmp_path / "two", "--set", *TWO)).count("Finished. The model:") == 1
+    for name in ("experts", "routers"):
+        assert_same(tmp_path / "beside" / name, tmp_path / "two" / name)
+    # what was clustered is the model's: it computes what it did before
+    model, dense = (load_model(path) for path in (tmp_path / "two" / "experts" / "artifact", tmp_path / "dense"))
+    inputs = tiny.batch(kind)
+    computed, before = (tiny.logits_of_tokens(each.eval(), inputs) for each in (model, dense))
+    torch.testing.assert_close(computed, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("router", ["ground_truth", "similarity"])  # which read experts' weights
+def test_selection_by_routers_that_are_not_trained(tmp_path, experts, router):
+    selection = phase("ExpertSelection", init_from=experts, k=3, router=router)
+    recipe = write(tmp_path, {"selection": selection})
+    main(arguments(recipe, tmp_path / "one"))
+    run(arguments(recipe, tmp_path / "two", "--set", *TWO))
+    assert_same(tmp_path / "one" / "selection", tmp_path / "two" / "selection")
+
+
 @pytest.mark.parametrize(
     ("class_path", "strategy", "said"),
     [
-        ("ExpertClustering", "fsdp2", r"strategy=fsdp2: ExpertClustering needs the model whole in every process"),
-        ("RouterRegression", "fsdp2", r"strategy=fsdp2: RouterRegression needs the model whole in every process"),
+        ("BudgetCalibration", "fsdp2", r"strategy=fsdp2: BudgetCalibration needs the model whole in every process"),
+        ("StandInFitting", "fsdp2", r"strategy=fsdp2: StandInFitting needs the model whole in every process"),
         (
             "FineTuning",
             '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}',
@@ -136,10 +178,7 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path, dense):
     ],
 )
 def test_what_cannot_be_sharded_is_said_before_anything_starts(tmp_path, dense, class_path, strategy, said):
-    settings = {"num_experts": 8} if class_path == "ExpertClustering" else {}
-    recipe = write(
-        tmp_path, {"only": {"model": {"class_path": class_path, "init_args": {"init_from": dense, **settings}}}}
-    )
+    recipe = write(tmp_path, {"only": phase(class_path, course={}, init_from=dense)})
     with pytest.raises(ConfigError, match=said):
         PhaseCLI(["--config", yaml_of(recipe), f"--trainer.strategy={strategy}"], run=False)
 

@@ -7,7 +7,6 @@ raises ``ConfigError`` if it finds none.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -103,6 +102,14 @@ def convert_to_moe_(
         >>> type(model.transformer.h[0].mlp).__name__
         'MoELayer'
     """
+    for _ in convert_each_(model, config, filter_fn, assignments):
+        pass
+
+
+def convert_each_(
+    model: nn.Module, config: ExpertsConfig, filter_fn: FilterFn | None, assignments: Mapping[str, Tensor] | None
+) -> Iterator[MoELayer]:
+    """As :func:`convert_to_moe_`, giving each layer once it is in its place, before the next FFN is read."""
     adapter = adapter_for(model)
     ffns = select_ffns(model, filter_fn)
     numbers = [config.num_for(ffn) for ffn in ffns]
@@ -119,6 +126,7 @@ def convert_to_moe_(
             model.set_submodule(ffn.name, layer)
         else:
             adapter.put_(model, ffn, layer)
+        yield layer
     adapter.mark_converted_(model)
 
 
@@ -279,21 +287,3 @@ def set_backend_(model: nn.Module, backend: str, filter_fn: LayerFilterFn | None
         for module in layer.experts.modules():  # of experts that are trained whole, PEFT has a copy each
             if isinstance(module, Experts):
                 module.set_backend(backend)
-
-
-def restore_moe_(model: nn.Module, name: str, made: Mapping[str, Any]) -> None:
-    """Give the dense FFN ``name`` the structure that :meth:`MoELayer.describe` recorded."""
-
-    def this(_: object, candidate: str) -> bool:
-        return candidate == name
-
-    convert_to_moe_(model, ExpertsConfig(made["num_experts"]), this)
-    set_backend_(model, made["backend"], this)
-    if made["router"] is not None:
-        add_routers_(model, RouterConfig(**made["router"]), this)
-    if made["gate"] is not None:
-        set_gate_(model, GateConfig(**made["gate"]), this)
-    if "stand_in" in made:
-        add_stand_ins_(model, StandInConfig(**made["stand_in"]), this)
-    if "cutoffs" in made:
-        add_cutoffs_(model, CutoffConfig(**made["cutoffs"]), this)

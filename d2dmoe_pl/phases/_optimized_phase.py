@@ -13,6 +13,7 @@ from d2dmoe_pl.adapters import ModelSource
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.phases._phase import Phase
 from d2dmoe_pl.phases._schedule import TrainingSchedule
+from d2dmoe_pl.phases._sharding import average_gradients_
 from d2dmoe_pl.phases._slow_types import say_if_slow
 
 OptimizerFactory = Callable[[Iterable], torch.optim.Optimizer]
@@ -83,6 +84,7 @@ class OptimizedPhase(Phase):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._placed_schedule()
+        average_gradients_(self)
         if not self._was_trained:
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
             self._was_trained = any(parameter.grad is not None for parameter in parameters)

@@ -50,6 +50,7 @@ class Phase(ExactTypes):
         makes_head: Whether a source's model gets a new head where its own is for other labels.
         takes_samples_in_order: Whether it is fitted on training samples in order and unaugmented.
         can_be_sharded: Whether it can work with a model whose parameters are parted among processes.
+        kept_whole: Kinds of modules that it trains beside a frozen model, which every process has whole then.
         leaves: Names of the tensor files that its artifact has beside the weights; :meth:`tensors` gives them.
         finds_budgets: Whether it leaves a model that knows budgets.
         model: The network, once made.
@@ -74,6 +75,7 @@ class Phase(ExactTypes):
     takes_samples_in_order: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
     can_be_sharded: ClassVar[bool] = False
+    kept_whole: ClassVar[tuple[type[nn.Module], ...]] = ()
     finds_budgets: ClassVar[bool] = False
     model: nn.Module
     task: Task

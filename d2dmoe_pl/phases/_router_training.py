@@ -20,7 +20,7 @@ from d2dmoe_pl.moe.conversion import add_routers_, set_gate_
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.layer import observed
-from d2dmoe_pl.moe.routers import RouterConfig
+from d2dmoe_pl.moe.routers import Router, RouterConfig
 from d2dmoe_pl.notices import notice
 from d2dmoe_pl.phases._optimized_phase import OptimizedPhase, freeze_
 from d2dmoe_pl.phases._repeated_layers import mean_over_runs
@@ -48,6 +48,8 @@ class RouterTraining(OptimizedPhase):
 
     starts_from = "experts"
     ends_at = "routed"
+    can_be_sharded = True
+    kept_whole = (Router,)
 
     def __init__(self, router: RouterConfig, gate: GateConfig, cache_memory: int = 2048, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,5 +1,6 @@
 """A model that is parted among processes while it is trained, block by block: FSDP2."""
 
+from collections.abc import Sequence
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,28 @@ def shard_(model: nn.Module, phase: "Phase") -> None:
     """
     if not shares_model(phase):
         return
+    kept_whole = [module for module in model.modules() if isinstance(module, phase.kept_whole)]
+    shard_over_(model, *_mesh_and_type(phase), kept_whole)
+
+
+def shard_layer_(layer: nn.Module, phase: "Phase") -> None:
+    """The same of one layer, before :func:`shard_` does the rest of the model that it is in."""
+    _fully_shard_(layer, *_mesh_and_type(phase))
+
+
+@torch.no_grad()
+def average_gradients_(phase: "Phase") -> None:
+    """Let the parameters that every process has whole have the mean of all processes' gradients, before a step."""
+    if not shares_model(phase):
+        return
+    for module in (each for each in phase.model.modules() if isinstance(each, phase.kept_whole)):
+        for parameter in (each for each in module.parameters() if each.requires_grad):
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = phase.trainer.strategy.reduce(own, reduce_op="mean")
+
+
+def _mesh_and_type(phase: "Phase") -> tuple[Any, torch.dtype | None]:
+    """The processes that a model is parted among, and what a block's parameters are cast to as they become whole."""
     check(
         phase.task.most_written == 0,
         f"strategy={FSDP2}: allowed only where no answers are written, which takes processes different numbers of "
@@ -91,10 +114,12 @@ def shard_(model: nn.Module, phase: "Phase") -> None:
     )
     strategy: Any = phase.trainer.strategy
     mixed = strategy.precision_plugin.precision == "bf16-mixed"
-    shard_over_(model, strategy.device_mesh["data_parallel"], torch.bfloat16 if mixed else None)
+    return strategy.device_mesh["data_parallel"], torch.bfloat16 if mixed else None
 
 
-def shard_over_(model: nn.Module, mesh: Any, gathered_in: torch.dtype | None = None) -> None:
+def shard_over_(
+    model: nn.Module, mesh: Any, gathered_in: torch.dtype | None = None, kept_whole: Sequence[nn.Module] = ()
+) -> None:
     """Part the parameters of ``model`` over the processes of a ``DeviceMesh``, those of each block together.
 
     Args:
@@ -102,22 +127,26 @@ def shard_over_(model: nn.Module, mesh: Any, gathered_in: torch.dtype | None = N
         mesh: Of one dimension.
         gathered_in: What a block's parameters are cast to as they become whole, and it computes in; their own type if
             not given. Autocast would do so to whole ones, and keep every copy for the backward pass.
+        kept_whole: Modules that every process is to have whole.
     """
     layers = [*(ffn.name for ffn in adapter_for(model).ffns(model)), *expert_layers(model)]
     names = dict.fromkeys(name for name in (block_of(layer, model) for layer in layers) if name is not None)
     for part in dict.fromkeys([*(model.get_submodule(name) for name in names), model]):
-        _fully_shard_(part, mesh, gathered_in)
+        _fully_shard_(part, mesh, gathered_in, kept_whole)
     for module in model.modules():
-        if isinstance(module, (Experts, Router)):
+        if isinstance(module, (Experts, Router)) and module not in kept_whole:
             module.is_gathered = True
 
 
-def _fully_shard_(module: nn.Module, mesh: Any, gathered_in: torch.dtype | None) -> None:
+def _fully_shard_(
+    module: nn.Module, mesh: Any, gathered_in: torch.dtype | None, kept_whole: Sequence[nn.Module] = ()
+) -> None:
     original = type(module)
+    ignored = {parameter for kept in kept_whole for parameter in kept.parameters()}
     # after each pass, of the outermost module too: what reads or sets parameters between steps finds them all sharded
     fsdp = resolve_name("torch.distributed.fsdp")
     policy = fsdp.MixedPrecisionPolicy(param_dtype=gathered_in, reduce_dtype=gathered_in and torch.float32)
-    fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+    fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=ignored)
     made = type(module)  # a subclass of the original, whose name is what artifacts and messages say
     made.__name__, made.__qualname__, made.__module__ = (
         original.__name__,

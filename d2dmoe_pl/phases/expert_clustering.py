@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import FFN, ModelSource, adapter_for
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
-from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_each_, convert_to_moe_
 from d2dmoe_pl.moe.experts.activation_watching import watched_activations
 from d2dmoe_pl.moe.find_layers import select_ffns
 from d2dmoe_pl.moe.splitting import SPLITS, CountedTokens, fired
 from d2dmoe_pl.moe.splitting._several_ffns import split_each
 from d2dmoe_pl.phases._ordered_pass import OrderedPass
+from d2dmoe_pl.phases._sharding import shard_, shard_layer_, shares_model
+from d2dmoe_pl.phases._teacher import on_same_memory
 
 
 class ExpertClustering(OrderedPass):
@@ -44,6 +46,7 @@ class ExpertClustering(OrderedPass):
     """
 
     ends_at = "experts"
+    can_be_sharded = True
 
     def __init__(
         self,
@@ -68,15 +71,28 @@ class ExpertClustering(OrderedPass):
         self.profile_dim = profile_dim
         self.seed = seed
         self._assignments: Mapping[str, Tensor] | None = None  # of neurons to experts, once they are known
+        self._whole: list[nn.Module] = []  # the model before it was parted among processes, where it is
 
     def transform_(self, model: nn.Module) -> None:
         for ffn in select_ffns(model, self._is_converted):
             self.config.num_for(ffn)
+        if not next(model.parameters()).is_meta and shares_model(self):
+            self._whole = [on_same_memory(model)]
 
     def finish_(self, model: nn.Module) -> None:
-        convert_to_moe_(model, self.config, self._is_converted, assignments=self._assignments)
+        if not self._whole:
+            convert_to_moe_(model, self.config, self._is_converted, assignments=self._assignments)
+            return
+        converted = self._whole.pop().eval()  # FSDP2 could not let go of the FFNs that it has parted
+        for layer in convert_each_(converted, self.config, self._is_converted, self._assignments):
+            shard_layer_(layer, self)
+        shard_(converted, self)
+        self.model = converted
 
     def begin(self) -> None:
+        for model in self._whole:
+            with adapter_for(model).exact_buffers(model):
+                self.trainer.precision_plugin.convert_module(model)
         self._ffns = select_ffns(self.model, self._is_converted)
         nothing = CountedTokens((), self.profile_dim, self.seed, self.device)
         self._sums = {
@@ -138,6 +154,7 @@ class ExpertClustering(OrderedPass):
         }
         assignments: dict[str, Tensor] = {}
         if self.trainer.is_global_zero:
+            ffns = select_ffns(self._whole[0], self._is_converted) if self._whole else self._ffns
             arguments = (
                 (
                     ffn.input_weight.detach().cpu(),
@@ -145,10 +162,10 @@ class ExpertClustering(OrderedPass):
                     self.config.num_for(ffn),
                     self.seed,
                 )
-                for ffn in self._ffns
+                for ffn in ffns
             )
-            given = split_each(self.split, arguments, len(self._ffns))
+            given = split_each(self.split, arguments, len(ffns))
             is_quiet = not self.trainer.progress_bar_callback
-            shown = track(given, "Clustering neurons", len(self._ffns), disable=is_quiet)
-            assignments = {ffn.name: assignment for ffn, assignment in zip(self._ffns, shown, strict=True)}
+            shown = track(given, "Clustering neurons", len(ffns), disable=is_quiet)
+            assignments = {ffn.name: assignment for ffn, assignment in zip(ffns, shown, strict=True)}
         return self.trainer.strategy.broadcast(assignments)

@@ -9,6 +9,7 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig
 from d2dmoe_pl.moe.routers import RouterConfig, Target, gram_matrices, router_targets
 from d2dmoe_pl.phases._router_training import RouterTraining
+from d2dmoe_pl.sharded_tensors import whole
 
 
 class RouterRegression(RouterTraining):
@@ -54,7 +55,7 @@ class RouterRegression(RouterTraining):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._grams = {name: gram_matrices(layer.experts.down_weight) for name, layer in self._layers.items()}
+        self._grams = {name: gram_matrices(whole(layer.experts.down_weight)) for name, layer in self._layers.items()}
 
     def targets(self, name: str, hidden: Tensor) -> Tensor:
         return router_targets(self.router_config.target, hidden, self._grams[name])
