@@ -57,6 +57,11 @@ def check_strategy(phase: "Phase", strategy: Strategy) -> None:
         f"strategy={name}: {type(phase).__name__} needs the model whole in every process; must be auto or ddp",
     )
     check(is_ours or is_deepspeed, f"strategy={name}: must be {FSDP2}, which parts a model as phases can save it")
+    trains_model = not phase.kept_whole and not phase.takes_samples_in_order
+    check(
+        is_ours or trains_model,
+        f"strategy={name}: {type(phase).__name__} has no gradients of the model to share; must be auto, ddp or {FSDP2}",
+    )
     precision = strategy.precision_plugin.precision if is_ours else None
     check(
         precision is None or precision in PRECISIONS,
@@ -72,8 +77,8 @@ def parts_models(strategy: Strategy | None) -> bool:
 
 
 def shares_model(phase: "Phase") -> bool:
-    """Whether the trainer of ``phase`` parts its model among processes."""
-    return parts_models(phase.trainer.strategy)
+    """Whether ``phase`` has a trainer, and this parts its model among processes."""
+    return phase._trainer is not None and parts_models(phase._trainer.strategy)
 
 
 def shard_(model: nn.Module, phase: "Phase") -> None:

@@ -14,7 +14,7 @@ from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import flops_outside_ffns
 from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.find_layers import expert_layers
-from d2dmoe_pl.phases import ExpertClustering, FineTuning
+from d2dmoe_pl.phases import ExpertClustering, FineTuning, RouterRegression, StandInFitting
 from d2dmoe_pl.phases._sharding import FSDP2, FullyShardedStrategy, check_strategy, shard_over_
 from d2dmoe_pl.sharded_tensors import is_sharded, is_sharded_tensor, sharded_like, whole_on_cpu
 
@@ -114,13 +114,18 @@ def test_strategies():
     deepspeed = {stage: DeepSpeedStrategy.__new__(DeepSpeedStrategy) for stage in (2, 3)}  # it need not be installed
     for stage, strategy in deepspeed.items():
         strategy.config = {"zero_optimization": {"stage": stage}}
-    tuning, clustering = FineTuning(init_from="x"), ExpertClustering(4, init_from="x")
+    tuning, fitting = FineTuning(init_from="x"), StandInFitting(init_from="x")
     for strategy in (FullyShardedStrategy(), deepspeed[2], DDPStrategy()):
         check_strategy(tuning, strategy)
-    check_strategy(clustering, DDPStrategy())
+    check_strategy(fitting, DDPStrategy())
     for strategy in (FullyShardedStrategy(), FSDPStrategy(), *deepspeed.values()):
-        with pytest.raises(ConfigError, match=r"strategy=\w+: ExpertClustering needs the model whole in every process"):
-            check_strategy(clustering, strategy)
+        with pytest.raises(ConfigError, match=r"strategy=\w+: StandInFitting needs the model whole in every process"):
+            check_strategy(fitting, strategy)
+    for phase in (ExpertClustering(4, init_from="x"), RouterRegression(init_from="x")):
+        for strategy in (FullyShardedStrategy(), DDPStrategy()):
+            check_strategy(phase, strategy)
+        with pytest.raises(ConfigError, match=rf"{type(phase).__name__} has no gradients of the model to share; must"):
+            check_strategy(phase, deepspeed[2])
     with pytest.raises(ConfigError, match=r"strategy=fsdp: must be fsdp2, which parts a model as phases can save it"):
         check_strategy(tuning, FSDPStrategy())
     half = FullyShardedStrategy()
