@@ -15,6 +15,7 @@ from d2dmoe_pl.cli import main
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
 from d2dmoe_pl.phase_cli import PhaseCLI
+from d2dmoe_pl.phases._accumulated_gradients import GRADIENTS
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -132,6 +133,25 @@ def test_a_training_goes_on_from_its_checkpoint(tmp_path, dense, experts, class_
     main([*command, f"--trainer.default_root_dir={tmp_path / 'one'}"])
     run([*command, *two, f"--trainer.default_root_dir={tmp_path / 'half'}", "--trainer.max_epochs=1"])
     (checkpoint,) = (tmp_path / "half").rglob("last.ckpt")
+    run([*command, *two, f"--trainer.default_root_dir={tmp_path / 'two'}", f"--ckpt_path={checkpoint}"])
+    assert_same(*(tmp_path / name / "lightning_logs" / "version_0" for name in ("one", "two")))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("strategy", [BESIDE, TWO])
+@pytest.mark.parametrize("class_path", ["FineTuning", "RouterRegression"])
+def test_a_training_goes_on_between_two_steps(tmp_path, dense, experts, class_path, strategy):
+    """Steps are of three batches, and validations after four leave a checkpoint."""
+    each = {**BEST, "init_args": {**BEST["init_args"], "save_top_k": -1}}
+    settings = {"init_from": experts, "cache_memory": 0} if class_path == "RouterRegression" else {"init_from": dense}
+    recipe = write(tmp_path, {"tuning": phase(class_path, [each], **settings)})
+    often = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4"]
+    command = ["fit", f"--config={recipe}:tuning", *often]
+    two = [f"--{setting}" for setting in strategy]
+    main([*command, f"--trainer.default_root_dir={tmp_path / 'one'}"])
+    run([*command, *two, f"--trainer.default_root_dir={tmp_path / 'half'}", "--trainer.max_epochs=1"])
+    (checkpoint,) = (tmp_path / "half").rglob("epoch=0-step=1.ckpt")
+    assert GRADIENTS in torch.load(checkpoint, weights_only=True)
     run([*command, *two, f"--trainer.default_root_dir={tmp_path / 'two'}", f"--ckpt_path={checkpoint}"])
     assert_same(*(tmp_path / name / "lightning_logs" / "version_0" for name in ("one", "two")))
 

@@ -16,6 +16,7 @@ from d2dmoe_pl.data.task import Batch, Task
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
+from d2dmoe_pl.phases._accumulated_gradients import AccumulatedGradients
 from d2dmoe_pl.phases._best_checkpoint import BestEpoch, find_moved_, restore_best_
 from d2dmoe_pl.phases._exact_averages import ExactAverages
 from d2dmoe_pl.phases._exact_types import ExactTypes
@@ -205,7 +206,7 @@ class Phase(ExactTypes):
         shard_(self.model, self)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [SeededCourse(), ExactAverages()]
+        return [SeededCourse(), ExactAverages(), AccumulatedGradients()]
 
     def on_train_end(self) -> None:
         self._layers_over_steps.draw(self.loggers, self.global_step, is_last=True)

@@ -129,6 +129,12 @@ def steps_of(trainer: L.Trainer, epochs: int) -> int:
     return sum(max(0, min(end, epochs) - begin) * math.ceil(batches / accumulated[begin]) for begin, end in spans)
 
 
+def accumulated_in(trainer: L.Trainer, epoch: int) -> int:
+    """Batches whose gradients are accumulated for a step in an epoch."""
+    accumulated = _accumulated(trainer)
+    return accumulated[max(begin for begin in accumulated if begin <= epoch)]
+
+
 def _accumulated(trainer: L.Trainer) -> dict[int, int]:
     """Batches whose gradients are accumulated for a step, by the epoch from which on so many are."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined] # Lightning sets it

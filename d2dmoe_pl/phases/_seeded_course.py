@@ -6,6 +6,7 @@ import lightning as L
 
 from d2dmoe_pl.data.epoch_order import folded, seed_generators
 from d2dmoe_pl.phases._callback_checks import check_callbacks
+from d2dmoe_pl.phases._schedule import accumulated_in
 
 
 class SeededCourse(L.Callback):
@@ -19,6 +20,15 @@ class SeededCourse(L.Callback):
         check_callbacks(trainer.callbacks, phase)
         # with max_steps, Lightning counts epochs otherwise where it resumes, and samples and the last step are others
         trainer.fit_loop._iteration_based_training = _never
+
+    def on_load_checkpoint(self, trainer: Any, phase: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.strategy.restore_checkpoint_after_setup:
+            # it is there already, since optimizers ask how long it is, and was not told where to go on, or its seed
+            trainer.fit_loop._combined_loader = None
+
+    def on_train_start(self, trainer: Any, phase: Any) -> None:
+        # resumed in the middle of an epoch, it would be told only as the next one begins
+        trainer.accumulate_grad_batches = accumulated_in(trainer, trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: Any, phase: Any) -> None:
         self._seed(trainer, phase, "epoch")

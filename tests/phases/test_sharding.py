@@ -138,6 +138,8 @@ def test_strategies():
 
 def test_a_name_that_another_has_taken_is_ours(monkeypatch):
     """The module can be loaded again, or after a library that calls a strategy of its own the same."""
+    registered = dict(StrategyRegistry)  # whose ``get``, by which monkeypatch takes what was there, makes a strategy
+    monkeypatch.setattr(StrategyRegistry, "get", registered.get, raising=False)
     monkeypatch.setitem(StrategyRegistry, FSDP2, {**StrategyRegistry[FSDP2], "strategy": DDPStrategy})
     spec = importlib.util.find_spec(FullyShardedStrategy.__module__)
     module = importlib.util.module_from_spec(spec)  # another than the one that is loaded, which stays
