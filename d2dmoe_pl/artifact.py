@@ -42,6 +42,7 @@ from d2dmoe_pl.moe.optimization import optimize_
 from d2dmoe_pl.moe.projections import describe_projections, restore_projections_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
 from d2dmoe_pl.moe.quantization.quantize import quantize_, restore_quantized_
+from d2dmoe_pl.parts_without_weights import check_same_parts
 from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.structure import describe, restore_
 from d2dmoe_pl.weights_reading import check_takes_weights, read_weights_, weight_files
@@ -131,7 +132,9 @@ def save_artifact(
             save_processor(aside)
         adapter.save_beside(model, aside)
         _write_json(aside / CONFIG, {**config, KEY: made})
-        check_takes_weights(_structure(described(aside, made, [])), model)
+        loaded = _structure(described(aside, made, []))
+        check_takes_weights(loaded, model)
+        check_same_parts(loaded, model)
         write_weights(model, aside, weights, max_shard_size)
         for name, values in tensors.items():
             contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
@@ -218,7 +221,7 @@ def load_model(
         path: A folder; or, where there is none, a name on the Hugging Face hub such as ``organisation/name``.
         revision: Of a model on the hub: a branch, a tag or a commit.
         dtype: ``float32``, ``bfloat16`` or ``float16``, which weights are cast to, or ``int8``, by
-            :func:`d2dmoe_pl.quantize_`; as they were saved if not given.
+            :func:`d2dmoe_pl.quantize_`; as they were saved if not given. What was saved in int8 stays so.
         optimize: Whether it is made fast by :func:`d2dmoe_pl.optimize_`.
         mapped: Whether weights stay pages of their files, which several processes share, until they are changed; those
             must then stay as they are. For a model of which a process keeps a part.

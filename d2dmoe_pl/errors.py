@@ -42,6 +42,12 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_kind(value: object, kind: type, argument: str = "config") -> None:
+    """Raise :class:`SettingTypeError` unless ``value``, which is given as ``argument``, is a ``kind``."""
+    if not isinstance(value, kind):
+        raise SettingTypeError(f"{argument}: is {said_of(value)}; must be of the class {kind.__name__}")
+
+
 def one_line(text: str) -> str:
     """A text without its line ends, cut where it is long."""
     joined = " ".join(text.split())

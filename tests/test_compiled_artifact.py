@@ -215,6 +215,7 @@ def test_a_copy_has_weights_of_its_own(both):
     assert compiled(**given).logits.abs().max() > 0
 
 
+@pytest.mark.thorough
 @torch.no_grad()
 def test_it_can_be_compiled_anew_and_exported(both):
     plain, compiled = both

@@ -10,8 +10,9 @@ import sys
 import pytest
 import tiny
 import torch
+import transformers
 
-from d2dmoe_pl import ConfigError, load_compiled, save_artifact, save_compiled
+from d2dmoe_pl import ConfigError, load_compiled, load_model, save_artifact, save_compiled
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.moe.ahead_of_time import attach_programs_, write_programs
 from d2dmoe_pl.moe.compiled_calls import Relation
@@ -93,6 +94,7 @@ def without_compiler(tmp_path, folder, code):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 def test_where_there_is_no_compiler_operators_are_those_beside_the_programs(compiled_folders, tmp_path):
     given = texts()
     torch.save((given, load_compiled(compiled_folders[1])(**given).logits), tmp_path / "expected")
@@ -113,6 +115,7 @@ def test_where_there_is_no_compiler_operators_are_those_beside_the_programs(comp
     assert not list((tmp_path / "empty").glob("**/*.so"))
 
 
+@pytest.mark.thorough
 def test_operators_that_cannot_be_loaded_end_in_a_line(compiled_folders, tmp_path):
     folder = changed(compiled_folders[1], tmp_path)
     (folder / "programs.so").write_bytes(b"of another system")
@@ -212,3 +215,24 @@ def test_a_batch_that_is_none_is_refused(batch, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         save_compiled(tiny.routed("bert"), tmp_path / "compiled", batch)
     assert not (tmp_path / "compiled").exists()
+
+
+@pytest.mark.thorough
+@torch.no_grad()
+def test_what_a_call_alone_makes_is_no_other_model(tmp_path):
+    """With longrope, the first call gives the model frequencies that one which is loaded has not."""
+    scaled = {"short_factor": [1.0] * 3, "long_factor": [4.0] * 3, "original_max_position_embeddings": 16}
+    config = transformers.Phi3Config(
+        **{"vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
+        **{"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1, "original_max_position_embeddings": 16},
+        rope_parameters={"rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0, **scaled},
+    )
+    model = tiny.route_(transformers.Phi3ForCausalLM(config).eval(), 4, 1.0)
+    save_artifact(model, tmp_path / "plain")
+    save_compiled(load_model(tmp_path / "plain"), tmp_path / "compiled")
+    plain, compiled = load_model(tmp_path / "plain"), load_compiled(tmp_path / "compiled")
+    for length in (8, 15, 30, 10):
+        ids = torch.randint(3, 40, (2, length))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        torch.testing.assert_close(compiled(**given).logits, plain(**given).logits, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,8 @@ def examples():
     for name in MODULES:
         for found in finder.find(importlib.import_module(name), name, globs={}):
             if found.examples:
-                yield pytest.param(found, id=found.name)
+                compiles = found.name.endswith(".save_compiled")
+                yield pytest.param(found, id=found.name, marks=pytest.mark.thorough if compiles else ())
 
 
 @pytest.fixture(autouse=True)

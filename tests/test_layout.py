@@ -41,7 +41,7 @@ FLOW = [
     ["moe"],
     ["metrics"],
     ["moebert"],
-    ["artifact_parts", "structure", "weights_reading", "weights_types", "weights_writing"],
+    ["artifact_parts", "parts_without_weights", "structure", "weights_reading", "weights_types", "weights_writing"],
     ["artifact", "auto_models"],
     ["compiled_artifact", "harness", "hub"],
     ["phases"],

@@ -122,7 +122,7 @@ def test_redone_with_later_phases_changed_too_it_goes_on(short, tmp_path, monkey
     assert "Nothing to do." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("renamed", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_a_phase_that_is_put_before_finished_ones_discards_none_of_them_unasked(short, tmp_path, capsys, renamed):
     recipe, output = short("sparsity_enforcement"), tmp_path / "run"
     main(arguments(recipe, output))

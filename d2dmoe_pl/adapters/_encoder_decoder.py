@@ -5,13 +5,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from d2dmoe_pl.adapters._adapter import MASK
+from d2dmoe_pl.adapters._generation import written_by
 from d2dmoe_pl.adapters._hugging_face import HuggingFaceAdapter
 from d2dmoe_pl.adapters._padding import padded_behind
 from d2dmoe_pl.errors import check
 
 DECODER_MASK = "decoder_attention_mask"
+
+# what of a model's generation config says how texts begin and end, rather than what is to be written
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id")
 
 
 class EncoderDecoderAdapter(HuggingFaceAdapter):
@@ -61,9 +66,8 @@ class EncoderDecoderAdapter(HuggingFaceAdapter):
         behind, _ = padded_behind(batch)
         given = {key: behind[key] for key in ("input_ids", MASK) if key in behind}
         start, _ = self.answer_tokens(model) or (None, None)
-        greedy = {"do_sample": False, "num_beams": 1, "decoder_start_token_id": start}
-        written: Tensor = model.generate(**given, max_new_tokens=num_tokens, **greedy)
-        return written
+        own = {key: getattr(model.generation_config, key, None) for key in TOKENS}
+        return written_by(model, GenerationConfig(**own, decoder_start_token_id=start), given, num_tokens)
 
     def answer_vocabulary_size(self, model: Any) -> int:
         """How many token ids answers are of."""

@@ -1,13 +1,32 @@
 """A converted model that generates texts: its padding mask says all that is padding, whatever the cache."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 TAIL = "_d2dmoe_tail"  # of the token ids: how many of each row's last ones stand behind a text that is finished
+
+
+@torch.no_grad()
+def written_by(model: Any, config: GenerationConfig, inputs: Mapping[str, Tensor], num_tokens: int) -> Tensor:
+    """What ``generate`` gives by ``config`` alone: of the model's own, such as a least length, nothing counts.
+
+    Args:
+        model: That can generate.
+        config: Without it, the likeliest token is written each time.
+        inputs: Of the model.
+        num_tokens: At most so many are written.
+    """
+    own, model.generation_config = model.generation_config, config
+    try:
+        written: Tensor = model.generate(**inputs, max_new_tokens=num_tokens)
+    finally:
+        model.generation_config = own
+    return written
 
 
 class PreparesInputs:

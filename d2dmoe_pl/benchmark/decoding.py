@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from d2dmoe_pl.adapters import MASK, adapter_for
+from d2dmoe_pl.adapters._generation import written_by
 from d2dmoe_pl.benchmark.compared_modules import Choice, floating_type, predict_by, uncompiled
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
 from d2dmoe_pl.benchmark.gguf_runtime import NAME, GGUFRuntime
@@ -160,12 +161,7 @@ def _write(model: Any, prompts: Batch, num_tokens: int) -> Tensor:
 
     What else the model's own generation config asks for, such as a penalty on repetitions, is left out.
     """
-    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
-    try:
-        written: Tensor = model.generate(**prompts, max_new_tokens=num_tokens, do_sample=False)
-    finally:
-        model.generation_config = own
-    return written
+    return written_by(model, GenerationConfig(pad_token_id=0), prompts, num_tokens)
 
 
 @torch.no_grad()

@@ -49,7 +49,8 @@ def scoring_of(model: nn.Module, data: TaskData, samples: int) -> Scoring | None
     """The first ``samples`` of the test split, or as many as there are; None for none.
 
     Raises:
-        ConfigError: If the model has not the head, or the outputs, that the data needs, or cannot take its samples.
+        ConfigError: If the model has not the head, or the outputs, that the data needs, or cannot take its samples, or
+            the task's metrics are of what it writes, which other runtimes do not do.
     """
     if not samples:
         return None
@@ -59,6 +60,11 @@ def scoring_of(model: nn.Module, data: TaskData, samples: int) -> Scoring | None
     number_as_model(data, model)  # as are the labels from here on
     assert data.task is not None
     check_outputs(model, data.task)
+    check(
+        not data.task.measures_written,
+        f"scored_samples={samples}: must be 0 where metrics are of what the model writes, as {data.task.main_metric}; "
+        "or measure exact_match",
+    )
     batches = _batches(model, data, SCORED_BATCH, -(-samples // SCORED_BATCH))
     if batches:
         left = samples - sum(len(batch["labels"]) for batch in batches[:-1])

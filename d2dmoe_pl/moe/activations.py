@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
+from d2dmoe_pl.errors import check_kind
 from d2dmoe_pl.moe.find_layers import FilterFn, expert_layers, select_ffns
 from d2dmoe_pl.moe.projections import projection_mlps
 from d2dmoe_pl.typed_settings import check_types_
@@ -53,6 +54,7 @@ def swap_activation_(model: nn.Module, config: ActivationConfig, filter_fn: Filt
         >>> model.transformer.h[0].mlp.act
         ReLU()
     """
+    check_kind(config, ActivationConfig)
     adapter = adapter_for(model)
     # MLPs in the place of projections have theirs from the start
     of_projections = {f"{name}.mlp" for name in projection_mlps(model)}

@@ -86,11 +86,12 @@ def write_programs(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) 
     programs: dict[str, Program] = {}
     literals: dict[str, Tensor] = {}
     call = None
+    held = held_tensors(model)  # before it is called: what a call alone makes is in no model that is loaded
     for samples in (1, 2):
         call = _call_of(model, _with_samples(batch, samples))
         exported = _exported(model, call, samples)
         program, constants = _described(exported, call)
-        literals |= {key: value for key, value in constants.items() if key not in held_tensors(model)}
+        literals |= {key: value for key, value in constants.items() if key not in held}
         key = "one" if samples == 1 else "several"
         files[key], programs[key] = _compiled(model, exported, call), program
     assert call is not None
@@ -113,7 +114,7 @@ def write_programs(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) 
         "settings": call.settings,
         "programs": {key: program.as_json() for key, program in programs.items()},
         "output": pytree.treespec_dumps(output),
-        "tensors": {key: _kind(value) for key, value in held_tensors(model).items()},
+        "tensors": {key: _kind(value) for key, value in held.items()},
     }
     with replaced_file(folder / DESCRIPTION) as aside:
         aside.write_text(json.dumps(described, indent=1) + "\n")

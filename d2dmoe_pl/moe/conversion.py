@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, adapter_for
-from d2dmoe_pl.errors import check
+from d2dmoe_pl.errors import check, check_kind
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_path_
 from d2dmoe_pl.moe.cutoffs.cutoffs import CutoffConfig, CutoffConfigs, Cutoffs
 from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
@@ -110,6 +110,7 @@ def convert_each_(
     model: nn.Module, config: ExpertsConfig, filter_fn: FilterFn | None, assignments: Mapping[str, Tensor] | None
 ) -> Iterator[MoELayer]:
     """As :func:`convert_to_moe_`, giving each layer once it is in its place, before the next FFN is read."""
+    check_kind(config, ExpertsConfig)
     adapter = adapter_for(model)
     ffns = select_ffns(model, filter_fn)
     numbers = [config.num_for(ffn) for ffn in ffns]
@@ -146,6 +147,7 @@ def add_routers_(model: nn.Module, config: RouterConfig, filter_fn: LayerFilterF
         >>> type(model.transformer.h[0].mlp.router).__name__
         'RegressionRouter'
     """
+    check_kind(config, RouterConfig)
     check_not_quantized(model)
     check_weights_are_here(model)
     for layer in select_moe_layers(model, filter_fn).values():
@@ -159,6 +161,7 @@ def add_stand_ins_(model: nn.Module, config: StandInConfig, filter_fn: LayerFilt
     Raises:
         ConfigError: If there is no MoE layer, or one narrower than the rank.
     """
+    check_kind(config, StandInConfig)
     check_not_quantized(model)
     check_weights_are_here(model)
     layers = select_moe_layers(model, filter_fn)
@@ -212,6 +215,8 @@ def set_gate_(model: nn.Module, config: GateConfig | None, filter_fn: LayerFilte
         >>> model.transformer.h[0].mlp.gate
         Gate(rule=topk, k=2)
     """
+    if config is not None:
+        check_kind(config, GateConfig)
     layers = select_moe_layers(model, filter_fn)
     for name, layer in layers.items():
         has_router = config is None or layer.router is not None

@@ -19,6 +19,7 @@ from d2dmoe_pl.adapters import (
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import has_own_forward
 from d2dmoe_pl.moe.expert_layer import ExpertLayer
+from d2dmoe_pl.moe.experts.activation_kinds import mixes_neurons
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.projections import projection_ffns
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
@@ -104,6 +105,11 @@ def _check_replaceable(model: nn.Module, ffns: Sequence[FFN]) -> None:
             not a_neuron,
             f"{ffn.name}: its {ffn.activation_name} has {a_neuron[0] if a_neuron else ''} of a number a neuron; must "
             "have the same for all, as experts have them in another order",
+        )
+        check(
+            not mixes_neurons(ffn.activation, ffn.d_ff),
+            f"{ffn.name}: what its {ffn.activation_name} gives for a neuron depends on others; must be elementwise, "
+            "since experts are run apart",
         )
         types = sorted({str(holder_of(linear).weight.dtype) for linear in parts})
         check(len(types) == 1, f"{ffn.name}: its weights are {' and '.join(types)}; must be of one type, see model.to")

@@ -70,3 +70,27 @@ def test_each_stack_routes_its_own_tokens(kind):
     assert texts_ != answers
     assert set(seen.values()) == {texts_, answers}
     assert all((count == answers) == ("decoder" in name) for name, count in seen.items())
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"min_length": 20},
+        {"suppress_tokens": [3, 4, 5, 6]},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"repetition_penalty": 5.0, "do_sample": True},
+        {"max_time": 0.0},
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_models_own_wishes_for_what_it_writes_are_left_out(kind, wish):
+    model = tiny.route_(tiny.dense(kind), tau=0.4)
+    batch, _ = texts(kind)
+    expected = adapter_for(model).write(model, batch, NEW)
+    own = model.generation_config
+    for name, value in wish.items():
+        setattr(own, name, value)
+    assert torch.equal(adapter_for(model).write(model, batch, NEW), expected)
+    assert model.generation_config is own

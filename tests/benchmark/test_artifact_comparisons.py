@@ -11,7 +11,7 @@ from d2dmoe_pl.benchmark.artifact_comparisons import artifact_comparisons
 from d2dmoe_pl.benchmark.comparison import Settings, measure
 from d2dmoe_pl.benchmark.result_rows import as_table
 from d2dmoe_pl.benchmark.scoring import first_batches, scoring_of
-from d2dmoe_pl.data import Digits
+from d2dmoe_pl.data import DatasetSource, Digits, TextToText
 from d2dmoe_pl.data.image_preprocessing import ImagePreprocessing
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.flops import dense_ffn_flops, pair_flops
@@ -232,3 +232,19 @@ def test_as_many_samples_are_scored_as_were_asked_for(tmp_path):
     for number in (3, 5):
         scoring = scoring_of(model, tiny.TextData(), number)
         assert sum(len(batch["labels"]) for batch in scoring.batches) == number
+
+
+@pytest.mark.parametrize("metric", ["chrf", "bleu"])
+def test_what_is_measured_of_written_texts_is_not_scored(tmp_path, metric):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,target\n" + "a b,b a\n" * 4)
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer", "ab", ("[PAD]", "[UNK]", "<eos>"))
+    model = tiny.routed("t5-text-to-text").eval()
+
+    def data(*metrics):
+        return TextToText(DatasetSource(str(tmp_path)), tokenizer, metrics=list(metrics))
+
+    with pytest.raises(ConfigError, match=rf"scored_samples=3: must be 0 .* as {metric}; or measure exact_match"):
+        scoring_of(model, data(metric), 3)
+    assert scoring_of(model, data(metric), 0) is None
+    assert scoring_of(model, data("exact_match"), 3).task.main_metric == "exact_match"

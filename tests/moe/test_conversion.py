@@ -7,10 +7,12 @@ import tiny
 import torch
 
 from d2dmoe_pl.adapters import holder_of
-from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.errors import ConfigError, SettingTypeError
+from d2dmoe_pl.moe.activations import swap_activation_
 from d2dmoe_pl.moe.conversion import (
     ExpertsConfig,
     add_routers_,
+    add_stand_ins_,
     convert_to_moe_,
     set_backend_,
     set_gate_,
@@ -191,3 +193,19 @@ def test_what_is_frozen_stays_frozen(kind):
     frozen, other, *_ = moe_layers(model).values()
     assert not any(parameter.requires_grad for parameter in frozen.experts.parameters())
     assert all(parameter.requires_grad for parameter in other.experts.parameters())
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "kind"),
+    [
+        (convert_to_moe_, 8, "ExpertsConfig"),
+        (add_routers_, None, "RouterConfig"),
+        (set_gate_, "dynk_max", "GateConfig"),
+        (add_stand_ins_, 4, "StandInConfig"),
+        (swap_activation_, "relu", "ActivationConfig"),
+    ],
+)
+def test_configs_of_another_kind_are_named(function, given, kind):
+    model = tiny.dense() if function in (convert_to_moe_, swap_activation_) else tiny.routed()
+    with pytest.raises(SettingTypeError, match=f"config: is {type(given).__name__}; must be of the class {kind}"):
+        function(model, given)

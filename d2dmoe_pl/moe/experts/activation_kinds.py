@@ -1,5 +1,6 @@
-"""Which elementwise function an activation module computes, whatever its class: what a compiled kernel must know."""
+"""What function an activation module computes, whatever its class: a known one, an elementwise one, or another."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -37,3 +38,28 @@ def activation_kind(activation: nn.Module) -> str | None:
         if values.shape == points.shape and torch.allclose(values, function(points), rtol=0, atol=1e-9):
             return name
     return None
+
+
+@torch.no_grad()
+def mixes_neurons(activation: nn.Module, d_ff: int) -> bool:
+    """Whether what ``activation`` gives for a neuron depends on others, as a softmax or the largest ``k`` do.
+
+    One that takes no such tensor by itself is not known to.
+
+    Args:
+        activation: Of an FFN.
+        d_ff: Neurons of the FFN.
+    """
+    tensors = [*activation.parameters(), *activation.buffers()]
+    like = tensors[0] if tensors else torch.zeros((), device="cpu")
+    if like.is_meta or d_ff < 2:
+        return False
+    hidden = torch.randn(4, d_ff, generator=torch.Generator().manual_seed(0), device="cpu").to(like.device, like.dtype)
+    alone = copy.deepcopy(activation).eval()
+    try:
+        whole, part = alone(hidden.clone()), alone(hidden[:, ::2].clone())
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return False
+    if whole.shape != hidden.shape or part.shape != hidden[:, ::2].shape:
+        return True
+    return not torch.allclose(whole[:, ::2].float(), part.float(), rtol=1e-3, atol=1e-5, equal_nan=True)

@@ -1,9 +1,13 @@
 import pytest
 import torch
+import transformers
 from torch import nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from d2dmoe_pl.moe.experts.activation_kinds import KNOWN, activation_kind
+from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.moe.experts.activation_kinds import KNOWN, activation_kind, mixes_neurons
 
 
 class Stepped(nn.Module):
@@ -59,3 +63,32 @@ def test_every_known_function_is_told_apart():
             return self.function(x)
 
     assert [activation_kind(Known(function)) for function in KNOWN.values()] == list(KNOWN)
+
+
+class Largest(nn.Module):
+    """All but the four largest of a token are zero."""
+
+    def forward(self, hidden):
+        return F.relu(hidden) * (hidden >= hidden.topk(4, -1).values[..., -1:])
+
+
+@pytest.mark.parametrize("activation", [nn.Softmax(-1), Largest(), nn.LogSoftmax(-1), nn.GLU()])
+def test_what_mixes_neurons(activation):
+    assert mixes_neurons(activation, 32)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=8, n_layer=2, n_head=1, vocab_size=9))
+    model.transformer.h[1].mlp.act = activation
+    said = rf"transformer\.h\.1\.mlp: what its {type(activation).__name__} gives for a neuron depends on others; must"
+    with pytest.raises(ConfigError, match=said):
+        convert_to_moe_(model, ExpertsConfig(4))
+    assert type(model.transformer.h[0].mlp).__name__ == "GPT2MLP"
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.GELU(), nn.PReLU(), nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), nn.RReLU(), nn.Threshold(0.5, 0.0), nn.CELU()],
+)
+def test_what_does_not(activation):
+    before = [module.training for module in activation.modules()]
+    assert not mixes_neurons(activation, 32)
+    assert not mixes_neurons(activation, 1)
+    assert [module.training for module in activation.modules()] == before
