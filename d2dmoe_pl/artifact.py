@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors
@@ -103,6 +104,28 @@ def save_artifact(
     check_finite(model.named_parameters(), "the weights", advice)
     for name, values in tensors.items():
         check_finite(values.items(), f"the tensors of {name}", advice)
+    weights = CONVERTED_WEIGHTS if is_converted(model) else WEIGHTS
+    if is_sharded(model) and torch.distributed.get_rank() > 0:
+        write_weights(model, None, weights, max_shard_size)
+        return
+    with replaced_folder(path) as aside:
+        if save_processor is not None:
+            save_processor(aside)
+        _write_description(model, aside, history, sorted(tensors))
+        write_weights(model, aside, weights, max_shard_size)
+        for name, values in tensors.items():
+            contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
+            safetensors.torch.save_file(contiguous, str(aside / tensor_file(name)))
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Raise ``ConfigError`` if :func:`save_artifact` could not save ``model``, before it is trained for long."""
+    with TemporaryDirectory() as folder:
+        _write_description(model, Path(folder), (), [])
+
+
+def _write_description(model: nn.Module, folder: Path, history: Sequence[PhaseRecord], tensors: list[str]) -> None:
+    """Write all but weights, once a model that is made by it is found to be of the same parts."""
     adapter = adapter_for(model)
     converted, config, quantized = is_converted(model), adapter.config(model), quantized_names(model)
     activations, budgets = own_activations(model), budget_path(model)
@@ -111,7 +134,7 @@ def save_artifact(
         "projections": describe_projections(model),
         "layers": describe(model),
         "history": [asdict(record) for record in history or [PhaseRecord(IN_CODE)]],
-        "tensors": sorted(tensors),
+        "tensors": tensors,
         "types": types_beside_most(model.state_dict()),
     }
     if quantized:
@@ -123,22 +146,11 @@ def save_artifact(
     made["format"] = format_of(made, converted)
     if converted and "model_type" in config:
         made["model_type"], config["model_type"] = config["model_type"], MODEL_TYPE
-    weights = CONVERTED_WEIGHTS if converted else WEIGHTS
-    if is_sharded(model) and torch.distributed.get_rank() > 0:
-        write_weights(model, None, weights, max_shard_size)
-        return
-    with replaced_folder(path) as aside:
-        if save_processor is not None:
-            save_processor(aside)
-        adapter.save_beside(model, aside)
-        _write_json(aside / CONFIG, {**config, KEY: made})
-        loaded = _structure(described(aside, made, []))
-        check_takes_weights(loaded, model)
-        check_same_parts(loaded, model)
-        write_weights(model, aside, weights, max_shard_size)
-        for name, values in tensors.items():
-            contiguous = {key: value.detach().cpu().clone() for key, value in values.items()}
-            safetensors.torch.save_file(contiguous, str(aside / tensor_file(name)))
+    adapter.save_beside(model, folder)
+    _write_json(folder / CONFIG, {**config, KEY: made})
+    loaded = _structure(described(folder, made, []))
+    check_takes_weights(loaded, model)
+    check_same_parts(loaded, model)
 
 
 def is_converted(model: nn.Module) -> bool:

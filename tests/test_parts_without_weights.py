@@ -6,12 +6,15 @@ import pytest
 import timm
 import tiny
 import torch
+from digits_models import digits_source
 from torch import nn
 
+from d2dmoe_pl.adapters import TimmModel
 from d2dmoe_pl.artifact import load_model, save_artifact
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.activations import ActivationConfig, swap_activation_
 from d2dmoe_pl.moe.conversion import ExpertsConfig, convert_to_moe_
+from d2dmoe_pl.phases import FineTuning
 
 
 def another_in_ffns(model):
@@ -78,3 +81,20 @@ def test_what_computes_the_same_is_saved(tmp_path, change):
     save_artifact(model, tmp_path / "artifact")
     loaded = load_model(tmp_path / "artifact")
     assert torch.equal(tiny.logits(loaded, inputs), tiny.logits(model, inputs))
+
+
+class ByHand(TimmModel):
+    """A source whose models have an activation that nothing says."""
+
+    def build(self, label_names):
+        model = super().build(label_names)
+        for block in model.blocks:
+            block.mlp.act = nn.SiLU()
+        return model
+
+
+def test_a_phase_says_so_before_it_trains(trainer, digits):
+    given = digits_source()
+    source = ByHand(given.architecture, **given.model_args)
+    with pytest.raises(ConfigError, match=r"VisionTransformer: blocks\.0\.mlp\.act is SiLU\(\), where one made by its"):
+        trainer().fit(FineTuning(source=source), datamodule=digits)

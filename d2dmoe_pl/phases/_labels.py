@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from d2dmoe_pl.adapters import ModelSource, adapter_for
+from d2dmoe_pl.artifact import check_can_be_saved
 from d2dmoe_pl.data.head import LABELLED_HEADS
 from d2dmoe_pl.data.output_names import are_placeholders, places, plain_name
 from d2dmoe_pl.data.task_data import TaskData
@@ -25,7 +26,8 @@ def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Modul
         makes_head: Whether the model is to get a new head where its own is for other labels.
 
     Raises:
-        ConfigError: If a trained head is for other labels, or there is none, unless one is to be made.
+        ConfigError: If a trained head is for other labels, or there is none, unless one is to be made; or if the model
+            has parts that no artifact could keep.
     """
     data.number_labels_as(None)
     assert data.task is not None
@@ -47,6 +49,7 @@ def build_for(data: TaskData, source: ModelSource, makes_head: bool) -> nn.Modul
         _tell_what_is_unknown(data)
         _tell_what_is_cut(data)
     answer_as_model(data, model)
+    check_can_be_saved(model)
     return model
 
 
