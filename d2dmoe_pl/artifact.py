@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import safetensors
@@ -120,8 +119,14 @@ def save_artifact(
 
 def check_can_be_saved(model: nn.Module) -> None:
     """Raise ``ConfigError`` if :func:`save_artifact` could not save ``model``, before it is trained for long."""
-    with TemporaryDirectory() as folder:
-        _write_description(model, Path(folder), (), [])
+    adapter = adapter_for(model)
+    adapter.config(model)
+    parts = own_activations(model), describe_projections(model), describe(model), quantized_names(model)
+    with torch.device("meta"):
+        made = adapter.rebuild(model)
+        _restore_parts_(made, *parts)
+    check_takes_weights(made, model)
+    check_same_parts(made, model)
 
 
 def _write_description(model: nn.Module, folder: Path, history: Sequence[PhaseRecord], tensors: list[str]) -> None:
@@ -209,15 +214,20 @@ def build_structure(artifact: Artifact) -> nn.Module:
 def _structure(artifact: Artifact) -> nn.Module:
     with torch.device("meta"):
         model = adapter_named(artifact.family).build(artifact.path)
-        restore_activations_(model, artifact.activations)
-        restore_projections_(model, artifact.projections)
-        restore_(model, artifact.layers)
-        if artifact.quantized:
-            restore_quantized_(model, artifact.quantized)
+        _restore_parts_(model, artifact.activations, artifact.projections, artifact.layers, artifact.quantized)
     set_budget_path_(model, artifact.budgets)
     if is_converted(model):
         adapter_named(artifact.family).mark_converted_(model)
     return model
+
+
+def _restore_parts_(model: nn.Module, activations: Any, projections: Any, layers: Any, quantized: Any) -> None:
+    """Give a dense model what an artifact says of each."""
+    restore_activations_(model, activations)
+    restore_projections_(model, projections)
+    restore_(model, layers)
+    if quantized:
+        restore_quantized_(model, quantized)
 
 
 def load_model(
