@@ -2,6 +2,8 @@
 
 from jsonargparse import ArgumentParser
 
+from d2dmoe_pl.compile_arguments import DTYPES
+
 EFFORTS = ("minutes", "hours")
 
 
@@ -41,6 +43,23 @@ def compress_parser() -> ArgumentParser:
         default="ffn_flops=25%",
         help="ffn_flops=10% or flops=45% of the dense model's; speed=2x on this machine, by measurement; drop=0.5 "
         "points of the task's metric.",
+    )
+    parser.add_argument(
+        "--dtype",
+        type=str | None,
+        default=None,
+        help=f"Of {', '.join(DTYPES)}, that the model is to run in: it is saved, tested and timed so; as it is if not "
+        "given.",
+    )
+    parser.add_argument(
+        "--optimize", type=bool, default=False, help="Time it compiled, as load_model(FOLDER, optimize=True) gives it."
+    )
+    parser.add_argument(
+        "--against",
+        type=str | None,
+        default=None,
+        help="What runs the dense model that times are told beside, of onnxruntime, onnxruntime-int8, openvino, "
+        "openvino-int8, torch-int8, compile; PyTorch, layer by layer, if not given.",
     )
     parser.add_argument(
         "--effort", type=str, default="minutes", help="minutes trains nothing but routers; hours the model as well."

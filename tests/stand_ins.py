@@ -87,6 +87,16 @@ def write_emotion(folder, train=24):
         (folder / f"{name}.csv").write_text("".join(["text,label\n", *rows]))
 
 
+def write_classifier(folder):
+    """Texts, and a classifier that has been trained on their labels."""
+    write_emotion(folder / "texts")
+    labels = ANIMALS[:5]
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    model = transformers.BertForSequenceClassification(tiny.bert_config(**names, hidden_act="relu"))
+    model.save_pretrained(folder / "model")
+    tiny.tokenizer(folder / "model", WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+
+
 def write_vit(folder):
     """A pretrained ViT with a head of another size, and its image processor."""
     config = tiny.CONFIGS["vit"]()

@@ -157,21 +157,21 @@ RUNTIMES: dict[str, Callable[[nn.Module, Sequence[Batch]], Predict]] = {
 }
 
 
-def check_runtimes(names: Iterable[str]) -> None:
+def check_runtimes(names: Iterable[str], argument: str = "compare") -> None:
     """Raise ``ConfigError`` unless the packages of the runtimes called ``names`` are there."""
     needed = {"onnxruntime": ["onnx", "onnxscript", "onnxruntime"], "openvino": ["onnx", "onnxscript", "openvino"]}
     for name in names:
         runtime, _, int8 = name.partition("-")
         for package in needed.get(runtime, []) + (["nncf"] if (runtime, int8) == ("openvino", "int8") else []):
-            _optional(package, name)
+            _optional(package, name, argument)
 
 
-def _optional(package: str, runtime: str | None = None) -> Any:
+def _optional(package: str, runtime: str | None = None, argument: str = "compare") -> Any:
     try:
         return resolve_name(package)
     except ImportError as error:
         name = runtime or package.partition(".")[0]
-        raise ConfigError(f"compare={name!r}: the package {package} is not installed; {EXTRA} brings it") from error
+        raise ConfigError(f"{argument}={name!r}: the package {package} is not installed; {EXTRA} brings it") from error
 
 
 def _arguments(model: nn.Module) -> Collection[str]:

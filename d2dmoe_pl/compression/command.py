@@ -16,6 +16,8 @@ from torch import nn
 from d2dmoe_pl.adapters import KEY, adapter_for
 from d2dmoe_pl.artifact import CONFIG, load_model, read_artifact, save_artifact
 from d2dmoe_pl.artifact_parts import copy_processor
+from d2dmoe_pl.benchmark.runtimes import RUNTIMES, check_runtimes
+from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.callbacks.save_artifact import FOLDER, WISHED
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.callbacks.tau_sweep import TauSweep
@@ -23,16 +25,19 @@ from d2dmoe_pl.chain import check_writable, quiet_lightning, run_chain
 from d2dmoe_pl.chain_arguments import chain_parser
 from d2dmoe_pl.chain_lock import locked
 from d2dmoe_pl.chain_status import say, seconds_of
+from d2dmoe_pl.compile_arguments import DTYPES
 from d2dmoe_pl.compress_arguments import EFFORTS, compress_parser
-from d2dmoe_pl.compression.budget_for_target import budget_for
+from d2dmoe_pl.compression.budget_for_target import Found, budget_for
 from d2dmoe_pl.compression.recipe_for_model import recipe_for
 from d2dmoe_pl.compression.target import Target, parse_target
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.activations import own_activations
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, budget_path, set_taus_
+from d2dmoe_pl.moe.experts.merging import merge_to_dense_
 from d2dmoe_pl.parser_line import parser_line
 from d2dmoe_pl.phase_cli import PhaseCLI
 from d2dmoe_pl.recipe import phase_config, read_recipe
+from d2dmoe_pl.report.measured_speed import Running, measured_times, timed_batches
 from d2dmoe_pl.report.writing import write_report
 from d2dmoe_pl.whole_files import named_folder, replaced_file
 
@@ -139,7 +144,13 @@ def run_compress(given: Namespace) -> Compressed | None:
     Raises:
         ConfigError: As :func:`compress`.
     """
-    target = parse_target(given.target)
+    check(given.dtype is None or given.dtype in DTYPES, f"dtype={given.dtype!r}: allowed are {', '.join(DTYPES)}")
+    check(
+        given.against is None or given.against in RUNTIMES,
+        f"against={given.against!r}: allowed are {', '.join(RUNTIMES)}",
+    )
+    check_runtimes([] if given.against is None else [given.against], "against")
+    target = parse_target(given.target, given.against)
     check(given.effort in EFFORTS, f"effort={given.effort!r}: allowed are {', '.join(EFFORTS)}")
     check(given.batch_size > 0, f"batch_size={given.batch_size}: must be positive")
     folder = named_folder(given.output_dir, "output_dir")
@@ -226,12 +237,20 @@ def _subject(recipe: Mapping[str, Any]) -> tuple[Any, ...]:
 def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compressed:
     """Save the model as it was wished for, measure that on the test split, and report."""
     artifact = read_artifact(folder / LAST / FOLDER)
-    model = load_model(artifact.path)
+    model, dense = load_model(artifact.path, dtype=given.dtype), load_model(artifact.path)
+    merge_to_dense_(dense)
     path = budget_path(model)
     assert path is not None
+    running = Running(given.dtype, given.optimize, given.against, given.batch_size)
     opening = _opened(folder, folder / WISHED)
     trainer: Any = opening.trainer
-    point = budget_for(target, path, model, opening.datamodule, given.batch_size)
+
+    def measure(budgets: Sequence[float]) -> tuple[Timing, Mapping[float, Timing]]:
+        batches = timed_batches(model, opening.datamodule, given.batch_size)
+        return measured_times(model, dense, batches, budgets, running)
+
+    found = budget_for(target, path, measure)
+    point = found.point
     set_taus_(model, path, point.taus)
     save_artifact(model, folder / WISHED, artifact.history, lambda aside: copy_processor(artifact.path, aside))
     sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
@@ -240,19 +259,20 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
         trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)
     rows = sweep.rows["test"]
     seconds = {name: seconds_of(folder / name) for name in read_recipe(folder / RECIPE)["phases"]}
-    page = write_report(folder, seconds, opening.model, str(target), point, rows)
-    say(f"{headline_of(target, point, rows)} The model: {folder / WISHED}. Report: {page}", "bold")
+    page = write_report(folder, seconds, opening.model, str(target), point, rows, running, dense)
+    say(f"{headline_of(target, found, rows, running)} The model: {folder / WISHED}. Report: {page}", "bold")
     return Compressed(folder, target, point, rows[0], rows[-1], path)
 
 
-def headline_of(target: Target, promised: BudgetPoint, rows: Sequence[SweepRow]) -> str:
+def headline_of(target: Target, found: Found, rows: Sequence[SweepRow], running: Running) -> str:
     """What was asked for and what came of it, in a sentence."""
-    got, dense = rows[0], rows[-1]
+    got, dense, promised = rows[0], rows[-1], found.point
+    speed = "" if found.times_as_fast is None else f"{found.times_as_fast:.2f}x as fast as {running.rival}, "
     error = "" if got.standard_error is None else f" ± {got.standard_error:.2f}"
     return (
-        f"{target}: {got.ffn_flops_percent:.1f}% of the FFNs' FLOPs, {got.model_flops_percent:.1f}% of the model's, "
-        f"{got.metric.replace('_', ' ')} {got.score:.2f}{error} on test (promised {promised.score:.2f}, with every "
-        f"expert on {dense.score:.2f})."
+        f"{target}: {speed}{got.ffn_flops_percent:.1f}% of the FFNs' FLOPs, "
+        f"{got.model_flops_percent:.1f}% of the model's, {got.metric.replace('_', ' ')} {got.score:.2f}{error} on test "
+        f"(promised {promised.score:.2f}, with every expert on {dense.score:.2f})."
     )
 
 

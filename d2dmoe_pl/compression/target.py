@@ -14,7 +14,8 @@ class Target:
     """A wish.
 
     Attributes:
-        kind: ``ffn_flops`` or ``flops``, a share of the dense model's; ``speed``, a multiple of the dense model's;
+        kind: ``ffn_flops`` or ``flops``, a share of the dense model's; ``speed``, a multiple of the dense
+            model's;
             ``drop``, how much worse the task's metric may be, in points.
         value: Of it.
     """
@@ -27,11 +28,12 @@ class Target:
         return f"{self.kind}={100 * self.value:g}%" if unit == "%" else f"{self.kind}={self.value:g}{unit}"
 
 
-def parse_target(text: str) -> Target:
+def parse_target(text: str, against: str | None = None) -> Target:
     """A wish as it is written on the command line.
 
     Args:
         text: Such as ``ffn_flops=10%``, ``flops=0.45``, ``speed=2x`` or ``drop=0.5``.
+        against: What else a speed is told beside than the dense model in PyTorch, which need not be slower.
 
     Raises:
         ConfigError: For anything else.
@@ -56,5 +58,6 @@ def parse_target(text: str) -> Target:
     if KINDS[kind] == "%":
         value = value / 100 if unit else value
         check(0 < value <= 1, f"target={text!r}: must be more than 0% and at most 100% of the dense model's FLOPs")
-    check(kind != "speed" or value > 1, f"target={text!r}: must be more than 1x, the dense model's speed")
+    least = 1 if against is None else 0
+    check(kind != "speed" or value > least, f"target={text!r}: must be more than {least}x, the dense model's speed")
     return Target(kind, value)

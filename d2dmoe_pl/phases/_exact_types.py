@@ -6,7 +6,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from d2dmoe_pl.adapters import adapter_for
@@ -17,15 +18,21 @@ class InputsAlone:
 
     Args:
         convert: Converts all numbers that are not whole.
+        own_type: Gives the type of the model, where that is what the trainer computes in.
     """
 
-    def __init__(self, convert: Callable[[Any], Any]) -> None:
+    def __init__(self, convert: Callable[[Any], Any], own_type: Callable[[], torch.dtype] | None = None) -> None:
         self.convert = convert
+        self.own_type = own_type
 
     def __call__(self, batch: Any) -> Any:
-        if not isinstance(batch, Mapping) or "labels" not in batch:
+        if not isinstance(batch, Mapping):
             return self.convert(batch)
-        return {**self.convert({key: batch[key] for key in batch if key != "labels"}), "labels": batch["labels"]}
+        converted = self.convert({key: batch[key] for key in batch if key != "labels"})
+        if self.own_type is not None:
+            dtype = self.own_type()
+            converted = {key: value.to(dtype) if _is_fraction(value) else value for key, value in converted.items()}
+        return {**converted, **{key: batch[key] for key in batch if key == "labels"}}
 
 
 class ExactTypes(L.LightningModule):
@@ -47,7 +54,12 @@ class ExactTypes(L.LightningModule):
     def setup(self, stage: str) -> None:
         plugin: Any = self.trainer.precision_plugin
         if not isinstance(plugin.convert_input, InputsAlone):
-            plugin.convert_input = InputsAlone(plugin.convert_input)
+            # trainers with 32-true leave weights as they are, which may have been loaded in a narrower type
+            is_plain = type(plugin) is Precision
+            plugin.convert_input = InputsAlone(plugin.convert_input, self._own_type if is_plain else None)
+
+    def _own_type(self) -> torch.dtype:
+        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module."""
@@ -56,6 +68,10 @@ class ExactTypes(L.LightningModule):
             return super().to(*args, **kwargs)
         with adapter_for(self.model).exact_buffers(self.model), _metrics_apart(self, device):
             return super().to(*args, **kwargs)
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @contextmanager

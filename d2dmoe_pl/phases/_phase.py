@@ -149,11 +149,11 @@ class Phase(ExactTypes):
         """Whether the phase is fitted, and not only evaluated."""
         return self.trainer.state.fn == TrainerFn.FITTING
 
-    def read_start(self) -> Artifact | None:
+    def read_start(self, is_to_fit: bool = True) -> Artifact | None:
         """The artifact to start from, checked to be whole; None if there is a ``source`` instead.
 
         Raises:
-            ConfigError: If there is neither, or the artifact is broken.
+            ConfigError: If there is neither, or the artifact is broken; for a fit, also if it is in int8.
         """
         check(
             self.init_from is not None or self.source is not None,
@@ -163,7 +163,7 @@ class Phase(ExactTypes):
             return None
         artifact = read_artifact(self.init_from)
         check(
-            not artifact.quantized,
+            not (is_to_fit and artifact.quantized),
             f"init_from={str(self.init_from)!r}: is in int8, which no phase can go on from; must be the artifact "
             "that it was made from",
         )
@@ -174,7 +174,7 @@ class Phase(ExactTypes):
         if self.is_made:
             number_as_model(self.data, self.model)  # which may be other data than before
             return
-        artifact = self.read_start()
+        artifact = self.read_start(self.is_fitting)
         data = self.data
         seed_generators(folded(data.seed, "model"))  # what is new in it does not depend on how the data was read
         assert data.task is not None  # it is set up by now

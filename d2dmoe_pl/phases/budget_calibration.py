@@ -113,7 +113,7 @@ class BudgetCalibration(Calibration):
         )
 
     def configure_model(self) -> None:
-        artifact = None if self.is_made else self.read_start()
+        artifact = None if self.is_made else self.read_start(self.is_fitting)
         keeps_way = self.estimate in (None, "kept")
         if self.is_fitting and keeps_way and artifact is not None and TRAINED in artifact.tensors:
             self._trained = artifact.read_tensors(TRAINED)

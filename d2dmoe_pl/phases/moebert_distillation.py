@@ -100,7 +100,7 @@ class MoEBERTDistillation(OptimizedPhase):
     def configure_model(self) -> None:
         if self.is_made:
             return
-        artifact = self.read_start()
+        artifact = self.read_start(self.is_fitting)
         if self.is_fitting and artifact is not None and IMPORTANCE in artifact.tensors:
             self._importance = artifact.read_tensors(IMPORTANCE)
         super().configure_model()

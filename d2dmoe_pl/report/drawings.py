@@ -157,11 +157,11 @@ def courses(phases: Sequence[PhaseFinding]) -> Figure | None:
     return figure
 
 
-def speeds(times: Mapping[float | None, Timing]) -> Figure:
+def speeds(times: Mapping[float | None, Timing], rival: str) -> Figure:
     """Times beside the dense model's."""
     figure, axes = _figure(0.7 + 0.3 * len(times))
     axis = axes[0, 0]
-    names = ["dense" if budget is None else f"{100 * budget:.3g}% of FFN FLOPs" for budget in times]
+    names = [rival if budget is None else f"{100 * budget:.3g}% of FFN FLOPs" for budget in times]
     medians = [1000 * timing.median for timing in times.values()]
     spreads = [1000 * timing.spread for timing in times.values()]
     colours = ["0.6" if budget is None else COLOURS[0] for budget in times]

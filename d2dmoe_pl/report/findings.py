@@ -11,6 +11,7 @@ from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.callbacks.save_artifact import FOLDER
 from d2dmoe_pl.callbacks.sweep_table import SweepRow
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint
+from d2dmoe_pl.report.measured_speed import Running
 from d2dmoe_pl.report.single_samples import SampleCompute
 
 Curve = Sequence[tuple[int, float]]
@@ -57,6 +58,7 @@ class Findings:
         samples: Where compute goes.
         loads: The share of tokens that run each expert, by layer.
         predicts: Whether ``predict`` writes what the model gives, as it does not for language models.
+        running: How times were taken.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class Findings:
     samples: Sequence[SampleCompute] = ()
     loads: Mapping[str, Sequence[float]] = field(default_factory=dict)
     predicts: bool = True
+    running: Running = field(default_factory=Running)
 
 
 def phase_findings(folder: Path, seconds: Mapping[str, float], metric: str) -> list[PhaseFinding]:

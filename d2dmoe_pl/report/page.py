@@ -70,7 +70,9 @@ def figures_of_merit(found: Findings) -> list[tuple[str, str]]:
         ]
     if found.times and found.promised is not None:
         said = _speed_up(found, found.promised.ffn_flops)
-        merits.append((said, f"{'how fast beside' if said == NOISY else 'as fast as'} dense, {found.timed}"))
+        merits.append(
+            (said, f"{'how fast beside' if said == NOISY else 'as fast as'} {found.running.rival}, {found.timed}")
+        )
     return merits
 
 
@@ -126,7 +128,7 @@ def time_table(found: Findings) -> Table:
     """Times beside dense."""
     rows = [
         (
-            "dense" if budget is None else f"{100 * budget:.3g}%",
+            found.running.rival if budget is None else f"{100 * budget:.3g}%",
             f"{1000 * timing.median:.2f} ± {1000 * timing.spread:.2f}",
             _speed_up(found, budget),
         )
@@ -139,6 +141,7 @@ def commands(found: Findings) -> str:
     """How to load, serve, evaluate and reproduce."""
     last = found.folder / found.phases[-1].name
     is_set = is_wished(found.folder / WISHED, last)
+    running = found.running
     model, run = (found.folder / WISHED, found.folder) if is_set else (last / FOLDER, last)
     recipe = found.folder / "recipe.yaml" if (found.folder / "recipe.yaml").is_file() else "RECIPE"
     # rounded up, since less than the least is refused
@@ -146,20 +149,26 @@ def commands(found: Findings) -> str:
     budget = f"\nset_budget_(model, ffn_flops={share:g})" if found.promised else ""
     names = "load_model, set_budget_" if budget else "load_model"
     timed = f" --budget {share:g}" if found.promised else ""
-    places = (run, model, recipe, f"{found.folder}_again", f"{found.folder}_compiled")
-    runs, models, recipes, again, compiled = (quote(str(each)) for each in places)
+    # what was cast or rounded for its wish has no dense twin
+    whole = model if running.dtype is None else last / FOLDER
+    places = (run, model, whole, recipe, f"{found.folder}_again", f"{found.folder}_compiled")
+    runs, models, converted, recipes, again, compiled = (quote(str(each)) for each in places)
     predicting = f"python main.py predict --run {runs} --output predictions.csv\n"
     compiling = f"""
 # for CPUs like this one, compiled ahead of time; load_compiled loads it
-python main.py compile --artifact {models} --dtype int8{timed} --output_dir {compiled}
+python main.py compile --artifact {models} --dtype {running.dtype or "int8"}{timed} --output_dir {compiled}
 """
-    return f"""# load; dtype="int8" or "bfloat16" and optimize=True make it faster
+    compiled_too = ", optimize=True" if running.optimize else ""
+    faster = [] if running.dtype else ['dtype="int8" or "bfloat16"']
+    faster += [] if running.optimize else ["optimize=True"]
+    hint = f"; {' and '.join(faster)} make{'s' if len(faster) == 1 else ''} it faster" if faster else ""
+    return f"""# load{hint}
 from d2dmoe_pl import {names}
-model = load_model({json.dumps(str(model), ensure_ascii=False)}){budget}
+model = load_model({json.dumps(str(model), ensure_ascii=False)}{compiled_too}){budget}
 
 # {"predict, " if found.predicts else ""}evaluate, time
 {predicting if found.predicts else ""}python main.py test --run {runs}
-python main.py benchmark --artifact {models} --config {recipes}{timed}
+python main.py benchmark --artifact {converted} --config {recipes}{timed}{running.options}
 {compiling if found.promised else ""}
 # reproduce
 python main.py chain --config {recipes} --output_dir {again}"""
@@ -188,7 +197,7 @@ def as_html(found: Findings) -> str:
         parts += ["<h2>Load of experts</h2>", f'<div class="wide">{drawn_or_none(loads, found.loads)}</div>']
     if found.times:
         parts += ["<h2>On the clock</h2>", f"<p>{html.escape(found.timed)}, on {html.escape(found.machine)}.</p>"]
-        parts += [drawn_or_none(speeds, found.times), _html_table("", time_table(found))]
+        parts += [drawn_or_none(speeds, found.times, found.running.rival), _html_table("", time_table(found))]
     if found.samples:
         parts += ["<h2>Where compute goes</h2>", _html_samples(found.samples)]
     parts += ["<h2>Phases</h2>", _html_table("", phase_table(found)), drawn_or_none(courses, found.phases)]

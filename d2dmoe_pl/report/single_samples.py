@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from d2dmoe_pl.adapters import MASK, NO_MASK, adapter_for, stream_of
+from d2dmoe_pl.benchmark.compared_modules import floating_type
+from d2dmoe_pl.benchmark.scoring import placed
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.data.tokenized import TokenizedData
 from d2dmoe_pl.hooks import hooked
@@ -57,7 +59,7 @@ def expert_loads(phase: Phase, number: int) -> dict[str, list[float]]:
     phase.model.eval()
     with hooked(layer.watch(partial(count, name)) for name, layer in deciding_layers(phase).items()):
         for batch in phase.data.drawn_loader("test", number) or ():
-            phase.run_layers({key: value.to(phase.device) for key, value in batch.items()})
+            phase.run_layers(_as_model(phase, batch))
             if min(tokens.values(), default=0) >= ENOUGH_TOKENS:
                 break
     phase.model.train(was_training)
@@ -91,8 +93,7 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
 
     with hooked(layer.watch(partial(see, name)) for name, layer in layers.items()):
         for batch in loader or ():
-            moved = {key: value.to(phase.device) for key, value in batch.items()}
-            logits = phase.logits(moved)
+            logits = phase.logits(_as_model(phase, batch))
             # those of the stream that the input's words and patches are in
             seen = [mask for name, mask in masks.items() if stream_of(streams, name)[1] in (MASK, NO_MASK)]
             if len({len(mask) for mask in seen}) == 1:  # projections of another width see the same tokens
@@ -100,6 +101,11 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
                 found += _of_batch(phase, batch, logits, _by_sample(batch, shares.cpu()))
     phase.model.train(was_training)
     return found
+
+
+def _as_model(phase: Phase, batch: Batch) -> Batch:
+    """The batch where the model is, in its type: no trainer runs any more that would see to it."""
+    return placed(batch, phase.device, floating_type(phase.model))
 
 
 def _by_sample(batch: Batch, shares: Tensor) -> Sequence[Tensor]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from d2dmoe_pl.benchmark.machine import this_machine
 from d2dmoe_pl.benchmark.timing import Timing
@@ -14,7 +14,7 @@ from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint, budget_path, set_taus
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.phases import BudgetCalibration, Phase
 from d2dmoe_pl.report.findings import Findings, phase_findings
-from d2dmoe_pl.report.measured_speed import measured_times
+from d2dmoe_pl.report.measured_speed import Running, dense_twin, measured_times, timed_batches
 from d2dmoe_pl.report.page import as_html, as_markdown
 from d2dmoe_pl.report.single_samples import expert_loads, single_samples
 from d2dmoe_pl.whole_files import replaced_file
@@ -22,7 +22,6 @@ from d2dmoe_pl.whole_files import replaced_file
 HTML, MARKDOWN = "report.html", "report.md"
 SAMPLES = 6  # that are shown
 LOAD_SAMPLES = 128
-TIMED_SAMPLES = 8  # of a batch that is timed
 
 
 def write_report(
@@ -32,6 +31,8 @@ def write_report(
     asked: str | None = None,
     promised: BudgetPoint | None = None,
     measured: Sequence[SweepRow] = (),
+    running: Running | None = None,
+    dense: nn.Module | None = None,
 ) -> Path:
     """Write ``report.html`` and ``report.md`` into the folder of a chain.
 
@@ -42,6 +43,8 @@ def write_report(
         asked: What was asked for, in words; the budget of ``BudgetCalibration`` if that is last, and nothing is given.
         promised: The budget that does that.
         measured: On the test split: at that budget, and with every expert on.
+        running: How the model is timed, and beside what.
+        dense: That it was made from; its own weights in the order of a dense model if not given.
 
     Returns:
         The page.
@@ -54,8 +57,9 @@ def write_report(
         asked = f"ffn_flops={100 * phase.ffn_flops:g}%"
         promised = path.at_cost("ffn_flops", max(phase.ffn_flops, path.points[-1].ffn_flops))
         test = next((row for row in rows if row.stage == "test" and row.setting == phase.ffn_flops), None)
+    running = running or Running()
     has_experts = bool(expert_layers(phase.model))
-    times, timed = _times(phase, promised) if has_experts else ({}, "")
+    times, timed = _times(phase, promised, running, dense) if has_experts else ({}, "")
     found = Findings(
         folder,
         asked,
@@ -72,6 +76,7 @@ def write_report(
         single_samples(phase, SAMPLES) if has_experts else (),
         expert_loads(phase, LOAD_SAMPLES) if has_experts else {},
         phase.task.writes_rows,
+        running,
     )
     for name, text in ((HTML, as_html(found)), (MARKDOWN, as_markdown(found))):
         with replaced_file(folder / name) as aside:
@@ -86,23 +91,26 @@ def discard_report(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _times(phase: Phase, promised: BudgetPoint | None) -> tuple[Mapping[float | None, Timing], str]:
+def _times(
+    phase: Phase, promised: BudgetPoint | None, running: Running, dense: nn.Module | None
+) -> tuple[Mapping[float | None, Timing], str]:
     """Times of a batch of test samples at some budgets beside dense, and what they are of."""
     path = budget_path(phase.model)
-    loader: Any = phase.data.drawn_loader("test", TIMED_SAMPLES)
-    if path is None or loader is None or phase.device.type != "cpu":
+    if path is None or phase.device.type != "cpu":
         return {}, ""
-    batch = {key: value for key, value in next(iter(loader)).items() if key != "labels"}
+    batches = timed_batches(phase.model, phase.data, running.batch_size)
+    if not batches:
+        return {}, ""
     least = path.points[-1].ffn_flops
     own = [] if promised is None else [promised.ffn_flops]
     budgets = sorted({*own, *(budget for budget in (least, 0.1, 0.25, 0.5) if budget >= least)})
     was_training = phase.model.training
     phase.model.eval()
-    dense, times = measured_times(phase.model, batch, budgets)
+    dense = dense or dense_twin(phase.model)
+    of_dense, times = measured_times(phase.model, dense, batches, budgets, running)
     phase.model.train(was_training)
     if promised is not None:
         set_taus_(phase.model, path, promised.taus)
-    size, threads = len(next(iter(batch.values()))), torch.get_num_threads()
-    by_budget: dict[float | None, Timing] = {None: dense}
+    by_budget: dict[float | None, Timing] = {None: of_dense}
     by_budget |= times  # type: ignore[arg-type] # none of them is None
-    return by_budget, f"a batch of {size}, {threads} thread{'s' if threads > 1 else ''}, as it is saved"
+    return by_budget, running.said_of(batches)

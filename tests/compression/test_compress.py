@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 
 import pytest
 import stand_ins
@@ -12,7 +11,6 @@ import yaml
 
 from d2dmoe_pl import artifact_parts, compress, load_model
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.cli import main
 from d2dmoe_pl.compression import command
 from d2dmoe_pl.compression.chosen_recipe import chosen_phases, sizes_of
@@ -21,34 +19,6 @@ from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.run_folders import with_run
 
 LABELS = stand_ins.ANIMALS[:5]
-
-
-def write(folder):
-    """Texts, and a classifier that has been trained on their labels."""
-    stand_ins.write_emotion(folder / "texts")
-    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
-    model = transformers.BertForSequenceClassification(tiny.bert_config(**labels, hidden_act="relu"))
-    model.save_pretrained(folder / "model")
-    tiny.tokenizer(folder / "model", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """The working folder."""
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder in which the command has run."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        write(folder)
-        recipe_of(folder, "--target", "flops=90%")
-    return folder
 
 
 def recipe_of(place, *more):
@@ -254,47 +224,3 @@ def test_what_cannot_be_sparse_is_split_by_what_fires_most():
     phases = chosen_phases(sizes, {}, "minutes", False, "text-classification", 1000)
     assert phases["expert_clustering"]["model"]["init_args"]["split"] == "activation"
     assert phases["router_regression"]["trainer"]["max_epochs"] == 20
-
-
-def clock(seconds_at_full, spread=0.0):
-    """Times that fall in proportion to a budget, in the place of those that are measured."""
-
-    def measured(model, batch, budgets):
-        assert {"input_ids", "attention_mask"} <= set(batch)
-        times = {budget: Timing(seconds_at_full * budget, 0.0) for budget in budgets}
-        return Timing(1.0, spread), times
-
-    return measured
-
-
-@pytest.fixture
-def calibrated(place, finished):
-    """A working folder in which the command has run."""
-    shutil.copytree(finished, place, dirs_exist_ok=True)
-    return place
-
-
-@pytest.mark.parametrize(
-    ("wanted", "seconds", "share", "said"),
-    [
-        ("speed=1.25x", 1.0, 0.8, ""),
-        ("speed=50x", 1.0, 0.33, "speed=50x cannot be reached here: 3.0"),
-        ("speed=1.25x", 2.0, 0.4, ""),
-    ],
-)
-def test_a_speed_is_found_by_the_clock(calibrated, monkeypatch, capfd, wanted, seconds, share, said):
-    monkeypatch.setattr("d2dmoe_pl.compression.budget_for_target.measured_times", clock(seconds))
-    made = compress("model", "texts", target=wanted, output_dir="out")
-    assert made.promised.ffn_flops <= share + 0.01
-    assert made.promised.ffn_flops > share * 0.85  # the next step up would be too slow
-    assert said in capfd.readouterr().err
-
-
-def test_a_machine_too_noisy_to_tell(calibrated, monkeypatch):
-    monkeypatch.setattr("d2dmoe_pl.compression.budget_for_target.measured_times", clock(1.0, spread=0.3))
-    with pytest.raises(ConfigError) as error:
-        compress("model", "texts", target="speed=2x", output_dir="out")
-    assert str(error.value) == (
-        "target='speed=2x': this machine is too noisy to tell, the dense model's times are spread by 30%; stop what "
-        "else runs, and run this again: nothing is trained anew"
-    )

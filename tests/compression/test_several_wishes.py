@@ -3,27 +3,12 @@
 from dataclasses import replace
 
 import pytest
-import stand_ins
-import tiny
 import transformers
 
 from d2dmoe_pl import compress
 from d2dmoe_pl.compression import command, recipe_for_model
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.moe.find_layers import moe_layers
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """The working folder, with texts and a classifier that has been trained on their labels."""
-    monkeypatch.chdir(tmp_path)
-    stand_ins.write_emotion(tmp_path / "texts")
-    labels = stand_ins.ANIMALS[:5]
-    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    model = transformers.BertForSequenceClassification(tiny.bert_config(**names, hidden_act="relu"))
-    model.save_pretrained(tmp_path / "model")
-    tiny.tokenizer(tmp_path / "model", stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
-    return tmp_path
 
 
 def taus(model):

@@ -6,10 +6,12 @@ import torch
 from torchmetrics import Metric
 
 from d2dmoe_pl.adapters import adapter_for
-from d2dmoe_pl.artifact import PhaseRecord, load_model, save_artifact
+from d2dmoe_pl.artifact import PhaseRecord, load_model, read_artifact, save_artifact
 from d2dmoe_pl.callbacks import SaveArtifact
+from d2dmoe_pl.data import Digits
 from d2dmoe_pl.data.task import Regression
-from d2dmoe_pl.phases import FineTuning, ImportanceScoring, MoEBERTDistillation, RecoveryTuning
+from d2dmoe_pl.phases import BudgetCalibration, FineTuning, ImportanceScoring, MoEBERTDistillation, RecoveryTuning
+from d2dmoe_pl.report.single_samples import expert_loads, single_samples
 
 KIND = "llama-causal-language-modeling"
 
@@ -72,6 +74,21 @@ class Years(tiny.TextData):
             for index, sample in enumerate(split):
                 sample["labels"] = 1900.25 + index
         return splits, Regression("similarity")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_pictures_in_the_type_of_an_earlier_artifact(trainer, artifact, precision, tmp_path):
+    """Which 32-true leaves as it is, so that pictures have to follow."""
+    path = artifact("calibrated")
+    save_artifact(load_model(path, dtype="bfloat16"), tmp_path / "narrow", read_artifact(path).history)
+    data = Digits(batch_size=32)
+    phase = RecoveryTuning(init_from=str(tmp_path / "narrow"), num_held_out=32)
+    trainer(precision=precision).fit(phase, datamodule=data)
+    assert {parameter.dtype for parameter in phase.model.parameters()} == {torch.bfloat16}
+    tested = BudgetCalibration(init_from=str(tmp_path / "narrow"))
+    trainer(precision=precision).test(tested, datamodule=data, verbose=False)
+    assert all(sample.picture is not None for sample in single_samples(tested, 2))
+    assert expert_loads(tested, 8)
 
 
 def test_labels_and_sums_of_metrics(trainer, tmp_path):

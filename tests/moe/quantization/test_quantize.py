@@ -228,6 +228,7 @@ def test_refusals(tmp_path):
     save_artifact(model, tmp_path)
     with pytest.raises(ConfigError, match=r"is in int8, which no phase can go on from; must be the artifact"):
         RecoveryTuning(init_from=tmp_path).read_start()
+    assert RecoveryTuning(init_from=tmp_path).read_start(is_to_fit=False).quantized
     with pytest.raises(ConfigError, match=r"^dtype='int2': allowed are float32, bfloat16, float16, int8$"):
         load_model(tmp_path, dtype="int2")
 
