@@ -1,12 +1,14 @@
 """What a phase goes on from after an interruption: files that are whole, and hold nothing that could run."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from d2dmoe_pl.errors import check
 from d2dmoe_pl.whole_files import replaced_file
 
 FOLDER = "checkpoints"
@@ -44,7 +46,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     return found
 
 
-def why_unreadable(file: Path) -> str | None:
+def why_unreadable(file: Path, needed: Sequence[str] = NEEDED) -> str | None:
     """What keeps a training from going on from a checkpoint, in words; None if nothing does.
 
     It is read whole, and nothing in it is run: tensors, numbers and texts are all that is taken.
@@ -53,8 +55,18 @@ def why_unreadable(file: Path) -> str | None:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers meet in a broken file
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    missing = [key for key in NEEDED if not isinstance(checkpoint, Mapping) or key not in checkpoint]
+    missing = [key for key in needed if not isinstance(checkpoint, Mapping) or key not in checkpoint]
     return f"has no {', '.join(missing)}" if missing else None
+
+
+def check_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Raise ``ConfigError`` if the file ``path``, where it is one, is no checkpoint."""
+    why = why_unreadable(Path(path), ("state_dict",)) if Path(path).is_file() else None
+    check(
+        why is None,
+        f"ckpt_path={str(path)!r}: is no checkpoint that this package wrote; must hold tensors, numbers and texts "
+        f"only. One of a source that you trust with your machine is read with --weights_only false ({why})",
+    )
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from d2dmoe_pl import adapters, data
 from d2dmoe_pl.callbacks import PurgeRepeatedSteps, SaveArtifact, SaveBeforeRequeue, StopOnNonFinite
-from d2dmoe_pl.checkpoints import LAST, WholeCheckpoints
+from d2dmoe_pl.checkpoints import LAST, WholeCheckpoints, check_checkpoint
 from d2dmoe_pl.data import TaskData
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.null_settings import check_nulls
@@ -129,6 +129,10 @@ class PhaseCLI(LightningCLI):
         # LightningCLI warns when it gets arguments while the process has others; a chain does so on purpose
         assert args is None or isinstance(args, Sequence)
         self.config = parser.parse_args(with_nulls_as_configs(sys.argv[1:] if args is None else args))
+        subcommand = self.config.get("subcommand")
+        given = self.config if subcommand is None else self.config[subcommand]
+        if given.get("ckpt_path") is not None and given.get("weights_only") is not False:
+            check_checkpoint(given.ckpt_path)  # which Lightning would read next
 
     def before_instantiate_classes(self) -> None:
         """Let phases that pass over the data once run one epoch, where nothing is said of epochs."""
@@ -180,6 +184,9 @@ class PhaseCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # the user has asked for no other
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         leave_signals_to_us(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined] # Lightning sets it
+            if writes and isinstance(callback, PurgeRepeatedSteps):
+                callback.read(trainer.loggers)
         return trainer
 
     def _settle_callbacks(self, trainer: Mapping[str, Any]) -> None:

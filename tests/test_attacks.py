@@ -121,9 +121,19 @@ def test_a_checkpoint_named_on_the_command_line(tmp_path, mark, capsys, given):
                 "--trainer.logger=false",
             ]
         )
-    assert exit_info.value.code == 1
-    assert "error: ckpt_path: is no checkpoint that this package wrote" in capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert f"error: ckpt_path='{tmp_path}/x.ckpt': is no checkpoint that this package wrote" in capsys.readouterr().err
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"seed: 1\n", b"", b"PK\x03\x04 cut off", b"\x80\x02."])
+def test_another_file_in_the_place_of_a_checkpoint(tmp_path, capsys, content):
+    recipe = write_recipe(tmp_path / "recipe.yaml", epochs=1)
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--config", f"{recipe}:fine_tuning", "--ckpt_path", str(tmp_path / "x.ckpt")])
+    assert exit_info.value.code == 2
+    assert f"error: ckpt_path='{tmp_path}/x.ckpt': is no checkpoint that this package wrote" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ def check_callbacks(callbacks: Sequence[Callback], phase: Any) -> None:
         "callbacks=ModelCheckpoint: must differ from others, and from that of every phase, which keeps the last epoch, "
         "in monitor, mode, every_n_epochs, every_n_train_steps or train_time_interval",
     )
+    _check_files([callback for callback in callbacks if isinstance(callback, ModelCheckpoint)])
     for callback in callbacks:
         name = type(callback).__name__
         # it copies a phase before there is a model in it, so that it would average nothing, and replaces the schedule
@@ -47,4 +48,15 @@ def check_callbacks(callbacks: Sequence[Callback], phase: Any) -> None:
         check(
             not isinstance(callback, BaseFinetuning | ModelPruning),
             f"callbacks={name}: must be left out; what is trained or pruned is up to transform_ of a phase of your own",
+        )
+
+
+def _check_files(checkpoints: Sequence[ModelCheckpoint]) -> None:
+    files = [(callback.dirpath, callback.filename) for callback in checkpoints]
+    for callback, file in zip(checkpoints, files, strict=True):
+        # of names that are counted on, none is written to twice
+        check(
+            files.count(file) == 1 or callback._enable_version_counter,
+            f"callbacks=ModelCheckpoint: filename={callback.filename!r} is that of another too, and one would be "
+            "written in the place of the other; must differ, also from 'last', where every phase keeps its last epoch",
         )

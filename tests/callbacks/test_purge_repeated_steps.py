@@ -1,9 +1,11 @@
 """What is logged twice is shown once."""
 
+import csv
+
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from d2dmoe_pl.adapters import TimmModel
@@ -35,3 +37,51 @@ def test_a_resumed_training_is_one_curve(trainer, tmp_path, callbacks, twice):
     steps = [event.step for event in shown.Scalars("train/loss")]
     assert set(range(10)) == set(steps)
     assert [step for step in range(10) if steps.count(step) > 1] == twice
+
+
+class Killed(Exception):
+    """In the place of a signal."""
+
+
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 7:
+            raise Killed
+
+
+def test_the_rows_before_a_resumption_stay_in_a_file(trainer, tmp_path):
+    """Those that were written since the checkpoint go, and come again; what was logged before it was on the disk."""
+
+    def train(folder, ckpt_path=None, *more):
+        torch.manual_seed(0)
+        logger, purging = CSVLogger(tmp_path, name=folder, version=""), PurgeRepeatedSteps()
+        purging.read([logger])
+        run = trainer(
+            logger=logger,
+            callbacks=[
+                ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1),
+                purging,
+                *more,
+            ],
+            enable_checkpointing=True,
+            max_epochs=4,
+            log_every_n_steps=1,
+            limit_train_batches=3,
+            limit_val_batches=1,
+            num_sanity_val_steps=0,
+        )
+        run.fit(FineTuning(source=TINY), datamodule=Digits(batch_size=8), ckpt_path=ckpt_path)
+        return rows(folder)
+
+    def rows(folder):
+        with (tmp_path / folder / "metrics.csv").open(newline="") as opened:
+            return list(csv.DictReader(opened))
+
+    whole = train("whole")
+    with pytest.raises(Killed):
+        train("resumed", None, Kill())
+    before = rows("resumed")
+    assert before == whole[: len(before)]
+    assert len(before) >= 4  # they are kept in memory else, a hundred at a time
+    assert train("resumed", tmp_path / "step=4.ckpt") == whole
+    assert train("resumed") == whole  # another training, in the place of the first

@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import torch
 from digits_models import digits_source
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from safetensors.torch import load_file
 
 from d2dmoe_pl.callbacks import SaveArtifact
@@ -158,3 +159,45 @@ def test_a_pass_that_fails_leaves_the_data_as_it_was(trainer, artifact):
     first = next(iter(data.training_loader()))["pixel_values"]
     with data.in_order():
         assert not torch.equal(next(iter(data.training_loader()))["pixel_values"], first)
+
+
+def test_a_training_that_has_ended_early_stays_ended(fit, tmp_path):
+    """Killed behind its end, and gone on with; unless who stopped it is gone, or nothing but the time was over."""
+    stop = {"monitor": "validation/loss", "patience": 1, "min_delta": 100.0}
+    keep = {"max_epochs": 6, "enable_checkpointing": True}
+
+    def run(folder, ckpt_path=None, *more, **changes):
+        phase = FineTuning(source=digits_source(), activation="relu")
+        last = ModelCheckpoint(tmp_path / "last", filename="last", enable_version_counter=False)
+        return fit(phase, tmp_path / folder, ckpt_path, callbacks=[last, *more], **keep | changes), phase
+
+    (weights, config), phase = run("whole", None, EarlyStopping(**stop))
+    assert phase.trainer.current_epoch == 2
+    (again, config_again), phase = run("again", tmp_path / "last" / "last.ckpt", EarlyStopping(**stop))
+    assert phase.trainer.global_step == 2 * BATCHES
+    assert config_again == config
+    assert all(torch.equal(value, again[0][name]) for name, value in weights[0].items())
+    _, phase = run("on", tmp_path / "last" / "last.ckpt")
+    assert phase.trainer.current_epoch == 6
+
+
+def test_what_is_monitored_between_two_validations(fit, tmp_path):
+    """Checkpoints within an epoch go by the validation before; also of the epoch that a training is resumed in."""
+
+    def run(folder, ckpt_path=None):
+        save = SaveAll(tmp_path)
+        best = ModelCheckpoint(
+            tmp_path / folder, "{epoch}-{step}", "validation/loss", every_n_train_steps=3, save_top_k=-1
+        )
+        phase = FineTuning(source=digits_source(), activation="relu")
+        changes = {"max_epochs": 3, "enable_checkpointing": True, "callbacks": [save, best]}
+        fit(phase, tmp_path / folder, ckpt_path, **changes)
+        files = (tmp_path / folder).glob("*.ckpt")
+        return sorted((file.name for file in files), key=lambda name: int(name.split("=")[-1][:-5])), phase.best
+
+    names, best = run("whole")
+    assert "epoch=1-step=6.ckpt" in names
+    for place, first in (("1-0", "epoch=1-step=6.ckpt"), ("1-2", "epoch=2-step=9.ckpt")):
+        resumed, best_again = run(place, tmp_path / f"{place}.ckpt")
+        assert resumed == names[names.index(first) :]
+        assert best_again == best

@@ -103,6 +103,10 @@ class TestCallbacksThatNoPhaseCanRunWith:
                 "callbacks=ModelCheckpoint: must differ from others, and from that of every phase, which keeps the "
                 "last epoch, in monitor, mode, every_n_epochs, every_n_train_steps or train_time_interval\n",
             ),
+            (
+                {"class_path": "ModelCheckpoint", "init_args": {"monitor": "validation/loss", "filename": "last"}},
+                "callbacks=ModelCheckpoint: filename='last' is that of another too, and one would be written in the ",
+            ),
         ],
     )
     def test_on_the_command_line_before_anything_is_loaded(self, tmp_path, capsys, callback, said):
