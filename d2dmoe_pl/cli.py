@@ -22,7 +22,7 @@ from d2dmoe_pl.compile_arguments import compile_parser
 from d2dmoe_pl.compile_command import run_compile
 from d2dmoe_pl.compress_arguments import compress_parser
 from d2dmoe_pl.compression.command import run_compress
-from d2dmoe_pl.data.file_rows import lines_of
+from d2dmoe_pl.data.file_rows import lines_in, lines_of
 from d2dmoe_pl.data.local_folders import MEDIA
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
@@ -151,8 +151,8 @@ def given_inputs(
         found = list(text)
     elif text_file is not None:
         check(text_file == "-" or Path(text_file).is_file(), f"text_file={text_file!r}: no such file")
-        lines = sys.stdin if text_file == "-" else lines_of(text_file)
-        found = [line.rstrip("\r\n") for line in lines if line.strip()]
+        lines = lines_in(sys.stdin.buffer.read(), "text_file='-'") if text_file == "-" else lines_of(text_file)
+        found = [line.rstrip("\r\n") for line in lines]  # an empty one too, so that rows are lines
     elif images is not None:
         endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         found = files_in(Path(images), endings)

@@ -116,7 +116,10 @@ def _costs(artifact: Artifact) -> list[str]:
         rows = list(csv.DictReader(opened))
     columns = [name for name in rows[0] if not name.startswith("experts_percent/")] if rows else []
     shown = [[_rounded(row[name]) for name in columns] for row in rows]
-    heading = "## Cost\n\nFLOPs count a multiply-add as 2, routers in, padding out; `model_flops`: of a sample."
+    heading = (
+        "## Cost\n\nFLOPs count a multiply-add as 2, routers in, padding out; `model_flops`: of a sample. Scores that "
+        "are shares are in percent, where those above are fractions."
+    )
     return [heading, _table(columns, shown)]
 
 

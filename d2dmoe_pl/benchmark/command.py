@@ -65,6 +65,8 @@ def _settings(given: Namespace) -> Settings:
     check(given.around in AROUND, f"around={given.around!r}: allowed are {', '.join(AROUND)}")
     for batch_size in given.batch_size:
         check(batch_size > 0, f"batch_size={batch_size}: must be positive")
+    for budget in given.budget:
+        check(0 < budget <= 1, f"budget={budget:g}: must lie in (0, 1]; 25% is 0.25")
     BACKENDS.find(given.backend, "backend")
     for name in given.compare:
         if name not in RUNTIMES:

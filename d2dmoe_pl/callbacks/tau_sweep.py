@@ -88,7 +88,7 @@ class TauSweep(L.Callback):
             f"budgets={budgets}: allowed only without taus and ks",
         )
         for budget in budgets or []:
-            check(budget > 0, f"budgets={budget}: must be positive, a share of the dense FFNs' FLOPs")
+            check(0 < budget <= 1, f"budgets={budget}: must lie in (0, 1], a share of the dense FFNs' FLOPs")
         if budgets is not None:
             self.settings = [SweepSetting(BUDGET, budget) for budget in budgets]
         else:

@@ -253,7 +253,7 @@ def _set_and_measured(target: Target, folder: Path, given: Namespace) -> Compres
     point = found.point
     set_taus_(model, path, point.taus)
     save_artifact(model, folder / WISHED, artifact.history, lambda aside: copy_processor(artifact.path, aside))
-    sweep = TauSweep(budgets=[point.ffn_flops, path.dense.ffn_flops])
+    sweep = TauSweep(budgets=[min(1.0, each.ffn_flops) for each in (point, path.dense)])
     trainer.callbacks = [sweep]
     with quiet_lightning():
         trainer.test(opening.model, datamodule=opening.datamodule, verbose=False)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -134,8 +134,8 @@ READERS: dict[str, Callable[[str], Iterator[dict[str, str]]]] = {
 
 def check_decodable(file: str) -> None:
     """Raise ``ConfigError`` unless a file is UTF-8."""
-    number = _undecodable(file)
-    check(number is None, f"{file}: line {number}: not UTF-8; save it as UTF-8")
+    with fsspec.open(file, "rb", compression="infer") as opened:
+        _check_lines(opened, file)
 
 
 def json_fault(file: str) -> str | None:
@@ -210,12 +210,15 @@ def lines_of(file: str) -> Iterator[str]:
             raise
 
 
-def _undecodable(file: str) -> int | None:
-    """The first line that is not UTF-8, from 1."""
-    with fsspec.open(file, "rb", compression="infer") as opened:
-        for number, line in enumerate(opened, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    return None
+def lines_in(content: bytes, name: str) -> Iterator[str]:
+    """The same of what ``name`` gave; the ends of lines are what they are in a file."""
+    _check_lines(io.BytesIO(content), name)
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+
+
+def _check_lines(lines: Iterable[bytes], name: str) -> None:
+    for number, line in enumerate(lines, 1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            raise ConfigError(f"{name}: line {number}: not UTF-8; save it as UTF-8") from None

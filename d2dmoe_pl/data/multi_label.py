@@ -1,5 +1,6 @@
 """Texts, or pairs of texts, each with any number of labels, from any Hugging Face dataset."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -191,7 +192,21 @@ class TextMultiLabel(TextClassification):
         (column,) = self.label_columns
         names = getattr(getattr(split.features[column], "feature", None), "names", None)
         named = [[named_label(part, names, where) for part in parts] for where, parts in lists]
+        if names is None:
+            _check_parted(named, [where for where, _ in lists])
         return [[name for name in sample if name] for sample in named]
+
+
+def _check_parted(named: Sequence[Sequence[str]], where: Sequence[str]) -> None:
+    """Raise ``ConfigError`` where labels of one sample are parted by another sign than commas."""
+    for sign in ";|":
+        found = {name for sample in named for name in sample}
+        known = Counter(part.strip() for name in found for part in name.split(sign))
+        for names, place in zip(named, where, strict=True):
+            for name in names:
+                is_several = sign in name and any(known[part.strip()] > 1 for part in name.split(sign))
+                said = f"{place} has {name!r}, parts of which are labels too; must be parted by commas, or be a list"
+                check(not is_several, said)
 
 
 def _flag(value: Any) -> float | None:

@@ -88,8 +88,8 @@ class BudgetCalibration(Calibration):
         init_from: str | None = None,
     ) -> None:
         super().__init__(init_from)
-        positive = ffn_flops is None or ffn_flops > 0
-        check(positive, f"ffn_flops={ffn_flops}: must be positive, a share of the dense FFNs' FLOPs")
+        is_share = ffn_flops is None or 0 < ffn_flops <= 1
+        check(is_share, f"ffn_flops={ffn_flops}: must lie in (0, 1], a share of the dense FFNs' FLOPs")
         check(0 < keep < 1, f"keep={keep}: must lie in (0, 1), the share of executed experts that a step keeps")
         check(num_samples > 0, f"num_samples={num_samples}: must be positive")
         check(num_scored_samples > 0, f"num_scored_samples={num_scored_samples}: must be positive")

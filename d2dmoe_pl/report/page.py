@@ -64,7 +64,7 @@ def figures_of_merit(found: Findings) -> list[tuple[str, str]]:
             dense = _value(found.dense_test, found.dense_test.score, found)
             merits.append((dense, f"{metric} with every expert on, test"))
         merits += [
-            (f"{found.promised.score:.2f}", f"{metric} promised, by validation"),
+            (_value(None, found.promised.score, found), f"{metric} promised, by validation"),
             (f"{found.test.ffn_flops_percent:.1f}%", "of the dense FFNs' FLOPs, test"),
             (f"{found.test.model_flops_percent:.1f}%", "of the dense model's FLOPs, test"),
         ]
@@ -145,7 +145,7 @@ def commands(found: Findings) -> str:
     model, run = (found.folder / WISHED, found.folder) if is_set else (last / FOLDER, last)
     recipe = found.folder / "recipe.yaml" if (found.folder / "recipe.yaml").is_file() else "RECIPE"
     # rounded up, since less than the least is refused
-    share = 0.0 if found.promised is None else math.ceil(1000 * found.promised.ffn_flops) / 1000
+    share = 0.0 if found.promised is None else min(1.0, math.ceil(1000 * found.promised.ffn_flops) / 1000)
     budget = f"\nset_budget_(model, ffn_flops={share:g})" if found.promised else ""
     names = "load_model, set_budget_" if budget else "load_model"
     timed = f" --budget {share:g}" if found.promised else ""

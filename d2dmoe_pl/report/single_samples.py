@@ -20,6 +20,8 @@ from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases import Phase
 
 ENOUGH_TOKENS = 8192  # to tell how busy experts are
+BYTE_FOR_BLANK, BROKEN, PART = "\u0120", "\ufffd", "\u00b7"  # Ġ of tokenizers of bytes; of a character; shown for it
+LONGEST = 4  # bytes of a character
 MOST_BESIDE = 16  # tokens of a picture that are no patches, such as those for the class, and registers
 
 
@@ -127,7 +129,7 @@ def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Sequence[Tenso
         if isinstance(data, TokenizedData):
             ids, mask = batch["input_ids"][index], batch.get("attention_mask")
             ids = ids if mask is None else ids[mask[index].bool()]
-            words = list(data.tokenizer.convert_ids_to_tokens(ids.tolist()))
+            words = words_of(data.tokenizer, ids.tolist())
         elif "pixel_values" in batch:
             pixels = batch["pixel_values"][index]
             found_patches = patches(own, *pixels.shape[-2:])
@@ -136,6 +138,21 @@ def _of_batch(phase: Phase, batch: Batch, logits: Tensor, shares: Sequence[Tenso
             picture, own = _picture(pixels), found_patches
         found.append(SampleCompute(words, picture, own.tolist(), _said(phase, batch, logits, index)))
     return [sample for sample in found if sample.words or sample.picture is not None]
+
+
+def words_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Tokens as people read them; of several that are parts of one character, the last has it."""
+    tokens = list(tokenizer.convert_ids_to_tokens(ids))
+    if tokenizer.convert_tokens_to_string([BYTE_FOR_BLANK]).strip() == BYTE_FOR_BLANK:
+        return tokens  # which are no bytes
+    words, parts = [], []
+    for token in tokens:
+        parts.append(token)
+        text = tokenizer.convert_tokens_to_string(parts)
+        is_whole = BROKEN not in text or len(parts) == LONGEST
+        words.append(text if is_whole else PART)
+        parts = [] if is_whole else parts
+    return words
 
 
 def _said(phase: Phase, batch: Batch, logits: Tensor, index: int) -> str:

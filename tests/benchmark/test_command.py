@@ -146,6 +146,7 @@ def test_a_noisy_machine_is_said(tmp_path, monkeypatch, capsys):
         (["--num_experts", "7"], "num_experts=7: must divide the FFN width, which is 3072"),
         (["--artifact", "x", "--tau", "0.5,1.5"], "tau=1.5: must lie in [0, 1] (1 runs every expert, the dense layer)"),
         (["--artifact", "x", "--length", "0"], "length=0: must be positive"),
+        (["--artifact", "x", "--budget", "25"], "budget=25: must lie in (0, 1]; 25% is 0.25"),
         (["--compare", "loop"], "compare='loop': runs FFNs alone; must go, or --scope layer be there"),
         (["--artifact", "x"], "artifact='x': no such folder; must be the artifact that a phase wrote"),
         (

@@ -160,12 +160,10 @@ class TestCommand:
         Image.new("RGB", (2, 2)).save(tmp_path / "b.png")
         assert given_inputs() is None
         assert given_inputs(text=["a"]) == ["a"]
-        assert given_inputs(text_file=str(tmp_path / "a.txt")) == ["one", "two"]
+        assert given_inputs(text_file=str(tmp_path / "a.txt")) == ["one", "", "two"]  # a row a line
         for place in (tmp_path, tmp_path / "b.png"):
             assert given_inputs(images=str(place)) == [str(tmp_path / "b.png")]
         assert given_inputs(recordings=str(tmp_path)) == [str(tmp_path / "c.wav")]
-        monkeypatch.setattr("sys.stdin", io.StringIO("three\n"))
-        assert given_inputs(text_file="-") == ["three"]
         with pytest.raises(ConfigError, match="text, text_file, images, recordings: at most one of these can be given"):
             given_inputs(["a"], "b")
         with pytest.raises(ConfigError, match="text_file='/nowhere': no such file"):
@@ -174,13 +172,19 @@ class TestCommand:
             with pytest.raises(ConfigError, match=rf"{name}='.*none': there is nothing to predict for"):
                 given_inputs(**{name: str(tmp_path / "none")})
 
-    def test_a_line_is_a_text_and_what_is_hidden_no_picture(self, tmp_path):
+    def test_a_line_is_a_text_and_what_is_hidden_no_picture(self, tmp_path, monkeypatch):
         file = tmp_path / "a.txt"
         file.write_bytes("\ufeffone\x0ctwo\r\nthree\u2028four\n".encode())
         assert given_inputs(text_file=str(file)) == ["one\x0ctwo", "three\u2028four"]
         file.write_bytes("gr\u00fcn\n".encode("latin-1"))
         with pytest.raises(ConfigError, match=r"a.txt: line 1: not UTF-8; save it as UTF-8"):
             given_inputs(text_file=str(file))
+        given = "\ufeffone\x0ctwo\r\n\nthree\u2028four\n".encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given), encoding="latin-1"))
+        assert given_inputs(text_file="-") == ["one\x0ctwo", "", "three\u2028four"]
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\ngr\xfcn\n"), encoding="latin-1"))
+        with pytest.raises(ConfigError, match=r"^text_file='-': line 2: not UTF-8; save it as UTF-8$"):
+            given_inputs(text_file="-")
         (tmp_path / ".thumbnails").mkdir()
         for name in ("b.png", "._b.png", ".thumbnails/b.png", "c.pdf"):
             (tmp_path / name).write_bytes(b"")

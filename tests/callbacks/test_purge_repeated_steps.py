@@ -39,14 +39,14 @@ def test_a_resumed_training_is_one_curve(trainer, tmp_path, callbacks, twice):
     assert [step for step in range(10) if steps.count(step) > 1] == twice
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """In the place of a signal."""
 
 
 class Kill(Callback):
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == 7:
-            raise Killed
+            raise KilledError
 
 
 def test_the_rows_before_a_resumption_stay_in_a_file(trainer, tmp_path):
@@ -78,7 +78,7 @@ def test_the_rows_before_a_resumption_stay_in_a_file(trainer, tmp_path):
             return list(csv.DictReader(opened))
 
     whole = train("whole")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train("resumed", None, Kill())
     before = rows("resumed")
     assert before == whole[: len(before)]

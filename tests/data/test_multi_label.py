@@ -132,6 +132,12 @@ def test_loss_and_divergence():
         ),
         ({"labels": ["[0 1 0]"] * 4}, {}, "sample 1 of .* has .*; must be a list as Python or JSON writes"),
         ({"labels": [["loud", None]] * 4}, {}, "sample 1 of .* has the label None, which is none"),
+        (
+            {"labels": ["rude", "loud;rude", "long", ""]},
+            {},
+            r"sample 2 of .* has 'loud;rude', parts of which are labels too; must be parted by commas, or be a list",
+        ),
+        ({"labels": ["a | b", "b | c", "", ""]}, {}, r"sample 1 of .* has 'a \| b', parts of which are labels too"),
     ],
 )
 def test_labels_that_cannot_be_used(columns, settings, message, tmp_path):

@@ -209,12 +209,17 @@ def test_an_evaluation_goes_to_the_budget_that_is_asked_for(trainer, routed, ask
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: BudgetCalibration(ffn_flops=0.0), "ffn_flops=0.0: must be positive"),
+        (lambda path: BudgetCalibration(ffn_flops=0.0), r"ffn_flops=0.0: must lie in \(0, 1\]"),
+        (
+            lambda path: BudgetCalibration(ffn_flops=25),
+            r"ffn_flops=25: must lie in \(0, 1\], a share of the dense FFNs' FLOPs",
+        ),
         (lambda path: BudgetCalibration(keep=1.0), r"keep=1.0: must lie in \(0, 1\)"),
         (lambda path: BudgetCalibration(num_samples=0), "num_samples=0: must be positive"),
         (lambda path: BudgetCalibration(num_scored_points=1), "num_scored_points=1: must be more than 1"),
         (lambda path: TauSweep(budgets=[]), "budgets=.*: must hold at least one share"),
-        (lambda path: TauSweep(budgets=[0.0]), "budgets=0.0: must be positive"),
+        (lambda path: TauSweep(budgets=[0.0]), r"budgets=0.0: must lie in \(0, 1\]"),
+        (lambda path: TauSweep(budgets=[0.1, 50]), r"budgets=50: must lie in \(0, 1\]"),
         (lambda path: TauSweep([0.5], budgets=[0.5]), "allowed only without taus and ks"),
     ],
 )

@@ -15,6 +15,7 @@ import torch
 import transformers
 import yaml
 from recipe import arguments, write_recipe
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from d2dmoe_pl.artifact import PhaseRecord, read_artifact, save_artifact
 from d2dmoe_pl.benchmark.timing import Timing
@@ -26,7 +27,7 @@ from d2dmoe_pl.phases import BudgetCalibration
 from d2dmoe_pl.report.drawings import as_svg, layers, loads, pictures, shortened
 from d2dmoe_pl.report.findings import Findings, PhaseFinding
 from d2dmoe_pl.report.page import as_markdown, commands
-from d2dmoe_pl.report.single_samples import SampleCompute, expert_loads, patches, single_samples
+from d2dmoe_pl.report.single_samples import SampleCompute, expert_loads, patches, single_samples, words_of
 from d2dmoe_pl.report.writing import write_report
 
 pytestmark = pytest.mark.drawn
@@ -222,6 +223,24 @@ def test_no_predictions_are_promised_of_what_writes_none(trainer, tmp_path, monk
         monkeypatch.setattr(type(phase.task), "writes_rows", writes)
         write_report(tmp_path, {"last": 1.0}, phase)
         assert ("main.py predict" in (tmp_path / "report.md").read_text()) == writes
+
+
+def test_tokens_of_bytes_are_shown_as_text():
+    """A character of several tokens stands with the last of them; other tokenizers' tokens are as they were."""
+    backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    words = words_of(tokenizer, tokenizer("a f\u00fcr \u65e5")["input_ids"])
+    assert words == ["a", " ", "f", "\u00b7", "\u00fc", "r", " ", "\u00b7", "\u00b7", "\u65e5"]
+    broken = tokenizer("\u65e5\u65e5")["input_ids"][1:]  # begins in the middle of a character
+    assert len(words_of(tokenizer, broken)) == 5
+
+
+def test_tokens_of_words_are_shown_as_they_are(tmp_path):
+    tiny.tokenizer(tmp_path, stand_ins.WORDS, ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert words_of(tokenizer, tokenizer("who is it")["input_ids"])[:4] == ["[CLS]", "who", "is", "it"]
 
 
 def test_patches_come_last():

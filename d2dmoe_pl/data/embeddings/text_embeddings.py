@@ -168,6 +168,6 @@ def _dense(model: str, stamp: str) -> Any:
 
 
 def _stamp(model: str) -> str:
-    """Names, sizes and times of a folder's files of weights; nothing for a name on the hub."""
-    files = sorted(Path(model).glob("*.safetensors")) + sorted(Path(model).glob("*.bin"))
+    """Names, sizes and times of a folder's files of weights, settings and code; nothing for a name on the hub."""
+    files = [file for kind in ("safetensors", "bin", "json", "py") for file in sorted(Path(model).glob(f"*.{kind}"))]
     return ", ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)

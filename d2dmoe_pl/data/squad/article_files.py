@@ -30,10 +30,10 @@ def _inner(record: Any, key: str) -> Any:
 
 def _questions(rows: Mapping[str, list]) -> dict[str, list]:
     of_articles = rows.get("paragraphs") or [_inner(each, "paragraphs") for data in rows["data"] for each in data]
-    made: dict[str, list] = {"id": [], "context": [], "question": [], "answers": []}
+    made: dict[str, list] = {"id": [], "context": [], "question": [], "answers": [], "is_impossible": []}
     for paragraph in (paragraph for paragraphs in of_articles for paragraph in paragraphs or []):
         for question in _inner(paragraph, "qas") or []:
-            for key in ("id", "question"):
+            for key in ("id", "question", "is_impossible"):
                 made[key].append(_inner(question, key))
             made["context"].append(_inner(paragraph, "context"))
             made["answers"].append(json.dumps(_inner(question, "answers") or []))  # whatever they are, to be looked at

@@ -21,11 +21,14 @@ def with_answers(split: Dataset, split_name: str) -> Dataset:
         split_name: For errors.
 
     Raises:
-        ConfigError: For answers of another form, or one that does not stand in its context where it is said to.
+        ConfigError: For answers of another form, or one that does not stand in its context where it is said to, or
+            that a question has which ``is_impossible`` says has none.
     """
     given = split["answers"]
     found = []
-    for sample, value, context in zip(sample_names(split, split_name), given, split["context"], strict=True):
+    flags = split["is_impossible"] if "is_impossible" in split.column_names else [None] * len(split)
+    rows = zip(sample_names(split, split_name), given, split["context"], flags, strict=True)
+    for sample, value, context, impossible in rows:
         answers = _in_lists(value)
         check(
             answers is not None,
@@ -33,6 +36,10 @@ def with_answers(split: Dataset, split_name: str) -> Dataset:
         )
         assert answers is not None
         for text, start in zip(answers["text"][:1], answers["answer_start"][:1], strict=True):  # what is learnt
+            check(
+                str(impossible).strip().casefold() not in ("true", "1", "1.0"),
+                f"is_impossible: {sample} has {impossible!r}, and the answer {text!r}; must be false, or have none",
+            )
             there = context[start : start + len(text)] if start >= 0 else ""
             check(
                 there.casefold() == text.casefold(),

@@ -20,6 +20,7 @@ from d2dmoe_pl.errors import check
 
 HUB = {1: "rajpurkar/squad", 2: "rajpurkar/squad_v2"}
 COLUMNS = ("context", "question", "answers")
+KNOWN = (*COLUMNS, "is_impossible")
 
 
 class SQuAD(TokenizedData):
@@ -110,12 +111,13 @@ class SQuAD(TokenizedData):
     def load(self) -> tuple[Mapping[str, Dataset], Task]:
         splits = self.source.load(together="context")  # questions about a text that was trained on are easier
         check_columns(splits, {f"SQuAD column {i}": column for i, column in enumerate(COLUMNS)})
-        splits = {name: split.select_columns(list(COLUMNS)) for name, split in splits.items()}
+        own = {name: [each for each in KNOWN if each in split.column_names] for name, split in splits.items()}
+        splits = {name: split.select_columns(own[name]) for name, split in splits.items()}
         for name, split in splits.items():
             for column in ("context", "question"):
                 check_texts(split, column, name, "column", may_be_blank=True)
         self.check_known(splits["train"]["context"])
-        splits = {name: with_answers(split, name) for name, split in splits.items()}
+        splits = {name: with_answers(split, name).select_columns(list(COLUMNS)) for name, split in splits.items()}
         for name, split in splits.items():
             check(
                 self.version == 2 or all(answers["text"] for answers in split["answers"]),

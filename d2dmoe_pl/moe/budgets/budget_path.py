@@ -221,6 +221,8 @@ def set_budget_(
     value = plain_number(given_value, float)
     check(value is not None, f"{name}={given_value!r}: must be a number")
     assert value is not None
+    is_share = name == "drop" or value <= max(1.0, getattr(path.dense, name))
+    check(is_share, f"{name}={value:g}: must be at most 1, all that the dense model costs; 25% is 0.25")
     point = path.at_drop(value) if name == "drop" else path.at_cost(name, value)
     set_taus_(model, path, point.taus)
     return point

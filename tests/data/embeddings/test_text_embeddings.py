@@ -162,6 +162,21 @@ def test_vectors_are_computed_anew_for_other_weights(folder, tmp_path):
     assert not torch.allclose(next(iter(changed.test_dataloader()))["labels"], before)
 
 
+def test_vectors_are_computed_anew_for_other_settings(folder, tmp_path):
+    """Of the same weights, in the same folder."""
+    transformers.BertModel(tiny.bert_config(hidden_act="gelu")).save_pretrained(tmp_path)
+    tiny.tokenizer(tmp_path, WORDS, SPECIAL)
+    found = []
+    for activation in ("gelu", "relu", "gelu"):
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": activation}))
+        data = TextEmbeddings(DatasetSource(str(folder / "data")), str(tmp_path), batch_size=4)
+        data.setup()
+        found.append(next(iter(data.test_dataloader()))["labels"])
+    assert not torch.allclose(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2])
+
+
 def test_pooling():
     states = torch.tensor([[[1.0, 5.0], [3.0, 1.0], [9.0, 9.0]]])
     mask = torch.tensor([[1, 1, 0]])

@@ -42,7 +42,9 @@ def test_a_row_a_question(tmp_path, version, layout):
     rows = list(with_answers(split, "test"))
     answered = [row for row in rows if row["id"] != "none"]
     columns = ("id", "context", "question", "answers")
-    assert answered == [{column: question(number)[column] for column in columns} for number in range(6)]
+    asked = [{column: question(number)[column] for column in columns} for number in range(6)]
+    assert [{column: row[column] for column in columns} for row in answered] == asked
+    assert {row["is_impossible"] for row in rows if row["id"] == "none"} <= {True}
     assert [row["answers"]["text"] for row in rows if row["id"] == "none"] == [[]] * 6 * (version == 2)
     assert len(split) == 6 * version
     several = DatasetSource(train=str(tmp_path / "*.json"), validation=str(file), test=str(file))

@@ -1,5 +1,6 @@
 """Answers of SQuAD's layouts are read as one; what is no answer, or stands elsewhere, is told."""
 
+import contextlib
 import json
 
 import pytest
@@ -40,6 +41,19 @@ def split_of(*answers):
 )
 def test_layouts(given, read):
     assert with_answers(split_of(given), "train")["answers"][:] == [read]
+
+
+@pytest.mark.parametrize(
+    ("flag", "is_refused"), [(True, True), (False, False), (None, False), ("true", True), (0, False)]
+)
+def test_a_question_that_has_no_answer_has_none(flag, is_refused):
+    split = split_of(LISTS).add_column("is_impossible", [flag])
+    with pytest.raises(ConfigError) if is_refused else contextlib.nullcontext() as error:
+        with_answers(split, "train")
+    if is_refused:
+        said = f"is_impossible: sample 1 of the train split has {flag!r}, and the answer 'Cat'; must be false, or "
+        assert str(error.value) == f"{said}have none"
+    assert with_answers(split_of(NONE).add_column("is_impossible", [flag]), "train")["answers"][:] == [NONE]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def taus(model):
 @pytest.mark.parametrize(
     ("asked", "expected", "score"),
     [
-        ({"ffn_flops": 2.0}, [1.0, 1.0], 90.0),
+        ({"ffn_flops": 1.02}, [1.0, 1.0], 90.0),  # with routers
         ({"ffn_flops": 0.62}, [0.8, 1.0], 90.4),
         ({"ffn_flops": 0.42}, [0.8, 0.75], 89.2),
         ({"ffn_flops": 0.12}, [0.0, 0.5], 89.0),
@@ -120,6 +120,8 @@ def test_points_that_are_no_cheaper_are_left_out():
             "ffn_flops=0.1: less than this model can do; must be at least 0.1200, with the fewest experts on",
         ),
         ({"drop": -0.5}, "drop=-0.5: must not be negative"),
+        ({"ffn_flops": 25}, "ffn_flops=25: must be at most 1, all that the dense model costs; 25% is 0.25"),
+        ({"flops": 1.5}, "flops=1.5: must be at most 1, all that the dense model costs; 25% is 0.25"),
     ],
 )
 def test_what_cannot_be(model, asked, message):
