@@ -209,7 +209,7 @@ class HuggingFaceAdapter(Adapter):
         config = self.backbone_config(model.config)
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
-        return config.num_channels, height, width
+        return getattr(config, "num_channels", 3), height, width
 
     def config(self, model: Any) -> dict[str, Any]:
         name, dtype = type(model).__name__, str(model.dtype).removeprefix("torch.")

@@ -2,7 +2,8 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pkgutil import resolve_name
 from typing import Any
@@ -102,7 +103,8 @@ class StructuralAdapter(Adapter):
     def _find(self, model: Any) -> list[Site]:
         with unchanged(model):
             model.eval()
-            examples = [fitting(example, model) for example in self.examples(model)]
+            with _told(model, but=ConfigError):
+                examples = [fitting(example, model) for example in self.examples(model)]
             linear = {name: module for name, module in model.named_modules() if self.as_linear(module) is not None}
             sites, reasons = self._traced(model, linear, examples[0])
             modules = dict(model.named_modules())
@@ -171,11 +173,8 @@ class StructuralAdapter(Adapter):
         self, model: Any, linear: Mapping[str, nn.Module], inputs: Mapping[str, Tensor]
     ) -> tuple[list[Site], dict[str, str]]:
         name = type(model).__name__
-        try:
+        with _told(model):
             traced = self._trace(model, linear, inputs)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"{name}: no adapter knows it, and it cannot be traced: {reason}") from error
         sites, reasons = find_sites(model, traced)
         shapes = [tuple(ids.shape) for key, ids in inputs.items() if key.endswith("input_ids")]
         elsewhere = [site for site in sites if shapes and site.shape[:-1] not in shapes]
@@ -264,3 +263,15 @@ def _said(reasons: Mapping[str, str]) -> str:
     """The first reasons, in a line."""
     first = [f"{name} {reason}" for name, reason in list(reasons.items())[:SHOWN]]
     return "; ".join(first) + (f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else "")
+
+
+@contextmanager
+def _told(model: nn.Module, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Raise ``ConfigError`` for whatever a model, or its settings, raise when it is called as others are."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{type(model).__name__}: no adapter knows it, and it cannot be traced: {reason}") from error

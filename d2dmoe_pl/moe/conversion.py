@@ -18,6 +18,7 @@ from d2dmoe_pl.moe.experts.experts import Experts, check_assignment
 from d2dmoe_pl.moe.find_layers import FilterFn, LayerFilterFn, check_weights_are_here, moe_layers, select_ffns
 from d2dmoe_pl.moe.gating import GATING_RULES, Gate, GateConfig, check_tau, takes_k
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.lost_hooks import check_not_hooked, replaced_modules
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 from d2dmoe_pl.moe.routers import RouterConfig, make_router, try_router
 from d2dmoe_pl.moe.stand_ins.stand_in import StandInConfig, make_stand_in
@@ -83,6 +84,8 @@ def convert_to_moe_(
 ) -> None:
     """Replace dense FFNs by MoE layers that compute the same function.
 
+    Experts have parameters of their own: optimizers, averages and hooks are for after it.
+
     Args:
         model: A model that an adapter knows.
         config: Number of experts.
@@ -118,6 +121,7 @@ def convert_each_(
         for ffn, num_experts in zip(ffns, numbers, strict=True):
             check(ffn.name in assignments, f"assignments: have none for {ffn.name}; are for {', '.join(assignments)}")
             check_assignment(assignments[ffn.name], ffn.d_ff, num_experts, ffn.name)
+    check_not_hooked(replaced_modules(model, ffns))
     while ffns:
         ffn, num_experts = ffns.pop(0), numbers.pop(0)  # each dense FFN goes before the next one's experts come
         experts = Experts(ffn, num_experts, None if assignments is None else assignments[ffn.name])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.adapters import FFN, Projection, adapter_for, put_projection_
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.moe.lost_hooks import check_not_hooked
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 from d2dmoe_pl.typed_settings import check_types_
 
@@ -143,6 +144,7 @@ def replace_projections_(
     """
     projections = select_projections(model, filter_fn)
     widths = [config.width_for(projection) for projection in projections]
+    check_not_hooked({each.place: model.get_submodule(each.place) for each in projections})
     for projection, width in zip(projections, widths, strict=True):
         residual = config.residual and projection.d_in == projection.d_out
         mlp = ProjectionMLP(projection.d_in, width, projection.d_out, residual)

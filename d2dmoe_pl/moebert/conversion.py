@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from d2dmoe_pl.adapters import FFN, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.moe.find_layers import FilterFn, select_ffns
+from d2dmoe_pl.moe.lost_hooks import check_not_hooked, replaced_modules
 from d2dmoe_pl.moe.token_streams import shared_context_
 from d2dmoe_pl.moebert.experts import ImportanceExperts, check_expert_sizes, expert_neurons
 from d2dmoe_pl.moebert.layer import MoEBERTConfig, MoEBERTLayer, moebert_layers
@@ -45,6 +46,7 @@ def convert_to_moebert_(
     """
     adapter = adapter_for(model)
     ffns = select_ffns(model, filter_fn)
+    check_not_hooked(replaced_modules(model, ffns))
     vocabulary_size = adapter.vocabulary_size(model)
     routing_class = ROUTINGS.find(config.routing, "routing")
     check(

@@ -13,6 +13,7 @@ from d2dmoe_pl.moe.conversion import select_moe_layers
 from d2dmoe_pl.moe.experts.experts import Experts
 from d2dmoe_pl.moe.find_layers import LayerFilterFn, check_not_adapted, check_weights_are_here, expert_layers
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.lost_hooks import check_not_hooked
 from d2dmoe_pl.moe.projections import mlp_ffn, projection_mlps, two_layers
 from d2dmoe_pl.moe.quantization.int8_layers import check_not_quantized
 
@@ -78,6 +79,7 @@ def merge_to_dense_(model: nn.Module, filter_fn: LayerFilterFn | None = None) ->
     check_weights_are_here(model)
     layers = select_moe_layers(model, filter_fn)
     check_not_adapted({f"{name}.experts": layer.experts for name, layer in layers.items()})
+    check_not_hooked(layers)
     adapter = adapter_for(model)
     with torch.device("meta"):
         dense = adapter.rebuild(model)
