@@ -119,7 +119,7 @@ def test_classifiers_from_local_files(folder, recipe, last, points):
     if recipe.startswith("cifar10"):
         small += [f"fine_tuning.model.init_args.source.init_args.{each}" for each in ("embed_dim=32", "depth=2")]
     if last == "budget_calibration":  # small models do not go far down
-        sweep = '[{"class_path": "TauSweep", "init_args": {"budgets": [0.99, 1.2]}}]'
+        sweep = '[{"class_path": "TauSweep", "init_args": {"budgets": [0.99, 1.0]}}]'
         own = [f"{last}.trainer.callbacks={sweep}", "stand_in_fitting.model.init_args.rank=1"]
         own += [
             f"{last}.model.init_args.{setting}" for setting in ("num_samples=16", "num_scored_points=2", "keep=0.2")

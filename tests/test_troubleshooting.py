@@ -1,6 +1,7 @@
 """The page about troubleshooting has every message, and no other."""
 
 import re
+from functools import cache
 
 import messages
 import pages
@@ -14,10 +15,14 @@ def quotes():
     return [quote for row in rows for quote in re.findall(r"`([^`]+)`", row.partition(" (behind")[0])]
 
 
+@cache
+def pattern(quote):
+    return re.compile(".+?".join(re.escape(part) for part in quote.split(messages.ANY)), flags=re.DOTALL)
+
+
 def begins(quote, text):
     """Whether ``text`` can begin as a quote does, in which … stands for anything."""
-    pattern = ".+?".join(re.escape(part) for part in quote.split(messages.ANY))
-    return re.match(pattern, text, flags=re.DOTALL) is not None
+    return pattern(quote).match(text) is not None
 
 
 def test_a_quote_is_the_beginning_of_a_text():

@@ -10,11 +10,20 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 SAME = {aten.view, aten._unsafe_view, aten.reshape, aten.alias, aten.detach, aten.clone, aten.contiguous}
 HALVES = {aten.split, aten.split_with_sizes, aten.chunk, aten.slice}
+_ACTIVATIONS = (
+    *("relu", "gelu", "silu", "mish", "elu", "celu", "leaky_relu", "softplus", "hardtanh", "hardswish", "hardsigmoid"),
+    *("sigmoid", "tanh", "threshold", "softshrink", "hardshrink"),
+)
+_ARITHMETIC = (
+    *("erf", "exp", "pow", "abs", "mul", "add", "sub", "div", "neg", "square", "clamp", "clamp_min", "rsub", "sqrt"),
+    *("maximum", "log1p"),
+)
+# each also as it is done in place, where it can be
 ELEMENTWISE = {
-    *(aten.relu, aten.relu_, aten.gelu, aten.silu, aten.silu_, aten.mish, aten.elu, aten.leaky_relu, aten.softplus),
-    *(aten.hardtanh, aten.hardswish, aten.hardsigmoid, aten.sigmoid, aten.tanh, aten.erf, aten.exp, aten.pow, aten.abs),
-    *(aten.mul, aten.mul_, aten.add, aten.sub, aten.div, aten.neg, aten.square, aten.clamp, aten.clamp_min),
-    *(aten.threshold, aten.rsub, aten.sqrt, aten.maximum, aten.log1p),
+    getattr(aten, name + end)
+    for name in (*_ACTIVATIONS, *_ARITHMETIC)
+    for end in ("", "_")
+    if hasattr(aten, name + end)
 }
 
 

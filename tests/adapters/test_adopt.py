@@ -113,6 +113,32 @@ def test_exported(block):
     torch.testing.assert_close(exported(-x), model(-x), rtol=1e-4, atol=1e-5)
 
 
+ACTIVATIONS = [
+    *(nn.Softplus(), nn.Softsign(), nn.Tanhshrink(), nn.Softshrink(), nn.Hardshrink(), nn.Sigmoid(), nn.Tanh()),
+    *(kind(inplace=inplace) for kind in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU) for inplace in (0, 1)),
+    *(
+        kind(inplace=inplace)
+        for kind in (nn.CELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid)
+        for inplace in (0, 1)
+    ),
+    *(nn.GELU("tanh"), nn.Threshold(0.1, 0.0, inplace=True)),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_every_elementwise_activation_of_torch(activation):
+    """Also where it is done in place."""
+    model = Plain()
+    model.activation = copy.deepcopy(activation)
+    model = nn.Sequential(model).eval()
+    example = torch.randn(2, 3, 8)
+    dense = copy.deepcopy(model)
+    adopt_(model, {"input": example})
+    convert_to_moe_(model, ExpertsConfig(num_experts=4))
+    assert len(moe_layers(model)) == 1
+    torch.testing.assert_close(model(example), dense(example))
+
+
 @pytest.mark.parametrize("block", [Plain, Written, Gated, Fused])
 def test_an_activation_outside_of_modules_can_be_watched_and_replaced(block):
     model = nn.Sequential(block(), block()).eval()

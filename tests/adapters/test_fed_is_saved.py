@@ -79,8 +79,15 @@ def plain_pictures(artifact, folder):
     return model(**processor(images=raw, return_tensors="pt")).logits.softmax(-1)
 
 
-@pytest.mark.parametrize("processor", [None, *PROCESSORS])
-@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize(
+    ("kind", "processor"),
+    [
+        # each kind with one of them, each of them with several kinds
+        pytest.param(kind, name, marks=() if (i - j) % 3 == 0 else pytest.mark.thorough)
+        for i, kind in enumerate(PICTURES)
+        for j, name in enumerate([None, *PROCESSORS])
+    ],
+)
 def test_pictures(trainer, tmp_path, pictures, kind, processor):
     where = dict.fromkeys(("train", "validation", "test"), str(pictures))
     settings = {} if processor is not None else {**SETTINGS, "crop_pct": 0.8, "interpolation": "bilinear"}
@@ -96,8 +103,14 @@ def test_pictures(trainer, tmp_path, pictures, kind, processor):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize(
+    ("kind", "side"),
+    [
+        pytest.param(kind, side, marks=() if (i - j) % 2 == 0 else pytest.mark.thorough)
+        for i, kind in enumerate(TEXTS)
+        for j, side in enumerate(["left", "right"])
+    ],
+)
 def test_texts(trainer, tmp_path, kind, side):
     generator = np.random.default_rng(0)
     texts = [" ".join(generator.choice(WORDS, length)) for length in [1, 3, 14, 2, 9, 25, 4, 6, 12]]

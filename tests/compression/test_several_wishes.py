@@ -15,7 +15,7 @@ def taus(model):
     return [layer.get_gate().config.tau for layer in moe_layers(model).values()]
 
 
-def test_each_is_loaded_as_it_was_wished_for(place):
+def test_each_is_loaded_as_it_was_wished_for(calibrated):
     wishes = ("ffn_flops=90%", "ffn_flops=60%")
     made = [compress("model", "texts", target=wish, output_dir="out") for wish in wishes]
     assert taus(made[0].load()) == pytest.approx(list(made[0].promised.taus))

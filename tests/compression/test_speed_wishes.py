@@ -69,7 +69,7 @@ def test_a_machine_too_noisy_to_tell(calibrated, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["int8", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def test_the_model_is_left_in_its_type(calibrated, capfd, dtype):
     """And tested in it; what it was made from stays as it was, for another wish."""
     made = compress("model", "texts", target="flops=90%", output_dir="out", dtype=dtype)

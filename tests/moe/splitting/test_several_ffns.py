@@ -14,7 +14,7 @@ def profiles(number):
     return [(torch.zeros(24, 5), torch.randn(24, 7), 6, seed) for seed in range(number)]
 
 
-@pytest.mark.parametrize("number", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 2, pytest.param(5, marks=pytest.mark.thorough)])
 def test_processes_give_the_same_in_the_same_order(number):
     torch.manual_seed(0)
     arguments, split = profiles(number), SPLITS.find("activation", "split")
