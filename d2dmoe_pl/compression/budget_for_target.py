@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from sklearn.isotonic import IsotonicRegression
+
 from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.chain_status import say
 from d2dmoe_pl.compression.target import Target
@@ -65,7 +67,9 @@ def _fast_enough(target: Target, path: BudgetPath, measure: Measure) -> Found:
         f"target='{target}': this machine is too noisy to tell, the dense model's times are spread by "
         f"{beside.spread / beside.median:.0%}; stop what else runs, and run this again: nothing is trained anew",
     )
-    found = {budget: beside.median / timing.median for budget, timing in times.items()}
+    # a larger budget takes no less time: what was measured otherwise is noise, and the luckiest would be chosen
+    seconds = IsotonicRegression().fit_transform(budgets, [times[budget].median for budget in budgets])
+    found = {budget: beside.median / fitted for budget, fitted in zip(budgets, seconds.tolist(), strict=True)}
     enough = [budget for budget, times_as_fast in found.items() if times_as_fast >= target.value]
     budget = max(enough) if enough else max(found, key=lambda each: found[each])
     if not enough:

@@ -1,5 +1,7 @@
 """A speed is found by the clock, beside what it is told to be compared with; and a model is left in its type."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,8 +9,10 @@ from d2dmoe_pl import compress, load_model
 from d2dmoe_pl.artifact import read_artifact
 from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.cli import main
+from d2dmoe_pl.compression.budget_for_target import budget_for
 from d2dmoe_pl.compression.target import parse_target
 from d2dmoe_pl.errors import ConfigError
+from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint
 from d2dmoe_pl.report.measured_speed import Running
 
 
@@ -57,6 +61,21 @@ def test_a_speed_beside_what_the_dense_model_would_run_on(calibrated, monkeypatc
     assert 'load_model("out/model", optimize=True)' in report
     assert "--artifact out/budget_calibration/artifact " in report
     assert "--dtype int8 --optimize true --compare compile\n" in report
+
+
+def test_a_lucky_measurement_is_not_chosen():
+    """A large budget that came out faster than smaller ones did so by chance."""
+    points = tuple(BudgetPoint((tau,), cost, cost, 0.0, 90.0) for tau, cost in ((1.0, 1.0), (0.0, 0.1)))
+    path = BudgetPath(("layer",), "dynk_max", "accuracy", True, True, 100, points)
+
+    def measure(budgets, lucky=None):
+        return Timing(1.0, 0.0), {each: Timing(0.4 if each == lucky else each, 0.0) for each in budgets}
+
+    plain = budget_for(parse_target("speed=2x"), path, measure)
+    assert 0.35 < plain.point.ffn_flops <= 0.5
+    found = budget_for(parse_target("speed=2x"), path, partial(measure, lucky=1.0))
+    assert found.point.ffn_flops == pytest.approx(plain.point.ffn_flops)
+    assert found.times_as_fast == pytest.approx(plain.times_as_fast)
 
 
 def test_a_machine_too_noisy_to_tell(calibrated, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from d2dmoe_pl import quantize_
 from d2dmoe_pl.adapters import adapter_for
 from d2dmoe_pl.benchmark import runtimes
+from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.compression.recipe_for_model import _loaded
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPath, BudgetPoint, set_budget_path_
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -56,6 +57,19 @@ def test_each_runs_as_it_was_said(monkeypatch):
     assert len(compiled) == 1
     assert compiled[0] is not model  # which can still be watched
     assert set(taus) == {(False, 0.0), (False, 1.0)}
+
+
+@pytest.mark.parametrize(("noisy", "calls"), [([], 1), ([1], 2), ([1, 2, 3], 3)])
+def test_what_is_too_noisy_is_measured_again(monkeypatch, noisy, calls):
+    model, seen = with_budgets(), []
+
+    def alternate(contenders, *_):
+        seen.append(len(seen) + 1)
+        return {name: Timing(1.0, 0.2 if seen[-1] in noisy else 0.05) for name in contenders}
+
+    monkeypatch.setattr(measured_speed, "alternate", alternate)
+    beside, _ = measured_times(model, dense_twin(model), [tiny.batch("bert")], [0.2], Running())
+    assert (len(seen), beside.is_noisy) == (calls, len(noisy) == 3)
 
 
 @pytest.mark.parametrize(
