@@ -33,8 +33,9 @@ def file_cases():
 def setting_cases():
     for case in table("settings"):
         for key, values in case["settings"].items():
-            for value in values if isinstance(values, list) else [values]:
-                yield pytest.param(case, key, value, id=f"{key}={value}")
+            for index, value in enumerate(values if isinstance(values, list) else [values]):
+                marks = pytest.mark.thorough if index else ()  # one value a setting is enough for each change
+                yield pytest.param(case, key, value, id=f"{key}={value}", marks=marks)
 
 
 @pytest.fixture(scope="module")
