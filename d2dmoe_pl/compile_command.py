@@ -19,6 +19,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.moe.budgets.budget_path import set_budget_
 from d2dmoe_pl.moe.conversion import set_tau_
 from d2dmoe_pl.moe.quantization.int8_layers import quantized_names
+from d2dmoe_pl.weights_types import floating_type
 from d2dmoe_pl.whole_files import named_folder
 
 # how far vectors of predictions may lie apart, relative to their lengths: where types round, gates may choose otherwise
@@ -79,7 +80,7 @@ def _check_predictions(compiled: nn.Module, model: nn.Module, batch: dict[str, T
 
     Up to the rounding of its types, that is.
     """
-    floating = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    floating = floating_type(model)
     is_exact = floating == torch.float32 and not quantized_names(model)
     for samples in (1, len(next(iter(batch.values())))):
         given = {name: value[:samples] for name, value in batch.items()}

@@ -12,6 +12,7 @@ from d2dmoe_pl.artifact import load_model, read_artifact, save_artifact
 from d2dmoe_pl.artifact_parts import PhaseRecord
 from d2dmoe_pl.moe.ahead_of_time import attach_programs_, write_programs
 from d2dmoe_pl.moe.program_files import ready_programs
+from d2dmoe_pl.weights_types import floating_type
 
 LENGTH = 8  # tokens of the noise that shows how a model is called; programs are for any number of them
 BESIDE_IDS = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}  # of one text without padding
@@ -68,7 +69,7 @@ def noise_for(model: nn.Module, names: Collection[str] = BESIDE_IDS) -> dict[str
 
     Texts have those of ``names``, of what tokenizers give beside ids, that the model takes.
     """
-    floating = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    floating = floating_type(model)
     adapter = adapter_for(model)
     batch = adapter.random_inputs(model, 2, LENGTH)
     if "input_ids" in batch:

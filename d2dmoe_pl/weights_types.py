@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
+
+
+def floating_type(model: nn.Module) -> torch.dtype:
+    """The type of what ``model`` is given, which is around int8 where it is in int8."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 def types_beside_most(tensors: Mapping[str, Any]) -> dict[str, str]:

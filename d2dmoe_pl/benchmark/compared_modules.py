@@ -24,6 +24,7 @@ from d2dmoe_pl.moe.execution import BACKENDS, Backend
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.token_context import real_tokens
+from d2dmoe_pl.weights_types import floating_type
 
 
 @dataclass(frozen=True)
@@ -252,11 +253,6 @@ def model_comparison(
         scoring=scoring,
         dense_score=score(predict_by(dense)),
     )
-
-
-def floating_type(model: nn.Module) -> torch.dtype:
-    """The type of what ``model`` is given, which is around int8 where it is in int8."""
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.adapters._generation import written_by
-from d2dmoe_pl.benchmark.compared_modules import Choice, floating_type, predict_by, uncompiled
+from d2dmoe_pl.benchmark.compared_modules import Choice, predict_by, uncompiled
 from d2dmoe_pl.benchmark.comparison import Comparison, Way
 from d2dmoe_pl.benchmark.gguf_runtime import NAME, GGUFRuntime
 from d2dmoe_pl.benchmark.result_rows import PYTORCH
@@ -26,6 +26,7 @@ from d2dmoe_pl.moe.gating import Gate
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.moe.quantization.int8_layers import Int8Embedding, Int8Module
 from d2dmoe_pl.moe.quantization.quantize import quantize_
+from d2dmoe_pl.weights_types import floating_type
 
 PROMPT = 32  # tokens of each text, at most
 EMBEDDINGS = (nn.Embedding, Int8Embedding)

@@ -38,8 +38,9 @@ class PurgeRepeatedSteps(L.Callback):
                 start = Event(step=behind, session_log=SessionLog(status=SessionLog.START))
                 logger.experiment.file_writer.add_event(start)
             elif isinstance(logger, CSVLogger):
-                kept = [row for row in self._rows.get(place, ()) if int(row["step"]) < trainer.global_step]
-                logger.experiment.metrics[:0] = kept
+                # one that was being written when the run was killed has not all values
+                whole = [row for row in self._rows.get(place, ()) if None not in row.values()]
+                logger.experiment.metrics[:0] = [row for row in whole if int(row["step"]) < trainer.global_step]
 
     def on_save_checkpoint(self, trainer: Any, phase: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers if trainer.is_global_zero else ():

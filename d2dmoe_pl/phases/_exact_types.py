@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.weights_types import floating_type
 
 
 class InputsAlone:
@@ -56,10 +57,9 @@ class ExactTypes(L.LightningModule):
         if not isinstance(plugin.convert_input, InputsAlone):
             # trainers with 32-true leave weights as they are, which may have been loaded in a narrower type
             is_plain = type(plugin) is Precision
-            plugin.convert_input = InputsAlone(plugin.convert_input, self._own_type if is_plain else None)
-
-    def _own_type(self) -> torch.dtype:
-        return next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
+            plugin.convert_input = InputsAlone(
+                plugin.convert_input, (lambda: floating_type(self.model)) if is_plain else None
+            )
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module."""

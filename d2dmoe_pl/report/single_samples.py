@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from d2dmoe_pl.adapters import MASK, NO_MASK, adapter_for, stream_of
-from d2dmoe_pl.benchmark.compared_modules import floating_type
 from d2dmoe_pl.benchmark.scoring import placed
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.data.tokenized import TokenizedData
@@ -18,6 +17,7 @@ from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.layer import MoELayer
 from d2dmoe_pl.phases import Phase
+from d2dmoe_pl.weights_types import floating_type
 
 ENOUGH_TOKENS = 8192  # to tell how busy experts are
 BYTE_FOR_BLANK, BROKEN, PART = "\u0120", "\ufffd", "\u00b7"  # Ġ of tokenizers of bytes; of a character; shown for it

@@ -83,5 +83,7 @@ def test_the_rows_before_a_resumption_stay_in_a_file(trainer, tmp_path):
     before = rows("resumed")
     assert before == whole[: len(before)]
     assert len(before) >= 4  # they are kept in memory else, a hundred at a time
+    with (tmp_path / "resumed" / "metrics.csv").open("a") as opened:
+        opened.write("1,1")  # of a row of step 12, in the middle of which a run was killed
     assert train("resumed", tmp_path / "step=4.ckpt") == whole
     assert train("resumed") == whole  # another training, in the place of the first
