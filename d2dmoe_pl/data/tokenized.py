@@ -106,7 +106,15 @@ class TokenizedData(TaskData):
             return tokenizer(texts, *(batch[column] for column in others), truncation=True, max_length=max_length)
 
         unused = [column for column in split.column_names if column != "labels"]
-        return split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
+        tokens = split.map(tokenize, batched=True, remove_columns=unused, desc="Tokenising")
+        if "labels" not in split.column_names:  # texts as they are given, blank ones among them
+            without = next((number for number, ids in enumerate(tokens["input_ids"], 1) if len(ids) == 0), None)
+            check(
+                without is None,
+                f"text {without}: has no tokens by tokenizer={self.tokenizer_name!r}, so that a model would be given "
+                "nothing; must have a word",
+            )
+        return tokens
 
     def check_room(self, num_texts: int = 1, before: str = "") -> None:
         """Raise ``ConfigError`` unless ``max_length`` leaves a token of each text, the first behind ``before``."""

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from d2dmoe_pl.adapters import HuggingFaceModel
@@ -168,3 +168,20 @@ def test_a_row_that_is_held_out_is_told_by_its_own_number(tmp_path):
     source = DatasetSource(train=str(tmp_path / "rows.jsonl"), validation=None, test=None, held_out=0.4)
     with pytest.raises(ConfigError, match=r"^text_column='text': sample 21 of the train split has no text$"):
         LanguageModeling(source, tiny.tokenizer(tmp_path / "tokenizer", WORDS, SPECIAL), length=8).setup()
+
+
+def test_a_text_without_tokens_is_told(tmp_path):
+    """As a blank line is by tokenizers that put nothing around it; those that do give a model something to read."""
+    source = write(tmp_path, [row(place) for place in range(12)])
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*SPECIAL, *WORDS])}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    bare = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
+    bare.save_pretrained(tmp_path / "bare")
+    data = TextClassification(source, str(tmp_path / "bare"))
+    data.setup()
+    assert len(data.raw_samples(["red", "blue"])) == 2
+    with pytest.raises(ConfigError, match=r"^text 2: has no tokens by tokenizer='.*bare', so that a model would be"):
+        data.raw_samples(["red", "", "blue"])
+    around = TextClassification(source, tiny.tokenizer(tmp_path / "around", WORDS, SPECIAL))
+    around.setup()
+    assert len(around.raw_samples(["red", "", "blue"])) == 3
