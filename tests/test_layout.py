@@ -22,6 +22,7 @@ FLOW = [
     [
         "borrowed_tensors",
         "errors",
+        "evaluation_mode",
         "finite_weights",
         "free_memory",
         "given_files",

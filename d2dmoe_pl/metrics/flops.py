@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2dmoe_pl.adapters import MASK, adapter_for
 from d2dmoe_pl.borrowed_tensors import Borrowing, own_tensors
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.evaluation_mode import evaluating
 from d2dmoe_pl.moe.expert_layer import ExpertLayer, ExpertSizes
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.sharded_tensors import is_sharded, without_gathering
@@ -90,16 +91,18 @@ def flops_outside_ffns(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
     Raises:
         ConfigError: If the model looks at values, and its parameters are parted among processes.
     """
-    try:
-        return _flops_of_shapes(model, inputs)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    with evaluating(model):
+        try:
+            return _flops_of_shapes(model, inputs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
     check(
         not is_sharded(model),
         f"{type(model).__name__}: its FLOPs cannot be counted from shapes ({reason}), and parts of it cannot be called "
         "alone; must be whole on each process, as with strategy=ddp",
     )
-    return _flops_of_a_call(model, inputs)
+    with evaluating(model):
+        return _flops_of_a_call(model, inputs)
 
 
 def _flops_of_a_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
@@ -116,11 +119,8 @@ def _flops_of_a_call(model: nn.Module, inputs: Mapping[str, Tensor]) -> int:
             made = adapter.random_inputs(model, 1, value.shape[1] if value.dim() > 1 else 1)
             noise[key] = made.get(key, torch.zeros(value.shape, dtype=value.dtype)).to(device)
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the CPU's fused kernel is not counted
-    was_training = model.training
-    model.eval()
     with math, skipped(expert_layers(model).values()), FlopCounterMode(display=False) as counter, torch.no_grad():
         adapter.logits(model, noise)
-    model.train(was_training)
     return counter.get_total_flops()
 
 

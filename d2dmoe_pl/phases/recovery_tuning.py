@@ -12,6 +12,7 @@ from d2dmoe_pl.artifact import load_model
 from d2dmoe_pl.data.epoch_order import folded
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.evaluation_mode import evaluating
 from d2dmoe_pl.moe.conversion import temporary_gate
 from d2dmoe_pl.moe.find_layers import moe_layers
 from d2dmoe_pl.moe.gating import GateConfig, check_tau
@@ -224,11 +225,8 @@ class RecoveryTuning(OptimizedPhase):
             for name, state in ends.items()
             for part in (0.5, 0.75, 1.0)
         }
-        was_training = self.model.training
-        self.model.eval()
-        with self.trainer.precision_plugin.forward_context():
+        with evaluating(self.model), self.trainer.precision_plugin.forward_context():
             best, found = put_best_(self.model, states, partial(self._losses, held_out(self, self.num_held_out)))
-        self.model.train(was_training)
         self.goes_on_otherwise |= best != LAST
         notice(
             f"Of the weights, {best} go on: their loss on held-out samples is {found[best]:.3f} of what it was before, "

@@ -12,6 +12,7 @@ from d2dmoe_pl.adapters import MASK, NO_MASK, adapter_for, stream_of
 from d2dmoe_pl.benchmark.scoring import placed
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.data.tokenized import TokenizedData
+from d2dmoe_pl.evaluation_mode import evaluating
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.expert_layer import ExpertLayer
 from d2dmoe_pl.moe.find_layers import expert_layers
@@ -57,14 +58,12 @@ def expert_loads(phase: Phase, number: int) -> dict[str, list[float]]:
         counts[name] = counts.get(name, torch.zeros(mask.shape[1], device=mask.device)) + mask.sum(dim=0)
         tokens[name] = tokens.get(name, 0) + len(mask)
 
-    was_training = phase.model.training
-    phase.model.eval()
-    with hooked(layer.watch(partial(count, name)) for name, layer in deciding_layers(phase).items()):
+    layers = deciding_layers(phase).items()
+    with evaluating(phase.model), hooked(layer.watch(partial(count, name)) for name, layer in layers):
         for batch in phase.data.drawn_loader("test", number) or ():
             phase.run_layers(_as_model(phase, batch))
             if min(tokens.values(), default=0) >= ENOUGH_TOKENS:
                 break
-    phase.model.train(was_training)
     return {name: (count / tokens[name]).tolist() for name, count in counts.items()}
 
 
@@ -87,13 +86,11 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
     found: list[SampleCompute] = []
     layers = deciding_layers(phase)
     streams = adapter_for(phase.model).streams(phase.model)
-    was_training = phase.model.training
-    phase.model.eval()
 
     def see(name: str, mask: Tensor) -> None:
         masks[name] = mask
 
-    with hooked(layer.watch(partial(see, name)) for name, layer in layers.items()):
+    with evaluating(phase.model), hooked(layer.watch(partial(see, name)) for name, layer in layers.items()):
         for batch in loader or ():
             logits = phase.logits(_as_model(phase, batch))
             # those of the stream that the input's words and patches are in
@@ -101,7 +98,6 @@ def single_samples(phase: Phase, number: int) -> list[SampleCompute]:
             if len({len(mask) for mask in seen}) == 1:  # projections of another width see the same tokens
                 shares = torch.stack([mask.float().mean(dim=1) for mask in seen]).mean(dim=0)  # (N,)
                 found += _of_batch(phase, batch, logits, _by_sample(batch, shares.cpu()))
-    phase.model.train(was_training)
     return found
 
 

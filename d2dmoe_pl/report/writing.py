@@ -10,6 +10,7 @@ from torch import nn
 from d2dmoe_pl.benchmark.machine import this_machine
 from d2dmoe_pl.benchmark.timing import Timing
 from d2dmoe_pl.callbacks.sweep_table import SweepRow, read_csv
+from d2dmoe_pl.evaluation_mode import evaluating
 from d2dmoe_pl.moe.budgets.budget_path import BudgetPoint, budget_path, set_taus_
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.phases import BudgetCalibration, Phase
@@ -104,11 +105,9 @@ def _times(
     least = path.points[-1].ffn_flops
     own = [] if promised is None else [promised.ffn_flops]
     budgets = sorted({*own, *(budget for budget in (least, 0.1, 0.25, 0.5) if budget >= least)})
-    was_training = phase.model.training
-    phase.model.eval()
-    dense = dense or dense_twin(phase.model)
-    of_dense, times = measured_times(phase.model, dense, batches, budgets, running)
-    phase.model.train(was_training)
+    with evaluating(phase.model):
+        dense = dense or dense_twin(phase.model)
+        of_dense, times = measured_times(phase.model, dense, batches, budgets, running)
     if promised is not None:
         set_taus_(phase.model, path, promised.taus)
     by_budget: dict[float | None, Timing] = {None: of_dense}

@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2dmoe_pl.adapters import adapter_for
@@ -193,3 +194,16 @@ def test_counting_leaves_the_model_as_it_was():
     assert [layer.gate for layer in moe_layers(model).values()] == gates
     assert not any(parameter.is_meta for parameter in model.parameters())
     assert not any(layer._forward_pre_hooks for layer in moe_layers(model).values())
+
+
+def test_what_models_do_in_training_alone_is_left_out():
+    """Audio encoders mask spans of frames then, longer than a short recording has any."""
+    torch.manual_seed(0)
+    config = tiny.CONFIGS["any_audio"]()
+    config.mask_time_prob, config.mask_time_length = 0.5, 10
+    model = transformers.AutoModelForAudioClassification.from_config(config)
+    convert_to_moe_(model, ExpertsConfig(4))
+    one = {"input_values": torch.empty(1, 70, device="meta")}
+    expected = flops_outside_ffns(model.eval(), one)
+    assert flops_outside_ffns(model.train(), one) == expected
+    assert model.training

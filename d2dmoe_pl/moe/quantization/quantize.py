@@ -9,6 +9,7 @@ from torch import nn
 
 from d2dmoe_pl.adapters import Adapter, adapter_for
 from d2dmoe_pl.errors import ConfigError, check
+from d2dmoe_pl.evaluation_mode import evaluating
 from d2dmoe_pl.finite_weights import check_finite
 from d2dmoe_pl.hooks import hooked
 from d2dmoe_pl.moe.experts.experts import Experts
@@ -160,23 +161,18 @@ def _tried(model: nn.Module, adapter: Adapter, candidates: Mapping[str, nn.Modul
         part for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer) for part in layer.modules()
     }
     trial = Trial(model, candidates)
-    modes = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     inputs = {
         key: value.to(device, dtype if value.is_floating_point() else None)
         for key, value in adapter.random_inputs(model, 1, 2).items()
     }
-    try:
-        model.eval()
+    with evaluating(model):
         with trial.watching():
             adapter.logits(model, inputs)
         for layer in moe_layers(model).values():
             if layer.router is not None:
                 of_experts -= _only_read(layer, layer.router)
-    finally:
-        for module, is_training in modes.items():
-            module.training = is_training
     # torch has a kernel for all of such a layer, but not where there are hooks
     return trial.called - fused | of_experts, trial
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from d2dmoe_pl.errors import check
+from d2dmoe_pl.evaluation_mode import evaluating
 from d2dmoe_pl.moe.routers._router import ROUTERS, Router
 from d2dmoe_pl.sharded_tensors import is_sharded
 
@@ -24,18 +25,14 @@ def try_router(router: nn.Module, d_model: int, like: Tensor, may_be_negative: b
         return
     if like.is_meta or is_sharded(router):
         return
-    was_training = {module: module.training for module in router.modules()}
     dtype = like.dtype if like.is_floating_point() else torch.float32
     tokens = torch.randn(TOKENS, d_model, generator=torch.Generator().manual_seed(0), device="cpu")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), evaluating(router):
         try:
-            scores = router.eval()(tokens.to(like.device, dtype))
+            scores = router(tokens.to(like.device, dtype))
             lowest, has_nan = float(scores.min()), bool(scores.isnan().any())
         except Exception:  # whatever it raises, or gives: it may need a kernel that is for another device
             return
-        finally:
-            for module, is_training in was_training.items():
-                module.training = is_training
     check(not has_nan, f"router={router.config.kind!r}: scored random tokens NaN; must be numbers")
     check(
         may_be_negative or lowest >= 0,
