@@ -203,16 +203,16 @@ class BrgemmHead {
 };
 
 // out (B, Lq, H, d) of q (B, H, Lq, d), k and v (B, H, Lk, d); mask (B, H, Lq, Lk) is added to scores, or null.
-template <typename T, template <typename> typename Head>
+template <typename T, typename Head>
 void attend(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor* mask, float scale,
     const at::Tensor& out) {
   const int64_t heads = q.size(1), queries = q.size(2), d = q.size(3), longest = k.size(2);
   const Heads<T> of_queries(q), of_keys(k), of_values(v);
   T* to = out.mutable_data_ptr<T>();
-  constexpr int64_t kQueries = Head<T>::kQueries;
+  constexpr int64_t kQueries = Head::kQueries;
   at::parallel_for(0, q.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
-    Head<T> head(longest, std::min(kQueries, queries), d);
+    Head head(longest, std::min(kQueries, queries), d);
     Mask<T> added(mask, queries, longest, in_tiles(longest));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads, h = task % heads;

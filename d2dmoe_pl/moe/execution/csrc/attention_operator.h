@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "operands.h"
+#include "tile_attention.h"
 #include "word_attention.h"
 
 namespace d2dmoe {
@@ -43,9 +44,16 @@ inline at::Tensor attention_cpu(
   const auto* masked = mask ? &added : nullptr;
   const auto with = [&]<typename T>(T) {
 #if defined(D2DMOE_VNNI)
-    if (in_words) return attend<T, WordHead>(with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), masked, factor, out);
+    if (in_words) return attend<T, WordHead<T>>(with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), masked, factor, out);
 #endif
-    attend<T, BrgemmHead>(with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), masked, factor, out);
+#if defined(D2DMOE_TILES)
+    if constexpr (std::is_same_v<T, at::BFloat16>) {
+      if (TileHead::is_there()) {
+        return attend<T, TileHead>(with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), masked, factor, out);
+      }
+    }
+#endif
+    attend<T, BrgemmHead<T>>(with_dense_rows(q), with_dense_rows(k), with_dense_rows(v), masked, factor, out);
   };
   if (type == at::kFloat) {
     with(float());

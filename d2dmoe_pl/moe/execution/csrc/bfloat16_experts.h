@@ -89,7 +89,7 @@ class BFloat16Experts {
   void second_products() {
     const int64_t outputs = problem_.outputs, pairs = even(step()) / 2;
     const bool is_regular = outputs % Tiles::kColumns == 0 && problem_.neurons % step() == 0;
-    if (is_regular && Tiles::may_be_used()) {
+    if (is_regular && tiles_may_be_used()) {
       unit_.release();
       const Tiles tiles(pairs);
       narrow_.add_outputs<Tiles::kColumns>(

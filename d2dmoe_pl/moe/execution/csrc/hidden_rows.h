@@ -2,6 +2,7 @@
 // to, so that outputs can be added to a few columns at a time, which stay in the cache, and each weight is read once.
 #pragma once
 
+#include "packed.h"
 #include "plan.h"
 #include "problem.h"
 
@@ -33,9 +34,6 @@ struct Part {
 template <typename T>
 class HiddenRows {
  public:
-  // Rows that may be read, though not written, behind the last.
-  static constexpr int64_t kBehind = 15;
-
   // Where the rows (count, ld) of a part go, of as many numbers as for every other part.
   T* add(int64_t expert, int64_t chunk, const int32_t* rows, int64_t count, int64_t ld) {
     ld_ = ld;

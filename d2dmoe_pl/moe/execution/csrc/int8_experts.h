@@ -8,6 +8,7 @@
 #include "lane_products.h"
 #include "masked_dense.h"
 #include "packed.h"
+#include "panel_products.h"
 #include "prefetch.h"
 #include "problem.h"
 #include "tiles.h"
@@ -20,7 +21,7 @@
 
 namespace d2dmoe {
 
-// Tokens in uint8, with the scale of each.
+// Tokens in uint8, with the scale of each. Behind them there is what products read beyond the last.
 struct Int8Tokens {
   at::Tensor values, scale; // (N, d), (N,)
 };
@@ -28,7 +29,8 @@ struct Int8Tokens {
 template <typename T>
 Int8Tokens quantised_tokens(const at::Tensor& x) {
   const int64_t tokens = x.size(0), width = x.size(1);
-  Int8Tokens made{at::empty({tokens, width}, at::kByte), at::empty({tokens}, at::kFloat)};
+  const at::Tensor longer = at::empty({(tokens + kBehind) * width + kLineBehind}, at::kByte);
+  Int8Tokens made{longer.narrow(0, 0, tokens * width).view({tokens, width}), at::empty({tokens}, at::kFloat)};
   const T* in = x.const_data_ptr<T>();
   uint8_t* values = made.values.mutable_data_ptr<uint8_t>();
   float* scale = made.scale.mutable_data_ptr<float>();
@@ -119,8 +121,9 @@ class Int8Experts {
       const int32_t* rows = block.rows(expert) + m;
       const bool in_tiles = tokens >= (in_lanes() ? kSomeInLanes : kManyTokens) && up_quads_ != nullptr;
       if (in_tiles && !in_lanes()) {
-        grow(tokens_, rounded_height(tokens) * quads(d) * 4);
-        gather_rows(x, d, rows, tokens, quads(d) * 4, tokens_.data());
+        const int64_t ld = PanelProducts::apart(d);
+        grow(tokens_, (tokens + kBehind) * ld);
+        gather_rows(x, d, rows, tokens, ld, tokens_.data());
       }
       const auto product = [&](const Int8Up& up, const int8_t* packed, int64_t n, int64_t neurons, float* out) {
         if (in_tiles && in_lanes()) {
@@ -152,6 +155,7 @@ class Int8Experts {
 
   void second_products() {
     unit_.release();
+    products_.release();
     const Tiles tiles(quads(std::min(problem_.neurons, kChunk)));
     const auto add = [&](const Part& part, const Part* next, int64_t first, int64_t columns, float* to, int64_t ld) {
       if (next != nullptr) ask_for_down(*next, first, columns);
@@ -229,21 +233,35 @@ class Int8Experts {
   void tile_product(
       int64_t expert, int64_t n, int64_t neurons, const Int8Up& up, const int8_t* packed, const float* x_scale,
       const int32_t* rows, int64_t count, float* out, int64_t ld) {
-    const int64_t s = problem_.neurons, depth = quads(problem_.width) * 4, height = rounded_height(count);
+    const int64_t depth = panel_depth(problem_.width), apart = PanelProducts::apart(problem_.width);
+    const int64_t first = expert * problem_.neurons + n;
+    const auto give = [&](int64_t i, int64_t at, Whole sums) {
+      const int64_t some = std::min(kWidth, neurons - at), row = first + at;
+      if (some <= 0) return;
+      dequantised(sums, up.sums + row, up.scale + row, x_scale[rows[i]], some).store(out + i * ld + at, some);
+    };
+    if constexpr (kHasMatrixUnit) {
+      const int8_t* panels = packed + (expert * whole_panels(problem_.neurons) + n) * depth;
+      products_.take(tokens_.data(), count, apart, problem_.width);
+      for (int64_t at = 0; at < neurons; at += PanelProducts::kColumns) {
+        const int64_t here = whole_panels(std::min(PanelProducts::kColumns, neurons - at));
+        products_.multiply(panels + at * depth, here, [&](int64_t i, int64_t j, Whole sums) { give(i, at + j, sums); });
+      }
+      return;
+    }
+    const int64_t s = problem_.neurons, height = rounded_height(count);
     const int8_t* w = packed + (expert * depth * s + n * 4);
     grow(whole_, height * neurons);
 #if defined(D2DMOE_VNNI)
     unit_.held = true;
     at::native::cpublas::brgemm(
-        height, neurons, depth, depth, s, neurons, /*add_C=*/false, tokens_.data(), w, whole_.data());
+        height, neurons, depth, apart, s, neurons, /*add_C=*/false, tokens_.data(), w, whole_.data());
 #else
     quad_product(tokens_.data(), count, depth / 4, w, s, neurons, whole_.data());
 #endif
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t at = 0; at < neurons; at += kWidth) {
-        const int64_t some = std::min(kWidth, neurons - at), row = expert * s + n + at;
-        const Whole sums = Whole::loadu(whole_.data() + i * neurons + at, some);
-        dequantised(sums, up.sums + row, up.scale + row, x_scale[rows[i]], some).store(out + i * ld + at, some);
+        give(i, at, Whole::loadu(whole_.data() + i * neurons + at, std::min(kWidth, neurons - at)));
       }
     }
   }
@@ -256,11 +274,12 @@ class Int8Experts {
   const float* down_scale_;
   const int32_t* down_sums_;
   const int8_t *up_quads_, *gate_quads_;
+  PanelProducts products_;
   HeldUnit unit_;
   HiddenRows<uint8_t> narrow_;        // (rows, hidden_ld())
   std::vector<float> scales_;         // of each of them
   std::vector<float> hidden_, gated_; // (kTokensAtOnce, step)
-  std::vector<uint8_t> tokens_;       // (kTokensAtOnce, depth)
+  std::vector<uint8_t> tokens_;       // (kTokensAtOnce, `PanelProducts::apart`)
   std::vector<int32_t> whole_;        // sums of products in int8
 };
 

@@ -27,39 +27,55 @@ struct Int8Linear {
   T* out; // rows `apart` from one another
 };
 
+// What becomes of the sums of a panel: values, since it is called too often to look for them in many places.
+template <typename T>
+struct PanelOutputs {
+  const float *scale, *bias; // of the panel's columns
+  const int32_t* less;
+  const float* of_row;
+  T* out;
+  int64_t apart, columns;
+
+  PanelOutputs(const Int8Linear<T>& linear, int64_t n, int64_t first, int64_t apart, const float* of_row)
+      : scale(linear.scale + n), bias(linear.bias == nullptr ? nullptr : linear.bias + n), less(linear.less + n),
+        of_row(of_row), out(linear.out + first * apart + n), apart(apart), columns(std::min(PanelProducts::kColumns, linear.columns - n)) {}
+
+  void operator()(int64_t m, int64_t i, Whole sums) const {
+    if (i >= columns) return;
+    const int64_t count = std::min(kWidth, columns - i);
+    const Vec value = dequantised(sums, less + i, scale + i, of_row[m], count);
+    store_as(bias == nullptr ? value : value + Vec::loadu(bias + i, count), out + m * apart + i, count);
+  }
+};
+
 template <typename In, typename Out>
 void int8_linears(
     const In* x, int64_t rows, int64_t depth, const std::vector<Int8Linear<Out>>& linears, int64_t apart) {
-  constexpr int64_t kRows = PanelProducts::kRows;
-  const int64_t ld = quads(depth) * 4;
+  const int64_t ld = PanelProducts::apart(depth), wide = panel_depth(depth), threads = at::get_num_threads();
   std::vector<std::pair<const Int8Linear<Out>*, int64_t>> panels; // and their first columns
   for (const auto& linear : linears) {
-    for (int64_t n = 0; n < linear.columns; n += kPanel) panels.emplace_back(&linear, n);
+    for (int64_t n = 0; n < linear.columns; n += PanelProducts::kColumns) panels.emplace_back(&linear, n);
   }
-  const int64_t blocks = (rows + kRows - 1) / kRows, count_panels = panels.size();
+  int64_t blocks = (rows + PanelProducts::kRows - 1) / PanelProducts::kRows;
+  if (blocks > 1) blocks = (blocks + threads - 1) / threads * threads; // as many for each thread
+  const int64_t some = (rows + blocks - 1) / blocks, count_panels = panels.size();
   // few rows: threads share columns, and each quantises all rows
-  const int64_t shares = std::clamp<int64_t>(at::get_num_threads() / blocks, 1, count_panels);
+  const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, count_panels);
   at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(depth), scales(kRows);
-    std::vector<uint8_t> q(kRows * ld);
+    std::vector<float> row(depth), scales(some);
+    std::vector<uint8_t> q((some + kBehind) * ld);
     PanelProducts products;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / shares * kRows, count = std::min(kRows, rows - first), share = task % shares;
+      const int64_t first = task / shares * some, count = std::min(some, rows - first), share = task % shares;
       for (int64_t m = 0; m < count; ++m) {
         const float* from = in_floats(x + (first + m) * depth, row.data(), depth);
         scales[m] = quantise(from, depth, /*from_zero=*/false, q.data() + m * ld);
       }
-      products.take(q.data(), count, ld);
+      products.take(q.data(), count, ld, depth);
       for (int64_t panel = share * count_panels / shares; panel < (share + 1) * count_panels / shares; ++panel) {
-        const auto& [linear, n] = panels[panel];
-        const int64_t width = std::min(kPanel, linear->columns - n);
-        products.multiply(linear->w + n * ld, [&](int64_t m, int64_t i, Whole sums) {
-          if (i >= width) return;
-          const int64_t count = std::min(kWidth, width - i), at = n + i;
-          const Vec value = dequantised(sums, linear->less + at, linear->scale + at, scales[m], count);
-          const Vec biased = linear->bias == nullptr ? value : value + Vec::loadu(linear->bias + at, count);
-          store_as(biased, linear->out + (first + m) * apart + at, count);
-        });
+        const int64_t n = panels[panel].second;
+        const PanelOutputs<Out> outputs{*panels[panel].first, n, first, apart, scales.data()};
+        products.multiply(panels[panel].first->w + n * wide, whole_panels(outputs.columns), outputs);
       }
     }
   });

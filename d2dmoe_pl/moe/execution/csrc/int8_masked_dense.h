@@ -14,6 +14,7 @@
 
 namespace d2dmoe {
 
+constexpr int64_t kJoined = kHasMatrixUnit ? 128 : 64; // tokens, whose activations stay in the cache
 constexpr int64_t kDeepest = 133'000; // neurons, of which sums of 127 * 127 stay below 2 ** 31
 
 // Of experts: up and gate (E, s, d), if there is one, with scales (E, s); down (E, s, d_out), with scales (E, d_out).
@@ -27,8 +28,7 @@ struct Int8Weights {
 template <typename T>
 at::Tensor int8_masked_dense(
     const Problem& problem, const at::Tensor& x, std::vector<Int8Linear<float>> first, Int8Linear<T> second) {
-  // at once, so that what is between the products stays in the cache
-  const int64_t some = std::min<int64_t>(problem.tokens, PanelProducts::kRows * at::get_num_threads());
+  const int64_t some = std::min<int64_t>(problem.tokens, kJoined * at::get_num_threads());
   const int64_t size = problem.experts * problem.neurons;
   const at::Tensor hidden = at::empty({static_cast<int64_t>(first.size()), some, size}, at::kFloat);
   float* rows = hidden.mutable_data_ptr<float>();

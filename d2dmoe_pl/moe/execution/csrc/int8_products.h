@@ -6,6 +6,7 @@
 #include "products.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -33,14 +34,38 @@ const float* in_floats(const T* values, float* buffer, int64_t count) {
   }
 }
 
-// q (count,) in uint8 of values, which q - zero_point times the returned scale stands for. A NaN makes the scale NaN.
-inline float quantise(const float* values, int64_t count, bool from_zero, uint8_t* q) {
+// The largest of values but for their signs; NaN where one is.
+inline float largest_magnitude(const float* values, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // as integers, of which NaNs are the largest: `maximum` takes three times as long to look out for these
+  const auto bits = [](const float* from, __mmask16 there) {
+    return _mm512_and_si512(_mm512_maskz_loadu_epi32(there, from), _mm512_set1_epi32(0x7fffffff));
+  };
+  __m512i most[4] = {};
+  int64_t k = 0;
+  for (; k + 64 <= count; k += 64) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) most[i] = _mm512_max_epi32(most[i], bits(values + k + i * 16, 0xffff));
+  }
+  for (; k < count; k += 16) {
+    const __mmask16 there = count - k >= 16 ? 0xffff : (1u << (count - k)) - 1;
+    most[0] = _mm512_max_epi32(most[0], bits(values + k, there));
+  }
+  const __m512i all = _mm512_max_epi32(_mm512_max_epi32(most[0], most[1]), _mm512_max_epi32(most[2], most[3]));
+  return std::bit_cast<float>(_mm512_reduce_max_epi32(all));
+#else
   Vec largest(0.f);
   for (int64_t k = 0; k < count; k += kWidth) {
     const Vec v = Vec::loadu(values + k, std::min(kWidth, count - k));
     largest = at::vec::maximum(largest, v.abs());
   }
-  const float most = largest_lane(largest);
+  return largest_lane(largest);
+#endif
+}
+
+// q (count,) in uint8 of values, which q - zero_point times the returned scale stands for. A NaN makes the scale NaN.
+inline float quantise(const float* values, int64_t count, bool from_zero, uint8_t* q) {
+  const float most = largest_magnitude(values, count);
   const float steps = from_zero ? 255.f : 127.f;
   const float scale = most == 0.f ? 1.f : most / steps, inverse = 1.f / scale;
   const float offset = from_zero ? 0.f : static_cast<float>(kZeroPoint);
@@ -82,6 +107,11 @@ inline void store_as(Vec values, float* to, int64_t count = kWidth) {
 }
 
 inline void store_as(Vec values, at::BFloat16* to, int64_t count = kWidth) {
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+  const __mmask16 there = count >= 16 ? 0xffff : (1u << count) - 1;
+  _mm256_mask_storeu_epi16(to, there, std::bit_cast<__m256i>(_mm512_cvtneps_pbh(values)));
+  return;
+#endif
   at::vec::convert_from_float<at::BFloat16>(values, values).store(to, count);
 }
 

@@ -8,6 +8,7 @@
 #include "int8_products.h"
 #include "problem.h"
 #include "products.h"
+#include "tile_unit.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -21,7 +22,7 @@
 namespace d2dmoe {
 
 // Microseconds on one core, fitted to measurements of 11 to 21 shapes, 1 to 1,024 tokens and 5% to 100% of the experts: of
-// a Xeon with AMX (Sapphire Rapids) for floats, of one without for int8, whose costs by AVX2 are that one's too. Only ratios
+// Xeons with AMX (Sapphire Rapids for floats), and of one without, whose costs by AVX2 are that one's too. Only ratios
 // matter, and they are alike for several threads.
 struct Costs {
   double dense_call;     // to begin with dense products
@@ -38,12 +39,10 @@ struct Costs {
 
 constexpr Costs kFewInBFloat16{50, 1.66e-4, 1.9e-6, 0.0, 0.1, 1e-4, 0.0, 0.0, 0.0, 3.6e-5};
 constexpr Costs kInFloat{30, 2.84e-4, 9.9e-6, 0.0, 0.3, 2e-4, 0.0, 1.2e-4, 0.0, 1.38e-5};
-#if defined(__AMX_BF16__)
-constexpr bool kHasMatrixUnit = true;
+#if defined(D2DMOE_TILES)
 constexpr Costs kInBFloat16{50, 1.66e-4, 1.9e-6, 0.0, 1.2, 1e-4, 0.0, 1.0e-4, 1.6e-4, 2.9e-6};
-constexpr Costs kInInt8{10, 4e-5, 1.5e-6, 1e-3, 1.2, 1e-4, 0.0, 1.0e-4, 0.0, 1.7e-6}; // dense ones as linear layers' there
+constexpr Costs kInInt8{0, 3.9e-5, 8.3e-7, 4.6e-4, 0.05, 5.7e-5, 0.03, 1.4e-4, 0.0, 1.0e-6}; // of a later one
 #else
-constexpr bool kHasMatrixUnit = false;
 constexpr Costs kInBFloat16 = kInFloat; // the units are those of fp32
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr Costs kInInt8{11, 4.1e-5, 4.3e-6, 1.2e-3, 0.3, 6.4e-5, 0.052, 2.0e-4, 0.0, 5.0e-6};

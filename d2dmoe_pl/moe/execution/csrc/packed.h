@@ -2,6 +2,8 @@
 // fours of int8.
 #pragma once
 
+#include "tile_unit.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
@@ -62,6 +64,9 @@ inline at::Tensor interleave(const at::Tensor& weight, bool transposed) {
 
 constexpr int64_t kChunk = 128; // neurons of an expert in int8 that are quantised together; a multiple of 4
 
+// Rows that products may read behind the last, and bytes behind these.
+constexpr int64_t kBehind = 15, kLineBehind = 64;
+
 inline int64_t quads(int64_t n) {
   return (n + 3) / 4;
 }
@@ -81,19 +86,34 @@ inline at::Tensor readable_behind(const at::Tensor& packed) {
 
 #if defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t kPanel = 8; // columns, those of a tile
-#elif defined(__AMX_INT8__)
-constexpr int64_t kPanel = 64;
 #else
-constexpr int64_t kPanel = 32; // those of a tile, which stay in the first cache
+constexpr int64_t kPanel = kHasMatrixUnit ? 16 : 32; // those of a tile; or as many as stay in the first cache
 #endif
 
-// int8 (N, K), or (E, s, K) of E * s = N, to (ceil(N / kPanel), ceil(K / 4), kPanel, 4), of B = W^T, with zeros where there
-// is nothing.
+// The numbers of a column of a panel, of which those behind `depth` are zeros: whole tiles, where there may be any.
+inline int64_t panel_depth(int64_t depth) {
+  constexpr int64_t kWhole = kHasMatrixUnit ? 64 : 4;
+  return (depth + kWhole - 1) / kWhole * kWhole;
+}
+
+inline int64_t whole_panels(int64_t columns) {
+  return (columns + kPanel - 1) / kPanel * kPanel;
+}
+
+// int8 (N, K), or (E, s, K) of E * s = N, to (ceil(N / kPanel), panel_depth(K) / 4, kPanel, 4), of B = W^T, with zeros where
+// there is nothing.
 inline at::Tensor in_panels(const at::Tensor& given) {
   const at::Tensor weight = given.flatten(0, -2);
-  const int64_t rest = (kPanel - weight.size(0) % kPanel) % kPanel;
-  const at::Tensor padded = at::constant_pad_nd(weight, {0, 0, 0, rest});
+  const int64_t rows = weight.size(0), depth = weight.size(1);
+  const at::Tensor padded =
+      at::constant_pad_nd(weight, {0, panel_depth(depth) - depth, 0, whole_panels(rows) - rows});
   return in_quads(padded.unflatten(0, {-1, kPanel}).transpose(1, 2)); // (panels, K, kPanel)
+}
+
+// int8 (E, s, d) to (E, ceil(d / 4), s, 4), of B = W^T; for a matrix unit each expert in panels of its own.
+inline at::Tensor of_many_tokens(const at::Tensor& weight) {
+  if (!kHasMatrixUnit) return in_quads(weight.transpose(1, 2));
+  return in_panels(at::constant_pad_nd(weight, {0, 0, 0, whole_panels(weight.size(1)) - weight.size(1)}));
 }
 
 // What tokens and activations around 128 add to products: 128 times the sums of rows, (E, s); or of columns, over
@@ -146,8 +166,8 @@ inline at::Tensor pack(const at::Tensor& weight, Form form, const std::optional<
     }
     case Form::quads:
       return in_quads(weight);
-    case Form::transposed_quads: // (E, ceil(d / 4), s, 4), of B = W^T
-      return readable_behind(in_quads(weight.transpose(1, 2)));
+    case Form::transposed_quads:
+      return readable_behind(of_many_tokens(weight));
     case Form::panels:
       return in_panels(weight);
     case Form::row_sums:

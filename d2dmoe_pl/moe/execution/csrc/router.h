@@ -148,7 +148,7 @@ class Int8Router {
   void run(const uint8_t* x, int64_t count, float* scores) {
     const auto& p = problem_;
     hidden_.resize(count * p.hidden);
-    narrow_.resize(count * p.hidden);
+    narrow_.resize((count + kBehind) * p.hidden + kLineBehind);
     scales_.resize(count);
     product(x, p.width, scale_ + (x - x_) / p.width, up_, up_panels_, p.hidden, count, hidden_.data());
     activate(Activation::relu, hidden_.data(), p.up_bias, nullptr, nullptr, count, p.hidden, p.hidden);
@@ -164,18 +164,18 @@ class Int8Router {
       const uint8_t* x, int64_t depth, const float* x_scale, const Int8Up& w, const int8_t* panels, int64_t columns,
       int64_t count, float* out) {
     const bool in_tiles = panels != nullptr && depth % 4 == 0 && count >= kManyTokens;
-    const int64_t tiled = in_tiles ? PanelProducts::alone(count) : 0;
-    products_.take(x, tiled, depth);
-    for (int64_t n = 0; in_tiles && n < columns; n += kPanel) {
-      products_.multiply(panels + n * depth, [&](int64_t m, int64_t i, Whole sums) {
+    if (!in_tiles) {
+      while (static_cast<int64_t>(rows_.size()) < count) rows_.push_back(static_cast<int32_t>(rows_.size()));
+      return int8_dot_product(x, depth, x_scale, rows_.data(), count, w.rows(0, depth), columns, out, columns);
+    }
+    products_.take(x, count, depth, depth);
+    for (int64_t n = 0; n < columns; n += PanelProducts::kColumns) {
+      const int64_t here = whole_panels(std::min(PanelProducts::kColumns, columns - n));
+      products_.multiply(panels + n * panel_depth(depth), here, [&](int64_t m, int64_t i, Whole sums) {
         const int64_t at = n + i, some = std::min(kWidth, columns - at);
         if (some > 0) dequantised(sums, w.sums + at, w.scale + at, x_scale[m], some).store(out + m * columns + at, some);
       });
     }
-    if (tiled == count) return;
-    while (static_cast<int64_t>(rows_.size()) < count) rows_.push_back(static_cast<int32_t>(rows_.size()));
-    int8_dot_product(
-        x, depth, x_scale, rows_.data() + tiled, count - tiled, w.rows(0, depth), columns, out + tiled * columns, columns);
   }
 
   RouterProblem problem_;

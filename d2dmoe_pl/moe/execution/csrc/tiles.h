@@ -2,18 +2,12 @@
 // added to outputs straight away. ATen's brgemm takes longer for products as small as these.
 #pragma once
 
+#include "tile_unit.h"
+
 #include <ATen/ATen.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
-
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
-#define D2DMOE_TILES
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 namespace d2dmoe {
 
@@ -25,25 +19,18 @@ class Tiles {
   static constexpr int64_t kRows = 16, kGroups = 16, kColumns = 64;
 
 #if defined(D2DMOE_TILES)
-  explicit Tiles(int64_t groups) : groups_(may_be_used() ? groups : 0) {
+  explicit Tiles(int64_t groups) : groups_(tiles_may_be_used() ? groups : 0) {
     if (groups_ == 0) return;
-    Config config;
-    for (int tile = 0; tile < 4; ++tile) config.set(tile, kRows, 16); // sums
-    config.set(4, kRows, first()), config.set(5, first(), 16); // factors of the first kGroups
-    if (rest() > 0) config.set(6, kRows, rest()), config.set(7, rest(), 16); // of those behind
-    asm volatile("ldtilecfg %0" ::"m"(config));
+    TileShapes shapes;
+    for (int tile = 0; tile < 4; ++tile) shapes.set(tile, kRows, 64); // sums
+    shapes.set(4, kRows, first() * 4), shapes.set(5, first(), 64); // factors of the first kGroups
+    if (rest() > 0) shapes.set(6, kRows, rest() * 4), shapes.set(7, rest(), 64); // of those behind
+    shapes.set_up();
   }
   ~Tiles() {
-    if (groups_ > 0) asm volatile("tilerelease");
+    if (groups_ > 0) TileShapes::release();
   }
   Tiles(const Tiles&) = delete;
-
-  // Linux wants to be asked for tiles.
-  static bool may_be_used() {
-    constexpr long kRequest = 0x1023, kTileData = 18; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-    return may;
-  }
 
   // Whether products of this depth can be computed.
   bool fit(int64_t groups) const { return groups == groups_; }
@@ -86,16 +73,6 @@ class Tiles {
  private:
   static constexpr int kVectors = kColumns / 16;
 
-  struct alignas(64) Config {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {}; // of a row
-    uint8_t rows[16] = {};
-
-    void set(int tile, int64_t of_rows, int64_t groups) {
-      rows[tile] = static_cast<uint8_t>(of_rows), bytes[tile] = static_cast<uint16_t>(groups * 4);
-    }
-  };
-
   int64_t first() const { return std::min(groups_, kGroups); }
   int64_t rest() const { return groups_ - first(); }
 
@@ -118,53 +95,30 @@ class Tiles {
   template <typename Sum>
   void multiply(const char* h, int64_t h_stride, const void* w, int64_t w_stride, Sum* sums) const {
     const auto* columns = static_cast<const char*>(w);
-    zero<0>(), zero<1>(), zero<2>(), zero<3>();
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
     multiply_groups<4, 5, Sum>(h, h_stride, columns, w_stride);
     if (rest() > 0) multiply_groups<6, 7, Sum>(h + kGroups * 4, h_stride, columns + kGroups * w_stride, w_stride);
     constexpr int64_t kRow = kColumns * sizeof(Sum);
-    store<0>(sums, kRow), store<1>(sums + 16, kRow), store<2>(sums + 32, kRow), store<3>(sums + 48, kRow);
+    store_tile<0>(sums, kRow), store_tile<1>(sums + 16, kRow), store_tile<2>(sums + 32, kRow), store_tile<3>(sums + 48, kRow);
   }
 
   template <int of_rows, int of_columns, typename Sum>
   static void multiply_groups(const char* h, int64_t h_stride, const char* w, int64_t w_stride) {
     constexpr int kBytes = 64; // of a tile's row
-    load<of_rows>(h, h_stride);
-    load<of_columns>(w, w_stride);
-    multiply_add<0, of_rows, of_columns, Sum>();
-    load<of_columns>(w + kBytes, w_stride);
-    multiply_add<1, of_rows, of_columns, Sum>();
-    load<of_columns>(w + 2 * kBytes, w_stride);
-    multiply_add<2, of_rows, of_columns, Sum>();
-    load<of_columns>(w + 3 * kBytes, w_stride);
-    multiply_add<3, of_rows, of_columns, Sum>();
-  }
-
-  // Compilers' own functions for these take numbers of tiles that are no template's, and GCC's do not say what they read.
-  template <int tile>
-  static void zero() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(tile));
-  }
-  template <int tile>
-  static void load(const void* from, int64_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
-  }
-  template <int tile>
-  static void store(void* to, int64_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(tile) : "memory");
-  }
-  template <int sum, int rows, int columns, typename Sum>
-  static void multiply_add() {
-    if constexpr (std::is_same_v<Sum, float>) {
-      asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(rows), "i"(columns));
-    } else {
-      asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(rows), "i"(columns));
-    }
+    load_tile<of_rows>(h, h_stride);
+    load_tile<of_columns>(w, w_stride);
+    multiply_tiles<0, of_rows, of_columns, Sum>();
+    load_tile<of_columns>(w + kBytes, w_stride);
+    multiply_tiles<1, of_rows, of_columns, Sum>();
+    load_tile<of_columns>(w + 2 * kBytes, w_stride);
+    multiply_tiles<2, of_rows, of_columns, Sum>();
+    load_tile<of_columns>(w + 3 * kBytes, w_stride);
+    multiply_tiles<3, of_rows, of_columns, Sum>();
   }
 
   const int64_t groups_; // 0 where there are no tiles
 #else
   explicit Tiles(int64_t) {}
-  static bool may_be_used() { return false; }
   bool fit(int64_t) const { return false; }
   template <typename... Any>
   void add_int8(const Any&...) const {}
