@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from d2dmoe_pl.artifact_parts import as_written
 from d2dmoe_pl.errors import ConfigError, check, said_of
+from d2dmoe_pl.moe.find_layers import check_not_adapted
 from d2dmoe_pl.weights_types import check_types
 from d2dmoe_pl.weights_writing import INDEX
 from d2dmoe_pl.whole_files import is_file_name
@@ -85,6 +86,7 @@ def _take_(model: nn.Module, read: dict[str, Tensor], ties: Mapping[str, str]) -
 
 def check_takes_weights(made: nn.Module, model: nn.Module) -> None:
     """Raise ``ConfigError`` unless ``made``, on the meta device, has tensors of the names and shapes of ``model``'s."""
+    check_not_adapted(dict(model.named_modules()))
     for name, value in model.state_dict().items():
         check(
             isinstance(value, Tensor),

@@ -1,6 +1,7 @@
 """Converted models in other libraries: LoRA by PEFT, the Trainer of transformers, accelerate, checkpointing."""
 
 import copy
+from itertools import product
 
 import pytest
 import tiny
@@ -144,7 +145,7 @@ class TestPEFT:
             merged.save_pretrained(tmp_path)
             torch.testing.assert_close(load_model(tmp_path)(**inputs).logits, merged(**inputs).logits)
 
-    def test_what_is_adapted_is_merged_before_it_becomes_something_else(self):
+    def test_what_is_adapted_is_merged_before_it_becomes_something_else(self, tmp_path):
         peft = pytest.importorskip("peft")
         dense = peft.get_peft_model(tiny.dense("bert"), peft.LoraConfig(r=2, target_modules=["output.dense"]))
         with pytest.raises(ConfigError, match=r"layer.0.intermediate: its Linear of peft\S+ is no plain linear module"):
@@ -153,11 +154,10 @@ class TestPEFT:
         adapted, inputs = peft.get_peft_model(tiny.routed("bert", tau=1.0), config).eval(), inputs_of("bert")
         with pytest.raises(ConfigError, match=r"layer.0.intermediate.experts: is a ParamWrapper that adapts weights"):
             merge_to_dense_(adapted.get_base_model())
-        for model in (dense, adapted):
-            with pytest.raises(
-                ConfigError, match=r"^\S+: is a \w+ that adapts weights, and what it adds would be lost"
-            ):
-                quantize_(model.get_base_model())
+        told = r"^\S+: is a \w+ that adapts weights, and what it adds would be lost"
+        for model, function in product((dense, adapted), (quantize_, lambda model: save_artifact(model, tmp_path))):
+            with pytest.raises(ConfigError, match=told):
+                function(model.get_base_model())
         add_routers_(adapted.get_base_model(), RouterConfig(4))
         expected, merged = adapted(**inputs).logits, adapted.merge_and_unload()
         merge_to_dense_(merged)

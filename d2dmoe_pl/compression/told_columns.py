@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from d2dmoe_pl.data.class_labels import as_number
 from d2dmoe_pl.data.gguf_files import ENDING
 from d2dmoe_pl.data.listed_values import TUPLE_OR_SET, written
 from d2dmoe_pl.data.load_pretrained import load_pretrained
@@ -88,12 +89,12 @@ def task_of(train: Dataset, columns: Mapping[str, Any], model: str | None) -> st
     labels = [each for each in some[label] if each is not None]
     if _are_lists(labels):
         return "token-classification" if _are_lists(some[text]) else "multi-label-classification"
-    numbers = [_number(each) for each in labels]
-    if all(map(math.isfinite, numbers)) and (any(number % 1 for number in numbers) or _gives_numbers(model)):
+    are_own = len(set(labels)) > len(labels) / 2  # rather than classes
+    # those that are no numbers, or not as they can be read, are told where they are
+    if _are_mostly_numbers(labels, model) or (are_own and _are_mostly_numbers([*map(_as_meant, labels)], model)):
         return "text-regression"
     if not _has_words(labels):
         return "text-classification"
-    are_own = len(set(labels)) > len(labels) / 2  # rather than classes
     lengths = {len(str(each).split()) for each in labels}
     if (are_own or len(lengths) > 1) and _are_tags(some[text], some[label]):
         return "token-classification"
@@ -222,9 +223,12 @@ def _has_words(values: Sequence[Any]) -> bool:
     return sum(len(value.split()) > 1 for value in values if isinstance(value, str)) > len(values) / 2
 
 
-def _number(value: Any) -> float:
-    """The number that a value is, or says; not a number if it is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
+def _are_mostly_numbers(labels: Sequence[Any], model: str | None) -> bool:
+    """Whether more than half of labels are numbers, and such as no class has, or a model's only output is one."""
+    numbers = [number for each in labels if math.isfinite(number := as_number(each))]
+    return 2 * len(numbers) > len(labels) and (any(number % 1 for number in numbers) or _gives_numbers(model))
+
+
+def _as_meant(value: Any) -> str:
+    """A number with a point where it has a comma, and without a sign for percent."""
+    return str(value).strip(" %").replace(",", ".")

@@ -64,6 +64,14 @@ def encode_labels(splits: Mapping[str, Dataset], column: str) -> tuple[dict[str,
     return encoded, names
 
 
+def as_number(value: Any) -> float:
+    """The number that a value is, or says; not a number if it is none, as ``3_456`` to all but Python."""
+    try:
+        return math.nan if "_" in str(value) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def encode_numbers(splits: Mapping[str, Dataset], column: str) -> dict[str, Dataset]:
     """Replace a column of numbers by ``labels``, floating-point.
 
@@ -75,10 +83,7 @@ def encode_numbers(splits: Mapping[str, Dataset], column: str) -> dict[str, Data
     for name, split in splits.items():
         numbers = []
         for sample, value in zip(sample_names(split, name), split[column], strict=True):
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                number = math.nan
+            number = as_number(value)
             check(
                 math.isfinite(number),
                 f"label_column={column!r}: {value!r} in {sample} is no number; must be finite",

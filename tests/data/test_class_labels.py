@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from table_files import ROWS, source, table
 
 from d2dmoe_pl.data import GLUE, DatasetSource, TextClassification, TextRegression
-from d2dmoe_pl.data.class_labels import encode_labels
+from d2dmoe_pl.data.class_labels import encode_labels, encode_numbers
 from d2dmoe_pl.data.output_names import places, renumbered
 from d2dmoe_pl.data.task import Classification
 from d2dmoe_pl.errors import ConfigError
@@ -279,3 +279,11 @@ def test_texts_in_a_column_that_is_called_as_labels_are_kept(tmp_path):
         ConfigError, match=r"text_columns\[0\]='labels': is what the labels are kept as; must be renamed"
     ):
         data.load()
+
+
+@pytest.mark.parametrize("odd", ["3_456", "1_0", "nan", "0,5", "inf", None])
+def test_what_is_no_number_is_told(odd):
+    """Python reads underscores in numbers as if they were not there, and nobody else."""
+    splits = {"train": Dataset.from_dict({"score": ["0.5", odd, "0.7"]})}
+    with pytest.raises(ConfigError, match=r"^label_column='score': .* in sample 2 of the train split is no number"):
+        encode_numbers(splits, "score")

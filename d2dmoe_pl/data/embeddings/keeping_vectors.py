@@ -24,13 +24,15 @@ class KeepingVectors(Task):
 
     Args:
         width: ``d``.
+        normalizes: Whether a text's vector is of length 1, whatever the model gives.
     """
 
     head: Head = "embedding"
     main_metric = "cosine"
     writes_rows = True
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, normalizes: bool = True) -> None:
+        self.normalizes = normalizes
         self.label_names = [str(index) for index in range(width)]
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -48,8 +50,8 @@ class KeepingVectors(Task):
         return {"cosine": MeanCosine(), "kept": KeptNeighbourhoods()}
 
     def predictions(self, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Vectors of length 1, ``(B, d)``."""
-        return {"predictions": F.normalize(logits.float(), dim=1)}
+        """Vectors ``(B, d)``."""
+        return {"predictions": F.normalize(logits.float(), dim=1) if self.normalizes else logits.float()}
 
     def rows(self, outputs: dict[str, Any], labels: Tensor | None) -> list[dict[str, Any]]:
         """One row a text: its vector, a column a coordinate."""

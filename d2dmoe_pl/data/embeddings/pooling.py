@@ -98,28 +98,36 @@ def default_prompt(model: str | Path) -> str:
     return (said.get("prompts") or {}).get(said.get("default_prompt_name")) or ""
 
 
+def normalizes(model: str | Path) -> bool:
+    """Whether vectors get length 1: as a model of sentence-transformers says, and where there is no such model."""
+    modules = _read(model, MODULES)
+    return modules is None or any(module["type"].endswith("Normalize") for module in modules)
+
+
 def has_lower_case(model: str | Path) -> bool:
     """Whether a model of sentence-transformers reads every text in lower case."""
     return _file(model, MODULES) is not None and bool((_read(model, TOKENS) or {}).get("do_lower_case"))
 
 
 def write_modules(folder: Path, pooling: Pooling, width: int, model: str | Path | None = None) -> None:
-    """Make ``folder``, a Hugging Face model with its tokenizer, one of sentence-transformers; vectors get length 1.
+    """Make ``folder``, a Hugging Face model with its tokenizer, one of sentence-transformers.
 
     Args:
         folder: Gets the files.
         pooling: What it says.
         width: Of its vectors.
-        model: Whose prompts it has, a folder or a name on the hub.
+        model: Whose prompts it has, a folder or a name on the hub, and whose vectors' lengths, if they have any but 1.
     """
     base = "sentence_transformers.models"
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if normalizes(model or ""):
+        modules.append(("2_Normalize", "Normalize"))
     listed = [
         {"idx": i, "name": str(i), "path": path, "type": f"{base}.{kind}"} for i, (path, kind) in enumerate(modules)
     ]
     (folder / MODULES).write_text(json.dumps(listed, indent=2))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "2_Normalize").mkdir(exist_ok=True)
+    for path, _ in modules[1:]:
+        (folder / path).mkdir(exist_ok=True)
     modes = {name: name == NAMES[pooling] for name in NAMES.values()}
     (folder / "1_Pooling" / "config.json").write_text(
         json.dumps({"word_embedding_dimension": width, **modes}, indent=2)

@@ -18,6 +18,7 @@ from d2dmoe_pl.data.embeddings.pooling import (
     check_modules,
     default_prompt,
     has_lower_case,
+    normalizes,
     pooled,
     pooling_of,
     write_modules,
@@ -94,7 +95,7 @@ class TextEmbeddings(TokenizedData):
         self.check_known(splits["train"][self.text_column])
         found = {name: self._with_vectors(split) for name, split in splits.items()}
         self.width = len(found["train"][0]["labels"])
-        return found, KeepingVectors(self.width)
+        return found, KeepingVectors(self.width, normalizes(self.model))
 
     def raw_samples(self, inputs: Sequence[str]) -> Dataset:
         return self._in_tokens(Dataset.from_dict({self.text_column: list(inputs)}))

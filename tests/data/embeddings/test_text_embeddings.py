@@ -237,6 +237,23 @@ def test_what_stands_before_texts_is_kept(folder, tmp_path):
         check_modules(tmp_path / "model")
 
 
+@pytest.mark.parametrize("kinds", [["Transformer", "Pooling", "Normalize"], ["Transformer", "Pooling"]])
+def test_vectors_that_are_not_of_length_one_keep_theirs(folder, tmp_path, kinds):
+    """A model whose vectors are compared by their products would find other texts else."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    said = json.loads((tmp_path / "model" / "modules.json").read_text())
+    (tmp_path / "model" / "modules.json").write_text(json.dumps(said[: len(kinds)]))
+    data = TextEmbeddings(DatasetSource(str(folder / "data")), str(tmp_path / "model"), batch_size=12)
+    data.setup()
+    batch = next(iter(data.val_dataloader()))
+    lengths = data.task.predictions(batch["labels"], batch)["predictions"].norm(dim=1)
+    own = batch["labels"].norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(12) if "Normalize" in kinds else own)
+    assert (own - 1).abs().min() > 0.01
+    data.save_processor(tmp_path)
+    assert [each["type"].split(".")[-1] for each in json.loads((tmp_path / "modules.json").read_text())] == kinds
+
+
 def test_what_is_not_computed_here(folder, tmp_path):
     write_modules(tmp_path, "mean", 24)
     modes = {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}
