@@ -44,7 +44,7 @@ Int8Tokens quantised_tokens(const at::Tensor& x) {
   return made;
 }
 
-constexpr int64_t kManyTokens = 16; // from which on tiles of a matrix unit are worth their setting up
+constexpr int64_t kManyTokens = kHasMatrixUnit ? 8 : 16; // from which on tiles of a matrix unit are worth their setting up
 
 #if defined(D2DMOE_INT8)
 
