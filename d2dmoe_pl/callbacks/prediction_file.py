@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -10,6 +11,7 @@ import lightning as L
 from datasets import Dataset
 from torch import Tensor
 
+from d2dmoe_pl.data.sample_names import numbers_of
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
@@ -27,10 +29,11 @@ WRITERS: dict[str, Callable[[Dataset, Path], Any]] = {".csv": Dataset.to_csv, ".
 class PredictionFile(L.Callback):
     """Write a row a sample, in the order of the test split, while ``predict`` runs.
 
-    Columns: ``sample``, its number from 1; ``input``, where it was given on the command line; ``label``, where there is
-    one; ``prediction``; of classes, the probability of each by its name; of questions about a text, the ``question``,
-    and the ``margin`` of the best answer over none; and where there are layers with experts, ``experts_percent`` and
-    ``flops`` (of the whole model for this sample; a multiply-add is 2), of a text's windows the mean and the sum.
+    Columns: ``sample``, its number from 1, in the training split where the test split is held out of that; ``input``,
+    where it was given on the command line; ``label``, where there is one; ``prediction``; of classes, the probability
+    of each by its name; of questions about a text, the ``question``, and the ``margin`` of the best answer over none;
+    and where there are layers with experts, ``experts_percent`` and ``flops`` (of the whole model for this sample; a
+    multiply-add is 2), of a text's windows the mean and the sum.
 
     Args:
         file: Its ending, ``.csv`` or ``.parquet``, decides the format.
@@ -110,7 +113,10 @@ class PredictionFile(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, phase: Phase) -> None:
         """Write the file, whole or not at all."""
         self._watching.__exit__(None, None, None)
-        self.rows = [{"sample": number, **row} for number, row in enumerate(phase.task.joined(self.rows), 1)]
+        numbers = count(1) if self.inputs is not None else numbers_of(phase.data, "test")
+        self.rows = [
+            {"sample": number, **row} for number, row in zip(numbers, phase.task.joined(self.rows), strict=False)
+        ]
         if self.inputs is not None:
             named = zip(self.inputs[: len(self.rows)], self.rows, strict=True)  # batches may have been limited
             self.rows = [{"input": given, **row} for given, row in named]

@@ -40,6 +40,7 @@ from d2dmoe_pl.data.local_folders import (
     visible,
 )
 from d2dmoe_pl.data.own_data_checks import SPLITS
+from d2dmoe_pl.data.sample_names import sample_numbers
 from d2dmoe_pl.data.squad.article_files import in_questions
 from d2dmoe_pl.errors import ConfigError, check, some_of
 from d2dmoe_pl.typed_settings import check_types_
@@ -88,6 +89,7 @@ class DatasetSource:
 
     def __post_init__(self) -> None:
         check_types_(self)
+        self.held_out_numbers: dict[str, list[int]] = {}  # once loaded: which samples of the training split, from 1
 
     def load(self, together: str | None = None) -> dict[str, Dataset]:
         """The splits by name: ``train``, ``validation``, ``test`` and those in ``more``.
@@ -110,6 +112,7 @@ class DatasetSource:
         for name in SPLITS:
             if name not in splits:
                 splits |= held_out(splits["train"], name, self.held_out, self.seed, together)
+                self.held_out_numbers[name] = sample_numbers(splits[name])
         return splits
 
     def stream(self) -> dict[str, IterableDataset]:

@@ -1,6 +1,7 @@
 """What errors call the samples of a split: by the row where the user finds them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 from datasets import Dataset
@@ -20,6 +21,17 @@ def sample_names(split: Dataset, name: str) -> Sequence[str]:
     if kept is None:
         return _Names(range(len(split)), name)
     return _Names(kept.column(0).to_numpy(), "train")
+
+
+def sample_numbers(split: Dataset) -> list[int]:
+    """The same numbers alone."""
+    kept = split._indices
+    return list(range(1, len(split) + 1)) if kept is None else [row + 1 for row in kept.column(0).to_pylist()]
+
+
+def numbers_of(data: Any, split: str) -> Iterable[int]:
+    """The numbers of the samples of a split of ``data``, where it knows them from its source; else from 1 on."""
+    return getattr(getattr(data, "source", None), "held_out_numbers", {}).get(split) or count(1)
 
 
 class _Names(Sequence[str]):

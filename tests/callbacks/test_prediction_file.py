@@ -3,6 +3,7 @@
 import csv
 import io
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,17 @@ def test_a_row_a_sample_in_the_splits_order(trainer, texts, tmp_path):
     predicted(trainer, artifact, data(), tmp_path / "a.parquet")
     again = Dataset.from_parquet(str(tmp_path / "a.parquet"))
     assert again["prediction"][:] == [row["prediction"] for row in rows]
+
+
+def test_samples_that_are_held_out_have_the_numbers_that_they_have_in_their_file(trainer, texts, tmp_path):
+    artifact, made = texts
+    data = made()
+    data.source = DatasetSource(train=data.source.train, validation=None, test=None, held_out=0.3)
+    predicted(trainer, artifact, data, tmp_path / "a.csv")
+    labels = [row["label"] for row in csv.DictReader(Path(data.source.train).read_text().splitlines())]
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [row["label"] for row in rows] == [labels[int(row["sample"]) - 1] for row in rows]
+    assert [int(row["sample"]) for row in rows] != list(range(1, len(rows) + 1))
 
 
 def test_costs_add_up_to_what_a_sweep_reports(trainer, texts, tmp_path):
