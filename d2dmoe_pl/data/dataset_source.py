@@ -62,12 +62,12 @@ class DatasetSource:
             None if ``train``, ``validation`` and ``test`` are all paths.
         config: Name of the hub dataset's configuration.
         train: Name of the training split of ``dataset``; or, with a ``/`` or the ending of a file in it, a path: a
-            local CSV, TSV, JSON (lines), Parquet or text file, whose paragraphs are samples with the column ``text``; a
-            pattern for several files (``data/*.json.gz``); or a folder of such files, of pictures or of recordings. A
-            path needs no ``dataset``, and where there is one, is read instead of it. A text file that begins with the
-            title of an article as WikiText's do, `` = Title = `` between blank lines, has whole articles as samples, as
-            they stand there; the last goes on in the next file of a pattern, up to a title (a stream has each file's
-            part by itself).
+            local CSV, TSV, JSON (lines), Parquet, CoNLL (words with tags) or text file, whose paragraphs are samples
+            with the column ``text``; a pattern for several files (``data/*.json.gz``); or a folder of such files, of
+            pictures or of recordings. A path needs no ``dataset``, and where there is one, is read instead of it. A
+            text file that begins with the title of an article as WikiText's do, `` = Title = `` between blank lines,
+            has whole articles as samples, as they stand there; the last goes on in the next file of a pattern, up to a
+            title (a stream has each file's part by itself).
         validation: The same for validation; None to hold out part of the training split.
         test: The same for test; None to hold out part of the training split.
         more: Further splits to evaluate on, by names that begin with ``validation_`` or ``test_``; each as above.

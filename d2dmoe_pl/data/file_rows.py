@@ -1,4 +1,4 @@
-"""Rows of text files, none lost: CSV and TSV, articles and paragraphs; and where a file of any kind is at fault."""
+"""Rows of text files, none lost: tables, articles, paragraphs, tagged words; and where a file is at fault."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, dropwhile, islice, takewhile
 from typing import Any
 
 import fsspec
@@ -17,14 +17,15 @@ from d2dmoe_pl.errors import ConfigError, check
 QUOTE = '"'
 DELIMITERS = ",;\t"  # of CSV files, the likeliest first
 TITLE = re.compile(r" = (?!= )\S(.*\S)?(?<! =) = \s*")  # of an article in WikiText; its sections have = twice or more
+TAG = re.compile(r"O|[BIES]-\S+")  # of a word: outside of what is looked for, or which part of it
 
 
-def rows_of(files: Sequence[str], ending: str, articles: Sequence[bool], **_: Any) -> Iterator[dict[str, str]]:
+def rows_of(files: Sequence[str], ending: str, articles: Sequence[bool], **_: Any) -> Iterator[dict[str, Any]]:
     """The rows of several files, one after another, all values as the text that they are.
 
     Args:
         files: Paths; compressed ones are read as they are.
-        ending: Their kind, ``.csv``, ``.tsv`` or ``.txt``.
+        ending: Their kind, one of ``READERS``.
         articles: Of each, whether it is read as articles, as :func:`hold_articles` says; one such file goes on with
             what the file before it ended in.
 
@@ -67,6 +68,7 @@ def tab_separated_rows(file: str) -> Iterator[dict[str, str]]:
     Most programs write tabs between values as they are, and a quote is a letter; some quote as in CSV. A file is of the
     first kind if each of its lines has as many values as the header, and the header is not quoted.
     """
+    _check_not_tagged(file)
     header = next((line for line in lines_of(file) if line.strip("\r\n")), "")
     widths = {line.count("\t") for line in lines_of(file) if line.strip("\r\n")}
     if len(widths) > 1 or header.startswith(QUOTE):
@@ -77,6 +79,7 @@ def tab_separated_rows(file: str) -> Iterator[dict[str, str]]:
 
 def paragraphs(file: str) -> Iterator[dict[str, str]]:
     """Paragraphs of a text file, which lines part that hold nothing but blanks; in the column ``text``."""
+    _check_not_tagged(file)
     paragraph: list[str] = []
     for line in lines_of(file):
         if line.strip():
@@ -125,10 +128,52 @@ def _titled(lines: Iterator[str], skip_blanks: bool = False) -> Iterator[tuple[s
         before, line = line, after
 
 
-READERS: dict[str, Callable[[str], Iterator[dict[str, str]]]] = {
+def tagged_sentences(file: str) -> Iterator[dict[str, list[str]]]:
+    """Sentences of a file as those of CoNLL's tasks, in the columns ``tokens`` and ``ner_tags``.
+
+    A line has a word, and behind it, with whatever between them, its tag; blank lines part sentences. Lines
+    ``-DOCSTART-`` and comments before a sentence, such as ``# id = 7``, are none of it.
+    """
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate(chain(lines_of(file), [""]), 1):
+        values = _values(line)
+        if not values:
+            if words:
+                yield {"tokens": words, "ner_tags": tags}
+            words, tags = [], []
+            continue
+        is_comment = not words and values[0].startswith("#") and any("=" in value for value in values)
+        if is_comment or values[0] == "-DOCSTART-":
+            continue
+        check(len(values) > 1, f"{file}: line {number}: has one value; must be a word, and its tag behind it")
+        check(
+            len(values) < 10 or not values[0].isdecimal(),
+            f"{file}: line {number}: begins with a word's number, as those of CoNLL-U do; must begin with the word",
+        )
+        words.append(values[0])
+        tags.append(values[-1])
+
+
+def _values(line: str) -> list[str]:
+    """Those of a line that tabs or blanks part."""
+    line = line.strip()
+    return [value.strip() for value in line.split("\t")] if "\t" in line else line.split()
+
+
+def _check_not_tagged(file: str) -> None:
+    """Raise ``ConfigError`` for words with their tags, which are neither paragraphs nor rows with a header."""
+    first = takewhile(str.strip, dropwhile(lambda line: not line.strip(), lines_of(file)))
+    rows = [_values(line) for line in islice(first, 100)]
+    is_tagged = len(rows) > 1 and all(len(row) > 1 and TAG.fullmatch(row[-1]) for row in rows)
+    check(not is_tagged, f"{file}: has a word and its tag in each line; must end in .conll to be read so")
+
+
+READERS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
     ".csv": comma_separated_rows,
     ".tsv": tab_separated_rows,
     ".txt": paragraphs,
+    **dict.fromkeys((".conll", ".iob", ".iob2", ".bio"), tagged_sentences),
 }
 
 

@@ -230,3 +230,39 @@ class TestOtherFiles:
         )
         with pytest.raises(ConfigError, match=message):
             DatasetSource(train=str(tmp_path / "a.csv"), validation=None, test=None).load()
+
+
+class TestTaggedWords:
+    SENTENCES = (
+        "-DOCSTART- -X- O\n\n# id = 1\nEU NNP B-ORG\nrejects VBZ O\n\n\n# O\nItem NN O\n",
+        "\ufeffEU\tNNP\tB-ORG\r\nrejects\tVBZ\tO\r\n\r\n#\tO\r\nItem\tO",
+    )
+
+    @pytest.mark.parametrize("ending", ["conll", "iob2", "bio.gz"])
+    @pytest.mark.parametrize("text", SENTENCES)
+    def test_sentences_with_a_tag_a_word(self, tmp_path, ending, text):
+        file = tmp_path / f"a.{ending}"
+        file.write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+        assert list(load(file)) == [
+            {"tokens": ["EU", "rejects"], "ner_tags": ["B-ORG", "O"]},
+            {"tokens": ["#", "Item"], "ner_tags": ["O", "O"]},
+        ]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("EU B-ORG\nrejects\n", "a.conll: line 2: has one value; must be a word, and its tag behind it"),
+            ("1\tEU" + "\t_" * 8, "a.conll: line 1: begins with a word's number, as those of CoNLL-U do"),
+            ("\n\n", "a.conll: has no rows"),
+        ],
+    )
+    def test_what_is_none(self, tmp_path, text, message):
+        (tmp_path / "a.conll").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load(tmp_path / "a.conll")
+
+    @pytest.mark.parametrize("ending", ["tsv", "txt"])
+    def test_under_another_ending_it_says_which(self, tmp_path, ending):
+        (tmp_path / f"a.{ending}").write_text("EU\tB-ORG\nrejects\tO\n\nItem\tO\n")
+        with pytest.raises(ConfigError, match=rf"a.{ending}: has a word and its tag in each line; must end in .conll"):
+            load(tmp_path / f"a.{ending}")
