@@ -239,15 +239,14 @@ def test_what_stands_before_texts_is_kept(folder, tmp_path):
 
 @pytest.mark.parametrize("kinds", [["Transformer", "Pooling", "Normalize"], ["Transformer", "Pooling"]])
 def test_vectors_that_are_not_of_length_one_keep_theirs(folder, tmp_path, kinds):
-    """A model whose vectors are compared by their products would find other texts else."""
     shutil.copytree(folder / "model", tmp_path / "model")
-    said = json.loads((tmp_path / "model" / "modules.json").read_text())
-    (tmp_path / "model" / "modules.json").write_text(json.dumps(said[: len(kinds)]))
+    said = tmp_path / "model" / "modules.json"
+    said.write_text(json.dumps(json.loads(said.read_text())[: len(kinds)]))
     data = TextEmbeddings(DatasetSource(str(folder / "data")), str(tmp_path / "model"), batch_size=12)
     data.setup()
     batch = next(iter(data.val_dataloader()))
-    lengths = data.task.predictions(batch["labels"], batch)["predictions"].norm(dim=1)
-    own = batch["labels"].norm(dim=1)
+    vectors = data.task.predictions(batch["labels"], batch)["predictions"]
+    lengths, own = vectors.norm(dim=1), batch["labels"].norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones(12) if "Normalize" in kinds else own)
     assert (own - 1).abs().min() > 0.01
     data.save_processor(tmp_path)
