@@ -11,6 +11,7 @@ from d2dmoe_pl.errors import check
 from d2dmoe_pl.recipe import PARTS, merged, phase_config
 
 START = "model.init_args.init_from"
+OF_THE_CHAIN = ("seed", "output_dir")  # keys of a recipe that are arguments of its own
 
 
 def split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str | None, list[str]]:
@@ -19,6 +20,7 @@ def split_settings(settings: Sequence[str], names: Sequence[str]) -> dict[str | 
     for setting in settings:
         key, equals, value = setting.partition("=")
         first, _, rest = key.partition(".")
+        check(key not in OF_THE_CHAIN, f"set={setting!r}: is no setting of phases; must be given as --{key}")
         check(equals == "=" and rest != "", f"set={setting!r}: must look like trainer.max_epochs=1")
         owner = first if first in names else None
         check(

@@ -43,6 +43,7 @@ def test_a_finished_phase_whose_artifact_is_broken(tmp_path, capsys):
         ({"fine_tuning": {"activation": "quark"}}, [], "activation='quark': timm knows no such activation"),
         ({}, ["--from", "fine_tunning"], "from='fine_tunning': allowed are fine_tuning, sparsity_enforcement"),
         ({}, ["--set", "epochs=3"], "set='epochs=3': must look like trainer.max_epochs=1"),
+        ({}, ["--set", "seed=1"], "set='seed=1': is no setting of phases; must be given as --seed"),
         (
             {},
             ["--set", "router.width=3"],
