@@ -38,7 +38,8 @@ struct PanelOutputs {
 
   PanelOutputs(const Int8Linear<T>& linear, int64_t n, int64_t first, int64_t apart, const float* of_row)
       : scale(linear.scale + n), bias(linear.bias == nullptr ? nullptr : linear.bias + n), less(linear.less + n),
-        of_row(of_row), out(linear.out + first * apart + n), apart(apart), columns(std::min(PanelProducts::kColumns, linear.columns - n)) {}
+        of_row(of_row), out(linear.out + first * apart + n), apart(apart),
+        columns(std::min(PanelProducts::kColumns, linear.columns - n)) {}
 
   void operator()(int64_t m, int64_t i, Whole sums) const {
     if (i >= columns) return;
@@ -58,7 +59,9 @@ void int8_linears(
   }
   int64_t blocks = (rows + PanelProducts::kRows - 1) / PanelProducts::kRows;
   if (blocks > 1) blocks = (blocks + threads - 1) / threads * threads; // as many for each thread
-  const int64_t some = (rows + blocks - 1) / blocks, count_panels = panels.size();
+  constexpr int64_t kWhole = 32; // rows, which are multiplied fastest
+  const int64_t some = (rows + blocks * kWhole - 1) / (blocks * kWhole) * kWhole, count_panels = panels.size();
+  blocks = (rows + some - 1) / some;
   // few rows: threads share columns, and each quantises all rows
   const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, count_panels);
   at::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {

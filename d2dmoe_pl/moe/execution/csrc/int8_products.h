@@ -110,9 +110,9 @@ inline void store_as(Vec values, at::BFloat16* to, int64_t count = kWidth) {
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
   const __mmask16 there = count >= 16 ? 0xffff : (1u << count) - 1;
   _mm256_mask_storeu_epi16(to, there, std::bit_cast<__m256i>(_mm512_cvtneps_pbh(values)));
-  return;
-#endif
+#else
   at::vec::convert_from_float<at::BFloat16>(values, values).store(to, count);
+#endif
 }
 
 // to += (from - less) * scale * of_row, each (count,); less may be null
