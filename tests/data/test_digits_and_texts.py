@@ -161,7 +161,8 @@ class TestText:
     def test_an_unknown_ending(self, tmp_path, tokenizer):
         (tmp_path / "train.xls").write_text("")
         with pytest.raises(
-            ConfigError, match=r"train='.*train.xls': the ending must be one of .csv, .tsv, .txt, .conll, .iob, .iob2, .bio, .json"
+            ConfigError,
+            match=r"train='.*train.xls': the ending must be one of .csv, .tsv, .txt, .conll, .iob, .iob2, .bio, .json",
         ):
             TextClassification(DatasetSource(train=str(tmp_path / "train.xls")), tokenizer).setup()
 
