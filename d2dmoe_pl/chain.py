@@ -27,6 +27,7 @@ from d2dmoe_pl.chain_status import (
     discard_phase,
     end_redo,
     left_by,
+    note_phases,
     noted,
     plan_of,
     redo_goes_on,
@@ -42,7 +43,7 @@ from d2dmoe_pl.phases import Phase
 from d2dmoe_pl.phases._preflight import preflight
 from d2dmoe_pl.recipe import check_phase_name, recipe_file
 from d2dmoe_pl.report.writing import HTML, discard_report, write_report
-from d2dmoe_pl.run_folders import RUN, with_run
+from d2dmoe_pl.run_folders import RUN, phases_of, with_run
 from d2dmoe_pl.sharded_tensors import is_sharded
 from d2dmoe_pl.whole_files import clean_up, is_file_name, named_folder
 
@@ -130,6 +131,9 @@ def _run_what_is_left(
         end_redo(output_dir)
         environment = getattr(openings[-1].trainer.strategy, "cluster_environment", None)
         is_one_of_several = environment is not None and environment.creates_processes_externally
+        if phases_of(output_dir) not in (None, list(names)):
+            discard_report(output_dir)  # of other phases
+        note_phases(output_dir, names)
         if not (output_dir / HTML).is_file() and not is_one_of_several:  # it was broken off
             _say_report(output_dir, names, _reopened(output_dir / names[-1]))
         return
@@ -146,6 +150,7 @@ def _run_what_is_left(
     if start_over is not None and not goes_on:
         begin_redo(output_dir, start_over)
     discard_report(output_dir)
+    note_phases(output_dir, names)
 
     for index in range(first, len(names)):
         say(f"Phase {index + 1} of {len(names)}: {names[index]}", style="bold")

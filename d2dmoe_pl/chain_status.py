@@ -18,12 +18,11 @@ from d2dmoe_pl.checkpoints import checkpoints_of, remove_checkpoints, why_unread
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.given_files import CONTENT, content, contents
 from d2dmoe_pl.phase_cli import PhaseCLI
-from d2dmoe_pl.run_folders import STATUS
+from d2dmoe_pl.run_folders import PHASES, REDO, STATUS, phases_of
 from d2dmoe_pl.whole_files import discard, replaced_file
 
 START, AFTER = "model.init_args.init_from", "the phase before it"  # keys of a config
 LEFT = f"{CONTENT}what {AFTER} has left"  # one as well, once that is there
-REDO = ".redo.json"  # in the output folder: from which phase on a chain that is not finished was asked to be redone
 MOST_CHANGES, LONGEST_VALUE = 5, 60  # of what is said of a config that has changed
 # settings of where and how a phase runs rather than of what it computes
 INCIDENTAL = {
@@ -213,6 +212,18 @@ def begin_redo(output_dir: Path, start_over: str) -> None:
 def end_redo(output_dir: Path) -> None:
     """Note that nothing is left of what was to be redone."""
     (output_dir / REDO).unlink(missing_ok=True)
+
+
+@rank_zero_only
+def note_phases(output_dir: Path, names: Sequence[str]) -> None:
+    """Note which phases a chain has, and say which of an earlier recipe lie beside them."""
+    before = phases_of(output_dir) or []
+    for name in before:
+        if name not in names and (output_dir / name / STATUS).is_file():
+            say(f"{name}: no longer in the recipe, left as it is ({output_dir / name})")
+    if before != list(names):
+        with replaced_file(output_dir / PHASES) as aside:
+            aside.write_text(json.dumps({"phases": list(names)}) + "\n")
 
 
 @rank_zero_only

@@ -27,6 +27,7 @@ from d2dmoe_pl.data.local_folders import MEDIA
 from d2dmoe_pl.data.task_data import TaskData
 from d2dmoe_pl.errors import check
 from d2dmoe_pl.failures import failure_of, folder_of, write_traceback
+from d2dmoe_pl.parser_line import meant
 from d2dmoe_pl.phase_cli import EVALUATING, PhaseCLI, without_needless_warnings
 from d2dmoe_pl.run_folders import with_run
 from d2dmoe_pl.signals import ending_in_order
@@ -222,10 +223,14 @@ def _prepared(arguments: list[str]) -> list[str]:
 
 
 def _check_own(subcommand: str, arguments: Sequence[str]) -> None:
-    """Raise ``ConfigError`` for a list given in parts, or a part of a mapping: the parser would drop the rest."""
+    """Raise ``ConfigError`` for a setting that is none of a subcommand's, for a list given in parts, or a part of a
+    mapping: the parser would drop the rest.
+    """
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    parser: Any = OWN[subcommand][0]()
+    known = [option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")]
     repeated = {option for option in options if options.count(option) > 1}
-    defaults = vars(OWN[subcommand][0]().get_defaults()) if repeated else {}
+    defaults = vars(parser.get_defaults()) if repeated else {}
     for option in sorted(repeated):
         name = option.removeprefix("--")
         check(
@@ -233,11 +238,24 @@ def _check_own(subcommand: str, arguments: Sequence[str]) -> None:
             f"{option}: is given {options.count(option)} times; must be given once, with all of its values",
         )
     for option in options:
-        part = option.removeprefix("--").partition(".")[0]
+        name = option.removeprefix("--")
+        part = name.partition(".")[0]
         check(
             not option.startswith(("--shared.", "--phases.")),
             f"{option}: would be all that is left of {part}; must be --set {option.partition('.')[2]}=VALUE",
         )
+        check(
+            part in known or name in known,
+            f"{option}: no such setting of {subcommand}{_instead(subcommand, name, known)}",
+        )
+
+
+def _instead(subcommand: str, name: str, known: Collection[str]) -> str:
+    if subcommand == CHAIN and "." in name:
+        return f"; must be --set {name}=VALUE"
+    if subcommand == CHAIN and name == "seed_everything":
+        return "; must be --seed"
+    return meant(name, known) or f"; {subcommand} --help lists them"
 
 
 def _say(error: Exception) -> int:

@@ -46,8 +46,8 @@ def parser_line(text: str) -> str:
     unknown = next((found for found in (pattern.search(text) for pattern in UNKNOWN) if found), None)
     if unknown:
         option = ".".join(filter(None, (unknown.groupdict().get("group"), one_line(unknown["option"]))))
-        meant = _meant(re.split(r"[= ]", option.lstrip("-"))[0], SETTINGS)
-        return f"{option}: no such setting{meant or '; --help lists them, and --model.help=CLASS those of a class'}"
+        close = meant(re.split(r"[= ]", option.lstrip("-"))[0], SETTINGS)
+        return f"{option}: no such setting{close or '; --help lists them, and --model.help=CLASS those of a class'}"
     missing = re.findall(r'Key "([^"]+)" is required', text)
     if missing:
         return f"{missing[-1]}: must be given, and is not"
@@ -88,7 +88,7 @@ def _of_class(text: str) -> str:
         if option and (option[1] == "class_path" or resolve_name(path) in bases):
             return CLASS_AND_SETTINGS
         if option:
-            return f"{name} has no setting {option[1]!r}{_meant(option[1], signature(resolve_name(path)).parameters)}"
+            return f"{name} has no setting {option[1]!r}{meant(option[1], signature(resolve_name(path)).parameters)}"
         lacking = re.fullmatch(r"the following arguments are required: (.*)", why)
         if lacking:
             return f"{name} must be given {lacking[1]}, and is not"
@@ -96,9 +96,9 @@ def _of_class(text: str) -> str:
             continue  # it need not have been meant as a class
         if found["unknown"] or "No module named" in why or "has no attribute" in why:
             reason = f" ({one_line(why)})" if why else ""
-            meant = _meant(name, {each.__name__ for base in bases for each in _below(base)})
-            others = "" if meant or "." in path else "; others than this package's go by their path (torch.optim.AdamW)"
-            return f"class_path={path!r}: no such class{reason}{meant}{others}"
+            close = meant(name, {each.__name__ for base in bases for each in _below(base)})
+            others = "" if close or "." in path else "; others than this package's go by their path (torch.optim.AdamW)"
+            return f"class_path={path!r}: no such class{reason}{close}{others}"
     given = text.rpartition("Given value: ")[2]
     return CLASS_AND_SETTINGS if "Not a valid subclass of" in text or given.startswith("{'class_path'") else ""
 
@@ -115,11 +115,17 @@ def _below(kind: type[Any]) -> list[type[Any]]:
     return [kind, *(each for below in kind.__subclasses__() for each in _below(below))]
 
 
-def _meant(name: str, known: Collection[str]) -> str:
-    """What may have been meant by ``name``, to put behind what is said of it; its first part or its last differs."""
+def meant(name: str, known: Collection[str]) -> str:
+    """What may have been meant by ``name``, to put behind what is said of it; its first part or its last differs.
+
+    Example:
+        >>> from d2dmoe_pl.parser_line import meant
+        >>> meant("target.ffn_flop", ["target.ffn_flops", "target.speed"])
+        '; did you mean target.ffn_flops?'
+    """
     first, (group, _, last) = name.partition(".")[0], name.rpartition(".")
     if group and first not in known:
-        return _meant(first, known)
+        return meant(first, known)
     beside = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == group}
     close = difflib.get_close_matches(last, [each for each in beside if each[0] != "_"])
     return f"; did you mean {' or '.join(beside[each] for each in close)}?" if close else ""

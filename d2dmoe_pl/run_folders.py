@@ -19,6 +19,8 @@ from d2dmoe_pl.notices import notice
 RUN = "--run"
 CONFIG = "config.yaml"
 STATUS = "phase.json"  # what a chain notes of a phase beside it
+PHASES = "chain.json"  # and beside all of them: which there are
+REDO = ".redo.json"  # from which of them on a chain that is not finished was asked to be redone
 EVALUATIONS = "evaluations"  # the folder in a run's that evaluations of it are written to
 
 
@@ -61,19 +63,44 @@ def with_run(arguments: Sequence[str]) -> list[str]:
 def finished_run(folder: str) -> Path:
     """The folder of a finished phase: ``folder`` itself, or of a chain's, that of its last phase that is finished.
 
+    Which phases a chain has is what it noted when it ran last: those of an earlier recipe may lie beside them.
+
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is none, or nothing says which of several is the last.
     """
-    candidates = [Path(folder), *(each for each in sorted(Path(folder).glob("*")) if each.is_dir())]
-    runs = [each for each in candidates if (each / CONFIG).is_file() and (each / FOLDER / ARTIFACT_CONFIG).is_file()]
+    place = Path(folder)
+    if _is_finished(place):
+        return place
+    phases = phases_of(place)
+    names = sorted(each.name for each in place.glob("*") if each.is_dir()) if phases is None else phases
+    runs = [place / name for name in names if _is_finished(place / name)]
+    valid = [run for run in runs if _is_valid(run)]
+    if not valid and not (place / REDO).is_file():  # people may have removed the first ones
+        valid = runs
     check(
-        bool(runs),
+        bool(valid),
         f"run={folder!r}: no finished phase; must be the folder of one, with {CONFIG} and {FOLDER}, or of a chain",
     )
-    if runs[0] == Path(folder):
-        return runs[0]
-    valid = [run for run in runs if _is_valid(run)] or runs
-    return max(valid, key=lambda run: len(read_artifact(run / FOLDER).history))
+    if phases is not None:
+        return valid[-1]
+    steps = [len(read_artifact(run / FOLDER).history) for run in valid]
+    last = [run for run, number in zip(valid, steps, strict=True) if number == max(steps)]
+    told = " and ".join(run.name for run in last)
+    check(len(last) == 1, f"run={folder!r}: {told} are finished, none behind another; must be the folder of one")
+    return last[0]
+
+
+def phases_of(output_dir: Path) -> list[str] | None:
+    """The names of a chain's phases, as of its last run; None where none has noted them."""
+    try:
+        names = json.loads((output_dir / PHASES).read_text())["phases"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / CONFIG).is_file() and (run / FOLDER / ARTIFACT_CONFIG).is_file()
 
 
 def _is_valid(run: Path) -> bool:

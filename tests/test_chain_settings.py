@@ -72,6 +72,31 @@ def test_nothing_that_is_given_is_passed_over(tmp_path, capsys, more, said):
 
 
 @pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["chain", "--seed_everything", "1"], "--seed_everything: no such setting of chain; must be --seed"),
+        (
+            ["chain", "--trainer.max_epochs=1"],
+            "--trainer.max_epochs: no such setting of chain; must be --set trainer.max_epochs=VALUE",
+        ),
+        (["chain", "--sed=1"], "--sed: no such setting of chain; did you mean seed or"),
+        (
+            ["compress", "--trainer.max_epochs", "1"],
+            "--trainer.max_epochs: no such setting of compress; compress --help",
+        ),
+        (["compress", "--batchsize=1"], "--batchsize: no such setting of compress; did you mean batch_size?"),
+        (["benchmark", "--thread", "1"], "--thread: no such setting of benchmark; did you mean threads"),
+        (["compile", "--artefact", "a"], "--artefact: no such setting of compile; did you mean artifact?"),
+    ],
+)
+def test_a_setting_of_another_subcommand_or_of_none(capsys, given, said):
+    with pytest.raises(SystemExit) as exit_info:
+        main(given)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
     ("given", "option"),
     [
         (["compress", "--text_columns", "a", "--text_columns=b"], "--text_columns"),

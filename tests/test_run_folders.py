@@ -69,6 +69,58 @@ def test_what_a_chain_that_is_redone_has_left_behind_is_none(chain, tmp_path):
     assert finished_run(str(copy)) == copy / "fine_tuning"
 
 
+def test_what_an_earlier_recipe_has_left_is_none(chain, tmp_path, capsys):
+    """Its last phase is given another name, is taken out, and comes back."""
+    output = shutil.copytree(chain, tmp_path / "run")
+    for file in output.glob("*/*.*"):
+        if file.suffix in (".yaml", ".json"):
+            file.write_text(file.read_text().replace(str(chain), str(output)))
+    given = yaml.safe_load(Path(write_recipe(tmp_path / "recipe.yaml")).read_text())
+    last = given["phases"].pop("router_regression")
+
+    def run(name, phases):
+        recipe = tmp_path / name
+        recipe.write_text(yaml.safe_dump({**given, "phases": phases}, sort_keys=False))
+        main(arguments(str(recipe), output))
+        return capsys.readouterr().err
+
+    assert "no longer" not in run("as_before.yaml", {**given["phases"], "router_regression": last})
+    said = run("renamed.yaml", {**given["phases"], "a_router": last})
+    assert f"router_regression: no longer in the recipe, left as it is ({output / 'router_regression'})" in said
+    assert (output / "router_regression" / "artifact").is_dir()
+    assert finished_run(str(output)) == output / "a_router"
+    assert ">a_router<" in (output / "report.html").read_text()
+
+    said = run("shorter.yaml", given["phases"])
+    assert "Nothing to do" in said
+    assert "a_router: no longer in the recipe" in said
+    assert finished_run(str(output)) == output / "expert_clustering"
+    report = (output / "report.html").read_text()
+    assert "expert_clustering" in report
+    assert "a_router" not in report
+
+    run("as_before.yaml", {**given["phases"], "router_regression": last})
+    assert finished_run(str(output)) == output / "router_regression"
+
+    (output / "chain.json").unlink()  # as an earlier version left it: nothing says which is the last
+    with pytest.raises(SystemExit):
+        main(["test", "--run", str(output)])
+    said = f"error: run='{output}': a_router and router_regression are finished, none behind another; must be"
+    assert said in capsys.readouterr().err
+
+
+def test_a_chain_that_is_redone_from_its_first_phase(chain, tmp_path, capsys):
+    copy = shutil.copytree(chain, tmp_path / "run")
+    for config in copy.glob("*/config.yaml"):
+        config.write_text(config.read_text().replace(str(chain), str(copy)))
+    shutil.rmtree(copy / "fine_tuning")
+    assert finished_run(str(copy)) == copy / "router_regression"  # to make room
+    (copy / ".redo.json").write_text('{"from": "fine_tuning"}')
+    with pytest.raises(SystemExit):
+        main(["test", "--run", str(copy)])
+    assert f"error: run='{copy}': no finished phase" in capsys.readouterr().err
+
+
 def test_a_chain_that_has_been_moved_and_copied(chain, tmp_path, monkeypatch, caplog):
     """From another working folder, with other times, and without what was where it was made."""
     made = tmp_path / "made"
