@@ -11,7 +11,7 @@ import lightning as L
 from datasets import Dataset
 from torch import Tensor
 
-from d2dmoe_pl.data.sample_names import numbers_of
+from d2dmoe_pl.data.sample_names import file_names, numbers_of
 from d2dmoe_pl.data.task import Batch
 from d2dmoe_pl.errors import ConfigError, check
 from d2dmoe_pl.hooks import hooked
@@ -29,11 +29,12 @@ WRITERS: dict[str, Callable[[Dataset, Path], Any]] = {".csv": Dataset.to_csv, ".
 class PredictionFile(L.Callback):
     """Write a row a sample, in the order of the test split, while ``predict`` runs.
 
-    Columns: ``sample``, its number from 1, in the training split where the test split is held out of that; ``input``,
-    where it was given on the command line; ``label``, where there is one; ``prediction``; of classes, the probability
-    of each by its name; of questions about a text, the ``question``, and the ``margin`` of the best answer over none;
-    and where there are layers with experts, ``experts_percent`` and ``flops`` (of the whole model for this sample; a
-    multiply-add is 2), of a text's windows the mean and the sum.
+    Columns: ``input``, where it was given on the command line, or ``file``, of a picture or recording that has one;
+    ``sample``, its number from 1, in the training split where the test split is held out of that; ``label``, where
+    there is one; ``prediction``; of classes, the probability of each by its name; of questions about a text, the
+    ``question``, and the ``margin`` of the best answer over none; and where there are layers with experts,
+    ``experts_percent`` and ``flops`` (of the whole model for this sample; a multiply-add is 2), of a text's windows
+    the mean and the sum.
 
     Args:
         file: Its ending, ``.csv`` or ``.parquet``, decides the format.
@@ -117,11 +118,17 @@ class PredictionFile(L.Callback):
         self.rows = [
             {"sample": number, **row} for number, row in zip(numbers, phase.task.joined(self.rows), strict=False)
         ]
-        if self.inputs is not None:
-            named = zip(self.inputs[: len(self.rows)], self.rows, strict=True)  # batches may have been limited
-            self.rows = [{"input": given, **row} for given, row in named]
+        column, names = ("file", _files(trainer)) if self.inputs is None else ("input", self.inputs)
+        if any(name is not None for name in names):
+            named = zip(names[: len(self.rows)], self.rows, strict=True)  # batches may have been limited
+            self.rows = [{column: name, **row} for name, row in named]
         with replaced_file(self.file) as aside:
             WRITERS[self.file.suffix](Dataset.from_list(self.rows), aside)
+
+
+def _files(trainer: L.Trainer) -> Sequence[str | None]:
+    loaders: Any = trainer.predict_dataloaders
+    return file_names((loaders[0] if isinstance(loaders, list) else loaders).dataset)
 
 
 def _decides(layer: ExpertLayer) -> bool:

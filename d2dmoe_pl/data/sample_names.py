@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any
 
-from datasets import Dataset
+from datasets import Audio, Dataset, Image
 
 SAMPLE = "_d2dmoe_sample"  # a column that keeps the names, where rows are about to be no longer those of a file
 
@@ -32,6 +32,20 @@ def sample_numbers(split: Dataset) -> list[int]:
 def numbers_of(data: Any, split: str) -> Iterable[int]:
     """The numbers of the samples of a split of ``data``, where it knows them from its source; else from 1 on."""
     return getattr(getattr(data, "source", None), "held_out_numbers", {}).get(split) or count(1)
+
+
+def file_names(split: Any) -> list[str | None]:
+    """The paths of a split's pictures or recordings, as far as they have some; none for other samples.
+
+    Args:
+        split: A dataset, with its files undecoded.
+    """
+    features = (split.features or {}) if isinstance(split, Dataset) else {}
+    column = next((name for name, feature in features.items() if isinstance(feature, Image | Audio)), None)
+    if column is None:
+        return []
+    batches = split.select_columns(column).with_format("arrow").iter(batch_size=1000)  # bytes of all may not fit
+    return [path for batch in batches for path in batch[column].combine_chunks().field("path").to_pylist()]
 
 
 class _Names(Sequence[str]):

@@ -11,15 +11,16 @@ import tiny
 import torch
 import transformers
 from datasets import Dataset
+from datasets.table import embed_table_storage
 from digits_models import DIGIT_LABELS
 from PIL import Image
-from stand_ins import ANIMALS, COLOURS, write_emotion
+from stand_ins import ANIMALS, COLOURS, write_emotion, write_images
 
 from d2dmoe_pl.artifact import save_artifact
 from d2dmoe_pl.callbacks import TauSweep
 from d2dmoe_pl.callbacks.prediction_file import PredictionFile
 from d2dmoe_pl.cli import given_inputs, main
-from d2dmoe_pl.data import DatasetSource, TextClassification
+from d2dmoe_pl.data import DatasetSource, ImageClassification, TextClassification
 from d2dmoe_pl.errors import ConfigError
 from d2dmoe_pl.metrics.sample_cost import summed_by_sample
 from d2dmoe_pl.moe.find_layers import moe_layers
@@ -133,6 +134,30 @@ def test_of_limited_batches_the_first_are_named(tmp_path):
     callback.on_predict_end(None, SimpleNamespace(task=SimpleNamespace(joined=list)))
     rows = list(csv.DictReader((tmp_path / "a.csv").open()))
     assert [(row["input"], row["prediction"]) for row in rows] == [("a", "x"), ("b", "y")]
+
+
+@pytest.mark.parametrize("test", ["my/test", None])
+@pytest.mark.parametrize("are_inside", [False, True])
+def test_pictures_have_the_names_of_their_files(trainer, tmp_path, monkeypatch, test, are_inside):
+    """Of a split that is held out too, and of pictures whose bytes are in a file of rows."""
+    monkeypatch.chdir(tmp_path)
+    write_images(Path("my"), {"train": 40, "test": 7})
+    source = DatasetSource(train="my/train", validation=None, test=test, held_out=0.3)
+    if are_inside:
+        for name, split in source.load().items():
+            split.with_format("arrow").map(embed_table_storage, batched=True).to_parquet(f"{name}.parquet")
+        source = DatasetSource(train="train.parquet", validation=None, test=test and "test.parquet", held_out=0.3)
+    model = tiny.TimmModel("vit_tiny_patch16_224", **{**tiny.DIGITS_VIT, "in_chans": 3}).build(LABELS[:3])
+    save_artifact(model, "dense")
+    data = ImageClassification(source, image_size=8, batch_size=4)
+    predicted(trainer, "dense", data, "a.csv")
+    rows = list(csv.DictReader(Path("a.csv").read_text().splitlines()))
+    assert list(rows[0])[:3] == ["file", "sample", "label"]
+    assert len({row["file"] for row in rows}) == len(rows) >= 4
+    colours = {row["file"]: Image.open(next(Path("my").rglob(Path(row["file"]).name))).getpixel((0, 0)) for row in rows}
+    for row in rows:
+        assert Path(row["file"]).name == row["file"] if are_inside else Path(row["file"]).is_file()
+        assert max(range(3), key=colours[row["file"]].__getitem__) == ANIMALS.index(row["label"])
 
 
 def test_numbers_and_dense_models(trainer, digits, tmp_path):
