@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from d2dmoe_pl.data.dataset_source import DatasetSource, check_columns
 from d2dmoe_pl.data.embeddings.keeping_vectors import KeepingVectors
+from d2dmoe_pl.data.embeddings.mixed_texts import mixed_texts
 from d2dmoe_pl.data.embeddings.pooling import (
     Pooling,
     check_modules,
@@ -48,10 +49,13 @@ class TextEmbeddings(TokenizedData):
         batch_size: Samples a batch and process.
         num_workers: Loader processes.
         group_by_length: Put samples of like length into one batch, which leaves less to pad.
+        mixed_texts: Training texts more for each that there is, of the beginning of one and the end of another
+            (:func:`~d2dmoe_pl.data.embeddings.mixed_texts.mixed_texts`): of few texts a model that is trained for long
+            learns the vectors by heart.
 
     Raises:
-        ConfigError: To load, for a model that is not there or has more layers behind its pooling, and samples without a
-            text, or with more tokens than that model has positions for.
+        ConfigError: If ``mixed_texts`` is negative; to load, for a model that is not there or has more layers behind
+            its pooling, and samples without a text, or with more tokens than that model has positions for.
     """
 
     head = "embedding"
@@ -65,8 +69,11 @@ class TextEmbeddings(TokenizedData):
         batch_size: int = 32,
         num_workers: int = 0,
         group_by_length: bool = False,
+        mixed_texts: int = 0,
     ) -> None:
         super().__init__(model, max_length, batch_size, num_workers, group_by_length)
+        check(mixed_texts >= 0, f"mixed_texts={mixed_texts}: must not be negative")
+        self.mixed_texts = mixed_texts
         self.source = source
         self.model = model
         self.text_column = text_column
@@ -92,7 +99,11 @@ class TextEmbeddings(TokenizedData):
         check_modules(self.model)
         for name, split in splits.items():
             check_texts(split, self.text_column, name, "text_column")
-        self.check_known(splits["train"][self.text_column])
+        texts = splits["train"][self.text_column]
+        self.check_known(texts)
+        if self.mixed_texts > 0:
+            more = mixed_texts(texts, self.mixed_texts * len(texts))
+            splits["train"] = Dataset.from_dict({self.text_column: [*texts, *more]})
         found = {name: self._with_vectors(split) for name, split in splits.items()}
         self.width = len(found["train"][0]["labels"])
         return found, KeepingVectors(self.width, normalizes(self.model))
