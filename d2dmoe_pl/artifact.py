@@ -27,6 +27,7 @@ from d2dmoe_pl.artifact_parts import (
     check_parts,
     described,
     format_of,
+    meant_below,
     replaceable_folder,
     tensor_file,
 )
@@ -175,11 +176,10 @@ def read_artifact(path: str | Path, argument: str = "init_from") -> Artifact:
     try:
         config = json.loads((path / CONFIG).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{argument}={str(path)!r}: no artifact, {CONFIG} cannot be read ({error})") from None
-    check(
-        isinstance(config, dict) and KEY in config,
-        f"{argument}={str(path)!r}: no artifact, {CONFIG} has no key {KEY!r}",
-    )
+        close = meant_below(path)
+        raise ConfigError(f"{argument}={str(path)!r}: no artifact, {CONFIG} cannot be read ({error}){close}") from None
+    is_one = isinstance(config, dict) and KEY in config
+    check(is_one, f"{argument}={str(path)!r}: no artifact, {CONFIG} has no key {KEY!r}")
     made = config[KEY]
     written = made.get("format", 0) if isinstance(made, dict) else 0
     check(

@@ -160,6 +160,16 @@ def replaceable_folder(path: str | Path) -> Path:
     return folder
 
 
+def meant_below(folder: Path) -> str:
+    """What may have been meant by a folder that is no artifact, to put behind that: those that a run left in it."""
+    for place in ("model", "artifact", "*/artifact"):  # of ``compress``, of a phase, of a chain
+        configs = sorted(folder.glob(f"{place}/config.json"))
+        told = [str(each.parent) for each in configs if f'"{KEY}"' in each.read_text(errors="replace")]
+        if told:
+            return f"; did you mean {' or '.join(told)}?"
+    return ""
+
+
 def check_parts(made: Any, where: str) -> None:
     """Raise ``ConfigError`` unless an artifact's description has all of its parts, as they are written."""
     check(isinstance(made, dict), f"{where}: no artifact, the key {KEY!r} in config.json holds {type(made).__name__}")

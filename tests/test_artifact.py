@@ -104,6 +104,21 @@ def test_no_such_folder(tmp_path):
         read_artifact(tmp_path / "nowhere")
 
 
+def test_a_folder_of_runs_is_told_with_what_they_left(tmp_path):
+    for phase in ("run/second", "run/first"):
+        save_artifact(tiny.dense(), tmp_path / phase / "artifact")
+    told = [str(tmp_path / "run" / phase / "artifact") for phase in ("first", "second")]
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "config.json").write_text('{"model_type": "bert"}')  # another library's
+    save_artifact(tiny.dense(), tmp_path / "compressed" / "model")
+    save_artifact(tiny.dense(), tmp_path / "compressed" / "first" / "artifact")
+    of_compress = str(tmp_path / "compressed" / "model")
+    for folder, meant in (("run/first", told[0]), ("run", " or ".join(told)), ("compressed", of_compress)):
+        with pytest.raises(ConfigError) as error:
+            read_artifact(tmp_path / folder)
+        assert str(error.value).endswith(f"; did you mean {meant}?")
+
+
 def test_a_folder_that_is_no_artifact(tmp_path):
     with pytest.raises(ConfigError, match=r"no artifact, config.json cannot be read"):
         read_artifact(tmp_path)
