@@ -128,6 +128,23 @@ def test_operators_that_cannot_be_loaded_end_in_a_line(compiled_folders, tmp_pat
     assert re.search(said, ran.stderr.strip().splitlines()[-1]), ran.stderr
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("wrong", [-1, 40, 10**12])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_ids_of_no_token_are_the_models_own_error(compiled_folders, wrong, samples):
+    """A program would end the process, or take the last token for one that is negative."""
+    model = load_compiled(compiled_folders[1])
+    given = {"input_ids": torch.ones(samples, 9, dtype=torch.int64)}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    before = model(**given).logits
+    given["input_ids"][-1, 4] = wrong
+    with pytest.raises(IndexError, match="index out of range"):
+        model(**given)
+    given["input_ids"][-1, 4] = 1
+    assert torch.equal(model(**given).logits, before)
+    assert model._compiled_call_impl.passed_over == []
+
+
 def test_a_model_is_compiled_once(compiled_folders, tmp_path):
     compiled = load_compiled(compiled_folders[1])
     with pytest.raises(ConfigError, match=r"^BertForSequenceClassification: is optimised already$"):

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from d2dmoe_pl.adapters import adapter_for
+from d2dmoe_pl.data.token_positions import num_token_positions
 from d2dmoe_pl.errors import ConfigError, check, one_line, said_of
-from d2dmoe_pl.hooks import hooked
-from d2dmoe_pl.moe.compiled_calls import CompiledCalls, Input, Program, Relation, held_tensors, named_arguments
+from d2dmoe_pl.moe.compiled_calls import CompiledCalls, Input, Program, Relation, held_tensors
 from d2dmoe_pl.moe.execution.cpu import compile_failure, operators_library
 from d2dmoe_pl.moe.experts.experts import leave_inference_mode_
 from d2dmoe_pl.moe.find_layers import expert_layers
 from d2dmoe_pl.moe.graph_passes import pass_over_graphs
 from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.looked_up_inputs import looked_up_inputs
+from d2dmoe_pl.moe.observed_call import ModelCall, observed_call
 from d2dmoe_pl.moe.program_files import (
     CONSTANTS,
     DESCRIPTION,
@@ -38,21 +39,6 @@ OWN_OPERATORS = ("moe_cpu", "moe_layer_cpu")
 SIZE = re.compile(r"L\['values'\]\[(\d+)\]\.size\(\)\[(\d+)\]")  # in what exporting notes of sizes
 MOST = torch.iinfo(torch.int64).max
 UNKNOWN = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, AssertionError)  # of the exporter
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How :meth:`Adapter.logits` calls a model.
-
-    Attributes:
-        tensors: By the name of the argument.
-        settings: All other arguments that are given: numbers, strings, truth values.
-        output: What the model gave.
-    """
-
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]
-    output: Any
 
 
 def write_programs(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> None:
@@ -88,9 +74,9 @@ def write_programs(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) 
     call = None
     held = held_tensors(model)  # before it is called: what a call alone makes is in no model that is loaded
     for samples in (1, 2):
-        call = _call_of(model, _with_samples(batch, samples))
+        call = observed_call(model, _with_samples(batch, samples))
         exported = _exported(model, call, samples)
-        program, constants = _described(exported, call)
+        program, constants = _described(exported, call, model)
         literals |= {key: value for key, value in constants.items() if key not in held}
         key = "one" if samples == 1 else "several"
         files[key], programs[key] = _compiled(model, exported, call), program
@@ -166,43 +152,10 @@ def _with_samples(batch: Mapping[str, Tensor], number: int) -> dict[str, Tensor]
     return {key: torch.cat([value[:1]] * number) for key, value in batch.items()}
 
 
-@torch.no_grad()
-def _call_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _Call:
-    seen: list[tuple[tuple, dict[str, Any], Any]] = []
-
-    def watch(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        seen.append((args, kwargs, output))
-
-    with hooked([model.register_forward_hook(watch, with_kwargs=True)]):
-        try:
-            adapter_for(model).logits(model, batch)
-        except ConfigError:
-            raise
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            raise ConfigError(
-                f"batch: {type(model).__name__} cannot be called with {', '.join(batch) or 'nothing'} "
-                f"({one_line(str(error))})"
-            ) from error
-    args, kwargs, output = seen[-1]
-    given = {key: value for key, value in named_arguments(model, args, kwargs).items() if value is not None}
-    tensors = {key: value for key, value in given.items() if isinstance(value, Tensor)}
-    for key, value in tensors.items():
-        check(
-            value.dim() != 2 or value.shape[1] > 1, f"batch: {key} is {said_of(value)}; must be of two tokens or more"
-        )
-    others = {type(leaf).__name__ for leaf in pytree.tree_leaves(output) if not isinstance(leaf, Tensor)}
-    check(
-        not others,
-        f"{type(model).__name__}: gives {', '.join(sorted(others))} beside tensors; must give tensors alone, to be "
-        "compiled ahead of time",
-    )
-    return _Call(tensors, {key: value for key, value in given.items() if key not in tensors}, output)
-
-
 class _ByPlace(nn.Module):
     """A model called by position, tensors in and tensors out, as exporting wants it."""
 
-    def __init__(self, model: nn.Module, call: _Call) -> None:
+    def __init__(self, model: nn.Module, call: ModelCall) -> None:
         super().__init__()
         self.model = model
         self._names, self._settings = tuple(call.tensors), call.settings
@@ -213,7 +166,7 @@ class _ByPlace(nn.Module):
 
 
 @torch.no_grad()
-def _exported(model: nn.Module, call: _Call, samples: int) -> torch.export.ExportedProgram:
+def _exported(model: nn.Module, call: ModelCall, samples: int) -> torch.export.ExportedProgram:
     name = type(model).__name__
     free = torch.export.Dim.DYNAMIC
     sizes = []
@@ -242,25 +195,32 @@ def _exported(model: nn.Module, call: _Call, samples: int) -> torch.export.Expor
     return exported
 
 
-def _described(exported: torch.export.ExportedProgram, call: _Call) -> tuple[Program, dict[str, Tensor]]:
+def _described(
+    exported: torch.export.ExportedProgram, call: ModelCall, model: nn.Module
+) -> tuple[Program, dict[str, Tensor]]:
     """What a program takes, and the tensors that it reads, by their names in the model."""
+    rows, of_positions = looked_up_inputs(exported)
+    if of_positions is not None and hasattr(model, "config"):
+        of_positions = num_token_positions(model)  # some do not begin with the first, and T5's table is of distances
+    longest = of_positions or MOST
     placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"][-len(call.tensors) :]
     inputs = []
     for node, (name, value) in zip(placeholders, call.tensors.items(), strict=True):
         sizes: list[int | tuple[str, int, int]] = []
-        for size in node.meta["val"].shape:
+        for place, size in enumerate(node.meta["val"].shape):
             if isinstance(size, int):
                 sizes.append(size)
                 continue
             limits = exported.range_constraints[size.node.expr]
-            sizes.append((str(size), int(limits.lower), int(min(limits.upper, MOST))))
-        inputs.append(Input(name, str(value.dtype).removeprefix("torch."), tuple(sizes)))
+            most = longest if place == 1 else MOST
+            sizes.append((str(size), int(limits.lower), int(min(limits.upper, most))))
+        inputs.append(Input(name, str(value.dtype).removeprefix("torch."), tuple(sizes), rows.get(node)))
     relations = tuple(Relation(SIZE.sub(r"size_\1_\2", guard)) for guard in exported._guards_code)
     constants = {_own_name(name): value for name, value in exported.constants.items()}
     return Program(tuple(inputs), relations), constants
 
 
-def _compiled(model: nn.Module, exported: torch.export.ExportedProgram, call: _Call) -> Any:
+def _compiled(model: nn.Module, exported: torch.export.ExportedProgram, call: ModelCall) -> Any:
     from torch._inductor import aot_compile  # noqa: PLC0415 (takes a second)
 
     options = {

@@ -32,11 +32,20 @@ class Input:
         name: Of the model's argument.
         dtype: Of torch.
         sizes: Of each dimension its size, or what it is called, its least and its largest.
+        below: Of what is looked up in a table, such as ids of tokens, how many rows that has; None for other values.
     """
 
     name: str
     dtype: str
     sizes: tuple[int | tuple[str, int, int], ...]
+    below: int | None = None
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether all values are in the table that they are looked up in."""
+        if self.below is None or tensor.numel() == 0:
+            return True
+        low, high = torch.aminmax(tensor)
+        return int(low) >= 0 and int(high) < self.below
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class Program:
         inputs = []
         for each in made["inputs"]:
             sizes = tuple(size if isinstance(size, int) else tuple(size) for size in each["sizes"])
-            inputs.append(Input(each["name"], each["dtype"], sizes))
+            inputs.append(Input(each["name"], each["dtype"], sizes, each.get("below")))
         return cls(tuple(inputs), tuple(map(Relation, made["relations"])))
 
     def takes(self, tensors: Sequence[Tensor]) -> bool:
@@ -172,6 +181,8 @@ class CompiledCalls:
             self._say(changed)
             return self._model._call_impl(*args, **kwargs)
         assert isinstance(program, Program)
+        if not all(given.holds(tensor) for given, tensor in zip(program.inputs, tensors, strict=True)):
+            return self._model._call_impl(*args, **kwargs)  # which says so; a program would end the process
         return pytree.tree_unflatten(program.run(*tensors), self._output)
 
     def _tensors(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor] | str:
