@@ -145,6 +145,22 @@ def test_ids_of_no_token_are_the_models_own_error(compiled_folders, wrong, sampl
     assert model._compiled_call_impl.passed_over == []
 
 
+@torch.no_grad()
+def test_a_call_for_hidden_states_alone_runs_without_programs(compiled_folders):
+    """Transformers leaves hooks on the model, which do nothing in other calls; a hook of one's own counts."""
+    model = load_compiled(compiled_folders[1])
+    given = texts()
+    before = model(**given).logits
+    shown = model(**given, output_hidden_states=True)
+    assert len(shown.hidden_states) == 3
+    assert any("capturing" in str(hook) for each in model.modules() for hook in each._forward_hooks.values())
+    assert torch.equal(model(**given).logits, before)
+    assert model._compiled_call_impl.passed_over == ["it was compiled for calls without output_hidden_states"]
+    model.classifier.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(model(**given).logits, 2 * before)
+    assert len(model._compiled_call_impl.passed_over) == 2
+
+
 def test_a_model_is_compiled_once(compiled_folders, tmp_path):
     compiled = load_compiled(compiled_folders[1])
     with pytest.raises(ConfigError, match=r"^BertForSequenceClassification: is optimised already$"):

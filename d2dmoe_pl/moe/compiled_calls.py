@@ -18,6 +18,8 @@ from d2dmoe_pl.moe.token_context import is_recorded
 from d2dmoe_pl.notices import notice
 
 MOST_SHAPES = 4096  # that are remembered
+HOOKS = "something watches it by hooks"
+CAPTURING = "transformers.utils.output_capturing"
 PLAIN = (Tensor, nn.Parameter)
 # what is said of sizes is made of these
 ARITHMETIC = (ast.Expression, ast.Compare, ast.BoolOp, ast.BinOp, ast.UnaryOp, ast.Name, ast.Constant, ast.expr_context)
@@ -231,6 +233,7 @@ class Unchanged:
         self._tensors = [place for each in modules for place in (each._parameters, each._buffers) if place]
         self._children = [each._modules for each in modules if each._modules]
         self._hooks = [hooks for each in modules for hooks in (each._forward_hooks, each._forward_pre_hooks)]
+        self._watching = self._hooks_at_work()
         self._parameters = list(model.parameters())  # which may get other values and stay the same objects
         layers = moe_layers(model).values()
         self._routed = [(layer, layer.get_gate(), layer.own_experts) for layer in layers if layer.gate is not None]
@@ -241,7 +244,14 @@ class Unchanged:
         now = self._now()
         if now == self._before:
             return None
+        if now[HOOKS] != self._before[HOOKS] and self._hooks_at_work() == self._watching:
+            self._before[HOOKS] = now[HOOKS]
+            return self.difference()
         return next(reason for reason, value in now.items() if value != self._before[reason])
+
+    def _hooks_at_work(self) -> int:
+        """Without those that transformers leaves once a call has asked for hidden states: in others they do nothing."""
+        return sum(getattr(hook, "__module__", "") != CAPTURING for hooks in self._hooks for hook in hooks.values())
 
     def _now(self) -> dict[str, Any]:
         # mapped and chained: a loop in Python over all that a model is made of would take as long as a layer
@@ -251,7 +261,7 @@ class Unchanged:
             "gradients are wanted of its weights": torch.is_grad_enabled()
             and any(map(attrgetter("requires_grad"), self._parameters)),
             "modules of it were replaced": _ids(self._children),
-            "something watches it by hooks": sum(map(len, self._hooks)),
+            HOOKS: sum(map(len, self._hooks)),
             "weights of it were replaced": _ids(self._tensors),
             "weights of it have moved, or are of another type": [*map(Tensor.data_ptr, self._parameters)],
             "gates, backends or what watches them are others": [

@@ -13,6 +13,8 @@ from torch import nn
 
 from d2dmoe_pl.moe.execution import cpu, reference
 from d2dmoe_pl.moe.experts.experts import Experts
+from d2dmoe_pl.moe.layer import MoELayer
+from d2dmoe_pl.moe.quantization.quantize import quantize_
 
 IN_TWO_TYPES = """
 import copy
@@ -102,6 +104,51 @@ def test_what_an_optimizer_changes_is_seen(make, dtype):
         assert torch.equal(after, predicted(copy.deepcopy(model), images))
         assert not torch.equal(after, before)
         optimizer.zero_grad()
+
+
+def through_numpy(weight):
+    weight.view(torch.int16).numpy()[...] = (1.5 * weight).view(torch.int16).numpy()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.data.mul_(1.5),
+        lambda weight: weight.data.copy_(1.5 * weight),
+        lambda weight: weight.data.lerp_(torch.randn_like(weight), 0.1),  # as moving averages are kept
+        lambda weight: torch.nn.init.normal_(weight.data),
+        through_numpy,
+    ],
+    ids=["in place", "copied", "averaged", "drawn", "by NumPy"],
+)
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_what_is_written_past_autograd_is_seen(write, tokens):
+    model = tiny.routed().bfloat16().eval().requires_grad_(False)
+    layer = next(module for module in model.modules() if isinstance(module, MoELayer))
+    x = torch.randn(1, tokens, layer.own_experts.d_model, dtype=torch.bfloat16)
+    before = layer(x)
+    assert torch.equal(layer(x), before)
+    for weight in layer.parameters():
+        write(weight)
+    after = layer(x)
+    assert torch.equal(after, copy.deepcopy(layer)(x))
+    assert not torch.equal(after, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 9, 300])
+def test_so_it_is_in_int8(tokens):
+    model = tiny.routed("bert").eval().requires_grad_(False)
+    quantize_(model)
+    given = {"input_ids": torch.randint(1, 40, (tokens, 8)), "attention_mask": torch.ones(tokens, 8, dtype=torch.int64)}
+    before = model(**given).logits
+    for tensor in model.buffers():
+        if tensor.dtype == torch.int8:
+            tensor.data.neg_()
+    after = model(**given).logits
+    assert torch.equal(after, copy.deepcopy(model)(**given).logits)
+    assert not torch.equal(after, before)
 
 
 @torch.no_grad()

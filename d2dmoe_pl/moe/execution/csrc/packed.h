@@ -2,6 +2,7 @@
 // fours of int8.
 #pragma once
 
+#include "memory_sample.h"
 #include "tile_unit.h"
 
 #include <ATen/ATen.h>
@@ -221,19 +222,21 @@ class PackedWeights {
     int64_t version;
     at::ScalarType type;
     std::vector<int64_t> sizes, strides;
+    MemorySample sample;
 
     explicit Source(const at::Tensor& tensor)
         : storage(tensor.storage().getWeakStorageImpl()),
           version(tensor._version()),
           type(tensor.scalar_type()),
           sizes(tensor.sizes().vec()),
-          strides(tensor.strides().vec()) {}
+          strides(tensor.strides().vec()),
+          sample(tensor) {}
 
     bool is(const at::Tensor& tensor) const {
       // another tensor can lie where one was that is gone, or beside it on memory that both only borrow
       const bool is_same = storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl();
       return is_same && !storage.expired() && version == tensor._version() && tensor.scalar_type() == type &&
-          tensor.sizes() == sizes && tensor.strides() == strides;
+          tensor.sizes() == sizes && tensor.strides() == strides && sample.is_of(tensor);
     }
   };
   struct Entry {
