@@ -88,7 +88,10 @@ class MoEBERTLayer(ExpertLayer):
             ValueError: If the routing goes by token ids and the model was called without ``input_ids``.
         """
         if self.routing.needs_ids and self.context.token_ids is None:
-            raise ValueError(f"input_ids=None: the routing {self.config.routing} needs token ids")
+            raise ValueError(
+                f"input_ids=None: the routing {self.config.routing} needs token ids; must be given to the model that "
+                "was converted, of which a part alone has none"
+            )
         return run_on_real_tokens(self._run, x, self.context.token_index)
 
     def watch(self, observer: Callable[[Tensor], object]) -> RemovableHandle:
