@@ -73,7 +73,8 @@ def run_chain(config: Namespace) -> None:
     seed = config.seed
     check(seed is not None and 0 <= seed < 2**32, f"seed={seed}: must lie in [0, 2**32)")
     check_left_to_chain(config, settings)
-    check_writable(output_dir)
+    for place in (output_dir, *(output_dir / name for name in names if (output_dir / name).is_file())):
+        check_writable(place)
 
     with quiet_lightning():
         _run_phases(

@@ -264,7 +264,7 @@ def _say(error: Exception) -> int:
     line = failure.line
     if not failure.is_known:
         line += f"; the traceback is in {write_traceback(error, folder)}"
-    if folder is not None:
+    if folder is not None and failure.code == 1:  # with a setting that is wrong it would only fail again
         line += "; the same command goes on from there"
     print(f"error: {line}", file=sys.stderr)
     return failure.code

@@ -120,8 +120,8 @@ def meant(name: str, known: Collection[str]) -> str:
 
     Example:
         >>> from d2dmoe_pl.parser_line import meant
-        >>> meant("target.ffn_flop", ["target.ffn_flops", "target.speed"])
-        '; did you mean target.ffn_flops?'
+        >>> meant("trainer.max_epoch", ["trainer", "trainer.max_epochs"])
+        '; did you mean trainer.max_epochs?'
     """
     first, (group, _, last) = name.partition(".")[0], name.rpartition(".")
     if group and first not in known:

@@ -168,6 +168,27 @@ class TestCommands:
         (log,) = (tmp_path / "run" / "fine_tuning").glob("error-*.log")
         assert "the machine coughs" in log.read_text()
 
+    def test_a_wrong_setting_that_a_phase_finds_is_not_to_be_tried_again(self, tmp_path, capsys):
+        stopping = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]
+        recipe = write_recipe(tmp_path / "recipe.yaml")
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(recipe, tmp_path / "run", "--set", f"fine_tuning.trainer.callbacks={json.dumps(stopping)}"))
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit_info.value.code == 2
+        assert said.startswith("error: trainer: Early stopping conditioned on metric `val_loss` which is not available")
+        assert "goes on from there" not in said
+
+    def test_a_file_in_the_place_of_a_later_phase_is_told_before_the_first(self, tmp_path, capsys):
+        recipe, output = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "run"
+        output.mkdir()
+        (output / "router_regression").write_text("")
+        with pytest.raises(SystemExit) as exit_info:
+            main(arguments(recipe, output))
+        assert exit_info.value.code == 2
+        said = f"error: output_dir='{output / 'router_regression'}': no files can be written there"
+        assert said in capsys.readouterr().err
+        assert [each.name for each in output.iterdir()] == ["router_regression"]
+
     def test_debug_lets_it_through(self, tmp_path):
         recipe = write_recipe(tmp_path / "recipe.yaml", fine_tuning={"warmup": 3.0})
         with pytest.raises(ValueError, match=r"warmup=3.0: must lie in"):
